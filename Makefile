@@ -1,0 +1,31 @@
+# Two commands need nothing installed but Python 3.11 or later: `make check` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+JOBS ?= 2
+PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
+
+.PHONY: check test lint format clean
+
+check: $(VENV)/ready  ## the oracle judges optimized/ and prints its verdict
+	$(PYTEST) tests/test_oracle.py $(ARGS)
+
+test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
+	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)
+
+lint: $(VENV)/ready
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(VENV)/ready
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports

@@ -1,0 +1,262 @@
+"""The device side of a serving engine: static graph inputs, padding, capture, replay, and probes in the graph.
+
+What a captured graph really reads is observed from inside it: each graph ends with copies of every metadata field,
+taken from the addresses the fields had at capture, into memory of the engine. A backend that prepares the right
+numbers in the wrong place is seen as the attention kernel behind it would see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness import fields
+from harness.driver import driver_for
+from harness.graph import CapturedGraph, graph_runner
+from harness.poison import GuardedAllocations, GuardedBuffer, fill_dead_cells
+from harness.protocol import BackendFactory
+from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
+from harness.world import Batch, World
+from reference.types import ForwardBatch, ForwardMode, Metadata, SpecInfo
+
+INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
+
+
+@dataclass(frozen=True)
+class StepObservation:
+    """Metadata of one step as a consumer sees it.
+
+    tensors: host copies by field name. moved: fields that are no longer where the graph reads them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    dtypes: dict[str, torch.dtype]
+    devices: dict[str, torch.device]
+    host_scalars: dict[str, object]
+    moved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One replay (``in_graph``) or eager call; its tensors hold until the engine's next one.
+
+    ``batch`` is padded to the graph's bucket; its first ``raw_bs`` requests are real.
+    """
+
+    batch: Batch
+    raw_bs: int
+    in_graph: bool
+    steps: tuple[StepObservation, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a graph leaves its copy of one field of one step."""
+
+    offset: int  # in the probe arena, in int32 words
+    shape: torch.Size
+    address: int  # of the field itself, at capture
+
+    def view(self, arena: torch.Tensor) -> torch.Tensor:
+        return arena[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """A captured graph with the metadata it reads and the probes that tell what it read, by step and field."""
+
+    graph: CapturedGraph
+    metadata: tuple[Metadata, ...]
+    probes: tuple[dict[str, Probe], ...]
+    arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
+
+
+class StaticInputs:
+    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did."""
+
+    def __init__(self, inputs: Inputs, capacity: int, sentinel: int, device: torch.device) -> None:
+        self.device = device
+        self.seq_lens = self._allocate(inputs.seq_lens, capacity, inputs.strided, sentinel)
+        self.req_pool_indices = self._allocate(inputs.req_pool_indices, capacity, inputs.strided, sentinel)
+        self.accept_length = self._allocate(inputs.accept_length, capacity, inputs.strided, sentinel)
+
+    def load(self, batch: Batch) -> ForwardBatch:
+        """Write the batch into the static tensors and return it as the engine hands it to a backend."""
+        mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
+        accept_length = self._write(self.accept_length, batch.accept_lengths)
+        drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+        forward_batch = ForwardBatch(
+            forward_mode=batch.mode,
+            batch_size=batch.size,
+            req_pool_indices=self._write(self.req_pool_indices, batch.pool_rows),
+            seq_lens=self._write(self.seq_lens, batch.seq_lens),
+            seq_lens_cpu=mirror,
+            seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
+            spec_info=SpecInfo(accept_length) if drafts else None,
+        )
+        return with_extend_lens(forward_batch, batch, self.device)
+
+    def _allocate(self, dtype: IntDtype, capacity: int, strided: bool, sentinel: int) -> torch.Tensor:
+        columns = 3 if strided else 1  # a strided input is the middle column of three
+        base = torch.full((capacity, columns), sentinel, dtype=INT_DTYPES[dtype], device=self.device)
+        return base[:, columns // 2]
+
+    def _write(self, tensor: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        head = tensor[: len(numbers)]
+        head.copy_(torch.tensor(numbers, dtype=tensor.dtype))
+        return head
+
+
+def with_extend_lens(forward_batch: ForwardBatch, batch: Batch, device: torch.device) -> ForwardBatch:
+    """``forward_batch`` with what only a prefill has: new and cached tokens of each request."""
+    if batch.mode is not ForwardMode.EXTEND:
+        return forward_batch
+    prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
+    return dataclasses.replace(
+        forward_batch,
+        extend_seq_lens=torch.tensor(batch.extend_lens, dtype=torch.int32, device=device),
+        extend_prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32, device=device),
+        extend_seq_lens_cpu=batch.extend_lens,
+        extend_prefix_lens_cpu=prefix_lens,
+    )
+
+
+class Engine:
+    """Runs the events of one scenario against one backend on one device."""
+
+    def __init__(self, scenario: Scenario, factory: BackendFactory, device: torch.device, sentinel: int) -> None:
+        setup = scenario.setup
+        self.setup = setup
+        self.device = device
+        self.sentinel = sentinel
+        self.config = setup.backend_config()
+        self.world = World(scenario, sentinel)
+        self.runner = graph_runner(device)
+        self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
+
+        # 1. The engine's own memory. A batch that outgrows every bucket runs eagerly from the same inputs.
+        buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
+        max_bs = max(buckets, default=1)
+        self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, device)
+        margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
+        width = setup.max_context_len
+        base = torch.full((setup.pool_size, width + 2 * margin), sentinel, dtype=torch.int32, device=device)
+        self.req_to_token = base[:, margin : margin + width]
+        self._sync_req_to_token()
+
+        # 2. The backend, every allocation of it between guard bands.
+        self.guard = GuardedAllocations(sentinel, device)
+        with self.guard:
+            self.backend = factory(self.config, self.req_to_token, scenario.optimizations)
+            self.driver = driver_for(setup.drive, self.backend, self.config)
+            self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
+
+    def run(self, event: Event) -> Iterator[Observation]:
+        """Apply one event to the world and the backend; yield what each replay or eager call showed."""
+        batch = self.world.apply(event)
+        self._sync_req_to_token()
+        match event:
+            case Capture():
+                for bs in event.buckets:
+                    self._capture(event.mode, bs)
+            case Replay():
+                assert batch is not None
+                bucket = self._bucket(event, batch)
+                for _ in range(event.times):
+                    yield self._eager(batch) if bucket is None else self._replay(event.mode, bucket, batch)
+            case Eager():
+                assert batch is not None
+                yield self._eager(batch)
+
+    def overrun(self) -> GuardedBuffer | None:
+        """A backend's buffer that something was written around, or None."""
+        return self.guard.overrun()
+
+    def modified_input(self) -> str | None:
+        """The name of an input that the backend has written to, or None."""
+        unchanged = torch.equal(self.req_to_token.cpu(), torch.from_numpy(self.world.req_to_token))
+        return None if unchanged else "req_to_token"
+
+    def _sync_req_to_token(self) -> None:
+        self.req_to_token.copy_(torch.from_numpy(self.world.req_to_token))
+
+    def _bucket(self, event: Replay, batch: Batch) -> int | None:
+        """The bucket asked for, if it is captured and holds the batch; else the smallest that does; else None."""
+        buckets = [bs for mode, bs in self.graphs if mode is event.mode and bs >= batch.size]
+        return event.bucket if event.bucket in buckets else min(buckets, default=None)
+
+    def _capture(self, mode: ForwardMode, bs: int) -> None:
+        """Capture the preparation, where the backend wants it in the graph, and the probes; on padding alone."""
+        padding = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
+        forward_batch = self.inputs.load(padding)
+        with self.guard:
+            self.driver.bind(forward_batch)
+        metadata = tuple(step.forward_metadata for step in self.backend.attn_backends)
+
+        # Lay the probes out in one arena, so that one transfer brings them to the host.
+        probes, words = [], 0
+        for step_metadata in metadata:
+            step_probes = {}
+            for name, tensor in fields.tensors(step_metadata).items():
+                step_probes[name] = Probe(words, tensor.shape, tensor.data_ptr())
+                words += tensor.numel()
+            probes.append(step_probes)
+        arena = torch.empty(words, dtype=torch.int32, device=self.device)
+        read = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata).values()]
+        write = [probe.view(arena) for step_probes in probes for probe in step_probes.values()]
+
+        def forward() -> None:
+            self.driver.prepare_in_graph(forward_batch)
+            torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
+
+        assert forward_batch.seq_lens_cpu is not None
+        graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
+        self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena)
+
+    def _replay(self, mode: ForwardMode, bs: int, batch: Batch) -> Observation:
+        bound = self.graphs[mode, bs]
+        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        forward_batch = self.inputs.load(padded)
+        self._poison(bound)
+        self.driver.prepare_replay(forward_batch)
+        bound.graph.replay()
+        arena = bound.arena.cpu()
+        steps = tuple(
+            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
+        )
+        return Observation(padded, batch.size, True, steps)
+
+    def _poison(self, bound: BoundGraph) -> None:
+        """Before a replay: nothing is left in the probes, nor in table cells that the graph's last batch had dead."""
+        bound.arena.fill_(self.sentinel)
+        seen: set[int] = set()
+        for metadata in bound.metadata:
+            lengths = metadata.seqlens_expanded
+            for table, page_size in ((metadata.page_table_1, 1), (metadata.real_page_table, self.setup.page_size)):
+                if table.data_ptr() not in seen and len(table) == len(lengths):  # steps may share one buffer
+                    seen.add(table.data_ptr())
+                    fill_dead_cells(table, -(-lengths // page_size), self.sentinel)
+
+    def _eager(self, batch: Batch) -> Observation:
+        forward_batch = self.inputs.load(batch)
+        with self.guard:
+            self.driver.prepare_eagerly(forward_batch)
+        metadata = [step.forward_metadata for step in self.backend.attn_backends]
+        steps = tuple(
+            self._observe(m, {name: tensor.cpu() for name, tensor in fields.tensors(m).items()}, {}) for m in metadata
+        )
+        return Observation(batch, batch.size, False, steps)
+
+    def _observe(self, metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
+        held = fields.tensors(metadata)
+        return StepObservation(
+            tensors=seen,
+            dtypes={name: tensor.dtype for name, tensor in held.items()},
+            devices={name: tensor.device for name, tensor in held.items()},
+            host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
+            moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
+        )

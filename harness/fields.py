@@ -1,0 +1,69 @@
+"""The metadata fields the judge compares, and what the axes of each mean to a person."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from reference.types import Metadata
+
+
+class Axis(enum.Enum):
+    """What one position along an axis stands for."""
+
+    REQUEST = "request"
+    REQUEST_BOUND = "bound before request"  # entry i of a cumulative field: what lies before request i
+    ROW = "row"  # one query token
+    ROW_BOUND = "bound before row"
+    TOKEN_COLUMN = "column"  # a cache position; live below the row's KV length
+    PAGE_COLUMN = "page column"
+    MULTIPROCESSOR = "multiprocessor"
+    PART = "part"
+    ENTRY = "entry"
+    FLAT = "position"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tensor of the metadata. ``dead_entry``: a column that nobody writes."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    dead_entry: int | None = None
+
+
+FIELDS = (
+    Field("cache_seqlens_int32", (Axis.REQUEST,)),
+    Field("cu_seqlens_q", (Axis.ROW_BOUND,)),
+    Field("cu_seqlens_k", (Axis.REQUEST_BOUND,)),
+    Field("seqlens_expanded", (Axis.ROW,)),
+    Field("nsa_cache_seqlens_int32", (Axis.ROW,)),
+    Field("nsa_cu_seqlens_q", (Axis.ROW_BOUND,)),
+    Field("nsa_cu_seqlens_k", (Axis.ROW_BOUND,)),
+    Field("page_table_1", (Axis.ROW, Axis.TOKEN_COLUMN)),
+    Field("real_page_table", (Axis.ROW, Axis.PAGE_COLUMN)),
+    Field("paged_mqa_schedule_metadata", (Axis.MULTIPROCESSOR, Axis.ENTRY)),
+    Field("flashmla_metadata", (Axis.PART, Axis.ENTRY), dead_entry=7),
+    Field("flashmla_num_splits", (Axis.ROW_BOUND,)),
+    Field("topk_indices_offset", (Axis.ROW,)),
+    Field("indexer_k_start", (Axis.ROW,)),
+    Field("indexer_k_end", (Axis.ROW,)),
+    Field("token_to_batch_idx", (Axis.ROW,)),
+    Field("page_table_1_flattened", (Axis.FLAT,)),
+)
+HOST_SCALARS = ("page_size", "max_seq_len_q", "max_seq_len_k")
+
+
+def tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
+    """The tensors of ``metadata`` by field name; those it does not have are left out."""
+    found: dict[str, torch.Tensor] = {}
+    start_end = metadata.indexer_k_start_end
+    if start_end is not None:
+        found["indexer_k_start"], found["indexer_k_end"] = start_end
+    for field in FIELDS:
+        tensor = getattr(metadata, field.name, None)
+        if isinstance(tensor, torch.Tensor):
+            found[field.name] = tensor
+    return found

@@ -1,0 +1,349 @@
+"""Graph runners: capture a body once, replay what it did on the same storages.
+
+A replayed graph does not run Python: it reads and writes the addresses, and uses the host values, of its capture.
+That is the contract of `torch.cuda.CUDAGraph`; `harness.simulated_graph` keeps the same contract for CPU tensors.
+
+Both runners run the body twice: a warm-up whose effects count (kernels compile, lazily made buffers get made), then
+the capture, whose effects on tensors do not count. After `capture` an `x += 1` has been applied once; each `replay`
+applies it once more.
+
+Both refuse a body that moves a tensor which existed before (`resize_` that grows it, `set_`, `.data = ...`). A CUDA
+capture would accept that, and every other holder of the buffer would then be bound to memory the graph never reads.
+"""
+
+from __future__ import annotations
+
+import gc
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_HARNESS = Path(__file__).parent
+_INTERNAL_FILES = {str(_HARNESS / "graph.py"), str(_HARNESS / "simulated_graph.py")}
+_TORCH = Path(torch.__file__).parent
+_THIRD_PARTY_FOLDERS = (f"{_TORCH}/", f"{_TORCH.parent / 'triton'}/")
+_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
+
+
+class CaptureError(Exception):
+    """A body did something that a graph cannot hold.
+
+    `operation` names the call, `where` reads "file.py:123 in function", `reason` is one clause.
+    """
+
+    def __init__(self, operation: str, where: str, reason: str) -> None:
+        super().__init__(operation, where, reason)
+        self.operation = operation
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.operation} at {self.where}: {self.reason}"
+
+
+class CapturedGraph(Protocol):
+    """A capture that can be replayed. On CUDA, synchronising after `replay` is the caller's job."""
+
+    def replay(self) -> None: ...
+
+
+class GraphRunner(Protocol):
+    """Captures bodies.
+
+    `host_tensors` are the host's own CPU tensors (mirrors such as `seq_lens_cpu`) that the body can reach. The
+    simulated runner cannot tell them from device tensors otherwise; the CUDA runner needs no telling.
+    """
+
+    def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> CapturedGraph: ...
+
+
+def graph_runner(device: torch.device) -> GraphRunner:
+    """The runner for tensors on `device`."""
+    if device.type == "cuda":
+        return CudaGraphRunner(device)
+    if device.type == "cpu":
+        # Imported late: the simulation is built from this module's error and watch.
+        from harness.simulated_graph import SimulatedGraphRunner
+
+        return SimulatedGraphRunner()
+    raise ValueError(f"no graph runner for device {device}")
+
+
+def calling_line(failure: TracebackType | None = None) -> str:
+    """The innermost line outside torch, triton and the runners: of `failure`, or else of the running stack."""
+    frames = traceback.extract_stack() if failure is None else traceback.extract_tb(failure)
+    return _describe(_innermost_user_frame(frames))
+
+
+def operation_name(func: Callable[..., Any]) -> str:
+    """`aten.nonzero` for a dispatched operator, `torch.Tensor.item` for a Python-level function."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.overloadpacket)
+    name: str = resolve_name(func) or getattr(func, "__name__", repr(func))
+    return name
+
+
+def _innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    return next((frame for frame in reversed(frames) if _is_user_code(frame.filename)), None)
+
+
+def _is_user_code(filename: str) -> bool:
+    if filename in _INTERNAL_FILES or filename.startswith(("<", *_THIRD_PARTY_FOLDERS)):
+        return False
+    # Installed packages may lie under the standard library's folder without being part of it.
+    return not filename.startswith(_STANDARD_LIBRARY) or "-packages/" in filename
+
+
+def _describe(frame: traceback.FrameSummary | None) -> str:
+    if frame is None:
+        return "unknown line"
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+
+
+class StorageWatch:
+    """Follows a body's operations: rejects moved storages, keeps found ones alive, remembers the first failure.
+
+    Used as a context manager around the body, for the warm-up and again for the capture; what was made inside either
+    is the body's own and may be moved freely.
+    """
+
+    def __init__(self) -> None:
+        # Weak, so that watching does not lengthen the life of intermediates and so change which addresses are reused.
+        self._made: set[StorageWeakRef] = set()
+        # Strong: a graph holds raw addresses. Memory freed under it would be handed to an unrelated tensor, and the
+        # stale graph would then corrupt a later case instead of failing its own.
+        self.found: dict[int, torch.UntypedStorage] = {}
+        self.failed_operation: str | None = None
+        self.failed_where: str | None = None
+        self._failure: Exception | None = None
+        self._functions = _WatchFunctions(self)
+        self._dispatch = _WatchDispatch(self)
+        self._modes = ExitStack()
+
+    def __enter__(self) -> StorageWatch:
+        self._modes.enter_context(self._functions)
+        self._modes.enter_context(self._dispatch)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._modes.close()
+
+    def forget_failure(self) -> None:
+        self.failed_operation = self.failed_where = self._failure = None
+
+    def existed(self, tensor: torch.Tensor) -> bool:
+        return StorageWeakRef(tensor.untyped_storage()) not in self._made  # type: ignore[no-untyped-call]
+
+    def note_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if self.existed(tensor):
+                storage = tensor.untyped_storage()
+                self.found.setdefault(storage._cdata, storage)
+
+    def note_outputs(self, outputs: Sequence[torch.Tensor]) -> None:
+        for output in outputs:
+            storage = output.untyped_storage()
+            if storage._cdata not in self.found:
+                self._made.add(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+
+    def reject_move(self, func: Callable[..., Any], reason: str) -> NoReturn:
+        raise CaptureError(operation_name(func), calling_line(), reason)
+
+    @contextmanager
+    def noting_failure(self, func: Callable[..., Any]) -> Iterator[None]:
+        """Remember the first operation that raised, under the name that the body called it by."""
+        try:
+            yield
+        except Exception as error:
+            if self.failed_operation is None:
+                # The traceback reaches into a custom operator's own body, the stack stops at the call to it.
+                frame = _innermost_user_frame(traceback.extract_tb(error.__traceback__))
+                self.failed_where = calling_line() if frame is None else _describe(frame)
+                self.failed_operation, self._failure = operation_name(func), error
+            elif error is self._failure and not isinstance(func, torch._ops.OpOverload):
+                self.failed_operation = operation_name(func)
+            raise
+
+
+class _WatchFunctions(TorchFunctionMode):
+    def __init__(self, watch: StorageWatch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # `.data = ...` never reaches the dispatcher.
+        if func == torch.Tensor.data.__set__ and self.watch.existed(args[0]):  # type: ignore[attr-defined]
+            raise CaptureError("torch.Tensor.data = ...", calling_line(), "rebinds an existing tensor to other memory")
+        with self.watch.noting_failure(func):
+            return func(*args, **(kwargs or {}))
+
+
+class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, watch: StorageWatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        existing = [tensor for tensor in inputs if self.watch.existed(tensor)]
+        self._reject_known_moves(func, args)
+        self.watch.note_inputs(existing)
+        before = [(tensor.untyped_storage(), tensor.untyped_storage().data_ptr()) for tensor in existing]
+        with self.watch.noting_failure(func):
+            result = func(*args, **kwargs)
+        if any(storage.data_ptr() != address for storage, address in before):
+            # An `out=` that was too small, say: seen only afterwards.
+            self.watch.reject_move(func, "moved an existing tensor to other memory")
+        self.watch.note_outputs([leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        return result
+
+    def _reject_known_moves(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Reject before the harm is done, so that the caller's buffer stays where it was."""
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.set_ and self.watch.existed(args[0]):
+            self.watch.reject_move(func, "rebinds an existing tensor to other memory")
+        if packet in (torch.ops.aten.resize_, torch.ops.aten.resize_as_) and self.watch.existed(args[0]):
+            tensor, size = args[0], args[1]
+            count = size.numel() if isinstance(size, torch.Tensor) else torch.Size(size).numel()
+            needed = (tensor.storage_offset() + count) * tensor.element_size()
+            held = tensor.untyped_storage().nbytes()
+            if count and needed > held:
+                self.watch.reject_move(func, f"grows an existing tensor from {held} to {needed} bytes, which moves it")
+
+
+class CudaCapturedGraph:
+    """A `torch.cuda.CUDAGraph` with the storages its operators found, kept alive as long as it is."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, found: dict[int, torch.UntypedStorage]) -> None:
+        self.graph = graph
+        self._found = found
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CudaGraphRunner:
+    """Captures bodies into real CUDA graphs. `keep_graph` leaves the nodes readable (`graph.raw_cuda_graph()`)."""
+
+    def __init__(self, device: torch.device, keep_graph: bool = False) -> None:
+        self.device = device
+        self.keep_graph = keep_graph
+
+    def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> CudaCapturedGraph:
+        """Run `body` once for real, then record it.
+
+        Raises CaptureError for what the capture refuses; whatever the warm-up raises is the body's own and passes
+        unchanged. `host_tensors` is not needed here: the CUDA runtime knows pageable memory.
+        """
+        watch = StorageWatch()
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            # Work queued before capture must be done before the side stream runs, and the other way round after it.
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream), watch:
+                body()
+            torch.cuda.synchronize()
+            return self._record(body, watch, stream)
+
+    def _record(self, body: Callable[[], None], watch: StorageWatch, stream: torch.cuda.Stream) -> CudaCapturedGraph:
+        graph = torch.cuda.CUDAGraph(keep_graph=self.keep_graph)
+        # Named here because a graph that failed does not tell which pool it was given.
+        pool = torch.cuda.graph_pool_handle()
+        watch.forget_failure()  # What the warm-up caught and survived is no fault.
+        failure: Exception | None = None
+        ended = False
+        with torch.cuda.stream(stream), _no_collection():
+            # thread_local: another thread's allocation (a watchdog, a plug-in) is not this body's fault.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                with watch:
+                    body()
+            except Exception as error:
+                failure = error
+            finally:
+                try:
+                    with _quiet_if(failure is not None):
+                        graph.capture_end()
+                    ended = True
+                except RuntimeError as error:
+                    # The first failure is the cause; this one says only that the capture had been invalidated.
+                    failure = failure or error
+        if failure is None:
+            return CudaCapturedGraph(graph, watch.found)
+        self._recover(graph, pool, ended)
+        if isinstance(failure, RuntimeError):
+            raise _translate(failure, watch) from failure
+        raise failure
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], ended: bool) -> None:
+        """Leave allocator, random generator and error state as before a failed capture."""
+        with suppress(RuntimeError):
+            graph.reset()
+        if not ended:
+            # Some versions of capture_end raise before they detach the allocator from the graph's private pool, and
+            # then never give the pool back; the others refuse to do either twice.
+            index = torch.cuda.current_device()
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, pool)
+            with suppress(RuntimeError):
+                torch._C._cuda_releasePool(index, pool)
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
+        # The default generator still believes that it is being captured until a capture ends well.
+        probe = torch.zeros(1, device=self.device)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        well_ended = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            well_ended.capture_begin(capture_error_mode="thread_local")
+            probe.zero_()
+            well_ended.capture_end()
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collected CUDA graph or event makes calls that are illegal during capture, and would invalidate it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _quiet_if(failed: bool) -> Iterator[None]:
+    """A capture that failed early may be empty; the warning about that would hide the failure itself."""
+    with warnings.catch_warnings():
+        if failed:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _translate(failure: RuntimeError, watch: StorageWatch) -> CaptureError:
+    """Name the operation and line behind a CUDA failure."""
+    reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+    if watch.failed_operation is not None and watch.failed_where is not None:
+        return CaptureError(watch.failed_operation, watch.failed_where, reason)
+    # Not a torch call (a raw kernel launch, a synchronize): the source line is the best name there is.
+    frame = _innermost_user_frame(traceback.extract_tb(failure.__traceback__))
+    operation = (frame.line if frame is not None else None) or "capture"
+    return CaptureError(operation, _describe(frame), reason)

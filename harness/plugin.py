@@ -1,0 +1,250 @@
+"""The pytest plugin: ``--oracle-*`` options, the ``oracle`` and ``device`` fixtures, and the table that ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import report
+from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, explore
+from harness.judge import OracleFailure, Verdict, judge
+from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend
+from harness.scenario import Scenario, ScenarioError, load
+from harness.seeds import FailureFiles
+
+CORPUS = Path(__file__).parent.parent / "tests" / "cases"
+PROPERTY = "oracle"  # of a test report: what its item covered, so that it survives the way from an xdist worker
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("oracle", "correctness oracle for multi-step attention backends")
+    group.addoption(
+        "--oracle-profile",
+        choices=sorted(PROFILES),
+        default="pr",
+        help="how much to explore: "
+        + ", ".join(f"{name} {profile.cases} cases" for name, profile in PROFILES.items())
+        + "; nightly draws new ones every time (default: pr)",
+    )
+    group.addoption(
+        "--oracle-device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the backend runs: cuda uses real CUDA graphs, cpu Triton's interpreter and a simulated graph "
+        "(default: auto, cuda if there is one)",
+    )
+    group.addoption(
+        "--oracle-backend",
+        metavar="MODULE:ATTRIBUTE",
+        help="judge what this callable builds from (config, req_to_token) instead of optimized/",
+    )
+    group.addoption(
+        "--oracle-replay",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="judge only this saved case; may be given several times",
+    )
+    group.addoption(
+        "--oracle-save", metavar="DIR", default="failures", help="where failing cases are saved (default: failures)"
+    )
+    group.addoption(
+        "--oracle-budget",
+        metavar="SECONDS",
+        type=float,
+        help="stop exploring after this long; what was found by then is still shrunk and reported",
+    )
+
+
+@dataclass
+class Oracle:
+    """One session's settings, and the ways to judge with them."""
+
+    device: torch.device
+    factory: BackendFactory
+    backend_spec: str | None
+    profile: str
+    save_dir: Path
+    deadline: float | None
+    entropy: int
+
+    def judge_file(self, path: Path) -> Exploration:
+        """Judge one saved case as it is, without shrinking."""
+        outcome = Exploration(saved=path)
+        try:
+            judge(load(path), self.factory, self.device, outcome.verdict)
+        except OracleFailure as failure:
+            outcome.failure = failure
+        return outcome
+
+    def judge_scenario(self, scenario: Scenario) -> Exploration:
+        """Judge one scenario made by a test; a failure is saved."""
+        outcome = Exploration()
+        try:
+            judge(scenario, self.factory, self.device, outcome.verdict)
+        except OracleFailure as failure:
+            files = FailureFiles(self.save_dir)
+            files.record(scenario, failure.finding.sentence())
+            outcome.failure, outcome.saved = failure, files.minimal
+        return outcome
+
+    def explore(self, shard: int) -> Exploration:
+        """Judge the part of the profile's cases that falls to this shard."""
+        cases = PROFILES[self.profile].cases // SHARDS
+        own_switches = self.backend_spec is None
+        return explore(
+            self.factory, self.device, cases, self.entropy + shard, self.save_dir, self.deadline, own_switches
+        )
+
+    def told(self, outcome: Exploration) -> str | None:
+        """The report of a failed outcome, or None."""
+        if outcome.failure is None or outcome.saved is None:
+            return None
+        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome.saved))
+        note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
+        return (note if outcome.flaky else "") + text
+
+    def replay_command(self, saved: Path) -> str:
+        return report.replay_command(saved, self.backend_spec, self.device.type)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fix how kernels run before anything imports Triton, and refuse unusable options in one line."""
+    wanted = config.getoption("--oracle-device")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        spec = config.getoption("--oracle-backend")
+        factory = optimized_backend if spec is None else load_backend(spec)
+        for file in config.getoption("--oracle-replay"):
+            load(Path(file))
+    except (BackendError, ScenarioError) as error:
+        raise pytest.UsageError(str(error)) from None
+    budget = config.getoption("--oracle-budget")
+    profile = config.getoption("--oracle-profile")
+    config.stash[ORACLE] = Oracle(
+        device=device,
+        factory=factory,
+        backend_spec=spec,
+        profile=profile,
+        save_dir=Path(config.getoption("--oracle-save")),
+        deadline=None if budget is None else time.monotonic() + budget,
+        entropy=int.from_bytes(os.urandom(6), "big") if PROFILES[profile].fresh else 0,
+    )
+    config.stash[STARTED] = time.monotonic()
+
+
+ORACLE = pytest.StashKey[Oracle]()
+STARTED = pytest.StashKey[float]()
+
+
+@pytest.fixture(scope="session")
+def oracle(pytestconfig: pytest.Config) -> Oracle:
+    """The session's oracle."""
+    return pytestconfig.stash[ORACLE]
+
+
+@pytest.fixture(scope="session")
+def device(oracle: Oracle) -> torch.device:
+    """Where backends run in this session."""
+    return oracle.device
+
+
+@pytest.fixture
+def verdict_of(oracle: Oracle, request: pytest.FixtureRequest) -> Callable[[Exploration], None]:
+    """A function that fails the test with the oracle's report, and counts what it covered, whatever the outcome."""
+
+    def conclude(outcome: Exploration) -> None:
+        text = oracle.told(outcome)
+        request.node.user_properties.append((PROPERTY, _as_property(oracle, outcome)))
+        if text is not None:
+            pytest.fail(text, pytrace=False)
+
+    return conclude
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each oracle test its items: saved cases first, then the shards of the exploration."""
+    replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
+    if "saved_case" in metafunc.fixturenames:
+        files = replayed or sorted(CORPUS.glob("*.json"))
+        metafunc.parametrize("saved_case", files, ids=[file.stem for file in files])
+    if "shard" in metafunc.fixturenames:
+        metafunc.parametrize("shard", range(SHARDS))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The corpus runs first; with ``--oracle-replay`` nothing else runs."""
+    saved = [item for item in items if "saved_case" in getattr(item, "fixturenames", ())]
+    others = [item for item in items if item not in saved]
+    if config.getoption("--oracle-replay"):
+        config.hook.pytest_deselected(items=others)
+        others = []
+    items[:] = saved + others
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A lost GPU ends the session: nothing judged after it would mean anything."""
+    try:
+        return (yield)
+    except DeviceLost as lost:
+        pytest.exit(f"{lost}; replay it in a fresh process", returncode=1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    oracle = config.stash[ORACLE]
+    judged = oracle.backend_spec or "optimized/"
+    return f"oracle: judging {judged} on {oracle.device.type}, profile {oracle.profile}, seed {oracle.entropy}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    verdict, failures = Verdict(), []
+    for reports in terminalreporter.stats.values():
+        for item in reports:
+            for name, value in getattr(item, "user_properties", ()):
+                if name == PROPERTY and getattr(item, "when", "") == "call":
+                    failures += _add_property(verdict, value)
+    if verdict.cases or failures:
+        seconds = time.monotonic() - config.stash[STARTED]
+        terminalreporter.section("oracle")
+        terminalreporter.write_line(report.summary(verdict, failures, seconds))
+
+
+def _as_property(oracle: Oracle, outcome: Exploration) -> str:
+    verdict = outcome.verdict
+    failures = []
+    if outcome.failure is not None and outcome.saved is not None:
+        failures.append(
+            {
+                "sentence": outcome.failure.finding.sentence(),
+                "command": oracle.replay_command(outcome.saved),
+                "optimizations": " ".join(outcome.failure.scenario.optimizations),
+            }
+        )
+    counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
+    return json.dumps({"counts": counts, "classes": verdict.boundary_classes, "failures": failures})
+
+
+def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
+    """Add one item's coverage to ``verdict``; return its failures."""
+    data = json.loads(value)
+    cases, replays, eager_calls, compared, cells = data["counts"]
+    verdict.cases += cases
+    verdict.replays += replays
+    verdict.eager_calls += eager_calls
+    verdict.tally.fields += compared
+    verdict.tally.cells += cells
+    verdict.boundary_classes.update(data["classes"])
+    found: list[dict[str, str]] = data["failures"]
+    return found

@@ -1,0 +1,87 @@
+"""Memory that betrays a backend which reads or writes what it must not.
+
+Three devices: a *sentinel* fills every cell whose content is unspecified (the judge runs each scenario with two
+different ones, so that a value computed from such a cell shows even if it happens to be right once); *guard bands*
+surround every buffer the backend allocates; and dead cells of the page tables are filled anew before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Far outside every slot, page and length a scenario can produce, positive so that C and Python division agree.
+SENTINELS = (0x5A5A5A5A, 0x35353535)
+GUARD_WORDS = 64  # int32 words on either side; 256 bytes keep the alignment that vectorised stores need
+GUARD_VALUE = 0x6BADBEEF
+
+
+@dataclass
+class GuardedBuffer:
+    """One allocation of the backend: its storage with a guard band on either side, and the operation that made it."""
+
+    storage: torch.Tensor  # [GUARD_WORDS + n + GUARD_WORDS] int32
+    operation: str
+    shape: tuple[int, ...]
+
+    def bands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.storage[:GUARD_WORDS], self.storage[-GUARD_WORDS:]
+
+
+class GuardedAllocations(TorchDispatchMode):
+    """While active, every fresh integer tensor an operation returns is moved between guard bands.
+
+    What ``empty`` returns is filled with ``sentinel``. Views, in-place results and host tensors are left alone.
+    """
+
+    def __init__(self, sentinel: int, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sentinel = sentinel
+        self.device = device
+        self.buffers: list[GuardedBuffer] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and self._is_fresh_buffer(result, (*args, *(kwargs or {}).values())):
+            return self._guarded(result, str(func))
+        return result
+
+    def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
+        if result.dtype not in (torch.int32, torch.int64) or result.device.type != self.device.type:
+            return False
+        if not result.is_contiguous() or result.storage_offset():
+            return False
+        address = result.untyped_storage().data_ptr()
+        inputs = (argument for argument in arguments if isinstance(argument, torch.Tensor))
+        return all(tensor.untyped_storage().data_ptr() != address for tensor in inputs)
+
+    def _guarded(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        words = tensor.numel() * tensor.element_size() // 4
+        storage = torch.full((words + 2 * GUARD_WORDS,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
+        body = storage[GUARD_WORDS : GUARD_WORDS + words].view(tensor.dtype).view(tensor.shape)
+        if "empty" in operation:
+            body.fill_(self.sentinel)
+        else:
+            body.copy_(tensor)
+        self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))
+        return body
+
+    def overrun(self) -> GuardedBuffer | None:
+        """The first buffer with a written guard band, or None. Synchronises once."""
+        if not self.buffers:
+            return None
+        bands = torch.stack([torch.stack(buffer.bands()) for buffer in self.buffers])  # [buffers, 2, GUARD_WORDS]
+        written = (bands != GUARD_VALUE).flatten(1).any(dim=1).tolist()
+        return next((buffer for buffer, bad in zip(self.buffers, written, strict=True) if bad), None)
+
+
+def fill_dead_cells(table: torch.Tensor, live_columns: torch.Tensor, sentinel: int) -> None:
+    """Write ``sentinel`` into the cells of ``table`` [rows, columns] at or beyond ``live_columns`` [rows], in place."""
+    columns = torch.arange(table.shape[1], device=table.device)
+    table.masked_fill_(columns >= live_columns[:, None], sentinel)

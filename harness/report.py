@@ -1,0 +1,181 @@
+"""What a person reads: a failure explained, a scenario told in plain words, and the table that ends a run."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from harness.boundary import ALL_CLASSES
+from harness.judge import OracleFailure, Verdict
+from harness.scenario import Accept, Capture, Eager, Event, Finish, Join, Mirror, Order, Remap, Replay, Scenario, Setup
+from harness.world import Batch, World
+from reference.types import ForwardMode, StepSemantics
+
+WIDTH = 120
+
+
+def explain(failure: OracleFailure, saved: Path, command: str) -> str:
+    """The failure in reading order: verdict, cells around it, the story, the saved case, how to replay it."""
+    finding = failure.finding
+    parts = [f"ORACLE FAILURE  {finding.sentence()}"]
+    if finding.neighbours:
+        table = Table(
+            "cell", "got", "expected", "", title=f"{finding.field}, step {finding.step}", title_justify="left"
+        )
+        for cell in finding.neighbours:
+            table.add_row(cell.place, cell.got, cell.expected, "" if cell.got == cell.expected else "<- differs")
+        parts.append(render(table))
+    parts.append(tell(failure.scenario, failure.event))
+    parts.append(f"saved:  {saved}\nreplay: {command}")
+    return "\n\n".join(parts)
+
+
+def replay_command(saved: Path, backend: str | None, device: str) -> str:
+    """The one line that replays a saved case where it was found."""
+    words = ["python", "-m", "harness", "replay", str(saved), "--device", device]
+    if backend is not None:
+        words += ["--backend", backend]
+    return shlex.join(words)
+
+
+def tell(scenario: Scenario, failing_event: int | None = None) -> str:
+    """The scenario as a person would tell it, the event at which it fails marked."""
+    lines = [_tell_setup(scenario)]
+    world = World(scenario, poison=0)
+    for number, event in enumerate(scenario.events):
+        batch = world.apply(event)
+        mark = "  <- fails here" if number == failing_event else ""
+        lines.append(f"  {number}. {_tell_event(event, batch, world)}{mark}")
+    return "\n".join(lines)
+
+
+def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float) -> str:
+    """The table that ends a run."""
+    covered = [name for name in ALL_CLASSES if verdict.boundary_classes[name]]
+    totals = Table("cases", "replays", "eager calls", "fields compared", "cells compared", "classes", "seconds")
+    totals.add_row(
+        *(f"{n:,}" for n in (verdict.cases, verdict.replays, verdict.eager_calls)),
+        *(f"{n:,}" for n in (verdict.tally.fields, verdict.tally.cells)),
+        f"{len(covered)} of {len(ALL_CLASSES)}",
+        f"{seconds:.0f}",
+    )
+    parts = [render(totals)]
+
+    switches = [name for name in ALL_CLASSES if name.startswith("switch ") or name == "no switch"]
+    if any(verdict.boundary_classes[name] for name in switches) or failures:
+        table = Table("optimisation", "cases passed", "failures", "verdict")
+        for name in switches:
+            passed = verdict.boundary_classes[name]
+            failed = sum(name.removeprefix("switch ") in (f["optimizations"] or "no switch").split() for f in failures)
+            word = "FAILS" if failed else "bit-exact" if passed else "not visited"
+            table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), word)
+        parts.append(render(table))
+
+    classes = [f"{name} {verdict.boundary_classes[name]}" for name in ALL_CLASSES if name not in switches]
+    parts.append(_wrapped("boundary classes visited (cases): ", classes))
+    parts += [f"FAILED: {failure['sentence']}\n  {failure['command']}" for failure in failures]
+    word = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
+    parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {word}")
+    return "\n".join(parts)
+
+
+def render(renderable: RenderableType) -> str:
+    """Plain text of a rich object, as wide as a log allows."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip("\n")
+
+
+def _wrapped(head: str, items: Iterable[str]) -> str:
+    lines, line = [], head
+    for item in items:
+        if len(line) + len(item) > WIDTH:
+            lines.append(line.rstrip())
+            line = "  "
+        line += item + ", "
+    return "\n".join([*lines, line.rstrip(", ")])
+
+
+def _tell_setup(scenario: Scenario) -> str:
+    setup = scenario.setup
+    advancing = setup.step_semantics is StepSemantics.ADVANCING
+    steps = "each seeing one token more than the last" if advancing else "all seeing the same metadata"
+    inputs = setup.inputs
+    views = [
+        word for word, used in (("strided", inputs.strided), ("a wide req_to_token", inputs.wide_req_to_token)) if used
+    ]
+    return "\n".join(
+        (
+            f"A backend of {_count(setup.num_steps, 'draft step')} ({steps}) and "
+            f"{_count(setup.num_draft_tokens, 'draft token')}, driven by its "
+            f"{setup.drive.value.replace('_', '-')} methods;",
+            f"page size {setup.page_size}, page tables {setup.max_context_len} wide, top-k {setup.index_topk}"
+            f"{_tell_schedules(setup)};",
+            f"a pool of {_count(setup.pool_size, 'row')}, pages {setup.page_layout.value}; inputs "
+            f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
+            f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
+            f"optimisations: {', '.join(scenario.optimizations) or 'none'}; seed {scenario.seed}.",
+        )
+    )
+
+
+def _tell_schedules(setup: Setup) -> str:
+    told = ""
+    if setup.paged_mqa_num_sms:
+        told += f", paged-MQA schedule over {setup.paged_mqa_num_sms} SMs"
+    if setup.flashmla_num_sm_parts:
+        told += f", FlashMLA schedule over {setup.flashmla_num_sm_parts} parts"
+    return told
+
+
+def _tell_event(event: Event, batch: Batch | None, world: World) -> str:
+    match event:
+        case Capture():
+            return f"Capture {event.mode.value} graphs for {_listed(event.buckets)} requests."
+        case Join():
+            prefix = "" if event.prefix_of is None else f", sharing up to {_count(event.prefix_pages, 'prefix page')}"
+            return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."
+        case Finish():
+            return f"Request {event.request} finishes; {len(world.running)} running."
+        case Accept():
+            lengths = [request.seq_len for request in world.running]
+            accepted = [request.accept_length for request in world.running]
+            return f"Verification accepts {_listed(accepted)} tokens; lengths are now {_listed(lengths)}."
+        case Remap():
+            return f"Request {event.request} gets its first pages re-mapped to those of request {event.prefix_of}."
+        case Replay():
+            times = "" if event.times == 1 else f", {event.times} times"
+            bucket = "" if event.bucket is None else f", bucket {event.bucket} if it fits"
+            return f"Replay {event.mode.value}{bucket}{times}: {_tell_batch(batch, event.mirror, event.order)}."
+        case Eager():
+            return f"Eager {event.mode.value}: {_tell_batch(batch, event.mirror, event.order)}."
+
+
+def _tell_batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
+    assert batch is not None
+    if not batch.size:
+        return "an empty batch"
+    told = f"lengths {_listed(batch.seq_lens)}, pool rows {_listed(batch.pool_rows)}"
+    if batch.mode is ForwardMode.DRAFT_EXTEND:
+        told += f", accepted {_listed(batch.accept_lengths)}"
+    if batch.extend_lens:
+        told += f", new tokens {_listed(batch.extend_lens)}"
+    if mirror is Mirror.STALE and batch.seq_lens_cpu is not None:
+        told += f", host mirror stale at {_listed(batch.seq_lens_cpu)}"
+    if mirror is Mirror.ABSENT:
+        told += ", no host mirror"
+    return told + ("" if order is Order.JOINED else f", order {order.value}")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers)) or "no"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

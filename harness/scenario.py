@@ -1,0 +1,271 @@
+"""A test case: one frozen, readable record of sizes, flags, events and a seed. It never holds tensor contents.
+
+The JSON form is the lasting record of a failure: a person can read and edit it, and it means the same bytes on every
+machine. ``SCHEMA_VERSION`` changes whenever an old file would mean something else.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reference.types import BackendConfig, ForwardMode, StepSemantics
+
+SCHEMA_VERSION: Literal[1] = 1
+MAX_BATCH = 4096
+MAX_STEPS = 8
+MAX_CONTEXT = 1 << 20
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot be used. The message is one line and names the cause."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PageLayout(enum.Enum):
+    """Order in which free pages are handed to requests."""
+
+    CONTIGUOUS = "contiguous"
+    DESCENDING = "descending"
+    INTERLEAVED = "interleaved"  # neighbouring pages belong to different requests
+    SHUFFLED = "shuffled"
+
+
+class Mirror(enum.Enum):
+    """State of the host copy ``seq_lens_cpu`` when the backend is called."""
+
+    EQUAL = "equal"
+    STALE = "stale"
+    ABSENT = "absent"
+
+
+class Order(enum.Enum):
+    """Order of the running requests within a batch."""
+
+    JOINED = "joined"
+    REVERSED = "reversed"
+    SHUFFLED = "shuffled"
+
+
+class Drive(enum.Enum):
+    """Whose methods the engine calls: the N-step backend's, or those of each of its single-step backends."""
+
+    MULTI_STEP = "multi_step"
+    SINGLE_STEP = "single_step"
+
+
+class IntDtype(enum.Enum):
+    INT32 = "int32"
+    INT64 = "int64"
+
+
+class Inputs(_Record):
+    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements."""
+
+    seq_lens: IntDtype = IntDtype.INT64
+    req_pool_indices: IntDtype = IntDtype.INT64
+    accept_length: IntDtype = IntDtype.INT32
+    strided: bool = False
+    wide_req_to_token: bool = False
+
+
+class Setup(_Record):
+    """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight."""
+
+    page_size: int = Field(ge=1, le=1024)
+    max_context_len: int = Field(ge=2, le=MAX_CONTEXT)
+    index_topk: int = Field(ge=1, le=MAX_CONTEXT)
+    num_steps: int = Field(ge=1, le=MAX_STEPS)
+    num_draft_tokens: int = Field(ge=1, le=MAX_STEPS)
+    step_semantics: StepSemantics = StepSemantics.SHARED
+    paged_mqa_num_sms: int = Field(default=0, ge=0, le=1024)
+    flashmla_num_sm_parts: int = Field(default=0, ge=0, le=1024)
+    pool_size: int = Field(ge=1, le=MAX_BATCH)
+    page_layout: PageLayout = PageLayout.CONTIGUOUS
+    drive: Drive = Drive.MULTI_STEP
+    inputs: Inputs = Inputs()
+
+    @property
+    def draft_overshoot(self) -> int:
+        """Tokens beyond seq_lens that drafting and verification may address."""
+        return max(self.num_draft_tokens, self.num_steps)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest request that can still be drafted for."""
+        return self.max_context_len - self.draft_overshoot
+
+    @model_validator(mode="after")
+    def _leaves_room_for_drafts(self) -> Setup:
+        if self.max_seq_len < 1:
+            raise ValueError(f"max_context_len must exceed the {self.draft_overshoot} tokens a draft may overshoot")
+        return self
+
+    def backend_config(self) -> BackendConfig:
+        return BackendConfig(
+            page_size=self.page_size,
+            max_context_len=self.max_context_len,
+            index_topk=self.index_topk,
+            speculative_num_steps=self.num_steps,
+            speculative_num_draft_tokens=self.num_draft_tokens,
+            step_semantics=self.step_semantics,
+            paged_mqa_num_sms=self.paged_mqa_num_sms,
+            flashmla_num_sm_parts=self.flashmla_num_sm_parts,
+        )
+
+
+GRAPH_MODES = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+
+
+def _has_a_graph(mode: ForwardMode) -> ForwardMode:
+    if mode not in GRAPH_MODES:
+        raise ValueError(f"{mode.value} has no graph; choose from {', '.join(m.value for m in GRAPH_MODES)}")
+    return mode
+
+
+GraphMode = Annotated[ForwardMode, AfterValidator(_has_a_graph)]
+
+
+class Capture(_Record):
+    """Capture a graph of ``mode`` for each bucket (padded batch size)."""
+
+    event: Literal["capture"] = "capture"
+    mode: GraphMode
+    buckets: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = Field(min_length=1)
+
+
+class Join(_Record):
+    """A request starts with ``seq_len`` cached tokens, on the pool row and pages freed last.
+
+    With ``prefix_of`` it shares its first ``prefix_pages`` pages with that running request (counted modulo the number
+    running). Nothing happens when the pool is full.
+    """
+
+    event: Literal["join"] = "join"
+    seq_len: int = Field(ge=1)
+    prefix_of: int | None = Field(default=None, ge=0)
+    prefix_pages: int = Field(default=1, ge=1)
+
+
+class Finish(_Record):
+    """Running request number ``request`` (modulo the number running) ends; its row and pages are free at once."""
+
+    event: Literal["finish"] = "finish"
+    request: int = Field(ge=0)
+
+
+class Accept(_Record):
+    """Verification accepted ``accept_lengths[i]`` tokens of running request i (repeated if there are more requests)."""
+
+    event: Literal["accept"] = "accept"
+    accept_lengths: tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...] = Field(min_length=1)
+
+
+class Remap(_Record):
+    """Running request ``request`` gets its first ``prefix_pages`` pages replaced by those of ``prefix_of``."""
+
+    event: Literal["remap"] = "remap"
+    request: int = Field(ge=0)
+    prefix_of: int = Field(ge=0)
+    prefix_pages: int = Field(default=1, ge=1)
+
+
+class Replay(_Record):
+    """The running requests go through the graph of ``mode``: ``times`` preparations, a replay after each.
+
+    ``bucket``: which captured graph; by default the smallest that holds the batch. If there is none, the engine calls
+    the backend eagerly, as a server does.
+    """
+
+    event: Literal["replay"] = "replay"
+    mode: GraphMode
+    bucket: int | None = Field(default=None, ge=1, le=MAX_BATCH)
+    mirror: Mirror = Mirror.EQUAL
+    order: Order = Order.JOINED
+    times: int = Field(default=1, ge=1, le=16)
+
+
+class Eager(_Record):
+    """The running requests go through ``mode`` without a graph.
+
+    ``extend_lens[i]`` (EXTEND only, repeated if there are more requests): how many of request i's tokens are new; the
+    others are a cached prefix.
+    """
+
+    event: Literal["eager"] = "eager"
+    mode: ForwardMode
+    mirror: Mirror = Mirror.EQUAL
+    order: Order = Order.JOINED
+    extend_lens: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+
+    @model_validator(mode="after")
+    def _extends_something(self) -> Eager:
+        if not self.extend_lens:
+            raise ValueError("extend_lens must name at least one length")
+        return self
+
+
+Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Field(discriminator="event")]
+
+
+class Scenario(_Record):
+    """What happens to one backend from its construction on.
+
+    optimizations: names of ``optimized.Optimizations`` switches; ignored when another backend is judged.
+    note: free text for the reader, such as where the case came from.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    note: str = ""
+    setup: Setup
+    optimizations: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    events: tuple[Event, ...] = ()
+
+    @model_validator(mode="after")
+    def _requests_fit_the_context(self) -> Scenario:
+        longest = self.setup.max_seq_len
+        for number, event in enumerate(self.events):
+            if isinstance(event, Join) and event.seq_len > longest:
+                raise ValueError(f"event {number}: seq_len {event.seq_len} leaves no room to draft; at most {longest}")
+        return self
+
+
+def to_json(scenario: Scenario) -> str:
+    """The scenario as readable JSON: one event a line, defaults left out."""
+    data = scenario.model_dump(mode="json", exclude_defaults=True)
+    events = [e.model_dump(mode="json", exclude_defaults=True) | {"event": e.event} for e in scenario.events]
+    data.pop("events", None)
+    head = {"schema_version": SCHEMA_VERSION, **data}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    body = ",\n".join("    " + json.dumps({"event": e.pop("event"), **e}) for e in events)
+    lines.append('  "events": [\n' + body + "\n  ]" if events else '  "events": []')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(text: str, source: str = "scenario") -> Scenario:
+    """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
+    try:
+        return Scenario.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ScenarioError(f"{source}: {place}: {message}{more}") from None
+
+
+def load(path: Path) -> Scenario:
+    """Read a scenario file. Raises ScenarioError if it cannot be read or is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return from_json(text, str(path))

@@ -1,0 +1,54 @@
+"""Saved failures: small JSON files that replay anywhere. A kill at any moment loses none.
+
+Each failure has up to two files named after the digest of the case as it was found: ``<digest>.raw.json``, written
+before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking gets further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from harness.scenario import Scenario, to_json
+
+
+def digest(scenario: Scenario) -> str:
+    """Twelve hex digits that name the scenario, whatever its note says."""
+    return hashlib.sha256(to_json(scenario.model_copy(update={"note": ""})).encode()).hexdigest()[:12]
+
+
+def save(scenario: Scenario, path: Path) -> None:
+    """Write the scenario to ``path`` in one step: other processes see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(to_json(scenario))
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)
+
+
+class FailureFiles:
+    """The files of one failure while it is being shrunk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stem: str | None = None
+
+    @property
+    def raw(self) -> Path:
+        return self.directory / f"{self._stem}.raw.json"
+
+    @property
+    def minimal(self) -> Path:
+        return self.directory / f"{self._stem}.min.json"
+
+    def record(self, scenario: Scenario, sentence: str) -> None:
+        """Keep a failing scenario: the first as the raw case, any later one as the smallest so far."""
+        noted = scenario.model_copy(update={"note": sentence})
+        if self._stem is None:
+            self._stem = digest(scenario)
+            save(noted, self.raw)
+        save(noted, self.minimal)

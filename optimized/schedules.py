@@ -1,0 +1,56 @@
+"""Work splits that attention kernels derive from lengths, each by one small launch. See ``reference.schedules``."""
+
+from __future__ import annotations
+
+import torch
+
+from optimized import kernels
+from optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
+from optimized.library import register
+
+# Tile of multiprocessors x rows that the paged-MQA schedule counts over: 64 counters a thread at 4 warps.
+SM_BLOCK = 128
+ROW_BLOCK = 64
+FLASHMLA_BLOCK = 512  # rows that one part is searched in at once
+
+assert kernels  # imported first: it decides how Triton runs
+
+
+def _launch_paged_mqa(context_lens: torch.Tensor, schedule: torch.Tensor, num_sms: int) -> None:
+    """context_lens [S, R] int32, schedule [S, 2 * (num_sms + 1)] int32; both dense within a step."""
+    paged_mqa_schedule_kernel[(context_lens.shape[0],)](
+        context_lens,
+        schedule,
+        context_lens.stride(0),
+        schedule.stride(0),
+        context_lens.shape[1],
+        num_sms,
+        SM_BLOCK,
+        ROW_BLOCK,
+    )
+
+
+def _launch_flashmla(
+    nsa_cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, num_sm_parts: int
+) -> None:
+    """nsa_cache_seqlens [S, R], metadata [S, 8 * num_sm_parts], num_splits [S, R + 1]; int32, dense within a step."""
+    flashmla_schedule_kernel[(nsa_cache_seqlens.shape[0],)](
+        nsa_cache_seqlens,
+        metadata,
+        num_splits,
+        nsa_cache_seqlens.stride(0),
+        metadata.stride(0),
+        num_splits.stride(0),
+        nsa_cache_seqlens.shape[1],
+        num_sm_parts,
+        FLASHMLA_BLOCK,
+    )
+
+
+paged_mqa_schedule = register(
+    "paged_mqa_schedule(Tensor context_lens, Tensor(a!) schedule, int num_sms) -> ()", _launch_paged_mqa
+)
+flashmla_schedule = register(
+    "flashmla_schedule(Tensor nsa_cache_seqlens, Tensor(a!) metadata, Tensor(b!) num_splits, int num_sm_parts) -> ()",
+    _launch_flashmla,
+)

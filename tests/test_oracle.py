@@ -1,0 +1,21 @@
+"""The main job: the oracle judges a backend, by default ``optimized/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.explore import Exploration
+from harness.plugin import Oracle
+
+Conclude = Callable[[Exploration], None]
+
+
+def test_saved_case(oracle: Oracle, verdict_of: Conclude, saved_case: Path) -> None:
+    """Every case of the corpus, or those of --oracle-replay, holds."""
+    verdict_of(oracle.judge_file(saved_case))
+
+
+def test_scenarios(oracle: Oracle, verdict_of: Conclude, shard: int) -> None:
+    """No scenario of this shard makes the backend differ from the reference in one live bit."""
+    verdict_of(oracle.explore(shard))
