@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from harness import report
+from harness import interpreter, report
 from harness.judge import OracleFailure, judge
 from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend
 from harness.scenario import Scenario, ScenarioError, load
@@ -81,6 +81,7 @@ def _torch_device(wanted: Device) -> torch.device:
     device = torch.device("cuda" if wanted is not Device.CPU and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.speed_up()
     return device
 
 

@@ -142,6 +142,14 @@ class StorageWatch:
     def forget_failure(self) -> None:
         self.failed_operation = self.failed_where = self._failure = None
 
+    @property
+    def swallowed_refusal(self) -> Exception | None:
+        """What an operation raised because of the capture, though the body caught it.
+
+        Some refusals invalidate the capture and some do not, by version of torch; a body that needs one is at fault.
+        """
+        return self._failure if "captur" in str(self._failure) else None
+
     def existed(self, tensor: torch.Tensor) -> bool:
         return StorageWeakRef(tensor.untyped_storage()) not in self._made  # type: ignore[no-untyped-call]
 
@@ -278,12 +286,13 @@ class CudaGraphRunner:
                 failure = error
             finally:
                 try:
-                    with _quiet_if(failure is not None):
+                    with _empty_is_legal():
                         graph.capture_end()
                     ended = True
                 except RuntimeError as error:
                     # The first failure is the cause; this one says only that the capture had been invalidated.
                     failure = failure or error
+        failure = failure or watch.swallowed_refusal
         if failure is None:
             return CudaCapturedGraph(graph, watch.found)
         self._recover(graph, pool, ended)
@@ -330,11 +339,10 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_if(failed: bool) -> Iterator[None]:
-    """A capture that failed early may be empty; the warning about that would hide the failure itself."""
+def _empty_is_legal() -> Iterator[None]:
+    """Torch warns of a capture that recorded nothing; a body with nothing to do is no fault of anybody."""
     with warnings.catch_warnings():
-        if failed:
-            warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         yield
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import report
+from harness import interpreter, report
 from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, explore
 from harness.judge import OracleFailure, Verdict, judge
 from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend
@@ -123,6 +123,7 @@ def pytest_configure(config: pytest.Config) -> None:
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.speed_up()
     try:
         spec = config.getoption("--oracle-backend")
         factory = optimized_backend if spec is None else load_backend(spec)

@@ -18,6 +18,11 @@ def round_up(count: int) -> int:
     return -(-count // WORDS_PER_VECTOR) * WORDS_PER_VECTOR
 
 
+def field_pitch(bs: int, num_rows: int) -> int:
+    """Distance between packed fields: the longest has one entry more than there are requests or rows."""
+    return round_up(max(bs, num_rows) + 1)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of one step's packed fields: slots ``pitch`` apart (``kernels.fields``), then the schedules."""
@@ -36,7 +41,7 @@ class Layout:
 
     @property
     def pitch(self) -> int:
-        return round_up(max(self.bs, self.num_rows) + 1)
+        return field_pitch(self.bs, self.num_rows)
 
     @property
     def num_slots(self) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from optimized import kernels
-from optimized.buffers import Layout, StepBuffers
+from optimized.buffers import StepBuffers, field_pitch
 from optimized.kernels import fields
 from optimized.kernels.lengths import expand_seqlens_kernel
+from optimized.launch import Launcher
 from optimized.library import register
 from reference.types import BackendConfig, ForwardBatch, ForwardMode
 
@@ -15,8 +16,10 @@ LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carrie
 
 assert kernels  # imported first: it decides how Triton runs
 
+_expand = Launcher(expand_seqlens_kernel)
 
-def kernel_mode(mode: ForwardMode) -> int:
+
+def row_layout(mode: ForwardMode) -> int:
     """How the kernels find the rows of each request."""
     if mode is ForwardMode.EXTEND:
         return int(fields.EXTEND.value)
@@ -111,7 +114,7 @@ def expand_seqlens(config: BackendConfig, batch: ForwardBatch, step: int, out: S
         out.layout.num_rows,
         config.rows_per_request(mode),
         extra_tokens(config, mode, step),
-        kernel_mode(mode),
+        row_layout(mode),
         config.step_advance(mode, 0) > 0,
         config.index_topk,
     )
@@ -131,20 +134,22 @@ def _launch(
     num_rows: int,
     rows_per_request: int,
     extra: int,
-    mode: int,
+    row_layout: int,
     advancing: bool,
     index_topk: int,
 ) -> None:
     """``packed`` [S, size] int32 (``kernels.fields``); seq_lens, query_lens [>= bs] int32 or int64, any stride."""
     num_steps = packed.shape[0]
     lens = seq_lens if query_lens is None else query_lens
-    per_request = bs if mode == fields.EXTEND.value else 0
-    expand_seqlens_kernel[((num_steps if advancing else 1) + per_request,)](
+    per_request = bs if row_layout == fields.EXTEND.value else 0
+    _expand(
+        (num_steps if advancing else 1) + per_request,
+        (row_layout, advancing, seq_lens.dtype, lens.dtype),
         packed,
         seq_lens,
         lens,
         packed.stride(0),
-        Layout(bs, num_rows, False, 0, 0).pitch,
+        field_pitch(bs, num_rows),
         num_steps,
         seq_lens.stride(0),
         lens.stride(0),
@@ -153,7 +158,7 @@ def _launch(
         rows_per_request,
         extra,
         index_topk,
-        mode,
+        row_layout,
         advancing,
         LENGTH_BLOCK,
     )
@@ -161,6 +166,6 @@ def _launch(
 
 expand_seqlens_op = register(
     "expand_seqlens(Tensor(a!) packed, Tensor seq_lens, Tensor? query_lens, int bs, int num_rows, "
-    "int rows_per_request, int extra, int mode, bool advancing, int index_topk) -> ()",
+    "int rows_per_request, int extra, int row_layout, bool advancing, int index_topk) -> ()",
     _launch,
 )

@@ -12,14 +12,18 @@ from optimized.buffers import Layout, StepBuffers
 from optimized.kernels import fields
 from optimized.kernels.copy import copy_steps_kernel
 from optimized.kernels.metadata import fill_metadata_kernel
+from optimized.launch import Launcher, is_wide
 from optimized.library import register
 from optimized.optimizations import Optimizations
 from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 CHUNK = 1024  # tokens of a page-table row moved at once: two 16-byte vectors a thread at 4 warps
-PROGRAMS = 8 * 132  # page-table programs that keep a large GPU's memory system busy
+PROGRAMS = 2 * 132  # page-table programs: more find no work in short rows and delay the launch (see docs/benchmarks.md)
 
 assert kernels  # imported first: it decides how Triton runs
+
+_fill = Launcher(fill_metadata_kernel)
+_copy = Launcher(copy_steps_kernel)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def fill(
         target.layout.num_rows,
         config.rows_per_request(mode),
         lengths.extra_tokens(config, mode, step),
-        lengths.kernel_mode(mode),
+        lengths.row_layout(mode),
         config.step_advance(mode, 0) > 0,
         config.index_topk,
         config.page_size,
@@ -211,7 +215,7 @@ def _launch_fill(
     num_rows: int,
     rows_per_request: int,
     extra: int,
-    mode: int,
+    row_layout: int,
     advancing: bool,
     index_topk: int,
     page_size: int,
@@ -227,7 +231,12 @@ def _launch_fill(
     lens = seq_lens if query_lens is None else query_lens
     table_steps, table_rows, _ = page_table.stride()
     pages_steps, pages_rows, _ = real_page_table.stride()
-    fill_metadata_kernel[(small_programs + bs * programs,)](
+    aligned = _source_aligned(req_to_token, source_stride)
+    flags = (row_layout, advancing, page_size, num_sms > 0, num_sm_parts > 0, flattened is not None, aligned)
+    inputs = (req_pool_indices.dtype, seq_lens.dtype, lens.dtype)
+    _fill(
+        small_programs + bs * programs,
+        (*flags, *inputs, is_wide(table_steps, pages_steps)),
         packed,
         page_table,
         real_page_table,
@@ -237,7 +246,7 @@ def _launch_fill(
         seq_lens,
         lens,
         packed.stride(0),
-        Layout(bs, num_rows, False, 0, 0).pitch,
+        buffers.field_pitch(bs, num_rows),
         table_steps,
         table_rows,
         pages_steps,
@@ -257,14 +266,14 @@ def _launch_fill(
         num_sms,
         num_sm_parts,
         programs,
-        mode,
+        row_layout,
         advancing,
         page_size,
         _page_lanes(page_size),
         num_sms > 0,
         num_sm_parts > 0,
         flattened is not None,
-        _source_aligned(req_to_token, source_stride),
+        aligned,
         lengths.LENGTH_BLOCK,
         schedules.SM_BLOCK,
         schedules.ROW_BLOCK,
@@ -292,10 +301,13 @@ def _launch_copy(
     _, table_rows, width = page_table.shape
     programs = _programs_per_row(table_rows, width)
     lengths_slot = (fields.CACHE_SEQLENS if extend else fields.SEQLENS_EXPANDED).value
-    pitch = Layout(bs, num_rows, False, 0, 0).pitch
+    pitch = buffers.field_pitch(bs, num_rows)
     flattened_size = 0 if flattened is None else flattened.shape[1]
     grid = table_rows * programs + -(-packed_size // CHUNK) + -(-flattened_size // CHUNK)
-    copy_steps_kernel[(grid,)](
+    aligned = _source_aligned(source_page_table, source_page_table.stride(1))
+    _copy(
+        grid,
+        (page_size, flattened is not None, aligned, is_wide(page_table.stride(0), real_page_table.stride(0))),
         packed,
         page_table,
         real_page_table,
@@ -322,7 +334,7 @@ def _launch_copy(
         page_size,
         _page_lanes(page_size),
         flattened is not None,
-        _source_aligned(source_page_table, source_page_table.stride(1)),
+        aligned,
         CHUNK,
     )
 
@@ -330,7 +342,7 @@ def _launch_copy(
 fill_metadata = register(
     "fill_metadata(Tensor(a!) packed, Tensor(b!) page_table, Tensor(c!) real_page_table, Tensor(d!)? flattened, "
     "Tensor req_to_token, Tensor req_pool_indices, Tensor seq_lens, Tensor? query_lens, int bs, int num_rows, "
-    "int rows_per_request, int extra, int mode, bool advancing, int index_topk, int page_size, int num_sms, "
+    "int rows_per_request, int extra, int row_layout, bool advancing, int index_topk, int page_size, int num_sms, "
     "int num_sm_parts) -> ()",
     _launch_fill,
 )

@@ -5,6 +5,8 @@ Methods and arguments are those of ``reference.multi_step``, plus ``init_forward
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from optimized import buffers, metadata
@@ -199,12 +201,9 @@ class MultiStepBackend:
             self._refresh(forward_batch, bs)
 
     def _refresh(self, forward_batch: ForwardBatch, bs: int) -> None:
-        mode = forward_batch.forward_mode
-        batch = ForwardBatch(
-            mode, bs, forward_batch.req_pool_indices, forward_batch.seq_lens, spec_info=forward_batch.spec_info
-        )
+        batch = forward_batch if forward_batch.batch_size == bs else dataclasses.replace(forward_batch, batch_size=bs)
         if self._together:
-            self.attn_backends[0].refresh(batch, self._buffers.captured(mode, bs))
+            self.attn_backends[0].refresh(batch, self._buffers.captured(batch.forward_mode, bs))
             return
         for backend in self.attn_backends:
-            backend.refresh(batch, backend.select(mode, bs))
+            backend.refresh(batch, backend.select(batch.forward_mode, bs))

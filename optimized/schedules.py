@@ -6,19 +6,25 @@ import torch
 
 from optimized import kernels
 from optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
+from optimized.launch import Launcher
 from optimized.library import register
 
-# Tile of multiprocessors x rows that the paged-MQA schedule counts over: 64 counters a thread at 4 warps.
-SM_BLOCK = 128
-ROW_BLOCK = 64
+# Tile of multiprocessors x rows that the paged-MQA schedule counts over: 16 counters a thread at 4 warps.
+SM_BLOCK = 64
+ROW_BLOCK = 32
 FLASHMLA_BLOCK = 512  # rows that one part is searched in at once
 
 assert kernels  # imported first: it decides how Triton runs
 
+_paged_mqa = Launcher(paged_mqa_schedule_kernel)
+_flashmla = Launcher(flashmla_schedule_kernel)
+
 
 def _launch_paged_mqa(context_lens: torch.Tensor, schedule: torch.Tensor, num_sms: int) -> None:
     """context_lens [S, R] int32, schedule [S, 2 * (num_sms + 1)] int32; both dense within a step."""
-    paged_mqa_schedule_kernel[(context_lens.shape[0],)](
+    _paged_mqa(
+        context_lens.shape[0],
+        (),
         context_lens,
         schedule,
         context_lens.stride(0),
@@ -34,7 +40,9 @@ def _launch_flashmla(
     nsa_cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, num_sm_parts: int
 ) -> None:
     """nsa_cache_seqlens [S, R], metadata [S, 8 * num_sm_parts], num_splits [S, R + 1]; int32, dense within a step."""
-    flashmla_schedule_kernel[(nsa_cache_seqlens.shape[0],)](
+    _flashmla(
+        nsa_cache_seqlens.shape[0],
+        (),
         nsa_cache_seqlens,
         metadata,
         num_splits,

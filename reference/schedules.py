@@ -21,10 +21,11 @@ def paged_mqa_schedule(context_lens: torch.Tensor, num_sms: int, next_n: int = 1
     over the multiprocessors, total // num_sms each, and one more to each of the last total % num_sms. Entry s is
     (atom, segment within the atom) at which multiprocessor s starts; the last entry is (number of atoms, 0).
 
-    A multiprocessor that starts at the end of all work (there is none: every length is 0) is given the last request.
-    An empty batch gives zeros.
+    Where there is no work (every length is 0) all start at the first atom of the last request. An empty batch gives
+    zeros.
 
-    Source: deepseek-ai/DeepGEMM, ``scheduler/paged_mqa_logits.cuh``.
+    Source: deepseek-ai/DeepGEMM at 245dc5d, ``scheduler/paged_mqa_logits.cuh``. Other versions deal the remainder to
+    the first multiprocessors, or end an idle one at the end of the batch.
     """
     lengths: list[int] = context_lens.tolist()
     schedule = torch.zeros(num_sms + 1, 2, dtype=torch.int32)
@@ -61,7 +62,7 @@ def flashmla_schedule(nsa_cache_seqlens: torch.Tensor, num_sm_parts: int) -> tup
     A part left without work has begin row = batch and end row = batch - 1. An empty batch gives end row -1 and
     end block 0.
 
-    Source: deepseek-ai/FlashMLA, ``get_decoding_sched_meta.cu`` and ``DecodingSchedMeta`` in ``params.h``.
+    Source: deepseek-ai/FlashMLA at 9a7d253, ``get_decoding_sched_meta.cu`` and ``DecodingSchedMeta`` in ``params.h``.
     """
     # 1. Blocks of each row, and what one part may spend.
     num_blocks = [ceil_div(max(length, 1), BLOCK_SIZE) for length in nsa_cache_seqlens.tolist()]

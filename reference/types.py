@@ -116,7 +116,11 @@ class Metadata:
     """Metadata of one step. Tensors are int32; R rows, bs requests, P = page_size.
 
     In a graph R = bs * rows_per_request and W = max_context_len. Eagerly R is the number of query tokens and W the
-    largest KV length. Cells of a page table at or beyond their row's ``seqlens_expanded`` are dead: unspecified.
+    largest KV length, so that every field has exactly its live rows.
+
+    A row's live columns are the first ``len`` of page_table_1 and the first ceil(len / P) of real_page_table, where
+    ``len`` is the row's seqlens_expanded (EXTEND: the request's cache_seqlens_int32). The other cells are dead:
+    unspecified, and no consumer may let them reach an output.
 
     ==============================  =======================  ==========================================================
     field                           shape                    value
@@ -130,19 +134,21 @@ class Metadata:
     nsa_cu_seqlens_q                [R + 1]                  arange
     page_table_1                    [R, W]                   slot of each token (EXTEND: [bs, W])
     real_page_table                 [R, ceil(W / P)]         page of each P tokens (EXTEND: [bs, ceil(W / P)])
-    paged_mqa_schedule_metadata     [num_sms + 1, 2]         see ``schedules.paged_mqa_schedule``; None if not asked
-    flashmla_metadata               [num_sm_parts, 8]        see ``schedules.flashmla_schedule``; None if not asked
-    flashmla_num_splits             [R + 1]                  cumulative splits; None if not asked
+    paged_mqa_schedule_metadata     [num_sms + 1, 2]         see ``schedules.paged_mqa_schedule``; else None
+    flashmla_metadata               [num_sm_parts, 8]        see ``schedules.flashmla_schedule``; else None
+    flashmla_num_splits             [R + 1]                  cumulative splits; else None
     topk_indices_offset             [R]                      EXTEND: where the request starts in the concatenated KV
     indexer_k_start_end             ([R], [R])               EXTEND: range of the concatenated KV a query token sees
     token_to_batch_idx              [R]                      EXTEND: request of each query token
     page_table_1_flattened          [sum(seq_lens)]          EXTEND with a cached prefix: slots of all tokens
     ==============================  =======================  ==========================================================
+
+    Schedules exist where the configuration asks for them, and never in EXTEND.
     """
 
     page_size: int
-    max_seq_len_q: int
-    max_seq_len_k: int
+    max_seq_len_q: int  # 1, except in EXTEND: the largest number of new tokens
+    max_seq_len_k: int  # W
     cache_seqlens_int32: torch.Tensor
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor

@@ -51,11 +51,11 @@ def load_lengths(
     valid: tl.tensor,
     rows_per_request: tl.tensor,
     extra: tl.tensor,
-    MODE: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor]:
     """KV length and number of query tokens of ``requests``; both 0 where not ``valid``."""
     kv_lens = tl.load(seq_lens + requests * seq_stride, mask=valid, other=0).to(tl.int32) + extra
-    if MODE == UNIFORM:
+    if ROW_LAYOUT == UNIFORM:
         q_lens = tl.where(valid, rows_per_request, 0)
     else:
         q_lens = tl.load(query_lens + requests * query_stride, mask=valid, other=0).to(tl.int32)
@@ -78,7 +78,7 @@ def write_lengths(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    MODE: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
     """Computes the length fields once and stores them to steps ``step_begin .. step_end - 1``.
@@ -102,7 +102,7 @@ def write_lengths(
         requests = start + lanes
         valid = requests < bs
         kv_lens, q_lens = load_lengths(
-            seq_lens, seq_stride, query_lens, query_stride, requests, valid, rows_per_request, extra, MODE
+            seq_lens, seq_stride, query_lens, query_stride, requests, valid, rows_per_request, extra, ROW_LAYOUT
         )
         kv_ends = kv_total + tl.cumsum(kv_lens, 0)
         row_ends = row_total + tl.cumsum(q_lens, 0)
@@ -113,11 +113,11 @@ def write_lengths(
             base = packed + step * step_stride
             tl.store(base + pitch * CACHE_SEQLENS + requests, kv_lens, mask=valid)
             tl.store(base + pitch * CU_SEQLENS_K + requests + 1, kv_ends, mask=valid)
-            if MODE == EXTEND:
+            if ROW_LAYOUT == EXTEND:
                 tl.store(base + pitch * CU_SEQLENS_Q + requests + 1, row_ends, mask=valid)
 
         # 2. Their query tokens: the j-th of all requests at once (j runs to a handful, requests to hundreds).
-        if MODE != EXTEND:
+        if ROW_LAYOUT != EXTEND:
             for j in range(rows_per_request):
                 rows = row_ends - q_lens + j
                 live = valid & (j < q_lens) & (rows < num_rows)
@@ -136,7 +136,7 @@ def write_lengths(
         nsa_total += tl.sum(nsa_lens, 0)
 
     # 3. The tail: rows that the graph reserves and this batch does not use.
-    if MODE != EXTEND:
+    if ROW_LAYOUT != EXTEND:
         for start in range(row_total, num_rows, BLOCK):
             rows = start + lanes
             tail = rows < num_rows
@@ -159,7 +159,7 @@ def sums_before(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    MODE: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Tokens of KV, rows, and selected keys of all requests before ``request``.
@@ -173,7 +173,15 @@ def sums_before(
     for start in range(0, request, BLOCK):
         requests = start + tl.arange(0, BLOCK)
         kv_lens, q_lens = load_lengths(
-            seq_lens, seq_stride, query_lens, query_stride, requests, requests < request, rows_per_request, extra, MODE
+            seq_lens,
+            seq_stride,
+            query_lens,
+            query_stride,
+            requests,
+            requests < request,
+            rows_per_request,
+            extra,
+            ROW_LAYOUT,
         )
         kv_sum += tl.sum(kv_lens, 0)
         row_sum += tl.sum(q_lens, 0)
@@ -244,7 +252,7 @@ def expand_seqlens_kernel(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    MODE: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,  # noqa: N803
     ADVANCING: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
@@ -256,12 +264,21 @@ def expand_seqlens_kernel(
         step_end = pid + 1 if ADVANCING else num_steps
         write_lengths(
             packed, stride, pitch, pid, step_end, seq_lens, seq_stride, query_lens, query_stride, bs, num_rows,
-            rows_per_request, extra + pid, index_topk, MODE, BLOCK,
+            rows_per_request, extra + pid, index_topk, ROW_LAYOUT, BLOCK,
         )  # fmt: skip
-    elif MODE == EXTEND:
+    elif ROW_LAYOUT == EXTEND:
         request = pid - distinct
         kv_begin, row_begin, nsa_begin = sums_before(
-            request, seq_lens, seq_stride, query_lens, query_stride, rows_per_request, extra, index_topk, MODE, BLOCK
+            request,
+            seq_lens,
+            seq_stride,
+            query_lens,
+            query_stride,
+            rows_per_request,
+            extra,
+            index_topk,
+            ROW_LAYOUT,
+            BLOCK,
         )
         kv_len = tl.load(seq_lens + request * seq_stride).to(tl.int32) + extra
         q_len = tl.load(query_lens + request * query_stride).to(tl.int32)

@@ -61,7 +61,7 @@ def fill_metadata_kernel(
     num_sms: tl.tensor,
     num_sm_parts: tl.tensor,
     programs_per_request: tl.tensor,
-    MODE: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,  # noqa: N803
     ADVANCING: tl.constexpr,  # noqa: N803
     PAGE_SIZE: tl.constexpr,  # noqa: N803
     PAGE_LANES: tl.constexpr,  # noqa: N803
@@ -94,7 +94,7 @@ def fill_metadata_kernel(
         step_end = step + 1 if ADVANCING else num_steps
         write_lengths(
             packed, stride, pitch, step, step_end, seq_lens, seq_stride, query_lens, query_stride, bs, num_rows,
-            rows_per_request, extra + step, index_topk, MODE, LENGTH_BLOCK,
+            rows_per_request, extra + step, index_topk, ROW_LAYOUT, LENGTH_BLOCK,
         )  # fmt: skip
         if small_kinds > 1:
             tl.debug_barrier()  # the stores above are this program's own loads below
@@ -126,14 +126,14 @@ def fill_metadata_kernel(
         # Which rows show this request. Prefill keeps one per request and gives its tokens fields of their own.
         row_begin = request * rows_per_request
         row_end = row_begin + rows_per_request
-        if MODE != UNIFORM:
+        if ROW_LAYOUT != UNIFORM:
             q_len = tl.load(query_lens + request * query_stride).to(tl.int32)
             kv_begin, row_begin, nsa_begin = sums_before(
-                request, seq_lens, seq_stride, query_lens, query_stride, rows_per_request, extra, index_topk, MODE,
-                LENGTH_BLOCK,
+                request, seq_lens, seq_stride, query_lens, query_stride, rows_per_request, extra, index_topk,
+                ROW_LAYOUT, LENGTH_BLOCK,
             )  # fmt: skip
             row_end = row_begin + q_len
-        if MODE == EXTEND:
+        if ROW_LAYOUT == EXTEND:
             write_extend_rows(
                 packed, stride, pitch, num_steps, request, kv_begin, row_begin, nsa_begin, kv_len, q_len, num_rows,
                 index_topk, first, programs_per_request, LENGTH_BLOCK,
@@ -147,7 +147,7 @@ def fill_metadata_kernel(
                         tl.store(target, slots, mask=columns < kv_len)
             row_begin = request
             row_end = request + 1
-        if MODE == RAGGED:
+        if ROW_LAYOUT == RAGGED:
             row_end = tl.minimum(row_end, num_rows)
 
         # The last step sees the most; what the others get beyond their own length is dead.

@@ -36,13 +36,14 @@ def write_table_rows(
     nothing at or beyond ``length`` is read or written. PAGE_LANES: a power of two, enough for the pages of a chunk.
     """
     lanes = tl.arange(0, CHUNK)
-    if SOURCE_ALIGNED:
-        source = tl.multiple_of(source, 16)
     for chunk in range(first, tl.cdiv(length, CHUNK), stride):
         begin = chunk * CHUNK
         columns = begin + lanes
         if begin + CHUNK <= length:
-            slots = tl.load(source + columns)
+            chunk_source = source + begin
+            if SOURCE_ALIGNED:
+                chunk_source = tl.multiple_of(chunk_source, 16)
+            slots = tl.load(chunk_source + lanes)
             for step in range(num_steps):
                 for row in range(row_begin, row_end):
                     target = tl.multiple_of(table + step * table_step_stride + row * table_row_stride, 16)

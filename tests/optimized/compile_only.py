@@ -21,14 +21,14 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, and before th
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
-from optimized.multi_step import MultiStepBackend  # noqa: E402
-from optimized.optimizations import Optimizations  # noqa: E402
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo, StepSemantics  # noqa: E402
+from optimized.multi_step import MultiStepBackend
+from optimized.optimizations import Optimizations
+from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo, StepSemantics
 
 
 class StandInDriver:
@@ -58,11 +58,11 @@ class Compilations:
         triton.runtime.driver.set_active(StandInDriver(capability))
         run = JITFunction.run
 
-        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
             name = compiled.metadata.name
             self.cubins.setdefault(name, {})[compiled.hash] = len(compiled.asm["cubin"])
-            return compiled
+            return  # nothing that a launch site could launch
 
         JITFunction.run = compile_only  # type: ignore[method-assign]
 
@@ -84,8 +84,8 @@ class Sizes:
 
 
 WARM_UP = [  # between them they set every flag that a batch can: aligned rows or not, a cached prefix or not
-    Sizes(1, 256, 2, 5, 2, 1, 16),
-    Sizes(2, 255, 3, 4, 2, 1, 16),
+    Sizes(1, 256, 2, 4, 2, 2, 16),
+    Sizes(2, 255, 3, 5, 2, 2, 16),
     Sizes(2, 256, 3, 1, 1, 2, 16),
     Sizes(3, 255, 3, 1, 1, 2, 16),
 ]

@@ -20,7 +20,7 @@ GRAPH_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]
 SENTINEL = 0x5A5A5A5A
 FIVE = ["precompute", "transform_table_cache", "strided_indices_cache", "batched_copy", "vectorized_seqlens"]
 COMMON = settings(
-    deadline=None, max_examples=20, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    deadline=None, max_examples=8, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -15,7 +15,7 @@ from reference import lengths, page_table
 from reference.metadata import compute_metadata
 from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
 
-_ = None  # a dead cell
+_: None = None  # a dead cell
 
 # Slots of four pooled requests, pages of 2 tokens: slot = page * 2 + offset.
 POOL = [

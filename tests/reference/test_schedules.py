@@ -185,6 +185,8 @@ def test_paged_mqa_deals_every_segment_once(context_lens: list[int], num_sms: in
         ([64, 1024, 64], 2, [[0, 1, 0, 11, 0, 0, 1], [1, 2, 11, 1, 1, 1, 0]], [0, 1, 3, 4]),
         # cost 6, payload 3 + 5 = 8: the second part is idle, from row 1 to row 0, end block of the last row
         ([64], 2, [[0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0]], [0, 1]),
+        # cost 6, payload 1 + 5 = 6: the row fits exactly, five parts are idle
+        ([64], 6, [[0, 0, 0, 1, 0, 0, 0], *[[1, 0, 0, 1, 0, 0, 0]] * 5], [0, 1]),
         ([128, 192], 1, [[0, 1, 0, 3, 0, 0, 0]], [0, 1, 2]),
         ([64], 1, [[0, 0, 0, 1, 0, 0, 0]], [0, 1]),
         ([65], 1, [[0, 0, 0, 2, 0, 0, 0]], [0, 1]),

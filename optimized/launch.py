@@ -1,0 +1,34 @@
+"""Launches a Triton kernel without asking Triton, each time, which compiled variant the arguments select.
+
+Triton derives the variant from every argument at every launch, which costs more host time than the launch itself.
+Our kernels specialise on nothing but the dtypes of a few tensors and some flags, so the launch site names those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+
+class Launcher:
+    """One kernel. The first launch of each variant goes through Triton, later ones to what it compiled."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[Hashable, ...], Any] = {}
+
+    def __call__(self, programs: int, variant: tuple[Hashable, ...], *args: Any) -> None:
+        """Launch ``programs`` instances. ``variant``: all that selects compiled code: dtypes, flags, wide strides.
+
+        The first argument is a tensor on the device to use.
+        """
+        compiled = self._compiled.get(key := (args[0].get_device(), *variant))
+        if compiled is None:
+            self._compiled[key] = self.kernel[(programs,)](*args)  # None in the interpreter: it compiles nothing
+        else:
+            compiled[(programs, 1, 1)](*args)
+
+
+def is_wide(*numbers: int) -> bool:
+    """Whether any of the numbers needs 64 bits, which changes the signature of a compiled kernel."""
+    return max(numbers) > 0x7FFFFFFF

@@ -1,0 +1,168 @@
+"""``python -m harness``: exit codes, one-line errors, and what a failure prints."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_detection import accept_two_then_one, one_replay
+
+from harness.judge import OracleFailure, judge
+from harness.protocol import load_backend
+from harness.report import tell
+from harness.scenario import Scenario, to_json
+from harness.seeds import save
+from reference.types import ForwardMode
+
+HERE = Path(__file__).parent
+PROJECT = HERE.parent.parent
+PASSES, FAILS, UNUSABLE = 0, 1, 2
+CASE = one_replay(ForwardMode.DECODE)
+OTHER = accept_two_then_one
+
+
+def run(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{HERE}", "COLUMNS": "300"}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def harness(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "harness", *words, cwd=cwd)
+
+
+def replay(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    return harness("replay", "--device", "cpu", *words, cwd=cwd)
+
+
+def saved(folder: Path, scenario: Scenario = CASE, name: str = "case.json") -> str:
+    save(scenario, folder / name)
+    return str(folder / name)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == UNUSABLE, done.stdout + done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(part in line for part in parts), line
+
+
+def test_cases_that_pass(tmp_path: Path) -> None:
+    one, other = saved(tmp_path), saved(tmp_path, OTHER, "other.json")
+    done = replay(one, other, "--backend", "planted:Clean")
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{one}: bit-exact (2 replays, 0 eager calls on cpu)",
+        f"{other}: bit-exact (4 replays, 0 eager calls on cpu)",
+    ]
+
+
+def test_optimized_is_judged_by_default(tmp_path: Path) -> None:
+    done = replay(saved(tmp_path))
+    assert done.returncode == PASSES, done.stdout + done.stderr
+
+
+def test_failure_is_told_in_reading_order_and_its_command_repeats_it(tmp_path: Path) -> None:
+    path = saved(tmp_path, OTHER, "a case.json")
+    done = replay(path, "--backend", "planted:ReusesLastAccept")
+    assert done.returncode == FAILS, done.stderr
+    assert done.stderr == ""
+    assert "Traceback" not in done.stdout
+
+    factory = load_backend("planted:ReusesLastAccept")
+    with pytest.raises(OracleFailure) as caught:
+        judge(OTHER, factory, torch.device("cpu"))
+    sentence = f"ORACLE FAILURE  {caught.value.finding.sentence()}"
+    lines = done.stdout.splitlines()
+    assert lines[0] == sentence
+    order = [
+        sentence,
+        "seqlens_expanded, step 0",  # the table
+        "row 1 (unused tail)",
+        tell(OTHER, failing_event=5),
+        "<- fails here",
+        f"saved:  {path}",
+        "replay: python -m harness replay ",
+    ]
+    places = [done.stdout.index(part) for part in order]
+    assert places == sorted(places)
+
+    command = shlex.split(lines[-1].removeprefix("replay: "))
+    assert command[0] == "python"
+    again = run(sys.executable, *command[1:])
+    assert again.returncode == FAILS
+    assert again.stdout == done.stdout
+
+
+def test_all_files_are_judged_though_one_fails(tmp_path: Path) -> None:
+    failing, passing = saved(tmp_path, OTHER), saved(tmp_path, CASE, "passing.json")
+    done = replay(failing, passing, "--backend", "planted:ReusesLastAccept")
+    assert done.returncode == FAILS
+    assert done.stdout.splitlines()[-1].startswith(f"{passing}: bit-exact")
+
+
+def test_malformed_file_is_refused_before_anything_is_judged(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"schema_version": 9}')
+    assert_one_line_error(replay(saved(tmp_path), str(broken)), str(broken), "schema_version")
+    assert_one_line_error(harness("show", str(broken)), str(broken), "schema_version")
+    assert_one_line_error(harness("show", str(tmp_path / "absent.json")), "absent.json", "No such file")
+
+
+@pytest.mark.parametrize(
+    ("backend", "cause"),
+    [
+        ("planted", "not of the form module:attribute"),
+        ("planted:", "not of the form module:attribute"),
+        ("absent_module:X", "cannot import absent_module"),
+        ("planted:Absent", "no attribute Absent"),
+        ("planted:LacksMethod", "lacks LacksMethod.init_forward_metadata"),
+        ("planted:ForwardMode.DECODE", "no attribute"),
+        ("math:pi", "not callable"),
+        (".planted:Clean", ".planted"),
+        ("broken_module:X", "broken_module"),
+    ],
+)
+def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    assert_one_line_error(replay(path, "--backend", backend, cwd=tmp_path), backend, cause)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu(tmp_path: Path) -> None:
+    assert_one_line_error(harness("replay", saved(tmp_path), "--device", "cuda"), "--device cuda", "cpu")
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    for words in (("replay",), ("show",), ("explode",), ("replay", saved(tmp_path), "--device", "tpu")):
+        done = harness(*words)
+        assert done.returncode == UNUSABLE
+        assert "Traceback" not in done.stderr
+
+
+def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:
+    done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout == f"found on a rainy day\n{tell(CASE)}\n"
+    assert "2. Replay DECODE: lengths 3, pool rows 0." in done.stdout
+
+
+def test_show_does_not_need_a_backend_or_evaluate_the_file(tmp_path: Path) -> None:
+    note = "__import__('pathlib').Path('pwned').touch()"
+    path = tmp_path / "case.json"
+    path.write_text(to_json(CASE.model_copy(update={"note": note})))
+    assert harness("show", str(path), cwd=tmp_path).returncode == PASSES
+    assert [p.name for p in tmp_path.iterdir()] == ["case.json"]
+
+
+def test_help_names_the_commands() -> None:
+    done = harness("--help")
+    assert done.returncode == PASSES
+    assert "replay" in done.stdout
+    assert "show" in done.stdout

@@ -1,0 +1,454 @@
+"""The judge on planted bugs, each with the smallest scenario that shows it, and on clean backends that must pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import torch
+
+from harness.compare import Finding, Kind
+from harness.explore import explore
+from harness.judge import OracleFailure, judge
+from harness.poison import SENTINELS
+from harness.protocol import BackendError, BackendFactory, checked
+from harness.scenario import (
+    GRAPH_MODES,
+    Accept,
+    Capture,
+    Drive,
+    Eager,
+    Event,
+    Finish,
+    Inputs,
+    Join,
+    Mirror,
+    PageLayout,
+    Replay,
+    Scenario,
+    Setup,
+)
+from reference.types import ForwardMode, StepSemantics
+
+DECODE, IDLE, VERIFY = ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY
+DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND = ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2, ForwardMode.EXTEND
+POISON = str(SENTINELS[0])
+POISON_PAGE = str(SENTINELS[0] // 4)
+
+
+def factory_of(build: Any) -> BackendFactory:
+    """The factory behind a class of (config, req_to_token), as ``--oracle-backend`` makes it."""
+    return lambda config, req_to_token, optimizations: checked(build(config, req_to_token), build.__name__)
+
+
+def case(*events: Event, **setup: Any) -> Scenario:
+    """A scenario on a pool of 3 rows of 4 pages of 4 tokens, with 1 draft step and 2 draft tokens."""
+    sizes = {
+        "page_size": 4,
+        "max_context_len": 16,
+        "index_topk": 8,
+        "num_steps": 1,
+        "num_draft_tokens": 2,
+        "pool_size": 3,
+    }
+    return Scenario(setup=Setup(**{**sizes, **setup}), events=events)
+
+
+def one_replay(mode: ForwardMode, seq_len: int = 3, **setup: Any) -> Scenario:
+    """One request through one graph, captured on a padded request of length 1 in an empty pool."""
+    return case(Capture(mode=mode, buckets=(1,)), Join(seq_len=seq_len), Replay(mode=mode), **setup)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """A planted bug, the scenario that shows it, and what the judge must say; ``place`` "~x" means: contains x."""
+
+    backend: Any
+    scenario: Scenario
+    kind: Kind
+    field: str
+    place: str = ""
+    got: str = ""
+    expected: str = ""
+    step: int | None = 0
+    event: int | None = 2
+    counts: tuple[int, int] | None = None
+    id: str = ""
+
+
+two_lengths = case(
+    Capture(mode=DECODE, buckets=(2,)),
+    Join(seq_len=3),
+    Join(seq_len=6),
+    Replay(mode=DECODE),
+    Finish(request=1),
+    Replay(mode=DECODE),
+)
+accept_two_then_one = case(
+    Capture(mode=DRAFT_EXTEND, buckets=(1,)),
+    Join(seq_len=3),
+    Accept(accept_lengths=(2,)),
+    Replay(mode=DRAFT_EXTEND),
+    Accept(accept_lengths=(1,)),
+    Replay(mode=DRAFT_EXTEND),
+)
+accept_none_and_two = case(
+    Capture(mode=DRAFT_EXTEND, buckets=(2,)),
+    Join(seq_len=3),
+    Join(seq_len=6),
+    Accept(accept_lengths=(0, 2)),
+    Replay(mode=DRAFT_EXTEND),
+)
+
+
+def mirror_case(mirror: Mirror) -> Scenario:
+    """One request that the host last saw at length 3 and that has 5 tokens now."""
+    return case(
+        Capture(mode=DECODE, buckets=(1,)),
+        Join(seq_len=3),
+        Accept(accept_lengths=(2,)),
+        Replay(mode=DECODE, mirror=mirror),
+    )
+
+
+ROW_0 = "row 0 (request 0, draft token 0)"
+
+PLANTS = (
+    # Replay buffers. Joining in an empty pool gives row 0 and pages 1, 2, ...: slots 4, 5, ...
+    Plant(
+        planted.KeepsPageTable, one_replay(DECODE), Kind.VALUE, "page_table_1",
+        f"{ROW_0}, column 0", POISON, "4", counts=(3, 3), id="page table not refilled",
+    ),
+    Plant(
+        planted.KeepsRealPageTable, one_replay(DECODE), Kind.VALUE, "real_page_table",
+        f"{ROW_0}, page column 0", POISON_PAGE, "1", counts=(1, 1), id="real page table not refilled",
+    ),
+    Plant(
+        planted.RebuildsMetadata, one_replay(DECODE), Kind.ADDRESS, "cache_seqlens_int32", id="replay rebuilds all",
+    ),
+    Plant(
+        planted.RebuildsOneField, one_replay(DECODE), Kind.ADDRESS, "nsa_cu_seqlens_k", id="replay rebuilds one field",
+    ),
+    Plant(
+        planted.DropsFieldAtReplay, one_replay(DECODE), Kind.ADDRESS, "nsa_cu_seqlens_k", id="replay drops one field",
+    ),
+    Plant(
+        planted.UpdatesTwin, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "1", "3", counts=(1, 1), id="only the twin updated",
+    ),
+    Plant(
+        planted.UpdatesTwin, one_replay(DECODE, drive=Drive.SINGLE_STEP), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "1", "3", counts=(1, 1), id="only the twin updated, single-step drive",
+    ),
+    Plant(
+        planted.MixesBuckets,
+        case(Capture(mode=DECODE, buckets=(1, 2)), Join(seq_len=3), Replay(mode=DECODE)),
+        Kind.VALUE, "cache_seqlens_int32", "request 0", "1", "3", id="another bucket's buffers updated",
+    ),
+    Plant(
+        planted.KeepsPagedMqaSchedule, one_replay(DECODE, 257, max_context_len=300, paged_mqa_num_sms=2),
+        Kind.VALUE, "paged_mqa_schedule_metadata", "multiprocessor 1, entry 1", "0", "1", counts=(1, 6),
+        id="paged MQA schedule kept",
+    ),
+    Plant(
+        planted.KeepsFlashMlaSchedule,
+        one_replay(DECODE, 65, max_context_len=300, index_topk=200, flashmla_num_sm_parts=1),
+        Kind.VALUE, "flashmla_metadata", "part 0, entry 3", "1", "2", counts=(1, 7), id="FlashMLA schedule kept",
+    ),
+    Plant(
+        planted.KeepsCuSeqlensK, one_replay(VERIFY), Kind.VALUE, "nsa_cu_seqlens_k",
+        # Captured at length 1: tokens see 2 and 3 of 3. Replayed at 3: 4 and 5.
+        "bound before row 1", "2", "4", counts=(2, 3), id="cumulative lengths kept",
+    ),
+    # Steps
+    Plant(
+        planted.SkipsLastStep, one_replay(DECODE, num_steps=3), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "1", "3", step=2, id="last step skipped",
+    ),
+    Plant(
+        planted.LastStepForAll,
+        one_replay(DECODE, num_steps=3, step_semantics=StepSemantics.ADVANCING),
+        Kind.VALUE, "cache_seqlens_int32", "request 0", "6", "4", id="all steps get the last step's lengths",
+    ),
+    Plant(
+        planted.OneStepTooFew, one_replay(DECODE, num_steps=3), Kind.SHAPE, "attn_backends",
+        "", "2 steps", "3 steps", step=None, id="one step too few",
+    ),
+    # Lengths
+    Plant(
+        planted.ReadsMirror, mirror_case(Mirror.STALE), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "3", "5", event=3, id="stale mirror read",
+    ),
+    Plant(
+        planted.ReadsMirror, mirror_case(Mirror.ABSENT), Kind.CRASH, "AssertionError",
+        "~planted.py", "no host mirror to read", "no exception", step=None, event=3, id="absent mirror read",
+    ),
+    Plant(
+        planted.VerifyForgetsDrafts, one_replay(VERIFY), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "3", "5", id="verify loses the drafts",
+    ),
+    Plant(
+        planted.WindowOffByOne, accept_none_and_two, Kind.VALUE, "seqlens_expanded",
+        "row 0 (request 1, draft token 0)", "6", "7", event=4, counts=(2, 4), id="draft-extend window off by one",
+    ),
+    Plant(
+        planted.IgnoresAccept, accept_none_and_two, Kind.VALUE, "seqlens_expanded",
+        "row 0 (request 1, draft token 0)", "2", "7", event=4, counts=(4, 4), id="accept lengths ignored",
+    ),
+    Plant(
+        planted.ReusesLastAccept, accept_two_then_one, Kind.VALUE, "seqlens_expanded",
+        ROW_0, "5", "6", event=5, counts=(2, 2), id="last accept reused",
+    ),
+    Plant(
+        planted.SkipsPaddingRows, two_lengths, Kind.VALUE, "cache_seqlens_int32",
+        "request 1 (padding)", "6", "1", event=5, counts=(1, 2), id="padding not written",
+    ),
+    Plant(
+        planted.NegativeLengths,
+        case(Capture(mode=DRAFT_EXTEND_V2, buckets=(1,)), Replay(mode=DRAFT_EXTEND_V2), num_draft_tokens=4),
+        Kind.VALUE, "seqlens_expanded", "row 0 (request 0 (padding), draft token 0)", "-2", "0",
+        event=1, counts=(2, 4), id="negative length",
+    ),
+    Plant(
+        planted.KeepsTail, accept_two_then_one, Kind.VALUE, "seqlens_expanded",
+        "row 1 (unused tail)", "5", "0", event=5, counts=(1, 2), id="tail keeps old lengths",
+    ),
+    Plant(
+        planted.TailFallsToZero, accept_two_then_one, Kind.VALUE, "nsa_cu_seqlens_k",
+        "bound before row 2", "0", "6", event=5, counts=(1, 3), id="tail of the cumulative lengths falls to 0",
+    ),
+    Plant(
+        planted.ForgetsTopK, one_replay(DECODE, 9), Kind.VALUE, "nsa_cache_seqlens_int32",
+        ROW_0, "9", "8", id="top-k limit forgotten",
+    ),
+    Plant(
+        planted.CuSeqlensAreLengths, two_lengths, Kind.VALUE, "cu_seqlens_k",
+        "bound before request 2", "6", "9", event=3, counts=(1, 3), id="lengths for cumulative lengths",
+    ),
+    # Page tables
+    Plant(
+        planted.NarrowTable, one_replay(DECODE), Kind.SHAPE, "page_table_1",
+        "", "[1, 14]", "[1, 16]", id="table narrower than the graph's",
+    ),
+    Plant(
+        planted.NarrowFill, one_replay(VERIFY, 14), Kind.VALUE, "page_table_1",
+        # 14 tokens and 2 drafts: the first draft sees 15 columns, of which 14 were written.
+        f"{ROW_0}, column 14", POISON, "18", counts=(3, 31), id="overshoot columns not written",
+    ),
+    Plant(
+        planted.SortsPages, one_replay(DECODE, 5, page_layout=PageLayout.DESCENDING),
+        # 12 pages, the request has 12, 11.
+        Kind.VALUE, "real_page_table", f"{ROW_0}, page column 0", "11", "12", counts=(2, 2), id="pages sorted",
+    ),
+    Plant(
+        planted.ReadsRawPoolRow,
+        case(
+            Capture(mode=DECODE, buckets=(1,)),
+            Join(seq_len=3),
+            Join(seq_len=5),
+            Finish(request=0),
+            Replay(mode=DECODE),
+        ),
+        # The request left has pool row 1, whose pages are those after the two of the first.
+        Kind.VALUE, "page_table_1", f"{ROW_0}, column 0", POISON, "12", event=4, counts=(5, 5), id="raw pool row",
+    ),
+    # Form of the output
+    Plant(
+        planted.Int64Lengths, one_replay(DECODE), Kind.DTYPE, "cache_seqlens_int32",
+        "", "torch.int64", "torch.int32", id="int64 output",
+    ),
+    Plant(planted.OneRowTooMany, one_replay(DECODE), Kind.SHAPE, "seqlens_expanded", "", "[2]", "[1]", id="spare row"),
+    Plant(
+        planted.LacksQueryBounds, one_replay(DECODE), Kind.MISSING, "nsa_cu_seqlens_q",
+        "", "None", "a tensor of shape [2]", id="field missing",
+    ),
+    Plant(
+        planted.LacksPageTable, one_replay(DECODE), Kind.MISSING, "page_table_1",
+        "", "None", "a tensor of shape [1, 16]", id="page table missing",
+    ),
+    Plant(
+        planted.LacksExpandedLengths, one_replay(DECODE), Kind.MISSING, "seqlens_expanded",
+        "", "None", "a tensor of shape [1]", id="expanded lengths missing",
+    ),
+    Plant(
+        planted.LacksExpandedLengths, case(Join(seq_len=3), Eager(mode=DECODE)), Kind.MISSING, "seqlens_expanded",
+        "", "None", "a tensor of shape [1]", event=1, id="expanded lengths missing, eager",
+    ),
+    Plant(
+        planted.OffersPrefillField, one_replay(DECODE), Kind.UNEXPECTED, "topk_indices_offset",
+        "", "a tensor of shape [1]", "None", id="field of another mode",
+    ),
+    Plant(
+        planted.WrongHostScalar, one_replay(DECODE), Kind.HOST_SCALAR, "max_seq_len_q",
+        "", "2", "1", id="wrong host scalar",
+    ),
+    # Eager calls
+    Plant(
+        planted.EagerReadsPadding, case(Join(seq_len=3), Eager(mode=DECODE)), Kind.SHAPE, "page_table_1",
+        "", "[1, 16]", "[1, 3]", event=1, id="eager table as wide as a graph's",
+    ),
+    Plant(
+        planted.EagerReadsPadding,
+        case(Capture(mode=DECODE, buckets=(1,)), Join(seq_len=3), Join(seq_len=5), Replay(mode=DECODE)),
+        Kind.SHAPE, "page_table_1", "", "[2, 16]", "[2, 5]", event=3, id="batch outgrows its bucket",
+    ),
+    Plant(
+        planted.PrefillForgetsPrefix,
+        case(Join(seq_len=10), Join(seq_len=4), Eager(mode=EXTEND, extend_lens=(3, 2))),
+        Kind.VALUE, "seqlens_expanded", ROW_0, "1", "8", counts=(5, 5), id="prefill forgets the prefix",
+    ),
+    Plant(
+        planted.PrefillSwapsTables,
+        case(Join(seq_len=10), Join(seq_len=4), Eager(mode=EXTEND, extend_lens=(3, 2))),
+        # One row a request: the second request's pages begin behind the 3 of the first.
+        Kind.VALUE, "page_table_1", "~request 1", "4", "16", counts=(4, 14), id="prefill table of another request",
+    ),
+    # Memory that is not the backend's to write
+    Plant(
+        planted.WritesOneRowBeyond, one_replay(DECODE), Kind.GUARD, "~buffer of shape [1, 16]",
+        "", "a written guard band", "no write around it", step=None, id="one row beyond",
+    ),
+    Plant(
+        planted.WritesReqToToken, one_replay(DECODE), Kind.INPUT, "req_to_token", step=None, id="writes the pool",
+    ),
+    Plant(
+        planted.WritesBesideReqToToken, one_replay(DECODE, inputs=Inputs(wide_req_to_token=True)),
+        Kind.INPUT, "req_to_token", step=None, id="writes beside the pool",
+    ),
+    Plant(planted.WritesSeqLens, one_replay(DECODE), Kind.INPUT, "seq_lens", step=None, id="writes the lengths"),
+    # Captured graphs
+    Plant(
+        planted.SyncsInCapture, one_replay(DECODE), Kind.CAPTURE, "torch.Tensor.item",
+        "~planted.py", "", "a capturable operation", step=None, event=0, id="host sync in capture",
+    ),
+    Plant(
+        planted.FreezesLength, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "1", "3", id="length frozen into the graph",
+    ),
+    # Exceptions
+    Plant(
+        planted.RaisesWhenBuilt, one_replay(DECODE), Kind.CRASH, "RuntimeError",
+        "~planted.py", "no such device", "no exception", step=None, event=None, id="raises when built",
+    ),
+    Plant(
+        planted.RaisesAtReplay, one_replay(DECODE), Kind.CRASH, "IndexError",
+        "~in refresh", "row 3 of 2", "no exception", step=None, id="raises at replay",
+    ),
+)  # fmt: skip
+
+
+def matches(said: str, wanted: str) -> bool:
+    return wanted[1:] in said if wanted.startswith("~") else not wanted or said == wanted
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.id)
+def test_planted_bug_is_named(plant: Plant, device: torch.device) -> None:
+    with pytest.raises(OracleFailure) as caught:
+        judge(plant.scenario, factory_of(plant.backend), device)
+    finding, event = caught.value.finding, caught.value.event
+    assert (finding.kind, finding.step, event) == (plant.kind, plant.step, plant.event), finding.sentence()
+    assert matches(finding.field, plant.field), finding.sentence()
+    assert matches(finding.place, plant.place), finding.sentence()
+    assert matches(finding.got, plant.got), finding.sentence()
+    assert matches(finding.expected, plant.expected), finding.sentence()
+    if plant.counts is not None:
+        assert (finding.differing, finding.compared) == plant.counts, finding.sentence()
+    assert caught.value.scenario == plant.scenario
+    assert str(caught.value) == finding.sentence()
+    assert len(finding.sentence().splitlines()) == 1
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.id)
+def test_scenario_of_a_plant_passes_without_it(plant: Plant, device: torch.device) -> None:
+    """Otherwise the finding above would say nothing about the plant."""
+    verdict = judge(plant.scenario, factory_of(planted.Clean), device)
+    runs = [e for e in plant.scenario.events if isinstance(e, Replay | Eager)]
+    assert verdict.cases == 1
+    assert verdict.replays + verdict.eager_calls == 2 * len(runs)
+
+
+FREEDOMS = (
+    planted.Clean,
+    planted.FillsDeadCells,
+    planted.LeavesScheduleColumn,
+    planted.WritesArangeAtCapture,
+    planted.AliasesFields,
+    planted.RecomputesTwice,
+    planted.PreparesInGraph,
+)
+
+
+def every_mode(page_size: int, **setup: Any) -> Scenario:
+    """All modes in graphs and eagerly, padded and full, small after large, with a host that lags behind."""
+    round_of_replays: list[Event] = [
+        *(Replay(mode=mode, mirror=Mirror.STALE, times=2) for mode in GRAPH_MODES),
+        *(Eager(mode=mode, extend_lens=(2, 1)) for mode in ForwardMode),
+    ]
+    sizes = {"page_size": page_size, "max_context_len": 21, "paged_mqa_num_sms": 3, "flashmla_num_sm_parts": 2}
+    return case(
+        *(Capture(mode=mode, buckets=(1, 3)) for mode in GRAPH_MODES),
+        Join(seq_len=9),
+        *round_of_replays,
+        Join(seq_len=4, prefix_of=0),
+        Accept(accept_lengths=(2, 0)),
+        *round_of_replays,
+        Finish(request=0),
+        *round_of_replays,
+        **{**sizes, **setup},
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("backend", FREEDOMS, ids=lambda backend: backend.__name__)
+def test_freedom_of_the_contract_passes(backend: Any, page_size: int, device: torch.device) -> None:
+    verdict = judge(every_mode(page_size, num_steps=2), factory_of(backend), device)
+    assert verdict.replays == 2 * 3 * 2 * len(GRAPH_MODES)  # two poisons, three rounds, each replay twice
+    assert verdict.eager_calls == 2 * 3 * len(ForwardMode)
+
+
+@pytest.mark.parametrize("drive", Drive)
+@pytest.mark.parametrize("semantics", StepSemantics)
+def test_reference_passes(drive: Drive, semantics: StepSemantics, device: torch.device) -> None:
+    inputs = Inputs(strided=True, wide_req_to_token=True)
+    scenario = every_mode(4, num_steps=3, drive=drive, step_semantics=semantics, inputs=inputs)
+    assert judge(scenario, factory_of(planted.Clean), device).tally.cells > 0
+
+
+def test_reference_passes_exploration(device: torch.device, tmp_path: Path) -> None:
+    outcome = explore(factory_of(planted.Clean), device, 15, seed=1, save_dir=tmp_path, switches=False)
+    assert outcome.failure is None
+    assert outcome.verdict.cases == 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_passed_scenarios_are_counted(device: torch.device) -> None:
+    """A verdict says what was covered by scenarios that passed, both runs of each."""
+    verdict = judge(two_lengths, factory_of(planted.Clean), device)
+    before = dataclasses.replace(verdict, tally=dataclasses.replace(verdict.tally))
+    with pytest.raises(OracleFailure):
+        judge(two_lengths, factory_of(planted.SkipsPaddingRows), device, verdict)
+    assert verdict == before
+
+
+def test_backend_that_cannot_be_judged_is_not_a_failure(device: torch.device) -> None:
+    with pytest.raises(BackendError, match=r"lacks LacksMethod\.init_forward_metadata; "):
+        judge(one_replay(DECODE), factory_of(planted.LacksMethod), device)
+
+
+def test_second_poison_catches_what_happens_to_equal_the_first(device: torch.device) -> None:
+    """A value that is right only because of what lay in an unwritten cell is wrong under the other sentinel."""
+
+    class GuessesPoison(planted.Step):
+        def refresh(self, buffers: Any, batch: Any) -> None:
+            super().refresh(buffers, batch)
+            # The last cell of the row is dead: with the first sentinel the sum is as if nothing had been added.
+            buffers.cache_seqlens_int32.add_(self.req_to_token[0, -1] - SENTINELS[0])
+
+    with pytest.raises(OracleFailure) as caught:
+        judge(one_replay(DECODE), factory_of(planted.backend_of(GuessesPoison)), device)
+    finding: Finding = caught.value.finding
+    assert (finding.kind, finding.field) == (Kind.VALUE, "cache_seqlens_int32")
+    assert finding.got == str(3 + SENTINELS[1] - SENTINELS[0])

@@ -1,0 +1,218 @@
+"""The pytest plugin, run as people run it: pytest in a process of its own, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import planted
+import pytest
+import torch
+from test_detection import accept_two_then_one, factory_of, one_replay
+
+from harness.explore import SHARDS
+from harness.judge import OracleFailure, judge
+from harness.scenario import load
+from harness.seeds import save
+from reference.types import ForwardMode
+
+HERE = Path(__file__).parent
+PROJECT = HERE.parent.parent
+OPTIONS = ("profile", "device", "backend", "replay", "save", "budget")
+CLEAN, BROKEN = "planted:Clean", "planted:VerifyForgetsDrafts"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one pytest process left behind."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+    @property
+    def summary(self) -> str:
+        """The line that ends the oracle's part."""
+        return next((line for line in self.output.splitlines() if line.startswith("oracle: ") and "cases" in line), "")
+
+    @property
+    def totals(self) -> list[int]:
+        """Cases, replays, eager calls, fields, cells."""
+        row = re.findall(r"^│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+)", self.output, re.MULTILINE)
+        return [int(number.replace(",", "")) for number in row[0]]
+
+    @property
+    def failures(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("FAILED: ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with nothing in it but the oracle's own tests and one that has nothing to do with it."""
+    tests = (PROJECT / "tests" / "test_oracle.py").read_text(encoding="utf-8")
+    (tmp_path / "test_oracle.py").write_text(tests, encoding="utf-8")
+    (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return tmp_path
+
+
+def run(folder: Path, *words: str) -> Run:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        "PYTHONPATH": f"{PROJECT}{os.pathsep}{HERE}",
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "--oracle-device=cpu", *words]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def shards(*numbers: int) -> list[str]:
+    return [f"test_oracle.py::test_scenarios[{number}]" for number in numbers]
+
+
+def failure_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_option_is_documented(folder: Path) -> None:
+    text = run(folder, "--help").output
+    start = text.index("correctness oracle")
+    ours = text[start : text.index("\n\n", start)]
+    for option in OPTIONS:
+        described = re.search(rf"--oracle-{option}[= ]\S+\s+(\w.+)", ours)
+        assert described, f"--oracle-{option} is not described"
+    assert "default: pr" in ours
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["--oracle-profile=huge"], "invalid choice: 'huge'"),
+        (["--oracle-device=tpu"], "invalid choice: 'tpu'"),
+        (["--oracle-budget=soon"], "invalid float value: 'soon'"),
+        (["--oracle-budget=nan"], "nan"),
+        (["--oracle-backend=planted"], "backend 'planted' is not of the form module:attribute"),
+        (["--oracle-backend=absent_module:X"], "cannot import absent_module"),
+        (["--oracle-backend=broken_module:X"], "broken_module"),
+        (["--oracle-backend=planted:LacksMethod", *shards(0)], "lacks LacksMethod.init_forward_metadata"),
+        (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
+        (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
+        (["--oracle-save=pytest.ini"], "pytest.ini"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_unusable_value_is_refused_in_one_line(words: list[str], cause: str, folder: Path) -> None:
+    (folder / "malformed.json").write_text("{}")
+    (folder / "broken_module.py").write_text("1 / 0\n")
+    done = run(folder, *words)
+    assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output[-2000:]
+    said = [line for line in done.errors.splitlines() if cause in line]
+    assert len(said) == 1, done.errors
+    assert "Traceback" not in done.errors + done.output
+    assert done.output == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_refused(folder: Path) -> None:
+    done = run(folder, "--oracle-device=cuda")
+    assert done.exit_code == pytest.ExitCode.USAGE_ERROR
+    assert done.errors.strip() == "ERROR: --oracle-device cuda: torch sees no CUDA device here; use cpu or auto"
+
+
+def test_clean_backend(folder: Path) -> None:
+    done = run(folder, f"--oracle-backend={CLEAN}", "--oracle-profile=dev", *shards(1))
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    cases, replays, eager_calls, fields, cells = done.totals
+    assert cases == 48 // SHARDS
+    assert replays + eager_calls > 0
+    assert cells > fields > 0
+    assert done.summary == f"oracle: {cases} cases passed, {replays} replays, all bit-exact"
+    assert "boundary classes visited (cases): " in done.output
+    assert f"oracle: judging {CLEAN} on cpu, profile dev, seed 0" in done.output
+    assert not (folder / "failures").exists()
+
+
+def test_same_session_twice_is_the_same(folder: Path) -> None:
+    words = [f"--oracle-backend={CLEAN}", "--oracle-profile=dev", *shards(2)]
+    assert run(folder, *words).totals == run(folder, *words).totals
+
+
+def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: torch.device) -> None:
+    done = run(folder, f"--oracle-backend={BROKEN}", "--oracle-profile=dev", "--oracle-save=kept", *shards(0, 1))
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert "Traceback" not in done.output
+    assert not (folder / "failures").exists()
+
+    count = len(done.failures)
+    assert count in (1, 2)
+    assert done.summary.endswith(f"{count} FAILED")
+    minimal = sorted((folder / "kept").glob("*.min.json"))
+    raw = sorted((folder / "kept").glob("*.raw.json"))
+    assert [p.name[:12] for p in minimal] == [p.name[:12] for p in raw]
+    assert 1 <= len(minimal) <= count
+    assert len(failure_files(folder / "kept")) == 2 * len(minimal), "nothing else is left there"
+    for path in minimal:
+        with pytest.raises(OracleFailure):
+            judge(load(path), factory_of(planted.VerifyForgetsDrafts), device)
+
+    # The case says the same when replayed by itself, and nothing but that case is judged then.
+    path = minimal[0].relative_to(folder)
+    again = run(folder, f"--oracle-backend={BROKEN}", f"--oracle-replay={path}")
+    assert again.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert re.search(r"1 failed, \d+ deselected", again.output)
+    sentence = load(minimal[0]).note
+    assert again.failures == [f"FAILED: {sentence}"]
+    assert f"ORACLE FAILURE  {sentence}" in again.output
+    assert failure_files(folder) == failure_files(folder), "a replayed case is not saved again"
+    assert not (folder / "failures").exists()
+
+    mended = run(folder, f"--oracle-backend={CLEAN}", f"--oracle-replay={path}")
+    assert mended.exit_code == pytest.ExitCode.OK
+    assert mended.summary.startswith("oracle: 1 cases passed, ")
+
+
+def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
+    save(one_replay(ForwardMode.DECODE), folder / "one.json")
+    save(accept_two_then_one, folder / "other.json")
+    done = run(
+        folder, "-v", f"--oracle-backend={CLEAN}", "--oracle-replay=one.json", f"--oracle-replay={folder}/other.json"
+    )
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert re.findall(r"^(\S+) PASSED", done.output, re.MULTILINE) == [
+        "test_oracle.py::test_saved_case[one]",
+        "test_oracle.py::test_saved_case[other]",
+    ]
+    assert done.totals[:3] == [2, 6, 0]
+
+
+def test_workers_neither_lose_nor_double_anything(folder: Path) -> None:
+    """Side by side with one process: the same failures, the same files, the same sums."""
+    words = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(0, 1, 2, 3)]
+    alone = run(folder, *words, "--oracle-save=alone", "-p", "no:xdist")
+    together = run(folder, *words, "--oracle-save=together", "-n", "2")
+    assert together.exit_code == alone.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert sorted(together.failures) == sorted(alone.failures)
+    assert len(alone.failures) >= 2, "one failure proves nothing about sums"
+    assert failure_files(folder / "together") == failure_files(folder / "alone")
+    assert together.totals == alone.totals
+    assert together.summary == alone.summary
+
+
+def test_budget_of_nothing_judges_nothing_and_says_so(folder: Path) -> None:
+    done = run(folder, f"--oracle-backend={BROKEN}", "--oracle-profile=dev", "--oracle-budget=0")
+    assert done.exit_code == pytest.ExitCode.OK
+    assert done.summary == "oracle: 0 cases passed, 0 replays, nothing judged"
+    assert not (folder / "failures").exists()
+
+
+def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:
+    done = run(folder, "test_other.py")
+    assert done.exit_code == pytest.ExitCode.OK
+    assert done.summary == ""

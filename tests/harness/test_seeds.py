@@ -1,0 +1,130 @@
+"""Saved failures: whole or absent, the raw case before shrinking starts, none lost and none twice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import torch
+from test_detection import accept_two_then_one, factory_of, one_replay, two_lengths
+
+from harness.explore import explore
+from harness.judge import OracleFailure, judge
+from harness.scenario import Scenario, load, to_json
+from harness.seeds import FailureFiles, digest, save
+from reference.types import ForwardMode
+
+ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
+
+
+def crash(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt("killed")
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_save_is_all_or_nothing(
+    owner: Any, name: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "case.json"
+    if existing:
+        save(ONE, path)
+    monkeypatch.setattr(owner, name, crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(OTHER, path)
+    assert [load(p) for p in tmp_path.glob("*.json")] == ([ONE] if existing else [])
+
+
+def test_save_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "case.json"
+    save(ONE, path)
+    save(OTHER, path)
+    assert load(path) == OTHER
+    assert [p.name for p in path.parent.iterdir()] == ["case.json"]
+
+
+def test_saved_file_can_be_read_by_others(tmp_path: Path) -> None:
+    """CI collects the files under another user."""
+    ordinary, path = tmp_path / "ordinary", tmp_path / "case.json"
+    ordinary.write_text("")
+    save(ONE, path)
+    assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_digest_names_the_scenario_whatever_its_note() -> None:
+    assert digest(ONE) == digest(ONE.model_copy(update={"note": "x"}))
+    assert len({digest(ONE), digest(OTHER), digest(ONE.model_copy(update={"seed": 1}))}) == 3
+    assert digest(THIRD) == "17feafd9a839"  # file names are stable
+
+
+def test_first_is_raw_and_last_is_minimal(tmp_path: Path) -> None:
+    files = FailureFiles(tmp_path)
+    for number, scenario in enumerate((ONE, OTHER, THIRD)):
+        files.record(scenario, f"sentence {number}")
+        assert load(files.raw) == ONE.model_copy(update={"note": "sentence 0"})
+        assert load(files.minimal) == scenario.model_copy(update={"note": f"sentence {number}"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{digest(ONE)}.min.json", f"{digest(ONE)}.raw.json"]
+
+
+class Watched(planted.VerifyForgetsDrafts):  # type: ignore[misc, valid-type]
+    """A broken backend that looks at the saved files whenever it is built."""
+
+    folder: Path
+    seen: list[dict[str, str]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen.append({p.name: p.read_text(encoding="utf-8") for p in self.folder.iterdir()})
+
+
+def test_raw_case_is_saved_before_shrinking_begins(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "folder", tmp_path, raising=False)
+    monkeypatch.setattr(Watched, "seen", [], raising=False)
+    outcome = explore(factory_of(Watched), device, 30, seed=3, save_dir=tmp_path, switches=False)
+
+    first = next(number for number, files in enumerate(Watched.seen) if files)
+    assert first < len(Watched.seen) - 1, "nothing was shrunk"
+    raw, minimal = sorted(Watched.seen[first], key=lambda name: ".min." in name)
+    assert raw.endswith(".raw.json")
+    assert minimal.endswith(".min.json")
+    assert Watched.seen[first][raw] == Watched.seen[first][minimal]
+
+    kept = {p.name: p for p in tmp_path.iterdir()}
+    assert sorted(kept) == sorted([raw, minimal])
+    assert kept[raw].read_text(encoding="utf-8") == Watched.seen[first][raw], "the raw case stays as it was found"
+    assert outcome.failure is not None
+    assert outcome.saved == kept[minimal]
+    smallest: Scenario = load(kept[minimal])
+    assert smallest == outcome.failure.scenario.model_copy(update={"note": outcome.failure.finding.sentence()})
+    assert len(to_json(smallest)) < len(kept[raw].read_text(encoding="utf-8"))
+    for path in kept.values():
+        with pytest.raises(OracleFailure) as caught:
+            judge(load(path), factory_of(planted.VerifyForgetsDrafts), device)
+        assert caught.value.finding.sentence() == load(path).note
+
+
+def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) -> None:
+    """A case that failed once and passes when repeated is still a failure."""
+    built = []
+
+    def factory(config: Any, req_to_token: torch.Tensor, _: tuple[str, ...]) -> Any:
+        built.append(None)
+        backend = planted.RaisesAtReplay if len(built) == 1 else planted.Clean
+        return backend(config, req_to_token)
+
+    outcome = None
+    for seed in range(20):
+        built.clear()
+        outcome = explore(factory, device, 1, seed=seed, save_dir=tmp_path / str(seed), switches=False)
+        if outcome.failure is not None:
+            break
+    assert outcome is not None
+    assert outcome.flaky
+    assert outcome.saved is not None
+    assert outcome.saved.name.endswith(".raw.json")
+    assert load(outcome.saved).note.startswith("backend raised: IndexError")

@@ -1,0 +1,73 @@
+"""The operators say truthfully what they mutate, and trace with fake tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimized import buffers, lengths, metadata, schedules
+from optimized.buffers import Layout, StepBuffers
+from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONFIG = BackendConfig(16, 64, 32, 2, 2, paged_mqa_num_sms=3, flashmla_num_sm_parts=2)
+REQ_TO_TOKEN = torch.arange(128, dtype=torch.int32, device=DEVICE).view(2, 64)
+
+
+def step_buffers(mode: ForwardMode, num_rows: int, width: int, flattened: int | None = None) -> StepBuffers:
+    made = buffers.allocate(CONFIG, Layout.of(CONFIG, mode, 2, num_rows), [width, width], DEVICE, flattened)
+    for tensor in (made.packed, made.page_table_1, made.real_page_table, made.flattened):
+        if tensor is not None:
+            tensor.zero_()  # opcheck compares runs: cells that nobody writes must agree
+    return made
+
+
+def batch(mode: ForwardMode) -> ForwardBatch:
+    ones = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    return ForwardBatch(
+        mode, 2, ones, 9 * ones, spec_info=SpecInfo(ones), extend_seq_lens=ones, extend_prefix_lens=8 * ones
+    )
+
+
+def fill_arguments(mode: ForwardMode, target: StepBuffers) -> tuple[object, ...]:
+    forward_batch, layout = batch(mode), target.layout
+    return (
+        target.packed, target.page_table_1, target.real_page_table, target.flattened, REQ_TO_TOKEN,
+        forward_batch.req_pool_indices, forward_batch.seq_lens, lengths.query_lens(forward_batch), layout.bs,
+        layout.num_rows, CONFIG.rows_per_request(mode), 0, lengths.row_layout(mode), False, CONFIG.index_topk,
+        CONFIG.page_size, layout.paged_mqa_num_sms, layout.flashmla_num_sm_parts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND])
+def test_fill_metadata(mode: ForwardMode) -> None:
+    target = step_buffers(mode, 2 * CONFIG.rows_per_request(mode), 64)
+    torch.library.opcheck(metadata.fill_metadata, fill_arguments(mode, target))
+
+
+def test_fill_metadata_of_a_prefill() -> None:
+    target = step_buffers(ForwardMode.EXTEND, 2, 9, flattened=18)
+    torch.library.opcheck(metadata.fill_metadata, fill_arguments(ForwardMode.EXTEND, target))
+
+
+def test_expand_seqlens() -> None:
+    target, forward_batch = step_buffers(ForwardMode.DRAFT_EXTEND, 4, 64), batch(ForwardMode.DRAFT_EXTEND)
+    q_lens = lengths.query_lens(forward_batch)
+    arguments = (target.packed, forward_batch.seq_lens, q_lens, 2, 4, 2, 0, 1, False, 32)
+    torch.library.opcheck(lengths.expand_seqlens_op, arguments)
+
+
+def test_copy_steps() -> None:
+    target, source = step_buffers(ForwardMode.DECODE, 2, 64), step_buffers(ForwardMode.DECODE, 2, 64).step(0)
+    arguments = (
+        target.packed, target.page_table_1, target.real_page_table, None, source.packed, source.page_table_1, None, 2,
+        2, False, 16,
+    )  # fmt: skip
+    torch.library.opcheck(metadata.copy_steps, arguments)
+
+
+def test_schedules() -> None:
+    context_lens = torch.tensor([[300, 0, 700]], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(schedules.paged_mqa_schedule, (context_lens, context_lens.new_zeros(1, 8), 3))
+    parts, num_splits = context_lens.new_zeros(1, 16), context_lens.new_zeros(1, 4)
+    torch.library.opcheck(schedules.flashmla_schedule, (context_lens, parts, num_splits, 2))
