@@ -12,7 +12,7 @@ import typer
 
 from harness import interpreter, report
 from harness.judge import OracleFailure, judge
-from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend
+from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend, try_out
 from harness.scenario import Scenario, ScenarioError, load
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def replay(
     try:
         cases = [(file, load(file)) for file in files]
         factory = optimized_backend if backend is None else load_backend(backend)
+        try_out(factory, where)
     except (ScenarioError, BackendError) as error:
         raise _unusable(str(error)) from None
     failed = False
@@ -82,6 +83,7 @@ def _torch_device(wanted: Device) -> torch.device:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.speed_up()
+        torch.set_num_threads(1)  # tensors are tiny
     return device
 
 

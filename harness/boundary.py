@@ -24,19 +24,9 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
-from harness.world import Batch, World
+from harness.world import Batch, World, choose_bucket
+from optimized.optimizations import OPTIMIZATION_NAMES
 from reference.types import ForwardMode, StepSemantics
-
-OPTIMIZATIONS = (
-    "precompute",
-    "transform_table_cache",
-    "strided_indices_cache",
-    "batched_copy",
-    "vectorized_seqlens",
-    "one_launch",
-    "in_graph",
-    "aliased_steps",
-)
 
 COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
 
@@ -58,7 +48,7 @@ ALL_CLASSES: tuple[str, ...] = (
     *("several buckets", "small after large", "small, large, small", "mode change", "eager between replays"),
     *("request finishes", "request joins between replays", "pool row recycled", "page recycled"),
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
-    *(f"switch {name}" for name in OPTIMIZATIONS),
+    *(f"switch {name}" for name in OPTIMIZATION_NAMES),
     "no switch",
 )
 
@@ -112,13 +102,15 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 yield from _accept_classes([r.accept_length for r in world.running], setup.num_draft_tokens)
             case Replay() | Eager():
                 assert batch is not None
-                fits = sorted(bs for mode, bs in buckets if mode is event.mode and bs >= batch.size)
-                in_graph = isinstance(event, Replay) and bool(fits)
-                if in_graph:
-                    wanted = event.bucket if isinstance(event, Replay) and event.bucket in fits else fits[0]
-                    yield "batch padded" if batch.size < wanted else "batch fills bucket"
-                elif isinstance(event, Replay):
-                    yield "batch outgrows buckets"
+                bucket = None
+                if isinstance(event, Replay):
+                    captured = [bs for mode, bs in buckets if mode is event.mode]
+                    bucket = choose_bucket(event.bucket, batch.size, captured)
+                    if bucket is None:
+                        yield "batch outgrows buckets"
+                    else:
+                        yield "batch padded" if batch.size < bucket else "batch fills bucket"
+                in_graph = bucket is not None
                 yield from _batch_classes(batch, setup, event)
                 yield f"{'replay' if in_graph else 'eager'} {event.mode.value}"
                 ran.append((event.mode, batch.size, in_graph))

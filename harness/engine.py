@@ -16,10 +16,10 @@ import torch
 from harness import fields
 from harness.driver import driver_for
 from harness.graph import CapturedGraph, graph_runner
-from harness.poison import GuardedAllocations, GuardedBuffer, fill_dead_cells
+from harness.poison import GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
 from harness.protocol import BackendFactory
 from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
-from harness.world import Batch, World
+from harness.world import Batch, World, choose_bucket
 from reference.types import ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
@@ -74,40 +74,62 @@ class BoundGraph:
     arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
 
 
+class StaticInput:
+    """One input tensor at a fixed address, and a host copy of all memory around it."""
+
+    def __init__(
+        self, name: str, dtype: IntDtype, capacity: int, strided: bool, sentinel: int, device: torch.device
+    ) -> None:
+        self.name = name
+        columns = 3 if strided else 1  # a strided input is the middle column of three
+        self._expected = torch.full((capacity, columns), sentinel, dtype=INT_DTYPES[dtype])
+        self._base = self._expected.to(device, copy=True)
+        self._column = columns // 2
+
+    def write(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Put ``numbers`` at the front and return that part; what lies behind stays as earlier batches left it."""
+        count = len(numbers)
+        self._expected[:count, self._column] = torch.tensor(numbers, dtype=self._expected.dtype)
+        self._base.copy_(self._expected)
+        return self._base[:count, self._column]
+
+    def is_modified(self) -> bool:
+        return not torch.equal(self._base.cpu(), self._expected)
+
+
 class StaticInputs:
     """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did."""
 
     def __init__(self, inputs: Inputs, capacity: int, sentinel: int, device: torch.device) -> None:
         self.device = device
-        self.seq_lens = self._allocate(inputs.seq_lens, capacity, inputs.strided, sentinel)
-        self.req_pool_indices = self._allocate(inputs.req_pool_indices, capacity, inputs.strided, sentinel)
-        self.accept_length = self._allocate(inputs.accept_length, capacity, inputs.strided, sentinel)
+        self.seq_lens = StaticInput("seq_lens", inputs.seq_lens, capacity, inputs.strided, sentinel, device)
+        self.req_pool_indices = StaticInput(
+            "req_pool_indices", inputs.req_pool_indices, capacity, inputs.strided, sentinel, device
+        )
+        self.accept_length = StaticInput(
+            "accept_length", inputs.accept_length, capacity, inputs.strided, sentinel, device
+        )
 
     def load(self, batch: Batch) -> ForwardBatch:
         """Write the batch into the static tensors and return it as the engine hands it to a backend."""
         mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
-        accept_length = self._write(self.accept_length, batch.accept_lengths)
+        accept_length = self.accept_length.write(batch.accept_lengths)
         drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
         forward_batch = ForwardBatch(
             forward_mode=batch.mode,
             batch_size=batch.size,
-            req_pool_indices=self._write(self.req_pool_indices, batch.pool_rows),
-            seq_lens=self._write(self.seq_lens, batch.seq_lens),
+            req_pool_indices=self.req_pool_indices.write(batch.pool_rows),
+            seq_lens=self.seq_lens.write(batch.seq_lens),
             seq_lens_cpu=mirror,
             seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
             spec_info=SpecInfo(accept_length) if drafts else None,
         )
         return with_extend_lens(forward_batch, batch, self.device)
 
-    def _allocate(self, dtype: IntDtype, capacity: int, strided: bool, sentinel: int) -> torch.Tensor:
-        columns = 3 if strided else 1  # a strided input is the middle column of three
-        base = torch.full((capacity, columns), sentinel, dtype=INT_DTYPES[dtype], device=self.device)
-        return base[:, columns // 2]
-
-    def _write(self, tensor: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        head = tensor[: len(numbers)]
-        head.copy_(torch.tensor(numbers, dtype=tensor.dtype))
-        return head
+    def modified(self) -> str | None:
+        """The name of an input whose memory is not as the engine left it, or None."""
+        inputs = (self.seq_lens, self.req_pool_indices, self.accept_length)
+        return next((static.name for static in inputs if static.is_modified()), None)
 
 
 def with_extend_lens(forward_batch: ForwardBatch, batch: Batch, device: torch.device) -> ForwardBatch:
@@ -143,16 +165,20 @@ class Engine:
         self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, device)
         margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
         width = setup.max_context_len
-        base = torch.full((setup.pool_size, width + 2 * margin), sentinel, dtype=torch.int32, device=device)
-        self.req_to_token = base[:, margin : margin + width]
+        self._pool = torch.full((setup.pool_size, width + 2 * margin), sentinel, dtype=torch.int32)
+        self._pool_on_device = self._pool.to(device, copy=True)
+        self._columns = slice(margin, margin + width)
+        self.req_to_token = self._pool_on_device[:, self._columns]
         self._sync_req_to_token()
 
         # 2. The backend, every allocation of it between guard bands.
-        self.guard = GuardedAllocations(sentinel, device)
-        with self.guard:
+        self._guarded: list[GuardedBuffer] = []  # buffers that the backend still holds
+        self._overrun: GuardedBuffer | None = None
+        with GuardedAllocations(sentinel, device) as guard:
             self.backend = factory(self.config, self.req_to_token, scenario.optimizations)
             self.driver = driver_for(setup.drive, self.backend, self.config)
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
+        self._guarded += guard.buffers
 
     def run(self, event: Event) -> Iterator[Observation]:
         """Apply one event to the world and the backend; yield what each replay or eager call showed."""
@@ -164,7 +190,8 @@ class Engine:
                     self._capture(event.mode, bs)
             case Replay():
                 assert batch is not None
-                bucket = self._bucket(event, batch)
+                captured = [bs for mode, bs in self.graphs if mode is event.mode]
+                bucket = choose_bucket(event.bucket, batch.size, captured)
                 for _ in range(event.times):
                     yield self._eager(batch) if bucket is None else self._replay(event.mode, bucket, batch)
             case Eager():
@@ -172,29 +199,32 @@ class Engine:
                 yield self._eager(batch)
 
     def overrun(self) -> GuardedBuffer | None:
-        """A backend's buffer that something was written around, or None."""
-        return self.guard.overrun()
+        """A buffer of the backend that something was written around, or None."""
+        return self._overrun or overrun(self._guarded)
 
     def modified_input(self) -> str | None:
         """The name of an input that the backend has written to, or None."""
-        unchanged = torch.equal(self.req_to_token.cpu(), torch.from_numpy(self.world.req_to_token))
-        return None if unchanged else "req_to_token"
+        unchanged = torch.equal(self._pool_on_device.cpu(), self._pool)
+        return self.inputs.modified() if unchanged else "req_to_token"
 
     def _sync_req_to_token(self) -> None:
-        self.req_to_token.copy_(torch.from_numpy(self.world.req_to_token))
+        self._pool[:, self._columns] = torch.from_numpy(self.world.req_to_token)
+        self._pool_on_device.copy_(self._pool)
 
-    def _bucket(self, event: Replay, batch: Batch) -> int | None:
-        """The bucket asked for, if it is captured and holds the batch; else the smallest that does; else None."""
-        buckets = [bs for mode, bs in self.graphs if mode is event.mode and bs >= batch.size]
-        return event.bucket if event.bucket in buckets else min(buckets, default=None)
+    def _check_guards(self, guard: GuardedAllocations, metadata: Sequence[Metadata]) -> None:
+        """Check what a call allocated while it is there, and keep watching what the metadata still uses."""
+        self._overrun = self._overrun or overrun(guard.buffers)
+        held = {t.untyped_storage().data_ptr() for step in metadata for t in fields.tensors(step).values()}
+        self._guarded += [buffer for buffer in guard.buffers if buffer.address in held]
 
     def _capture(self, mode: ForwardMode, bs: int) -> None:
         """Capture the preparation, where the backend wants it in the graph, and the probes; on padding alone."""
         padding = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
         forward_batch = self.inputs.load(padding)
-        with self.guard:
+        with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.bind(forward_batch)
         metadata = tuple(step.forward_metadata for step in self.backend.attn_backends)
+        self._check_guards(guard, metadata)
 
         # Lay the probes out in one arena, so that one transfer brings them to the host.
         probes, words = [], 0
@@ -235,17 +265,22 @@ class Engine:
         bound.arena.fill_(self.sentinel)
         seen: set[int] = set()
         for metadata in bound.metadata:
-            lengths = metadata.seqlens_expanded
-            for table, page_size in ((metadata.page_table_1, 1), (metadata.real_page_table, self.setup.page_size)):
-                if table.data_ptr() not in seen and len(table) == len(lengths):  # steps may share one buffer
+            tensors = fields.tensors(metadata)
+            lengths = tensors.get("seqlens_expanded")
+            for name, page_size in (("page_table_1", 1), ("real_page_table", self.setup.page_size)):
+                table = tensors.get(name)
+                if lengths is None or table is None or len(table) != len(lengths) or 0 in table.stride():
+                    continue  # not laid out as the contract says; the comparison will tell
+                if table.data_ptr() not in seen:  # steps may share one buffer
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // page_size), self.sentinel)
 
     def _eager(self, batch: Batch) -> Observation:
         forward_batch = self.inputs.load(batch)
-        with self.guard:
+        with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.prepare_eagerly(forward_batch)
         metadata = [step.forward_metadata for step in self.backend.attn_backends]
+        self._overrun = self._overrun or overrun(guard.buffers)
         steps = tuple(
             self._observe(m, {name: tensor.cpu() for name, tensor in fields.tensors(m).items()}, {}) for m in metadata
         )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
+from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 from harness.compare import Kind
 from harness.judge import OracleFailure, Verdict, judge
+from harness.minimise import minimise
 from harness.protocol import BackendFactory
 from harness.scenario import Scenario
 from harness.seeds import FailureFiles
@@ -67,7 +72,8 @@ def explore(
         if out_of_time and outcome.failure is None:
             return
         try:
-            judge(scenario, factory, device, outcome.verdict)
+            # What shrinking tries is not coverage.
+            judge(scenario, factory, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
             files.record(scenario, failure.finding.sentence())
             outcome.failure, outcome.saved = failure, files.minimal
@@ -84,9 +90,41 @@ def explore(
         suppress_health_check=list(HealthCheck),
     )(given(scenarios(SMALL if device.type == "cpu" else LARGE, switches=switches))(judge_one))
     try:
-        hypothesis.seed(seed)(search)()
+        with _no_near_copies():
+            hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
-        outcome.failure = failure
+        outcome.failure = _minimised(failure, factory, device)
+        files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
     except Flaky:  # it failed once and passed when repeated: a race, or state that survives between backends
         outcome.flaky, outcome.saved = True, files.raw
     return outcome
+
+
+def _minimised(failure: OracleFailure, factory: BackendFactory, device: torch.device) -> OracleFailure:
+    """The failure of the simplest scenario, near that of ``failure``, which fails in the same way."""
+    smallest = failure
+
+    def still_fails(scenario: Scenario) -> bool:
+        nonlocal smallest
+        try:
+            judge(scenario, factory, device)
+        except OracleFailure as other:
+            if (other.finding.kind, other.finding.field) == (failure.finding.kind, failure.finding.field):
+                smallest = other
+                return True
+        return False
+
+    minimise(failure.scenario, still_fails)
+    return smallest
+
+
+@contextmanager
+def _no_near_copies() -> Iterator[None]:
+    """Keep Hypothesis from following each example by up to five copies of it with one part repeated elsewhere.
+
+    Scenarios are full of parts of one kind (joins, replays), so five in six would be such copies, each as costly to
+    judge as a new case. There is no setting for it; a Hypothesis without the method is left as it is.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConjectureRunner, "generate_mutations_from", lambda runner, data: None, raising=False)
+        yield

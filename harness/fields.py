@@ -27,23 +27,24 @@ class Axis(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor of the metadata. ``dead_entry``: a column that nobody writes."""
+    """A tensor of the metadata. ``dead_entry``: a column that nobody writes. ``extend_axes``: if others in EXTEND."""
 
     name: str
     axes: tuple[Axis, ...]
     dead_entry: int | None = None
+    extend_axes: tuple[Axis, ...] = ()
 
 
 FIELDS = (
     Field("cache_seqlens_int32", (Axis.REQUEST,)),
-    Field("cu_seqlens_q", (Axis.ROW_BOUND,)),
+    Field("cu_seqlens_q", (Axis.ROW_BOUND,), extend_axes=(Axis.REQUEST_BOUND,)),
     Field("cu_seqlens_k", (Axis.REQUEST_BOUND,)),
     Field("seqlens_expanded", (Axis.ROW,)),
     Field("nsa_cache_seqlens_int32", (Axis.ROW,)),
     Field("nsa_cu_seqlens_q", (Axis.ROW_BOUND,)),
     Field("nsa_cu_seqlens_k", (Axis.ROW_BOUND,)),
-    Field("page_table_1", (Axis.ROW, Axis.TOKEN_COLUMN)),
-    Field("real_page_table", (Axis.ROW, Axis.PAGE_COLUMN)),
+    Field("page_table_1", (Axis.ROW, Axis.TOKEN_COLUMN), extend_axes=(Axis.REQUEST, Axis.TOKEN_COLUMN)),
+    Field("real_page_table", (Axis.ROW, Axis.PAGE_COLUMN), extend_axes=(Axis.REQUEST, Axis.PAGE_COLUMN)),
     Field("paged_mqa_schedule_metadata", (Axis.MULTIPROCESSOR, Axis.ENTRY)),
     Field("flashmla_metadata", (Axis.PART, Axis.ENTRY), dead_entry=7),
     Field("flashmla_num_splits", (Axis.ROW_BOUND,)),

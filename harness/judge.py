@@ -12,6 +12,7 @@ from harness.boundary import classes_of
 from harness.compare import Finding, Kind, Tally, compare, expected_metadata
 from harness.engine import Engine
 from harness.graph import CaptureError
+from harness.interpreter import deep_stack
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory
 from harness.scenario import Scenario
@@ -40,18 +41,27 @@ class Verdict:
     tally: Tally = field(default_factory=Tally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Verdict) -> None:
+        self.cases += other.cases
+        self.replays += other.replays
+        self.eager_calls += other.eager_calls
+        self.tally.fields += other.tally.fields
+        self.tally.cells += other.tally.cells
+        self.boundary_classes.update(other.boundary_classes)
 
+
+@deep_stack
 def judge(scenario: Scenario, factory: BackendFactory, device: torch.device, verdict: Verdict | None = None) -> Verdict:
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
     Adds to ``verdict`` if one is given, and returns it. BackendError passes through: nothing was judged then.
     """
-    verdict = verdict or Verdict()
+    covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     for sentinel in SENTINELS:
-        _run(scenario, factory, device, sentinel, verdict)
-    verdict.cases += 1
-    verdict.boundary_classes.update(classes_of(scenario))
-    return verdict
+        _run(scenario, factory, device, sentinel, covered)
+    total = verdict or Verdict()
+    total.add(covered)
+    return total
 
 
 def _run(scenario: Scenario, factory: BackendFactory, device: torch.device, sentinel: int, verdict: Verdict) -> None:
@@ -68,6 +78,9 @@ def _run(scenario: Scenario, factory: BackendFactory, device: torch.device, sent
                     verdict.replays += 1
                 else:
                     verdict.eager_calls += 1
+        finding = _intact(engine)  # a capture alone can write astray, too
+        if finding is not None:
+            raise OracleFailure(scenario, finding, number)
     except (OracleFailure, BackendError):
         raise
     except CaptureError as error:

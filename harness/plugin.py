@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from harness import interpreter, report
+from harness.compare import Tally
 from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, explore
 from harness.judge import OracleFailure, Verdict, judge
-from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend
+from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend, try_out
 from harness.scenario import Scenario, ScenarioError, load
 from harness.seeds import FailureFiles
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
+ENTROPY = "oracle_entropy"
 PROPERTY = "oracle"  # of a test report: what its item covered, so that it survives the way from an xdist worker
 
 
@@ -58,9 +64,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--oracle-budget",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         help="stop exploring after this long; what was found by then is still shrunk and reported",
     )
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds from the command line."""
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
+    return seconds
 
 
 @dataclass
@@ -124,13 +138,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.speed_up()
+        torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
     try:
         spec = config.getoption("--oracle-backend")
         factory = optimized_backend if spec is None else load_backend(spec)
+        try_out(factory, device)
         for file in config.getoption("--oracle-replay"):
             load(Path(file))
     except (BackendError, ScenarioError) as error:
         raise pytest.UsageError(str(error)) from None
+    save_dir = Path(config.getoption("--oracle-save"))
+    if save_dir.exists() and not save_dir.is_dir():
+        raise pytest.UsageError(f"--oracle-save {save_dir}: is a file; name a directory")
     budget = config.getoption("--oracle-budget")
     profile = config.getoption("--oracle-profile")
     config.stash[ORACLE] = Oracle(
@@ -138,11 +157,25 @@ def pytest_configure(config: pytest.Config) -> None:
         factory=factory,
         backend_spec=spec,
         profile=profile,
-        save_dir=Path(config.getoption("--oracle-save")),
+        save_dir=save_dir,
         deadline=None if budget is None else time.monotonic() + budget,
-        entropy=int.from_bytes(os.urandom(6), "big") if PROFILES[profile].fresh else 0,
+        entropy=_entropy(config, PROFILES[profile].fresh),
     )
     config.stash[STARTED] = time.monotonic()
+
+
+def _entropy(config: pytest.Config, fresh: bool) -> int:
+    """Where this session's cases are drawn from; workers of pytest-xdist take the controller's."""
+    worker_input = getattr(config, "workerinput", {})
+    if ENTROPY in worker_input:
+        return int(worker_input[ENTROPY])
+    return int.from_bytes(os.urandom(6), "big") if fresh else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where to draw its cases from."""
+    node.workerinput[ENTROPY] = node.config.stash[ORACLE].entropy
 
 
 ORACLE = pytest.StashKey[Oracle]()
@@ -210,13 +243,14 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    verdict, failures = Verdict(), []
+    verdict, failures, judged = Verdict(), [], False
     for reports in terminalreporter.stats.values():
         for item in reports:
             for name, value in getattr(item, "user_properties", ()):
                 if name == PROPERTY and getattr(item, "when", "") == "call":
                     failures += _add_property(verdict, value)
-    if verdict.cases or failures:
+                    judged = True
+    if judged:
         seconds = time.monotonic() - config.stash[STARTED]
         terminalreporter.section("oracle")
         terminalreporter.write_line(report.summary(verdict, failures, seconds))
@@ -241,11 +275,6 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     """Add one item's coverage to ``verdict``; return its failures."""
     data = json.loads(value)
     cases, replays, eager_calls, compared, cells = data["counts"]
-    verdict.cases += cases
-    verdict.replays += replays
-    verdict.eager_calls += eager_calls
-    verdict.tally.fields += compared
-    verdict.tally.cells += cells
-    verdict.boundary_classes.update(data["classes"])
+    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]
     return found

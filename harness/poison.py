@@ -7,7 +7,7 @@ surround every buffer the backend allocates; and dead cells of the page tables a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,13 @@ class GuardedBuffer:
     operation: str
     shape: tuple[int, ...]
 
-    def bands(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.storage[:GUARD_WORDS], self.storage[-GUARD_WORDS:]
+    def bands(self) -> torch.Tensor:
+        """What lies before and behind the buffer: [2, GUARD_WORDS]."""
+        return torch.stack((self.storage[:GUARD_WORDS], self.storage[-GUARD_WORDS:]))
+
+    @property
+    def address(self) -> int:
+        return self.storage.data_ptr()
 
 
 class GuardedAllocations(TorchDispatchMode):
@@ -72,13 +77,14 @@ class GuardedAllocations(TorchDispatchMode):
         self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))
         return body
 
-    def overrun(self) -> GuardedBuffer | None:
-        """The first buffer with a written guard band, or None. Synchronises once."""
-        if not self.buffers:
-            return None
-        bands = torch.stack([torch.stack(buffer.bands()) for buffer in self.buffers])  # [buffers, 2, GUARD_WORDS]
-        written = (bands != GUARD_VALUE).flatten(1).any(dim=1).tolist()
-        return next((buffer for buffer, bad in zip(self.buffers, written, strict=True) if bad), None)
+
+def overrun(buffers: Sequence[GuardedBuffer]) -> GuardedBuffer | None:
+    """The first of ``buffers`` with a written guard band, or None. Synchronises once."""
+    if not buffers:
+        return None
+    bands = torch.stack([buffer.bands() for buffer in buffers])  # [buffers, 2, GUARD_WORDS]
+    written = (bands != GUARD_VALUE).flatten(1).any(dim=1).tolist()
+    return next((buffer for buffer, bad in zip(buffers, written, strict=True) if bad), None)
 
 
 def fill_dead_cells(table: torch.Tensor, live_columns: torch.Tensor, sentinel: int) -> None:

@@ -110,10 +110,15 @@ def load_backend(spec: str) -> BackendFactory:
         raise BackendError(f"backend '{spec}' is not of the form module:attribute")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(f"backend '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
     except AttributeError:
         raise BackendError(f"backend '{spec}': module {module_name} has no attribute {attribute}") from None
+    except Exception as error:  # whatever the module does when imported
+        reason = " ".join(str(error).split())
+        raise BackendError(
+            f"backend '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
+        ) from error
     if not callable(found):
         raise BackendError(f"backend '{spec}' is not callable; name a class or function of (config, req_to_token)")
     build = cast("Callable[[BackendConfig, torch.Tensor], object]", found)
@@ -133,6 +138,19 @@ def checked(backend: object, spec: str) -> MultiStepBackend:
     if lacking:
         raise BackendError(f"backend '{spec}' lacks {lacking[0]}; harness/protocol.py says what it must do")
     return cast(MultiStepBackend, backend)
+
+
+def try_out(factory: BackendFactory, device: torch.device) -> None:
+    """Build a tiny backend, so that one that lacks a method is refused before anything is judged.
+
+    Whatever else goes wrong in building it is left for the judge to report, with a case that replays it.
+    """
+    config = BackendConfig(1, 8, 4, 1, 1)
+    try:
+        factory(config, torch.zeros(1, 8, dtype=torch.int32, device=device), ())
+    except Exception as error:
+        if isinstance(error, BackendError):
+            raise
 
 
 def _methods(protocol: type) -> list[str]:

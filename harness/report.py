@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -13,7 +13,7 @@ from rich.table import Table
 from harness.boundary import ALL_CLASSES
 from harness.judge import OracleFailure, Verdict
 from harness.scenario import Accept, Capture, Eager, Event, Finish, Join, Mirror, Order, Remap, Replay, Scenario, Setup
-from harness.world import Batch, World
+from harness.world import Batch, World, choose_bucket
 from reference.types import ForwardMode, StepSemantics
 
 WIDTH = 120
@@ -47,10 +47,13 @@ def tell(scenario: Scenario, failing_event: int | None = None) -> str:
     """The scenario as a person would tell it, the event at which it fails marked."""
     lines = [_tell_setup(scenario)]
     world = World(scenario, poison=0)
+    captured: dict[ForwardMode, set[int]] = {}
     for number, event in enumerate(scenario.events):
         batch = world.apply(event)
+        if isinstance(event, Capture):
+            captured.setdefault(event.mode, set()).update(event.buckets)
         mark = "  <- fails here" if number == failing_event else ""
-        lines.append(f"  {number}. {_tell_event(event, batch, world)}{mark}")
+        lines.append(f"  {number}. {_tell_event(event, batch, world, captured)}{mark}")
     return "\n".join(lines)
 
 
@@ -134,7 +137,7 @@ def _tell_schedules(setup: Setup) -> str:
     return told
 
 
-def _tell_event(event: Event, batch: Batch | None, world: World) -> str:
+def _tell_event(event: Event, batch: Batch | None, world: World, captured: Mapping[ForwardMode, set[int]]) -> str:
     match event:
         case Capture():
             return f"Capture {event.mode.value} graphs for {_listed(event.buckets)} requests."
@@ -151,8 +154,10 @@ def _tell_event(event: Event, batch: Batch | None, world: World) -> str:
             return f"Request {event.request} gets its first pages re-mapped to those of request {event.prefix_of}."
         case Replay():
             times = "" if event.times == 1 else f", {event.times} times"
-            bucket = "" if event.bucket is None else f", bucket {event.bucket} if it fits"
-            return f"Replay {event.mode.value}{bucket}{times}: {_tell_batch(batch, event.mirror, event.order)}."
+            assert batch is not None
+            bucket = choose_bucket(event.bucket, batch.size, captured.get(event.mode, set()))
+            where = "no bucket fits, so eagerly" if bucket is None else f"bucket {bucket}"
+            return f"Replay {event.mode.value} ({where}){times}: {_tell_batch(batch, event.mirror, event.order)}."
         case Eager():
             return f"Eager {event.mode.value}: {_tell_batch(batch, event.mirror, event.order)}."
 

@@ -14,7 +14,7 @@ class Stream:
     """An independent stream of 64-bit numbers for each (seed, label)."""
 
     def __init__(self, seed: int, label: str) -> None:
-        self._philox = np.random.Philox(key=[seed, zlib.crc32(label.encode())])
+        self._philox = np.random.Philox(key=np.array([seed, zlib.crc32(label.encode())], dtype=np.uint64))
 
     def integers(self, count: int, bound: int) -> list[int]:
         """``count`` numbers in [0, bound). The modulo's bias is irrelevant for test data."""

@@ -13,12 +13,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from optimized.optimizations import Optimizations
 from reference.types import BackendConfig, ForwardMode, StepSemantics
 
 SCHEMA_VERSION: Literal[1] = 1
 MAX_BATCH = 4096
 MAX_STEPS = 8
 MAX_CONTEXT = 1 << 20
+MAX_CELLS = 1 << 28  # of all page tables together: a gigabyte
 
 
 class ScenarioError(ValueError):
@@ -230,11 +232,24 @@ class Scenario(_Record):
     events: tuple[Event, ...] = ()
 
     @model_validator(mode="after")
-    def _requests_fit_the_context(self) -> Scenario:
-        longest = self.setup.max_seq_len
+    def _fits_context_and_memory(self) -> Scenario:
+        setup = self.setup
+        longest = setup.max_seq_len
         for number, event in enumerate(self.events):
             if isinstance(event, Join) and event.seq_len > longest:
                 raise ValueError(f"event {number}: seq_len {event.seq_len} leaves no room to draft; at most {longest}")
+        buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
+        rows = max(buckets, default=setup.pool_size) * setup.num_draft_tokens * setup.num_steps
+        if (cells := (setup.pool_size + rows) * setup.max_context_len) > MAX_CELLS:
+            raise ValueError(f"its page tables would have {cells:,} cells; at most {MAX_CELLS:,}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizations_exist(self) -> Scenario:
+        try:
+            Optimizations.from_names(self.optimizations).check(self.setup.backend_config())
+        except ValueError as error:
+            raise ValueError(f"optimizations: {error}") from None
         return self
 
 
@@ -259,7 +274,13 @@ def from_json(text: str, source: str = "scenario") -> Scenario:
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise ScenarioError(f"{source}: {place}: {message}{more}") from None
+        raise ScenarioError(f"{source}: {_shown(place)}: {_shown(message)}{more}") from None
+
+
+def _shown(text: str, most: int = 200) -> str:
+    """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= most else plain[:most] + "..."
 
 
 def load(path: Path) -> Scenario:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from harness.scenario import Scenario, to_json
@@ -22,12 +21,15 @@ def digest(scenario: Scenario) -> str:
 def save(scenario: Scenario, path: Path) -> None:
     """Write the scenario to ``path`` in one step: other processes see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(to_json(scenario))
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(to_json(scenario))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class FailureFiles:

@@ -6,6 +6,7 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
+from optimized.optimizations import OPTIMIZATION_NAMES
 from reference.types import ForwardMode, StepSemantics
 
 
@@ -38,18 +40,18 @@ class Scale:
     max_context_lens: tuple[int, ...]
     max_requests: int
     max_events: int
+    max_rows: int  # of one request over all steps
+    parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
 
 
-SMALL = Scale(max_context_lens=(20, 33, 67, 130, 261, 520, 2300), max_requests=6, max_events=14)
-LARGE = Scale(max_context_lens=(33, 261, 2300, 4100, 9001), max_requests=48, max_events=24)
-
-PREPARATION_SWITCHES = (
-    "precompute",
-    "transform_table_cache",
-    "strided_indices_cache",
-    "batched_copy",
-    "vectorized_seqlens",
+SMALL = Scale(
+    max_context_lens=(20, 33, 67, 130, 261, 520, 2300), max_requests=4, max_events=12, max_rows=16, parts=(0, 1, 3)
 )
+LARGE = Scale(
+    max_context_lens=(33, 261, 2300, 4100, 9001), max_requests=48, max_events=24, max_rows=512, parts=(0, 1, 7, 132)
+)
+
+PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
 
 
 @st.composite
@@ -67,16 +69,19 @@ def optimizations(draw: st.DrawFn, semantics: StepSemantics) -> tuple[str, ...]:
 @st.composite
 def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     max_context_len = draw(st.sampled_from(scale.max_context_lens))
-    few = st.sampled_from((1, 2, 3, 4, 8) if max_context_len < 2000 else (1, 2))
+    num_steps = draw(st.sampled_from((1, 2, 3, 4, 8)))
+    # Every step writes every row: what the interpreter does one store at a time must stay few.
+    most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
+    num_draft_tokens = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= max(2, most_rows)]))
     return Setup(
         page_size=draw(st.sampled_from((1, 16, 32, 64))),
         max_context_len=max_context_len,
         index_topk=draw(st.sampled_from([k for k in (4, 8, 17, 64, 200, 2048) if k <= max(8, max_context_len)])),
-        num_steps=draw(few),
-        num_draft_tokens=draw(few),
+        num_steps=num_steps,
+        num_draft_tokens=num_draft_tokens,
         step_semantics=draw(st.sampled_from(StepSemantics)),
-        paged_mqa_num_sms=draw(st.sampled_from((0, 1, 3, 8))),
-        flashmla_num_sm_parts=draw(st.sampled_from((0, 1, 2, 7))),
+        paged_mqa_num_sms=draw(st.sampled_from(scale.parts)),
+        flashmla_num_sm_parts=draw(st.sampled_from(scale.parts)),
         pool_size=draw(st.integers(1, scale.max_requests + 2)),
         page_layout=draw(st.sampled_from(PageLayout)),
         drive=draw(st.sampled_from(Drive)),
@@ -94,7 +99,7 @@ def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
     """Lengths of a running request: any, and with preference those next to a boundary."""
     page, topk, limit = setup.page_size, setup.index_topk, setup.max_seq_len
     near = {1, 2, page - 1, page, page + 1, topk - 1, topk, topk + 1, 255, 256, 257, limit - 1, limit}
-    return st.one_of(st.sampled_from(sorted(n for n in near if 1 <= n <= limit)), st.integers(1, limit))
+    return st.one_of(st.integers(1, limit), st.sampled_from(sorted(n for n in near if 1 <= n <= limit)))
 
 
 @st.composite
@@ -112,7 +117,7 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     most = min(scale.max_requests, setup.pool_size)
     bucket = st.integers(1, most)
     modes = draw(st.lists(st.sampled_from(GRAPH_MODES), min_size=1, max_size=2, unique=True))
-    captures = {mode: tuple(sorted(draw(st.sets(bucket, min_size=1, max_size=3)))) for mode in modes}
+    captures = {mode: tuple(sorted(draw(st.sets(bucket, min_size=1, max_size=2)))) for mode in modes}
     drawn: list[Event] = [Capture(mode=mode, buckets=buckets) for mode, buckets in captures.items()]
 
     mirrors, orders = st.sampled_from(Mirror), st.sampled_from(Order)
@@ -128,30 +133,30 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
         bucket=st.one_of(st.none(), bucket),
         mirror=mirrors,
         order=orders,
-        times=st.sampled_from((1, 1, 2, 3)),
+        times=st.sampled_from((1, 1, 1, 2)),
     )
-    others = st.one_of(
-        st.builds(Accept, accept_lengths=accept_lengths(setup, most)),
-        st.builds(Finish, request=st.integers(0, most - 1)),
-        st.builds(
-            Eager,
-            mode=st.sampled_from(ForwardMode),
-            mirror=mirrors,
-            order=orders,
-            extend_lens=st.lists(seq_lens(setup), min_size=1, max_size=most).map(tuple),
-        ),
-        st.builds(
-            Remap,
-            request=st.integers(0, most - 1),
-            prefix_of=st.integers(0, most - 1),
-            prefix_pages=st.integers(1, 3),
-        ),
-        st.builds(Capture, mode=st.sampled_from(GRAPH_MODES), buckets=st.tuples(bucket)),
+    accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
+    finishes = st.builds(Finish, request=st.integers(0, most - 1))
+    eager_calls = st.builds(
+        Eager,
+        mode=st.sampled_from(ForwardMode),
+        mirror=mirrors,
+        order=orders,
+        extend_lens=st.lists(seq_lens(setup), min_size=1, max_size=most).map(tuple),
     )
-    drawn += draw(st.lists(joins, max_size=most))
-    count = draw(st.integers(1, scale.max_events))  # drawn apart: st.lists by itself favours short ones
-    anything = st.one_of(replays, replays, replays, replays, joins, others)
-    drawn += draw(st.lists(anything, min_size=count, max_size=count))
+    remaps = st.builds(
+        Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
+    )
+    late_captures = st.builds(Capture, mode=st.sampled_from(modes), buckets=st.tuples(bucket))
+    weighted: tuple[tuple[st.SearchStrategy[Any], int], ...] = (
+        *((replays, 11), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 2)),
+        *((remaps, 1), (late_captures, 1)),
+    )
+    kinds = st.sampled_from([kind for kind, weight in weighted for _ in range(weight)])  # one_of would not weigh
+
+    # Counts are drawn apart: st.lists by itself favours short ones.
+    drawn += [draw(joins) for _ in range(draw(st.integers(0, most)))]
+    drawn += [draw(draw(kinds)) for _ in range(draw(st.integers(1, scale.max_events)))]
     return tuple(drawn)
 
 

@@ -6,6 +6,7 @@ every machine. Nothing here knows a backend.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,6 +76,12 @@ class Batch:
             None if mirror is None else mirror + (PAD_SEQ_LEN,) * missing,
             self.accept_lengths + (accept,) * missing,
         )
+
+
+def choose_bucket(wanted: int | None, size: int, captured: Collection[int]) -> int | None:
+    """The captured bucket that serves ``size`` requests: the one wanted if it can, else the smallest that can."""
+    fitting = [bucket for bucket in captured if bucket >= size]
+    return wanted if wanted in fitting else min(fitting, default=None)
 
 
 @dataclass
@@ -148,9 +155,12 @@ class World:
         request = self.running[event.request % len(self.running)]
         source = self.running[event.prefix_of % len(self.running)]
         shared = self._full_pages(source, request.seq_len, event.prefix_pages)
-        replaced = request.pages[: len(shared)]
-        request.pages[: len(shared)] = shared
-        self._free_unshared(replaced)
+        replaced = request.pages
+        others = {page for other in self.running if other is not request for page in other.pages}
+        # A page belongs to what lies before it: behind another prefix, shared pages are replaced by fresh ones.
+        behind = [self.free_pages.pop() if page in others else page for page in replaced[len(shared) :]]
+        request.pages = shared + behind
+        self._free_unshared([page for page in replaced if page not in request.pages])
         self._map(request)
 
     def _batch(self, mode: ForwardMode, mirror: Mirror, order: Order, extend_lens: tuple[int, ...] = ()) -> Batch:

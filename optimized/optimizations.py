@@ -11,7 +11,7 @@ from reference.types import BackendConfig, StepSemantics
 
 @dataclass(frozen=True)
 class Optimizations:
-    """Which optimisations are on; all off is the original implementation of ``SEED.md``.
+    """Which optimisations are on; all off is the original: a Python loop, N separate computations.
 
     precompute: compute what the steps share once, then copy it into the step buffers.
     transform_table_cache: keep the index tensor that derives ``real_page_table`` from ``page_table_1``.
@@ -40,10 +40,10 @@ class Optimizations:
     def from_names(cls, names: Iterable[str]) -> Optimizations:
         """The named optimisations, on. Raises ValueError for an unknown name or an impossible combination."""
         chosen = list(names)
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in chosen if name not in known]
+        unknown = [name for name in chosen if name not in OPTIMIZATION_NAMES]
         if unknown:
-            raise ValueError(f"unknown optimization '{unknown[0]}'; the known ones are {', '.join(known)}")
+            known = ", ".join(OPTIMIZATION_NAMES)
+            raise ValueError(f"unknown optimization '{unknown[0]}'; the known ones are {known}")
         return cls(**dict.fromkeys(chosen, True))
 
     @property
@@ -55,3 +55,6 @@ class Optimizations:
         """Raises ValueError if these optimisations cannot serve ``config``."""
         if self.aliased_steps and config.step_semantics is not StepSemantics.SHARED:
             raise ValueError("aliased_steps needs shared step semantics: advancing steps differ")
+
+
+OPTIMIZATION_NAMES = tuple(field.name for field in dataclasses.fields(Optimizations))

@@ -150,7 +150,7 @@ def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:
     done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
     assert done.returncode == PASSES, done.stderr
     assert done.stdout == f"found on a rainy day\n{tell(CASE)}\n"
-    assert "2. Replay DECODE: lengths 3, pool rows 0." in done.stdout
+    assert "2. Replay DECODE (bucket 1): lengths 3, pool rows 0." in done.stdout
 
 
 def test_show_does_not_need_a_backend_or_evaluate_the_file(tmp_path: Path) -> None:

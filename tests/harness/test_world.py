@@ -128,14 +128,11 @@ def check_batch(world: World, event: Event, batch: Batch) -> None:
         assert list(batch.pool_rows) == joined[::-1]
 
 
-@settings(max_examples=80, deadline=None)
-@given(small_scenarios)
-def test_shared_pages_are_a_common_prefix(scenario: Scenario) -> None:
+def check_common_prefixes(world: World) -> None:
     """What a page holds depends on all tokens before it: requests share a page only behind the same pages."""
-    world = World(scenario, POISON)
-    for event in scenario.events:
-        world.apply(event)
-        check_common_prefixes(world)
+    for one, other in combinations(world.running, 2):
+        common = {place for place, page in enumerate(one.pages) if page in other.pages}
+        assert common == set(range(len(common))), f"{one.pages} and {other.pages}"
 
 
 def test_remapped_prefix_leaves_no_page_behind_another_prefix() -> None:
@@ -146,12 +143,6 @@ def test_remapped_prefix_leaves_no_page_behind_another_prefix() -> None:
         Remap(request=0, prefix_of=2, prefix_pages=1),
     )
     check_common_prefixes(states(Scenario(setup=setup(), events=events))[-1][0])
-
-
-def check_common_prefixes(world: World) -> None:
-    for one, other in combinations(world.running, 2):
-        common = {place for place, page in enumerate(one.pages) if page in other.pages}
-        assert common == set(range(len(common))), f"{one.pages} and {other.pages}"
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,74 @@
+"""Simplifies a failing scenario record by record, after Hypothesis has simplified the choices that made it.
+
+Hypothesis cannot leave out an event on whose choice a later one depends; on the finished record nothing depends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from harness.scenario import Capture, Inputs, Mirror, Order, Replay, Scenario, Setup
+
+SIMPLEST_SETUP: dict[str, Any] = {
+    "paged_mqa_num_sms": 0,
+    "flashmla_num_sm_parts": 0,
+    "num_steps": 1,
+    "num_draft_tokens": 1,
+    "page_size": 1,
+    **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "drive")},
+    "inputs": Inputs(),
+}
+MOST_TRIALS = 400
+
+
+def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool]) -> Scenario:
+    """The scenario after every simplification under which it ``still_fails``; at most ``MOST_TRIALS`` are tried."""
+    trials = 0
+    simplified = True
+    while simplified:
+        simplified = False
+        for candidate in _simpler(scenario):
+            trials += 1
+            if trials > MOST_TRIALS:
+                return scenario
+            if still_fails(candidate):
+                scenario, simplified = candidate, True
+                break
+    return scenario
+
+
+def _simpler(scenario: Scenario) -> Iterator[Scenario]:
+    """Valid scenarios one simplification away, the largest simplifications first."""
+    for changes in _changes(scenario):
+        try:
+            candidate = Scenario.model_validate({**dict(scenario), **changes})
+        except ValidationError:
+            continue
+        if candidate != scenario:
+            yield candidate
+
+
+def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
+    events = scenario.events
+    for number in reversed(range(len(events))):
+        yield {"events": events[:number] + events[number + 1 :]}
+    for number, event in enumerate(events):
+        for simpler in _simpler_events(event):
+            yield {"events": (*events[:number], simpler, *events[number + 1 :])}
+    for name in scenario.optimizations:
+        yield {"optimizations": tuple(other for other in scenario.optimizations if other != name)}
+    for name, value in SIMPLEST_SETUP.items():
+        yield {"setup": scenario.setup.model_copy(update={name: value})}
+    yield {"seed": 0}
+
+
+def _simpler_events(event: object) -> Iterator[object]:
+    if isinstance(event, Capture) and len(event.buckets) > 1:
+        for bucket in event.buckets:
+            yield event.model_copy(update={"buckets": tuple(other for other in event.buckets if other != bucket)})
+    if isinstance(event, Replay):
+        for change in ({"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED}):
+            yield event.model_copy(update=change)
