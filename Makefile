@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check test lint format clean
+.PHONY: check test lint format bench clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/ and prints its verdict
 	$(PYTEST) tests/test_oracle.py $(ARGS)
@@ -26,6 +26,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+bench: $(VENV)/ready  ## times optimized/ beside the original and its peers; needs a GPU
+	$(RUN) pytest tests/benchmarks --benchmark-only --benchmark-json=reports/benchmark.json
+	$(RUN) tests.benchmarks.table reports/benchmark.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports

@@ -71,9 +71,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _seconds(text: str) -> float:
     """A number of seconds from the command line."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
     return seconds
 
 

@@ -140,7 +140,7 @@ def _tell_schedules(setup: Setup) -> str:
 def _tell_event(event: Event, batch: Batch | None, world: World, captured: Mapping[ForwardMode, set[int]]) -> str:
     match event:
         case Capture():
-            return f"Capture {event.mode.value} graphs for {_listed(event.buckets)} requests."
+            return f"Capture {event.mode.value} graphs, buckets {_listed(event.buckets)}."
         case Join():
             prefix = "" if event.prefix_of is None else f", sharing up to {_count(event.prefix_pages, 'prefix page')}"
             return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."

@@ -71,8 +71,7 @@ class SingleStepBackend:
     ) -> None:
         """Bind ``forward_metadata`` to the buffers that the graph of this mode and bucket will read from now on."""
         self.bind(forward_mode, bs)
-        if not self.optimizations.in_graph:
-            self._refresh(ForwardBatch(forward_mode, bs, req_pool_indices, seq_lens, spec_info=spec_info))
+        self._refresh(ForwardBatch(forward_mode, bs, req_pool_indices, seq_lens, spec_info=spec_info))
 
     def init_forward_metadata_replay_cuda_graph(
         self,
@@ -187,8 +186,7 @@ class MultiStepBackend:
         """Bind every step to the buffers that the graph of this mode and bucket will read from now on."""
         for backend in self.attn_backends:
             backend.bind(forward_batch.forward_mode, forward_batch.batch_size)
-        if not self.optimizations.in_graph:
-            self._refresh(forward_batch, forward_batch.batch_size)
+        self._refresh(forward_batch, forward_batch.batch_size)
 
     def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
         """Refresh, in place, every step's buffers of this mode and bucket, unless their graph does so itself."""

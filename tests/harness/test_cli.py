@@ -27,7 +27,7 @@ OTHER = accept_two_then_one
 
 
 def run(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{HERE}", "COLUMNS": "300"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(HERE), *sys.path]), "COLUMNS": "300"}
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 

@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, *words: str) -> Run:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
-        "PYTHONPATH": f"{PROJECT}{os.pathsep}{HERE}",
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(HERE), *sys.path]),
         "COLUMNS": "200",
     }
     command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "--oracle-device=cpu", *words]
@@ -100,7 +100,7 @@ CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
     [
         (["--oracle-profile=huge"], "invalid choice: 'huge'"),
         (["--oracle-device=tpu"], "invalid choice: 'tpu'"),
-        (["--oracle-budget=soon"], "invalid float value: 'soon'"),
+        (["--oracle-budget=soon"], "'soon' is not a number of seconds"),
         (["--oracle-budget=nan", *CHEAP], "nan"),
         (["--oracle-backend=planted"], "backend 'planted' is not of the form module:attribute"),
         (["--oracle-backend=absent_module:X"], "cannot import absent_module"),
