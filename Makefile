@@ -27,9 +27,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-bench: $(VENV)/ready  ## times optimized/ beside the original and its peers; needs a GPU
-	$(RUN) pytest tests/benchmarks --benchmark-only --benchmark-json=reports/benchmark.json
-	$(RUN) tests.benchmarks.table reports/benchmark.json
+bench:  ## times optimized/ beside the original and its peers; uses your own environment, which needs a GPU
+	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('make bench: $(PYTHON) sees no CUDA device')"
+	mkdir -p reports
+	$(PYTHON) -m pytest tests/benchmarks --benchmark-only --benchmark-json=reports/benchmark.json
+	$(PYTHON) -m tests.benchmarks.table reports/benchmark.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports

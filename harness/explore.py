@@ -40,6 +40,10 @@ class DeviceLost(BaseException):
     """A kernel fault left the GPU unusable for this process. Not an Exception: nothing may try to shrink it."""
 
 
+class _OutOfTime(BaseException):
+    """Ends a search. Not an Exception: Hypothesis would take it for a failure of the scenario at hand."""
+
+
 @dataclass
 class Exploration:
     """Outcome of one search. ``failure`` is the smallest failing case found, in the files ``saved``."""
@@ -68,9 +72,8 @@ def explore(
     files = FailureFiles(save_dir)
 
     def judge_one(scenario: Scenario) -> None:
-        out_of_time = deadline is not None and time.monotonic() > deadline
-        if out_of_time and outcome.failure is None:
-            return
+        if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
+            raise _OutOfTime
         try:
             # What shrinking tries is not coverage.
             judge(scenario, factory, device, outcome.verdict if outcome.failure is None else None)
@@ -95,6 +98,8 @@ def explore(
     except OracleFailure as failure:
         outcome.failure = _minimised(failure, factory, device)
         files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
+    except _OutOfTime:
+        pass
     except Flaky:  # it failed once and passed when repeated: a race, or state that survives between backends
         outcome.flaky, outcome.saved = True, files.raw
     return outcome

@@ -1,7 +1,7 @@
 """What the harness asks of a backend: the methods a serving engine calls on SGLang's NSA backend, by the same names.
 
 A third-party backend stands behind these protocols with a thin adapter that renames its metadata fields to those of
-``reference.types.Metadata``; a field it does not compute is None in both the configuration and the metadata.
+``reference.types.Metadata``. Every field must be there, but for the schedules of a configuration that asks for none.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -74,17 +75,35 @@ def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float
         table = Table("optimisation", "cases passed", "failures", "verdict")
         for name in switches:
             passed = verdict.boundary_classes[name]
-            failed = sum(name.removeprefix("switch ") in (f["optimizations"] or "no switch").split() for f in failures)
+            failed = sum(name in _switch_classes(failure["optimizations"]) for failure in failures)
             word = "FAILS" if failed else "bit-exact" if passed else "not visited"
             table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), word)
         parts.append(render(table))
 
     classes = [f"{name} {verdict.boundary_classes[name]}" for name in ALL_CLASSES if name not in switches]
     parts.append(_wrapped("boundary classes visited (cases): ", classes))
-    parts += [f"FAILED: {failure['sentence']}\n  {failure['command']}" for failure in failures]
+    parts += _listed_failures(failures)
     word = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
     parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {word}")
     return "\n".join(parts)
+
+
+def _switch_classes(optimizations: str) -> list[str]:
+    """The rows of the table that a failure with these optimisations (names, by spaces) counts in."""
+    return [f"switch {name}" for name in optimizations.split()] or ["no switch"]
+
+
+def _listed_failures(failures: Sequence[dict[str, str]]) -> list[str]:
+    """Each different verdict once, with the first command that replays it: shards often find the same bug."""
+    first: dict[str, str] = {}
+    alike: Counter[str] = Counter()
+    for failure in failures:
+        first.setdefault(failure["sentence"], failure["command"])
+        alike[failure["sentence"]] += 1
+    return [
+        f"FAILED{f' ({alike[sentence]} times)' if alike[sentence] > 1 else ''}: {sentence}\n  {command}"
+        for sentence, command in first.items()
+    ]
 
 
 def render(renderable: RenderableType) -> str:

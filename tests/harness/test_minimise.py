@@ -1,0 +1,71 @@
+"""Simplifying a finished record: what a failure does not need goes, what it needs stays."""
+
+from __future__ import annotations
+
+from harness.minimise import MOST_TRIALS, SIMPLEST_SETUP, minimise
+from harness.scenario import Accept, Capture, Join, Mirror, Order, PageLayout, Remap, Replay, Scenario, Setup
+from reference.types import ForwardMode
+
+EVERYTHING = Scenario(
+    setup=Setup(
+        page_size=16,
+        max_context_len=67,
+        index_topk=8,
+        num_steps=3,
+        num_draft_tokens=4,
+        paged_mqa_num_sms=3,
+        flashmla_num_sm_parts=2,
+        pool_size=4,
+        page_layout=PageLayout.SHUFFLED,
+    ),
+    optimizations=("precompute", "batched_copy"),
+    seed=7,
+    events=(
+        Capture(mode=ForwardMode.DECODE, buckets=(1, 2, 4)),
+        Capture(mode=ForwardMode.TARGET_VERIFY, buckets=(2,)),
+        Join(seq_len=5),
+        Join(seq_len=9, prefix_of=0),
+        Replay(mode=ForwardMode.TARGET_VERIFY, times=3),
+        Accept(accept_lengths=(1, 2)),
+        Remap(request=0, prefix_of=1),
+        Replay(mode=ForwardMode.DECODE, bucket=4, mirror=Mirror.STALE, order=Order.REVERSED, times=2),
+    ),
+)
+
+
+def test_only_what_the_failure_needs_is_left() -> None:
+    """A failure that needs a DECODE bucket of 4, a second join and a stale mirror keeps just these."""
+
+    def still_fails(scenario: Scenario) -> bool:
+        captured = any(isinstance(e, Capture) and 4 in e.buckets for e in scenario.events)
+        joins = sum(isinstance(e, Join) for e in scenario.events)
+        stale = any(isinstance(e, Replay) and e.mirror is Mirror.STALE for e in scenario.events)
+        return captured and joins == 2 and stale and "batched_copy" in scenario.optimizations
+
+    smallest = minimise(EVERYTHING, still_fails)
+    assert smallest.events == (
+        Capture(mode=ForwardMode.DECODE, buckets=(4,)),
+        Join(seq_len=5),
+        Join(seq_len=9, prefix_of=0),
+        Replay(mode=ForwardMode.DECODE, mirror=Mirror.STALE),
+    )
+    assert smallest.optimizations == ("batched_copy",)
+    assert smallest.seed == 0
+    assert {name: getattr(smallest.setup, name) for name in SIMPLEST_SETUP} == SIMPLEST_SETUP
+
+
+def test_nothing_changes_when_everything_is_needed() -> None:
+    assert minimise(EVERYTHING, lambda scenario: False) == EVERYTHING
+
+
+def test_candidates_are_valid_and_few() -> None:
+    """Every candidate is a scenario that could be saved, and a failure of any scenario ends in good time."""
+    tried: list[Scenario] = []
+
+    def still_fails(scenario: Scenario) -> bool:
+        tried.append(scenario)
+        return True
+
+    assert minimise(EVERYTHING, still_fails).events == ()
+    assert len(tried) <= MOST_TRIALS
+    assert all(Scenario.model_validate(scenario.model_dump()) == scenario for scenario in tried)
