@@ -32,7 +32,7 @@ class Profile:
     fresh: bool
 
 
-PROFILES = {"dev": Profile(48, False), "pr": Profile(360, False), "nightly": Profile(10_000, True)}
+PROFILES = {"dev": Profile(48, False), "pr": Profile(304, False), "nightly": Profile(10_000, True)}
 SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progress shows
 
 
