@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from harness.scenario import Capture, Inputs, Mirror, Order, Replay, Scenario, Setup
+from harness.scenario import Capture, Inputs, Join, Mirror, Order, Replay, Scenario, Setup
 
 SIMPLEST_SETUP: dict[str, Any] = {
     "paged_mqa_num_sms": 0,
@@ -69,6 +69,12 @@ def _simpler_events(event: object) -> Iterator[object]:
     if isinstance(event, Capture) and len(event.buckets) > 1:
         for bucket in event.buckets:
             yield event.model_copy(update={"buckets": tuple(other for other in event.buckets if other != bucket)})
+    if isinstance(event, Join):
+        yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"prefix_of": None})
     if isinstance(event, Replay):
-        for change in ({"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED}):
-            yield event.model_copy(update=change)
+        yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
+
+
+def _with(event: BaseModel, *changes: dict[str, Any]) -> Iterator[object]:
+    for change in changes:
+        yield event.model_copy(update=change)

@@ -162,6 +162,11 @@ def _tell_event(event: Event, batch: Batch | None, world: World, captured: Mappi
             return f"Capture {event.mode.value} graphs, buckets {_listed(event.buckets)}."
         case Join():
             prefix = "" if event.prefix_of is None else f", sharing up to {_count(event.prefix_pages, 'prefix page')}"
+            if event.count > 1:
+                return (
+                    f"{event.count} requests of {event.seq_len}, {event.seq_len + 1}, ... tokens join{prefix}; "
+                    f"{len(world.running)} running."
+                )
             return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."
         case Finish():
             return f"Request {event.request} finishes; {len(world.running)} running."
@@ -197,8 +202,9 @@ def _tell_batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
     return told + ("" if order is Order.JOINED else f", order {order.value}")
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return " ".join(map(str, numbers)) or "no"
+def _listed(numbers: Sequence[int], most: int = 12) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return (" ".join(map(str, numbers[:most])) or "no") + more
 
 
 def _count(number: int, noun: str) -> str:

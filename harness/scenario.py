@@ -147,11 +147,13 @@ class Join(_Record):
     """A request starts with ``seq_len`` cached tokens, on the pool row and pages freed last.
 
     With ``prefix_of`` it shares its first ``prefix_pages`` pages with that running request (counted modulo the number
-    running). Nothing happens when the pool is full.
+    running). ``count`` such requests join, each a token longer than the one before, from 1 again at the limit. Nothing
+    happens when the pool is full.
     """
 
     event: Literal["join"] = "join"
     seq_len: int = Field(ge=1)
+    count: int = Field(default=1, ge=1, le=MAX_BATCH)
     prefix_of: int | None = Field(default=None, ge=0)
     prefix_pages: int = Field(default=1, ge=1)
 

@@ -41,14 +41,25 @@ class Scale:
     max_requests: int
     max_events: int
     max_rows: int  # of one request over all steps
+    crowds: tuple[int, ...]  # how many requests may join at once, beside 1
     parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
 
 
 SMALL = Scale(
-    max_context_lens=(20, 33, 67, 130, 261, 520, 2300), max_requests=4, max_events=12, max_rows=16, parts=(0, 1, 3)
+    max_context_lens=(20, 33, 67, 130, 261, 520, 2300),
+    max_requests=4,
+    max_events=12,
+    max_rows=16,
+    crowds=(2,),
+    parts=(0, 1, 3),
 )
 LARGE = Scale(
-    max_context_lens=(33, 261, 2300, 4100, 9001), max_requests=48, max_events=24, max_rows=512, parts=(0, 1, 7, 132)
+    max_context_lens=(33, 261, 2300, 4100, 9001),
+    max_requests=48,
+    max_events=24,
+    max_rows=512,
+    crowds=(3, 40),
+    parts=(0, 1, 7, 132),
 )
 
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
@@ -124,6 +135,7 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     joins = st.builds(
         Join,
         seq_len=seq_lens(setup),
+        count=st.sampled_from((1, 1, 1, 1, *scale.crowds)),
         prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
         prefix_pages=st.integers(1, 3),
     )

@@ -106,7 +106,8 @@ class World:
         """Apply one event. Replay and eager events return the batch that the engine sends."""
         match event:
             case Join():
-                self._join(event)
+                for number in range(event.count):
+                    self._join(event, (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1)
             case Finish():
                 if self.running:
                     self._finish(self.running[event.request % len(self.running)])
@@ -122,14 +123,14 @@ class World:
                 pass
         return None
 
-    def _join(self, event: Join) -> None:
+    def _join(self, event: Join, seq_len: int) -> None:
         if not self.free_rows:
             return
         shared: list[int] = []
         if event.prefix_of is not None and self.running:
             source = self.running[event.prefix_of % len(self.running)]
-            shared = self._full_pages(source, event.seq_len, event.prefix_pages)
-        request = Request(self.free_rows.pop(), event.seq_len, list(shared), previous_seq_len=event.seq_len)
+            shared = self._full_pages(source, seq_len, event.prefix_pages)
+        request = Request(self.free_rows.pop(), seq_len, list(shared), previous_seq_len=seq_len)
         self.running.append(request)
         self._map(request)
 

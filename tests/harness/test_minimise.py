@@ -46,7 +46,7 @@ def test_only_what_the_failure_needs_is_left() -> None:
     assert smallest.events == (
         Capture(mode=ForwardMode.DECODE, buckets=(4,)),
         Join(seq_len=5),
-        Join(seq_len=9, prefix_of=0),
+        Join(seq_len=9),
         Replay(mode=ForwardMode.DECODE, mirror=Mirror.STALE),
     )
     assert smallest.optimizations == ("batched_copy",)
