@@ -21,8 +21,7 @@ from harness.compare import Tally
 from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, explore
 from harness.judge import OracleFailure, Verdict, judge
 from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend, try_out
-from harness.scenario import Scenario, ScenarioError, load
-from harness.seeds import FailureFiles
+from harness.scenario import ScenarioError, load
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
 ENTROPY = "oracle_entropy"
@@ -99,17 +98,6 @@ class Oracle:
             judge(load(path), self.factory, self.device, outcome.verdict)
         except OracleFailure as failure:
             outcome.failure = failure
-        return outcome
-
-    def judge_scenario(self, scenario: Scenario) -> Exploration:
-        """Judge one scenario made by a test; a failure is saved."""
-        outcome = Exploration()
-        try:
-            judge(scenario, self.factory, self.device, outcome.verdict)
-        except OracleFailure as failure:
-            files = FailureFiles(self.save_dir)
-            files.record(scenario, failure.finding.sentence())
-            outcome.failure, outcome.saved = failure, files.minimal
         return outcome
 
     def explore(self, shard: int) -> Exploration:

@@ -1,6 +1,6 @@
-"""Every mode, layout, step and page size against a statement of SPEC section 2 in nested loops over plain lists.
+"""Every mode, layout, step and page size against a statement of docs/contract.md in nested loops over plain lists.
 
-``brute_force`` reads SPEC's table alone: it knows neither torch nor how ``reference`` is built. Lengths are compared
+``brute_force`` reads the contract's table alone: it knows neither torch nor how ``reference`` is built. Lengths are compared
 whole, page tables in their live cells (``None`` marks a dead one). The schedules have tests of their own
 (``test_schedules``); here it is checked that they are those of the right lengths.
 """
@@ -148,7 +148,7 @@ def running_sum(values: list[int]) -> list[int]:
 
 
 def visible_lengths(scenario: Scenario, request: Request) -> tuple[int, list[int]]:
-    """KV length of the request, and of each of its query tokens, as SPEC's table has them mode by mode."""
+    """KV length of the request, and of each of its query tokens, as the contract's table has them mode by mode."""
     drafts = scenario.config.speculative_num_draft_tokens
     seq_len = request.tokens
     if scenario.mode in (ForwardMode.DECODE, ForwardMode.IDLE):
@@ -346,7 +346,7 @@ def test_extend_equals_brute_force(scenario: Scenario) -> None:
 
 
 def test_hard_cases_are_reached() -> None:
-    """The strategies above are worth nothing if they never draw the cases SPEC rules on."""
+    """The strategies above are worth nothing if they never draw the cases the contract rules on."""
     seen: Counter[str] = Counter()
 
     def collect(scenario: Scenario) -> None:

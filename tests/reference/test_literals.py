@@ -1,4 +1,4 @@
-"""Every metadata field of every mode against values worked out by hand from SPEC section 2.
+"""Every metadata field of every mode against values worked out by hand from docs/contract.md.
 
 ``_`` marks a dead cell of a page table: unspecified, not compared. The arithmetic stands beside each value.
 """
@@ -358,7 +358,7 @@ def test_draft_extend_v2_ignores_accept_length() -> None:
 
 
 def test_extend_with_a_cached_prefix() -> None:
-    """SPEC's example: extend [3, 2], seq_lens [10, 4], so prefixes of 7 and 2."""
+    """The contract's example: extend [3, 2], seq_lens [10, 4], so prefixes of 7 and 2."""
     expected: dict[str, Any] = {
         "page_size": 2,
         "max_seq_len_q": 3,  # max(3, 2)
