@@ -1,7 +1,7 @@
 """Every mode, layout, step and page size against a statement of docs/contract.md in nested loops over plain lists.
 
-``brute_force`` reads the contract's table alone: it knows neither torch nor how ``reference`` is built. Lengths are compared
-whole, page tables in their live cells (``None`` marks a dead one). The schedules have tests of their own
+``brute_force`` reads the contract's table alone: it knows neither torch nor how ``reference`` is built. Lengths are
+compared whole, page tables in their live cells (``None`` marks a dead one). The schedules have tests of their own
 (``test_schedules``); here it is checked that they are those of the right lengths.
 """
 
