@@ -1,4 +1,4 @@
-"""The vocabulary shared by ``reference/``, ``optimized/`` and ``harness/``: modes, configuration, batch, metadata.
+"""The vocabulary shared by ``reference/``, ``optimized/`` and ``harness/``: modes, sizes, batch, metadata, layer.
 
 This is the only module of ``reference/`` that ``optimized/`` imports. Names follow SGLang's NSA backend, so that an
 engineer finds each field under the name it has in production.
@@ -165,3 +165,100 @@ class Metadata:
     indexer_k_start_end: tuple[torch.Tensor, torch.Tensor] | None = None
     token_to_batch_idx: torch.Tensor | None = None
     page_table_1_flattened: torch.Tensor | None = None
+
+
+class KVCacheDtype(enum.Enum):
+    """How keys and values lie in the KV cache. Both layouts keep the latent part first and the RoPE part last."""
+
+    BF16 = "bf16"  # [num_slots, 1, kv_lora_rank + qk_rope_head_dim] bf16
+    FP8 = "fp8"  # [num_slots, 1, kv_token_bytes] uint8: e4m3 latent, float32 scale of each tile, bf16 RoPE
+
+
+NUM_QUANT_TILES = 4  # parts of the latent with a scale each: FlashMLA's 512 values in tiles of 128
+FP8_MAX = 448.0  # largest finite e4m3 value
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes of one sparse MLA layer on one rank; the defaults are DeepSeek V3.2's.
+
+    num_heads: query heads on this rank: 128, or 64, 32, 16 under tensor parallelism. They share one KV head.
+    kv_lora_rank: width of the latent part of a key, which is the value as well.
+    qk_rope_head_dim: width of the RoPE part of a key.
+    index_n_heads, index_head_dim: heads of the lightning indexer and their width.
+    sm_scale: what q.k is multiplied by before the (natural) softmax.
+    """
+
+    num_heads: int = 128
+    kv_lora_rank: int = 512
+    qk_rope_head_dim: int = 64
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.FP8
+    sm_scale: float = 192**-0.5
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def quant_tile(self) -> int:
+        """Latent values that share one scale in the FP8 cache."""
+        return self.kv_lora_rank // NUM_QUANT_TILES
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token in the FP8 cache: 656 in production."""
+        return self.kv_lora_rank + 4 * NUM_QUANT_TILES + 2 * self.qk_rope_head_dim
+
+    def index_page_bytes(self, page_size: int) -> int:
+        """Bytes of one page of the index-K cache: all keys (e4m3), then all scales (float32). 8448 for 64 tokens."""
+        return page_size * (self.index_head_dim + 4)
+
+
+@dataclass(frozen=True)
+class AttentionCaches:
+    """The caches of one layer. Slots and pages may lie far apart (a view with a large first stride); rows are dense.
+
+    kv: [num_slots, 1, ...], see ``KVCacheDtype``.
+    index_k: [num_pages, index_page_bytes] uint8; token t of a page has its key at t * index_head_dim and its scale
+        behind the keys of all the page's tokens.
+    """
+
+    kv: torch.Tensor
+    index_k: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the layer's projections give for the R rows (query tokens) of one forward pass.
+
+    q: [R, num_heads, qk_head_dim] bf16, the part that meets the latent first.
+    k: [R, qk_head_dim] bf16, the row's own key: latent, then RoPE.
+    index_q: [R, index_n_heads, index_head_dim] float8_e4m3fn. index_weights: [R, index_n_heads] float32.
+    index_k: [R, index_head_dim] bf16, the row's own index key.
+    out_cache_loc: [R] int64, slot that the row's own key is written to; rows that belong to no token write to slot 0.
+        Rows with the same slot have the same keys, unless the slot lies in page 0, whose content is unspecified.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    index_q: torch.Tensor
+    index_weights: torch.Tensor
+    index_k: torch.Tensor
+    out_cache_loc: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionOutputs:
+    """What one forward pass of the layer computes for its R rows, stage by stage.
+
+    logits: [R, max_seq_len_k] float32, -inf at and beyond the row's seqlens_expanded.
+    indices: [R, index_topk] int32, slots of the selected tokens in ascending order of position, then -1.
+    out: [R, num_heads, kv_lora_rank] bf16. lse: [R, num_heads] float32, natural log; -inf (and out 0) without a key.
+    """
+
+    logits: torch.Tensor
+    indices: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
