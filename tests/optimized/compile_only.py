@@ -26,9 +26,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from optimized import indexer, kv_cache, topk
 from optimized.multi_step import MultiStepBackend
 from optimized.optimizations import Optimizations
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo, StepSemantics
+from reference.types import (
+    AttentionCaches,
+    AttentionConfig,
+    AttentionInputs,
+    BackendConfig,
+    ForwardBatch,
+    ForwardMode,
+    KVCacheDtype,
+    SpecInfo,
+    StepSemantics,
+)
 
 
 class StandInDriver:
@@ -124,6 +135,57 @@ def batches(sizes: Sizes) -> Iterator[ForwardBatch]:
         yield batch
 
 
+@dataclasses.dataclass(frozen=True)
+class StageSizes:
+    """What varies at run time for the stages before attention, and must not select a variant."""
+
+    rows: int
+    max_seq_len_k: int
+    num_pages: int
+    index_topk: int
+    gap: int  # between slots and between pages, of as many bytes as the widest load
+
+
+STAGE_WARM_UP = [  # every block that a row can be selected in
+    StageSizes(1, 100, 1, 16, 0),
+    StageSizes(1, 8192, 1, 2048, 0),
+    StageSizes(1, 163840, 1, 2048, 0),
+]
+STAGE_SIZES = [
+    StageSizes(3, 1021, 7, 64, 1),
+    StageSizes(64, 4097, 9, 2048, 3),
+    StageSizes(8, 50000, 33, 1024, 2),
+]
+
+
+def drive_stages(sizes: StageSizes, dtype: KVCacheDtype) -> None:
+    """DeepSeek V3.2's store, indexer and selection, each transform of it."""
+    config = AttentionConfig(kv_cache_dtype=dtype)
+    rows, width, page_size = sizes.rows, sizes.max_seq_len_k, 64
+    is_fp8 = dtype is KVCacheDtype.FP8
+    slot_width = config.kv_token_bytes if is_fp8 else config.qk_head_dim
+    kv = torch.zeros(2, 1, slot_width + 16 * sizes.gap, dtype=torch.uint8 if is_fp8 else torch.bfloat16)
+    index_k_cache = torch.zeros(sizes.num_pages, config.index_page_bytes(page_size) + 16 * sizes.gap, dtype=torch.uint8)
+    caches = AttentionCaches(kv[:, :, :slot_width], index_k_cache[:, : config.index_page_bytes(page_size)])
+    inputs = AttentionInputs(
+        q=torch.zeros(rows, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
+        k=torch.zeros(rows, config.qk_head_dim, dtype=torch.bfloat16),
+        index_q=torch.zeros(rows, config.index_n_heads, config.index_head_dim).to(torch.float8_e4m3fn),
+        index_weights=torch.zeros(rows, config.index_n_heads),
+        index_k=torch.zeros(rows, config.index_head_dim, dtype=torch.bfloat16),
+        out_cache_loc=torch.zeros(rows, dtype=torch.int64),
+    )
+    kv_cache.store_cache(config, caches, inputs)
+    lengths = torch.zeros(rows, dtype=torch.int32)
+    table = torch.zeros(rows, width, dtype=torch.int32)
+    pages = table[:, : -(-width // page_size)]
+    scorer = (inputs.index_q, inputs.index_weights)
+    logits = indexer.indexer_logits(config, *scorer, caches.index_k, pages, lengths, width)
+    topk.topk_indices(logits, lengths, sizes.index_topk)
+    topk.topk_transform_paged(logits, lengths, table, sizes.index_topk)
+    topk.topk_transform_ragged(logits, lengths, lengths, sizes.index_topk)
+
+
 def main() -> None:
     compilations = Compilations(int(sys.argv[1]))
     choices = [
@@ -132,9 +194,13 @@ def main() -> None:
     ]
     for sizes, flags, optimizations in itertools.product(WARM_UP, FLAGS, choices):
         drive(sizes, *flags, optimizations)
+    for stage_sizes, dtype in itertools.product(STAGE_WARM_UP, KVCacheDtype):
+        drive_stages(stage_sizes, dtype)
     first = compilations.count()
     for sizes, flags, optimizations in itertools.product(SIZES, FLAGS, choices):
         drive(sizes, *flags, optimizations)
+    for stage_sizes, dtype in itertools.product(STAGE_SIZES, KVCacheDtype):
+        drive_stages(stage_sizes, dtype)
     smallest = min(size for variants in compilations.cubins.values() for size in variants.values())
     json.dump({"first": first, "after": compilations.count(), "smallest_cubin": smallest}, sys.stdout)
 

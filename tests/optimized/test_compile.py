@@ -18,7 +18,10 @@ KERNELS = {
     "expand_seqlens_kernel",
     "fill_metadata_kernel",
     "flashmla_schedule_kernel",
+    "indexer_logits_kernel",
     "paged_mqa_schedule_kernel",
+    "store_cache_kernel",
+    "topk_kernel",
 }
 
 

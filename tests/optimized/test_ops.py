@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimized import buffers, lengths, metadata, schedules
+from optimized import buffers, indexer, kv_cache, lengths, metadata, schedules, topk
 from optimized.buffers import Layout, StepBuffers
 from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
 
@@ -71,3 +71,31 @@ def test_schedules() -> None:
     torch.library.opcheck(schedules.paged_mqa_schedule, (context_lens, context_lens.new_zeros(1, 8), 3))
     parts, num_splits = context_lens.new_zeros(1, 16), context_lens.new_zeros(1, 4)
     torch.library.opcheck(schedules.flashmla_schedule, (context_lens, parts, num_splits, 2))
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_store_cache(is_fp8: bool) -> None:
+    kv = torch.zeros(32, 1, 80 if is_fp8 else 40, dtype=torch.uint8 if is_fp8 else torch.bfloat16, device=DEVICE)
+    k, index_k = (torch.ones(2, width, dtype=torch.bfloat16, device=DEVICE) for width in (40, 16))
+    slots = torch.tensor([17, 3], device=DEVICE)
+    index_k_cache = torch.zeros(2, 16 * 20, dtype=torch.uint8, device=DEVICE)
+    torch.library.opcheck(kv_cache.store_cache_op, (kv, index_k_cache, k, index_k, slots, 32, 16, is_fp8))
+
+
+def test_indexer_logits() -> None:
+    logits = torch.zeros(2, 9, device=DEVICE)
+    index_q = torch.ones(2, 4, 16, device=DEVICE, dtype=torch.uint8)  # bits: opcheck cannot multiply e4m3
+    index_k_cache = torch.zeros(2, 16 * 20, dtype=torch.uint8, device=DEVICE)
+    table = torch.ones(2, 1, dtype=torch.int32, device=DEVICE)
+    seqlens = torch.tensor([9, 3], dtype=torch.int32, device=DEVICE)
+    arguments = (logits, index_q, torch.ones(2, 4, device=DEVICE), index_k_cache, table, seqlens)
+    torch.library.opcheck(indexer.indexer_logits_op, arguments)
+
+
+def test_topk() -> None:
+    out = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    logits = torch.arange(18.0, device=DEVICE).view(2, 9)
+    seqlens = torch.tensor([9, 3], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, None))
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, REQ_TO_TOKEN[:, :9], None))
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, seqlens))

@@ -1,0 +1,150 @@
+"""Sparse multi-head latent attention over the selected tokens."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+
+from optimized import kernels
+from optimized.kernels.attention import sparse_mla_combine_kernel, sparse_mla_kernel
+from optimized.kernels.fp8 import INTERPRETED
+from optimized.launch import Launcher, is_wide
+from optimized.library import register
+from reference.types import AttentionConfig
+
+CHUNK = 512  # indices whose partial softmax starts from nothing: changing it changes low bits of every result
+SCAN = 2048  # indices looked at in one go for the last valid one
+MAX_HEAD_BLOCK = 64  # whose float32 outputs take half of the registers
+MIN_HEAD_BLOCK = 16
+
+assert kernels  # imported first: it decides how Triton runs
+
+_attend = Launcher(sparse_mla_kernel)
+_combine = Launcher(sparse_mla_combine_kernel)
+
+
+def sparse_mla(
+    config: AttentionConfig, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each row over the slots ``indices`` names: out bf16 [R, H, kv_lora_rank], lse float32 [R, H].
+
+    out = softmax(q.k * sm_scale) v, where v is the first kv_lora_rank of k; lse is the natural log of the sum of
+    exp(q.k * sm_scale). A row without a valid slot: out 0, lse -inf. A row's result depends on that row alone, bit for
+    bit: on neither the rows beside it nor how many programs share it.
+
+    q [R, H, qk_head_dim] bf16. kv_cache: see ``KVCacheDtype``. indices [R, K] int32: slots; negative ones, anywhere in
+    the row, are skipped. No slot but these is read. Last dimensions are dense; rows, heads and slots may be strided.
+    """
+    rows, heads, num_chunks = q.shape[0], config.num_heads, max(1, -(-indices.shape[1] // CHUNK))
+    # One program per row, if that fills the GPU: it saves writing and reading all partials.
+    splits = 1 if rows * -(-heads // _head_block(heads)) >= _programs_that_fill(q.device) else num_chunks
+    out = torch.empty(rows, heads, config.kv_lora_rank, dtype=torch.bfloat16, device=q.device)
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
+    sparse_mla_into(config, out, lse, q, kv_cache, indices, splits)
+    return out, lse
+
+
+def sparse_mla_into(
+    config: AttentionConfig,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    splits: int,
+) -> None:
+    """``sparse_mla`` into ``out`` and ``lse``. splits: programs per row: 1, or as many as ``indices`` has chunks."""
+    rows, heads, rank = out.shape
+    accs = torch.empty(rows, splits, heads, rank, dtype=torch.float32, device=q.device)
+    stats = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=q.device)
+    sparse_mla_op(out, lse, accs, stats, q, kv_cache, indices, config.sm_scale)
+    if splits > 1:
+        sparse_mla_combine_op(out, lse, accs, stats, config.sm_scale)
+
+
+def _head_block(heads: int) -> int:
+    """Heads of one program: all, rounded up to a tile of the matrix units, as long as one can hold their outputs."""
+    return min(MAX_HEAD_BLOCK, max(MIN_HEAD_BLOCK, 1 << (heads - 1).bit_length()))
+
+
+def _launch_sparse_mla(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    accs: torch.Tensor,
+    stats: torch.Tensor,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+) -> None:
+    rows, heads, rank = out.shape
+    if rows == 0:
+        return
+    splits, num_keys, rope, fp8 = accs.shape[1], indices.shape[1], q.shape[2] - rank, kv_cache.dtype is torch.uint8
+    head_block = _head_block(heads)
+    q_strides, kv_stride, indices_stride = q.stride()[:2], kv_cache.stride(0), indices.stride(0)
+    assert q.stride(2) == 1 and kv_cache.stride(2) == 1 and indices.stride(1) == 1, "rows must be dense"  # noqa: PT018
+    slot_bits = kv_cache.data_ptr() | kv_stride * kv_cache.element_size()
+    assert not fp8 or slot_bits % 4 == 0, "slots of an FP8 cache must start on 4 bytes"
+    q_bits = q.data_ptr() | q_strides[0] * q.element_size() | q_strides[1] * q.element_size()
+    aligned = (slot_bits | q_bits | accs.data_ptr()) % 16 == 0
+    key_block, num_stages = _tuning(q.device)
+    wide = is_wide(q_strides[0]), is_wide(kv_stride), is_wide(indices_stride)
+    _attend(
+        rows * splits * -(-heads // head_block), (heads, rank, rope, fp8, aligned, *wide), out, lse, accs, stats, q,
+        kv_cache, indices, *q_strides, kv_stride, indices_stride, num_keys, splits, sm_scale, _scale_log2(sm_scale),
+        heads, rank, rope, fp8, aligned, head_block, key_block, CHUNK, SCAN, num_warps=8, num_stages=num_stages,
+    )  # fmt: skip
+
+
+def _launch_combine(
+    out: torch.Tensor, lse: torch.Tensor, accs: torch.Tensor, stats: torch.Tensor, sm_scale: float
+) -> None:
+    rows, heads, rank = out.shape
+    if rows == 0:
+        return
+    _combine(
+        rows * heads, (heads, rank), out, lse, accs, stats, accs.shape[1], sm_scale, _scale_log2(sm_scale), heads, rank,
+        num_warps=4,
+    )  # fmt: skip
+
+
+sparse_mla_op = register(
+    "sparse_mla(Tensor(a!) out, Tensor(b!) lse, Tensor(c!) accs, Tensor(d!) stats, Tensor q, Tensor kv_cache, "
+    "Tensor indices, float sm_scale) -> ()",
+    _launch_sparse_mla,
+)
+sparse_mla_combine_op = register(
+    "sparse_mla_combine(Tensor(a!) out, Tensor(b!) lse, Tensor accs, Tensor stats, float sm_scale) -> ()",
+    _launch_combine,
+)
+
+
+@functools.cache
+def _scale_log2(sm_scale: float) -> float:
+    """sm_scale * log2(e), rounded to float32: exactly 1.0 for sm_scale = ln 2."""
+    return torch.tensor(sm_scale * math.log2(math.e), dtype=torch.float32).item()
+
+
+@functools.cache
+def _tuning(device: torch.device) -> tuple[int, int]:
+    """Keys of a tile, and stages of the pipeline that loads them, so that they fit a program's shared memory.
+
+    64 heads of q take 72 KiB of it, and so do 64 keys; an A100 has 163 KiB and an H100 227. A B200 has 227 as well, but
+    Triton 3.6 needs more than that for 64 keys.
+    """
+    # Triton's word, not torch's: this compiles for GPUs that are not there, too.
+    is_hopper = not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
+    return (64 if is_hopper else 32), 2
+
+
+@functools.cache
+def _programs_that_fill(device: torch.device) -> int:
+    """How many programs keep the device's multiprocessors busy; half a wave is too few, a whole one is enough."""
+    if device.type != "cuda":
+        return 8  # the interpreter: both ways get used
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count * 3 // 4

@@ -1,0 +1,285 @@
+"""Sparse multi-head latent attention: one row's heads against the keys its indices name.
+
+The result of a row is the same, bit for bit, whatever the batch and however many programs share the row. Addition of
+floats is not associative, so the order is fixed: the keys fall into chunks of CHUNK indices, each chunk's partial
+softmax (maximum, sum, unnormalised accumulator) starts from nothing, and ``fold`` joins the partials from left to
+right. One program per row folds as it goes; one program per chunk leaves its partial to ``sparse_mla_combine_kernel``.
+Both run the same compiled chunk loop: how many programs share a row is a run-time argument.
+
+Exactness: scores are compared and subtracted before they are scaled, and weights are exp2 of the scaled difference.
+Integer scores and sm_scale = ln 2 (hence a scale of exactly 1) then make weights powers of two; nothing is divided
+but the final accumulator, once, correctly rounded.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+# (Triton ships no types for its decorator)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
+
+NUM_QUANT_TILES = tl.constexpr(4)  # scales of a token in the FP8 cache
+
+
+@triton.jit
+def to_bf16(x: tl.tensor) -> tl.tensor:
+    """float32 to bf16, to nearest even. The interpreter's own cast truncates."""
+    if INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """The product a @ b + acc of bf16 operands. The interpreter would multiply the operands' bit patterns."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def weight(score: tl.tensor, max_score: tl.tensor, scale_log2: tl.tensor) -> tl.tensor:
+    """exp2((score - max_score) * scale_log2), 0 for a score of -inf, also where the maximum is -inf."""
+    return tl.exp2((score - tl.where(max_score == float("-inf"), 0.0, max_score)) * scale_log2)
+
+
+@triton.jit
+def fold(acc: tl.tensor, acc_weight: tl.tensor, chunk_acc: tl.tensor, chunk_weight: tl.tensor) -> tl.tensor:
+    """Joined partials, acc * acc_weight + chunk_acc * chunk_weight, rounded the same wherever it is compiled.
+
+    Nothing may be joined any number of times: that can change the sign of a zero, but no other bit.
+    """
+    return tl.fma(acc, acc_weight, chunk_acc * chunk_weight)
+
+
+@triton.jit
+def divide(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+    """The quotient x / divisor, correctly rounded unless it underflows. A divisor serves many x, hence its reciprocal.
+
+    With a correctly rounded reciprocal, one step makes the quotient faithful and another one correct (Markstein). The
+    interpreter's fma rounds twice.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    reciprocal = tl.div_rn(divisor * 0.0 + 1.0, divisor)
+    quotient = x * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@triton.jit
+def natural_log(x: tl.tensor) -> tl.tensor:
+    """Within an ulp or so; Triton's own is an approximation. The interpreter knows no libdevice."""
+    if INTERPRETED:
+        return tl.log(x)
+    return libdevice.log(x)
+
+
+@triton.jit
+def load_keys(
+    kv: tl.tensor,
+    slots: tl.tensor,
+    kv_stride: tl.tensor,
+    RANK: tl.constexpr,  # noqa: N803
+    ROPE: tl.constexpr,  # noqa: N803
+    FP8: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor]:
+    """Latent [n, RANK] and RoPE part [n, ROPE] of the keys at ``slots`` [n], bf16. Negative slots: 0, nothing read."""
+    lanes = tl.arange(0, RANK)
+    rope_lanes = tl.arange(0, ROPE)
+    token = kv + slots.to(tl.int64) * kv_stride
+    if ALIGNED:  # tokens move as 16-byte vectors
+        token = tl.multiple_of(token, [16])
+    valid = slots[:, None] >= 0
+    if FP8:
+        scale_lanes = tl.arange(0, NUM_QUANT_TILES)
+        values = tl.load(token[:, None] + lanes[None, :], mask=valid, other=0)
+        scales = (token + RANK).to(tl.pointer_type(tl.float32))
+        scales = tl.load(scales[:, None] + scale_lanes[None, :], mask=valid, other=0.0)
+        tiles = tl.reshape(
+            from_e4m3_bits(values, tl.float32), (slots.shape[0], NUM_QUANT_TILES, RANK // NUM_QUANT_TILES)
+        )
+        latent = to_bf16(tl.reshape(tiles * scales[:, :, None], (slots.shape[0], RANK)))
+        rope = (token + RANK + 4 * NUM_QUANT_TILES).to(tl.pointer_type(tl.bfloat16))
+    else:
+        latent = tl.load(token[:, None] + lanes[None, :], mask=valid, other=0.0)
+        rope = token + RANK
+    return latent, tl.load(rope[:, None] + rope_lanes[None, :], mask=valid, other=0.0)
+
+
+_SCALARS = [
+    "q_row_stride", "q_head_stride", "kv_stride", "indices_stride", "num_keys", "programs_per_row", "scale",
+    "scale_log2",
+]  # fmt: skip
+_POINTERS = ["out", "lse", "accs", "stats", "q", "kv", "indices"]
+
+
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
+def sparse_mla_kernel(
+    out: tl.tensor,
+    lse: tl.tensor,
+    accs: tl.tensor,
+    stats: tl.tensor,
+    q: tl.tensor,
+    kv: tl.tensor,
+    indices: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    kv_stride: tl.tensor,
+    indices_stride: tl.tensor,
+    num_keys: tl.tensor,
+    programs_per_row: tl.tensor,
+    scale: tl.tensor,
+    scale_log2: tl.tensor,
+    HEADS: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,  # noqa: N803
+    ROPE: tl.constexpr,  # noqa: N803
+    FP8: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    HEAD_BLOCK: tl.constexpr,  # noqa: N803
+    KEY_BLOCK: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr,  # noqa: N803
+    SCAN: tl.constexpr,  # noqa: N803
+) -> None:
+    """HEAD_BLOCK heads of one row. Grid: rows * programs_per_row * head blocks; head blocks vary fastest.
+
+    programs_per_row is 1: the program folds all chunks (``accs`` [R, HEADS, RANK] holds the total while a chunk's
+    accumulator needs the registers) and writes ``out`` and ``lse``. Or it is num_chunks: each program writes one
+    chunk's partial to ``accs`` [R, num_chunks, HEADS, RANK] and ``stats`` [R, num_chunks, HEADS, 2] (maximum, sum). A
+    chunk without a key leaves its part of ``accs`` as it is.
+    ALIGNED: every row of q, every slot and ``accs`` start on 16 bytes. SCAN: indices looked at in one go.
+    """
+    head_blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
+    pid = tl.program_id(0)
+    row = (pid // head_blocks // programs_per_row).to(tl.int64)
+    part = pid // head_blocks % programs_per_row
+    heads = pid % head_blocks * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    lanes = tl.arange(0, RANK)
+    row_indices = indices + row * indices_stride
+
+    # Behind the row's last valid index there is nothing to do, nor a difference between one program and several.
+    last = tl.zeros([SCAN], tl.int32)
+    for scan_begin in range(0, num_keys, SCAN):
+        keys = scan_begin + tl.arange(0, SCAN)
+        valid = tl.load(row_indices + keys, mask=keys < num_keys, other=-1) >= 0
+        last = tl.maximum(last, tl.where(valid, keys + 1, 0))
+    keys_end = tl.max(last, 0)
+    begin = part * CHUNK
+    end = keys_end
+    if programs_per_row > 1:
+        end = tl.minimum(begin + CHUNK, keys_end)
+
+    q_rows = q + (row * q_row_stride + heads * q_head_stride.to(tl.int64))
+    if ALIGNED:
+        q_rows = tl.multiple_of(q_rows, [16])
+    q_rows = q_rows[:, None]
+    live = heads[:, None] < HEADS
+    q_latent = tl.load(q_rows + lanes[None, :], mask=live, other=0.0)
+    q_rope = tl.load(q_rows + RANK + tl.arange(0, ROPE)[None, :], mask=live, other=0.0)
+
+    head_rows = (row * programs_per_row + part) * HEADS + heads
+    total_rows = accs + head_rows * RANK
+    if ALIGNED:
+        total_rows = tl.multiple_of(total_rows, [16])
+    total_cells = total_rows[:, None] + lanes[None, :]
+    total_max = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+    total_sum = tl.zeros([HEAD_BLOCK], tl.float32)
+    for chunk_begin in range(begin, tl.maximum(end, begin + 1), CHUNK):  # a row without a key gets a result too
+        # 1. The chunk's partial.
+        max_score = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+        weight_sum = tl.zeros([HEAD_BLOCK], tl.float32)
+        acc = tl.zeros([HEAD_BLOCK, RANK], tl.float32)
+        chunk_end = tl.minimum(chunk_begin + CHUNK, end)
+        for key_begin in range(chunk_begin, chunk_end, KEY_BLOCK):
+            keys = key_begin + tl.arange(0, KEY_BLOCK)
+            slots = tl.load(row_indices + keys, mask=keys < chunk_end, other=-1)
+            latent, rope = load_keys(kv, slots, kv_stride, RANK, ROPE, FP8, ALIGNED)
+            scores = dot(q_latent, tl.trans(latent), tl.zeros([HEAD_BLOCK, KEY_BLOCK], tl.float32))
+            scores = dot(q_rope, tl.trans(rope), scores)
+            scores = tl.where(slots[None, :] >= 0, scores, float("-inf"))
+            new_max = tl.maximum(max_score, tl.max(scores, 1))
+            rescale = weight(max_score, new_max, scale_log2)
+            weights = weight(scores, new_max[:, None], scale_log2)
+            weight_sum = tl.fma(weight_sum, rescale, tl.sum(weights, 1))
+            acc = dot(to_bf16(weights), latent, acc * rescale[:, None])
+            max_score = new_max
+
+        # 2. Joined to the chunks before it. Their total waits in memory: registers hold one accumulator.
+        new_max = tl.maximum(total_max, max_score)
+        total_weight = weight(total_max, new_max, scale_log2)
+        chunk_weight = weight(max_score, new_max, scale_log2)
+        total_sum = fold(total_sum, total_weight, weight_sum, chunk_weight)
+        total_max = new_max
+        tl.debug_barrier()  # a thread may load what another one stored
+        heads_with_total = tl.where(chunk_begin > begin, HEADS, 0)
+        total = tl.load(total_cells, mask=heads[:, None] < heads_with_total, other=0.0)
+        total = fold(total, total_weight[:, None], acc, chunk_weight[:, None])
+
+        # 3. To the caller, to the next chunk, or to the combine kernel.
+        if (programs_per_row == 1) & (chunk_begin + CHUNK >= end):
+            write_result(out, lse, head_rows, heads < HEADS, total, total_max, total_sum, scale, RANK)
+        elif end > begin:
+            tl.store(total_cells, total, mask=live)
+    if programs_per_row > 1:
+        tl.store(stats + head_rows * 2, total_max, mask=heads < HEADS)
+        tl.store(stats + head_rows * 2 + 1, total_sum, mask=heads < HEADS)
+
+
+@triton.jit
+def write_result(
+    out: tl.tensor,
+    lse: tl.tensor,
+    head_rows: tl.tensor,
+    live: tl.tensor,
+    acc: tl.tensor,
+    max_score: tl.tensor,
+    weight_sum: tl.tensor,
+    scale: tl.tensor,
+    RANK: tl.constexpr,  # noqa: N803
+) -> None:
+    """The one division, and the natural log of the sum of weights. Without a key: 0 and -inf."""
+    divisor = tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    result = to_bf16(divide(acc + 0.0, divisor[:, None]))  # a zero has one sign: see ``fold``
+    tl.store(out + head_rows[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=live[:, None])
+    logarithm = tl.fma(max_score, tl.zeros_like(max_score) + scale, natural_log(divisor))
+    tl.store(lse + head_rows, logarithm, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "scale", "scale_log2"], do_not_specialize_on_alignment=_POINTERS[:4])
+def sparse_mla_combine_kernel(
+    out: tl.tensor,
+    lse: tl.tensor,
+    accs: tl.tensor,
+    stats: tl.tensor,
+    num_chunks: tl.tensor,
+    scale: tl.tensor,
+    scale_log2: tl.tensor,
+    HEADS: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,  # noqa: N803
+) -> None:
+    """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads."""
+    head_row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    lanes = tl.arange(0, RANK)
+    first = head_row // HEADS * num_chunks * HEADS + head_row % HEADS
+    total_max = tl.full([1], float("-inf"), tl.float32)
+    total_sum = tl.zeros([1], tl.float32)
+    total = tl.zeros([1, RANK], tl.float32)
+    for chunk in range(num_chunks):
+        partial = first + chunk * HEADS
+        chunk_max = tl.load(stats + partial * 2)
+        chunk_sum = tl.load(stats + partial * 2 + 1)
+        acc = tl.load(accs + partial[:, None] * RANK + lanes[None, :], mask=chunk_sum[:, None] > 0.0, other=0.0)
+        new_max = tl.maximum(total_max, chunk_max)
+        total_weight = weight(total_max, new_max, scale_log2)
+        chunk_weight = weight(chunk_max, new_max, scale_log2)
+        total = fold(total, total_weight[:, None], acc, chunk_weight[:, None])
+        total_sum = fold(total_sum, total_weight, chunk_sum, chunk_weight)
+        total_max = new_max
+    write_result(out, lse, head_row, head_row >= 0, total, total_max, total_sum, scale, RANK)

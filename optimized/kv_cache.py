@@ -1,0 +1,93 @@
+"""Writes the keys of a forward pass into the caches of a layer. See ``reference.kv_cache`` for how they lie there."""
+
+from __future__ import annotations
+
+import torch
+
+from optimized import kernels
+from optimized.kernels.kv_cache import store_cache_kernel
+from optimized.launch import Launcher, is_dense, is_wide
+from optimized.library import register
+from reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+
+assert kernels  # imported first: it decides how Triton runs
+
+_store_cache = Launcher(store_cache_kernel)
+
+
+def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+    """Write the rows' own keys and index keys to both caches, in one launch.
+
+    A row writes the bytes of its slot alone. Rows that write to the same slot do so in any order.
+    """
+    store_cache_op(
+        caches.kv,
+        caches.index_k,
+        inputs.k,
+        inputs.index_k,
+        inputs.out_cache_loc,
+        config.kv_lora_rank,
+        config.index_head_dim,
+        config.kv_cache_dtype is KVCacheDtype.FP8,
+    )
+
+
+def page_size_of(index_k_cache: torch.Tensor, index_head_dim: int) -> int:
+    """Tokens of a page of the index-K cache, each a key (e4m3) and a scale (float32)."""
+    return index_k_cache.shape[1] // (index_head_dim + 4)
+
+
+def lanes(size: int) -> int:
+    """The next power of two: as many as Triton asks for to cover ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def _launch(
+    kv: torch.Tensor,
+    index_k_cache: torch.Tensor,
+    k: torch.Tensor,
+    index_k: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    kv_lora_rank: int,
+    index_head_dim: int,
+    is_fp8: bool,
+) -> None:
+    """Caches kv [slots, 1, ...] bf16 or uint8 and index_k_cache [pages, bytes] uint8; keys [R, ...] bf16.
+
+    Slots, pages and rows may lie apart, what is within them is dense. out_cache_loc [R] int32 or int64, any stride.
+    """
+    num_rows, head_dim = k.shape
+    if num_rows == 0:
+        return
+    assert is_dense(kv, index_k_cache, k, index_k), "rows must be dense"
+    page_size = page_size_of(index_k_cache, index_head_dim)
+    rope = head_dim - kv_lora_rank
+    sizes = (page_size, is_fp8, kv_lora_rank, rope, index_head_dim)
+    strides = (kv.stride(0), index_k_cache.stride(0), k.stride(0), index_k.stride(0), out_cache_loc.stride(0))
+    _store_cache(
+        2 * num_rows,
+        (*sizes, out_cache_loc.dtype, *(is_wide(stride) for stride in strides)),
+        kv,
+        index_k_cache,
+        k,
+        index_k,
+        out_cache_loc,
+        *strides,
+        num_rows,
+        page_size,
+        is_fp8,
+        kv_lora_rank,
+        rope,
+        NUM_QUANT_TILES,
+        index_head_dim,
+        lanes(kv_lora_rank // NUM_QUANT_TILES),
+        lanes(rope),
+        lanes(index_head_dim),
+    )
+
+
+store_cache_op = register(
+    "store_cache(Tensor(a!) kv, Tensor(b!) index_k_cache, Tensor k, Tensor index_k, Tensor out_cache_loc, "
+    "int kv_lora_rank, int index_head_dim, bool is_fp8) -> ()",
+    _launch,
+)
