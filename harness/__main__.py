@@ -12,8 +12,10 @@ import typer
 
 from harness import interpreter, report
 from harness.judge import OracleFailure, judge
-from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend, try_out
-from harness.scenario import Scenario, ScenarioError, load
+from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
+from harness.scenario import ScenarioError, load
+from harness.survey import survey_layer
+from harness.tiers import run_tiers
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -36,19 +38,68 @@ def replay(
     files: Files,
     device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
     backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
+    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
+    graphs: Annotated[bool, typer.Option(help="--no-graphs runs eagerly what the case would replay.")] = True,
 ) -> None:
     """Judge saved cases, one line each, and explain those that fail."""
     where = _torch_device(device)
     try:
         cases = [(file, load(file)) for file in files]
         factory = optimized_backend if backend is None else load_backend(backend)
+        layer_factory = optimized_layer if layer is None else load_layer(layer)[0]
         try_out(factory, where)
     except (ScenarioError, BackendError) as error:
         raise _unusable(str(error)) from None
     failed = False
     for file, scenario in cases:
-        failed |= not _replay(file, scenario, where, factory, backend)
+        try:
+            verdict = judge(scenario, factory, where, None, layer_factory, graphs)
+        except OracleFailure as failure:
+            typer.echo(report.explain(failure, file, report.replay_command(file, backend, where.type, layer)))
+            failed = True
+        except BackendError as error:
+            raise _unusable(str(error)) from None
+        else:
+            counts = f"{verdict.replays} replays, {verdict.eager_calls} eager calls on {where.type}"
+            typer.echo(f"{file}: bit-exact ({counts})")
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def tiers(
+    file: Annotated[Path, typer.Argument(help="A saved case (JSON).", show_default=False)],
+    backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
+    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
+) -> None:
+    """Replay one case on every tier and name the first that fails: its logic, its compilation, or its capture."""
+    try:
+        load(file)
+        outcomes = list(run_tiers(file, backend, layer))
+    except (ScenarioError, BackendError) as error:
+        raise _unusable(str(error)) from None
+    typer.echo(report.render(report.tiers_table(outcomes)))
+    failed = next((outcome for outcome in outcomes if outcome.passed is False), None)
+    if failed is not None:
+        typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.told}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def survey(
+    layer: Annotated[str, typer.Option(help="module:attribute of an attention layer, or stages of one.")],
+    cases: Annotated[int, typer.Option(min=1, help="How many cases to draw.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Where they are drawn from.")] = 0,
+    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+) -> None:
+    """Tell every property that a layer holds and every one that it does not, instead of stopping at the first."""
+    where = _torch_device(device)
+    try:
+        layer_factory, sizes = load_layer(layer)
+        findings = survey_layer(layer_factory, sizes, where, cases, seed)
+    except (BackendError, ValueError) as error:
+        raise _unusable(str(error)) from None
+    typer.echo(report.render(report.survey_table(findings)))
+    raise typer.Exit(1 if any(record.broken for record in findings.values()) else 0)
 
 
 @app.command()
@@ -60,19 +111,6 @@ def show(files: Files) -> None:
         raise _unusable(str(error)) from None
     for note, text in told:
         typer.echo(f"{note}\n{text}" if note else text)
-
-
-def _replay(file: Path, scenario: Scenario, device: torch.device, factory: BackendFactory, backend: str | None) -> bool:
-    """Judge one case and print what came of it; whether it passed."""
-    try:
-        verdict = judge(scenario, factory, device)
-    except OracleFailure as failure:
-        typer.echo(report.explain(failure, file, report.replay_command(file, backend, device.type)))
-        return False
-    except BackendError as error:
-        raise _unusable(str(error)) from None
-    typer.echo(f"{file}: bit-exact ({verdict.replays} replays, {verdict.eager_calls} eager calls on {device.type})")
-    return True
 
 
 def _torch_device(wanted: Device) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+from harness.content import Regime
 from harness.scenario import (
     GRAPH_MODES,
     Accept,
@@ -26,10 +27,15 @@ from harness.scenario import (
 )
 from harness.world import Batch, World, choose_bucket
 from optimized.optimizations import OPTIMIZATION_NAMES
-from reference.types import ForwardMode, StepSemantics
+from reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
 
+LAYER_CLASSES: tuple[str, ...] = (
+    *(f"content {regime.value}" for regime in Regime),
+    *(f"cache {dtype.value}" for dtype in KVCacheDtype),
+    *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
+)
 ALL_CLASSES: tuple[str, ...] = (
     *(f"replay {mode.value}" for mode in GRAPH_MODES),
     *(f"eager {mode.value}" for mode in ForwardMode),
@@ -50,6 +56,7 @@ ALL_CLASSES: tuple[str, ...] = (
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
     *(f"switch {name}" for name in OPTIMIZATION_NAMES),
     "no switch",
+    *LAYER_CLASSES,
 )
 
 
@@ -134,6 +141,13 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
         yield "strided inputs"
     if setup.inputs.wide_req_to_token:
         yield "wide req_to_token"
+    if setup.layer is not None:
+        yield f"content {setup.layer.regime.value}"
+        yield f"cache {setup.layer.kv_cache_dtype.value}"
+        if setup.layer.far_slots:
+            yield "far slots"
+        if setup.layer.num_heads > 1:
+            yield "more heads than one"
     yield f"drive {setup.drive.value}"
     yield f"steps {setup.step_semantics.value}"
     if setup.paged_mqa_num_sms:
@@ -171,10 +185,21 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
     ):
         if length in batch.seq_lens:
             yield f"length {name}"
+    if setup.layer is not None:
+        yield from _key_classes(batch, setup)
     if max(batch.seq_lens) > COPY_CHUNK:
         yield "several copy chunks"
     if batch.mode is ForwardMode.EXTEND and batch.extend_lens != batch.seq_lens:
         yield "cached prefix extended"
+
+
+def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
+    if max(batch.seq_lens) > setup.index_topk:
+        yield "more keys than K"
+    if min(batch.seq_lens) < setup.index_topk:
+        yield "fewer keys than K"
+    if batch.mode is ForwardMode.DRAFT_EXTEND_V2 and min(batch.seq_lens) < setup.num_draft_tokens:
+        yield "rows without a key"
 
 
 def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]:

@@ -18,7 +18,7 @@ may also be compared with it rounded to float32, as ``reference/`` gives them. E
 - FP8 tensor cores keep 13 fractional bits instead (``Sums.FP8_TENSOR_CORE``): u = 2^-13, and a result is cut after
   every 16 terms. The contract asks for float32 sums; a kernel that lets FP8 tensor cores sum needs this one.
 - exp2, log2, exp and log within 2 ulp (2^-22); a division within 2^-22; each other operation within 2^-24.
-- Weights rounded to bf16 for the product with the values (2^-9), and in the denominator too if it likes.
+- Weights rounded to bf16 for the product with the values (2^-8), and in the denominator too if it likes.
 - Tiles of at least 16 keys and at most 64 splits: n/16 + 64 =: T times an accumulator is rescaled.
 - Numbers below 2^-126 flushed to zero wherever they arise.
 
@@ -31,14 +31,14 @@ may also be compared with it rounded to float32, as ``reference/`` gives them. E
    max|x| + 12), with room for |x'_j| in the place of |x_j|:
    dx_j = (1 + 2^-20) (c ds_j + 2^-21 (|x_j| + max|x| + 12)).
 3. So weight j, as it enters numerator or denominator, is the exact one times 1 + t_j, |t_j| <= b_j =
-   exp(ln2 dx_j + 2^-9 + (T + 2) 2^-21) - 1: argument, bf16, and exp2 and a multiplication for each of T rescalings.
+   exp(ln2 dx_j + 2^-8 + (T + 2) 2^-21) - 1: argument, bf16, and exp2 and a multiplication for each of T rescalings.
    (A product of factors, each 1 + e or 1 - e with e <= e_i or 2^+-e_i, differs from 1 by at most exp(sum e_i) - 1.)
 4. Numerator N_d = sum p_j v_jd: |N'_d - N_d| <= EN_d = B_d + gamma(n + T) ((sum p_j|v_jd| + |N_d|) / 2 + B_d) + f,
    B_d = sum p_j b_j |v_jd|. Denominator 1: |L' - 1| <= EL = B + gamma(n + T) (1 + B) + f, B = sum p_j b_j.
    f: what flushing takes. Each of at most 2^10 operations on a key's part takes 2^-126 of its |v|, or of 1 where v is
    what is flushed: f_d = 2^-116 sum_j (1 + |v_jd|).
 5. |N'/L' - N| <= (EN + |N| EL) / (1 - EL) =: E, if EL < 1; else nothing is promised.
-6. Stored: E + (|N| + E) (2^-9 + 2^-20) + 2^-126: divisions (a split's own, too), the rounding to bf16, its flushing.
+6. Stored: E + (|N| + E) (2^-8 + 2^-20) + 2^-126: divisions (a split's own, too), the rounding to bf16, its flushing.
 
 No second-order term is dropped: 3 to 6 are inequalities for any size of the errors.
 
@@ -66,7 +66,7 @@ _LN2 = math.log(2)
 _UNIT = 2.0**-22  # of a float32 sum, per term
 _FP8_UNIT = 2.0**-13
 _FP8_TERMS = 16  # after which an FP8 tensor core may cut its result
-_BF16 = 2.0**-9
+_BF16 = 2.0**-8  # half of the last of 8 bits
 _LEAST_NORMAL = 2.0**-126
 _FLUSHED = 2.0**-116
 _TILE = 16

@@ -8,19 +8,25 @@ numbers in the wrong place is seen as the attention kernel behind it would see i
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from harness import fields
 from harness.driver import driver_for
+from harness.expected import ExpectedLayer, expected_metadata
 from harness.graph import CapturedGraph, graph_runner
-from harness.poison import GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
-from harness.protocol import BackendFactory
+from harness.layer import CacheState, as_bytes, map_tensors
+from harness.layer_driver import LayerDriver, LayerLoad, dense_copy, load_of
+from harness.poison import NAN_BYTE, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
+from harness.protocol import BackendFactory, LayerFactory
 from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
 from harness.world import Batch, World, choose_bucket
-from reference.types import ForwardBatch, ForwardMode, Metadata, SpecInfo
+from reference.types import AttentionCaches, AttentionOutputs, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
 
@@ -52,6 +58,39 @@ class Observation:
     steps: tuple[StepObservation, ...]
 
 
+class Feed(enum.Enum):
+    """What the stages of a layer were given."""
+
+    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
+    CHAIN = "eager chain"  # likewise, without a graph
+    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one pass of the layer computed. Isolated stages also show top-k before each of its transforms."""
+
+    outputs: AttentionOutputs
+    positions: torch.Tensor | None = None
+    ragged: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerObservation:
+    """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
+
+    caches: dense, as the passes left them.
+    """
+
+    batch: Batch
+    raw_bs: int
+    feed: Feed
+    bucket: int | None
+    load: LayerLoad
+    steps: tuple[LayerStep, ...]
+    caches: AttentionCaches
+
+
 @dataclass(frozen=True)
 class Probe:
     """Where a graph leaves its copy of one field of one step."""
@@ -72,6 +111,7 @@ class BoundGraph:
     metadata: tuple[Metadata, ...]
     probes: tuple[dict[str, Probe], ...]
     arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
+    outputs: tuple[AttentionOutputs, ...]  # the graph's copies of what each pass of the layer computed
 
 
 class StaticInput:
@@ -147,14 +187,28 @@ def with_extend_lens(forward_batch: ForwardBatch, batch: Batch, device: torch.de
 
 
 class Engine:
-    """Runs the events of one scenario against one backend on one device."""
+    """Runs the events of one scenario against one backend, and the layer behind it, on one device.
 
-    def __init__(self, scenario: Scenario, factory: BackendFactory, device: torch.device, sentinel: int) -> None:
+    sentinel: what unspecified integers hold. poison: the byte that unwritten cache memory is made of.
+    graphs: False runs eagerly what the scenario would replay.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        factory: BackendFactory,
+        layer_factory: LayerFactory,
+        device: torch.device,
+        sentinel: int,
+        poison: int,
+        graphs: bool = True,
+    ) -> None:
         setup = scenario.setup
         self.setup = setup
         self.device = device
         self.sentinel = sentinel
         self.config = setup.backend_config()
+        self.use_graphs = graphs
         self.world = World(scenario, sentinel)
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
@@ -180,23 +234,148 @@ class Engine:
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self._guarded += guard.buffers
 
-    def run(self, event: Event) -> Iterator[Observation]:
-        """Apply one event to the world and the backend; yield what each replay or eager call showed."""
+        # 3. The layer behind it, and what its caches must hold.
+        self.layer: LayerDriver | None = None
+        if setup.layer is not None:
+            attention = setup.layer.attention_config()
+            max_rows = max_bs * setup.num_draft_tokens
+            layer = layer_factory(self.config, attention)
+            self.layer = LayerDriver(setup, layer, device, poison, max_rows, setup.num_steps)
+            self.cache_state = CacheState(setup, scenario.seed, poison, device)
+            self.expected_layer = ExpectedLayer(self.config, attention)
+
+    def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
+        """Apply one event to the world and the backend; yield what each replay or eager call showed.
+
+        Metadata comes first: whoever finds it wrong need not ask for what the layer made of it.
+        """
         batch = self.world.apply(event)
         self._sync_req_to_token()
         match event:
             case Capture():
-                for bs in event.buckets:
-                    self._capture(event.mode, bs)
+                for bs in event.buckets if self.use_graphs else ():
+                    self.capture(event.mode, bs)
             case Replay():
                 assert batch is not None
                 captured = [bs for mode, bs in self.graphs if mode is event.mode]
                 bucket = choose_bucket(event.bucket, batch.size, captured)
                 for _ in range(event.times):
-                    yield self._eager(batch) if bucket is None else self._replay(event.mode, bucket, batch)
+                    yield from self._call(batch, bucket)
             case Eager():
                 assert batch is not None
-                yield self._eager(batch)
+                yield from self._call(batch, None)
+
+    def _call(self, batch: Batch, bucket: int | None) -> Iterator[Observation | LayerObservation]:
+        """One replay or eager call, with new keys for the layer."""
+        load = None
+        if self.layer is not None:
+            self.cache_state.settle(self.world)
+            load = load_of(self.cache_state, self.cache_state.passes(self.world, batch, self.config))
+            self.cache_state.apply(load.passes)
+        if bucket is None:
+            yield from self.call_eagerly(batch, load)
+        else:
+            yield from self.replay(bucket, batch, load)
+
+    def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
+        """Replay the graph of the batch's mode and bucket ``bs``."""
+        bound = self.graphs[_graph_mode(batch.mode), bs]
+        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        forward_batch = self.inputs.load(padded)
+        self._poison(bound)
+        if self.layer is not None:
+            assert load is not None
+            self.layer.load(load)
+        self.driver.prepare_replay(forward_batch)
+        bound.graph.replay()
+        arena = bound.arena.cpu()
+        steps = tuple(
+            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
+        )
+        yield Observation(padded, batch.size, True, steps)
+        if self.layer is not None:
+            assert load is not None
+            outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
+            yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, outputs, self.layer.cached())
+
+    def call_eagerly(
+        self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
+    ) -> Iterator[Observation | LayerObservation]:
+        """Prepare ``batch`` without a graph; then each stage of the layer by itself, then the whole layer."""
+        forward_batch = self.inputs.load(batch)
+        with GuardedAllocations(self.sentinel, self.device) as guard:
+            self.driver.prepare_eagerly(forward_batch)
+        metadata = [step.forward_metadata for step in self.backend.attn_backends]
+        self._overrun = self._overrun or overrun(guard.buffers)
+        yield Observation(
+            batch,
+            batch.size,
+            False,
+            tuple(
+                self._observe(m, {name: tensor.cpu() for name, tensor in fields.tensors(m).items()}, {})
+                for m in metadata
+            ),
+        )
+        if self.layer is not None:
+            assert load is not None
+            for feed in feeds:
+                with GuardedAllocations(self.sentinel, self.device) as guard:
+                    isolated = feed is Feed.ISOLATED
+                    outputs, caches = self._isolated(batch, load) if isolated else self._chained(load, metadata)
+                self._overrun = self._overrun or overrun(guard.buffers)
+                yield LayerObservation(batch, batch.size, feed, None, load, outputs, caches)
+
+    def _isolated(self, batch: Batch, load: LayerLoad) -> tuple[tuple[LayerStep, ...], AttentionCaches]:
+        """Each stage of each pass, given what the reference says of the stage before; and what the first wrote."""
+        assert self.layer is not None
+        expected, layer = self.expected_layer, self.layer.layer
+        metadata = expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False)
+
+        # 1. All passes write their keys.
+        self.layer.load_caches(load.caches)
+        for a_pass in load.passes:
+            layer.store_cache(self.layer.caches, map_tensors(a_pass.inputs, lambda tensor: tensor.to(self.device)))
+        stored = self.layer.cached()
+
+        # 2. The other stages, over caches as the reference writes them.
+        truth = dense_copy(load.caches)
+        steps = []
+        for a_pass, step_metadata in zip(load.passes, metadata, strict=True):
+            rows = expected.rows(a_pass, step_metadata, truth)
+            self.layer.load_caches(truth)
+            lengths, inputs = rows.seqlens_expanded, rows.inputs
+            logits = layer.indexer_logits(
+                inputs.index_q,
+                inputs.index_weights,
+                self.layer.caches.index_k,
+                rows.real_page_table,
+                lengths,
+                rows.page_table_1.shape[1],
+            )
+            fed = expected.logits(rows)
+            positions = layer.topk_indices(fed, lengths)
+            indices = layer.topk_transform_paged(fed, lengths, rows.page_table_1)
+            offset = rows.topk_indices_offset
+            ragged = None if offset is None else layer.topk_transform_ragged(fed, lengths, offset)
+            out, lse = layer.sparse_mla(inputs.q, self.layer.caches.kv, expected.indices(rows, fed))
+            steps.append(LayerStep(AttentionOutputs(logits, indices, out, lse), positions, ragged))
+        return tuple(steps), stored
+
+    def _chained(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[tuple[LayerStep, ...], AttentionCaches]:
+        """Every pass as a whole, on the backend's own metadata."""
+        assert self.layer is not None
+        self.layer.load_caches(load.caches)
+        steps = tuple(
+            LayerStep(copied(self.layer.forward_eagerly(a_pass, step_metadata)))
+            for a_pass, step_metadata in zip(load.passes, metadata, strict=True)
+        )
+        return steps, self.layer.cached()
+
+    def place(self, req_to_token: NDArray[np.int32]) -> None:
+        """Take over the page mapping of another engine's requests."""
+        self.world.req_to_token[:] = req_to_token
+        self._sync_req_to_token()
 
     def overrun(self) -> GuardedBuffer | None:
         """A buffer of the backend that something was written around, or None."""
@@ -204,8 +383,9 @@ class Engine:
 
     def modified_input(self) -> str | None:
         """The name of an input that the backend has written to, or None."""
-        unchanged = torch.equal(self._pool_on_device.cpu(), self._pool)
-        return self.inputs.modified() if unchanged else "req_to_token"
+        if not torch.equal(self._pool_on_device.cpu(), self._pool):
+            return "req_to_token"
+        return self.inputs.modified() or (None if self.layer is None else self.layer.modified_input())
 
     def _sync_req_to_token(self) -> None:
         self._pool[:, self._columns] = torch.from_numpy(self.world.req_to_token)
@@ -217,8 +397,11 @@ class Engine:
         held = {t.untyped_storage().data_ptr() for step in metadata for t in fields.tensors(step).values()}
         self._guarded += [buffer for buffer in guard.buffers if buffer.address in held]
 
-    def _capture(self, mode: ForwardMode, bs: int) -> None:
-        """Capture the preparation, where the backend wants it in the graph, and the probes; on padding alone."""
+    def capture(self, mode: ForwardMode, bs: int) -> None:
+        """Capture the preparation, where the backend wants it in the graph, the layer, and the probes.
+
+        On padding alone, as servers do.
+        """
         padding = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
         forward_batch = self.inputs.load(padding)
         with GuardedAllocations(self.sentinel, self.device) as guard:
@@ -238,31 +421,32 @@ class Engine:
         read = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata).values()]
         write = [probe.view(arena) for step_probes in probes for probe in step_probes.values()]
 
+        kept: dict[int, AttentionOutputs] = {}
+        rows = bs * self.config.rows_per_request(mode)
+        if self.layer is not None:
+            self.layer.load(LayerLoad((), dense_copy(self.cache_state.truth)))
+
         def forward() -> None:
             self.driver.prepare_in_graph(forward_batch)
             torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
+            for step, step_metadata in enumerate(metadata if self.layer is not None else ()):
+                assert self.layer is not None
+                outputs = self.layer.forward(step, step_metadata, rows)
+                if step not in kept:  # the warm-up: these stay where they are
+                    kept[step] = copied(outputs)
+                for ours, theirs in zip(vars(kept[step]).values(), vars(outputs).values(), strict=True):
+                    ours.copy_(theirs)  # now: the next pass may use the same memory
 
         assert forward_batch.seq_lens_cpu is not None
         graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
-        self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena)
-
-    def _replay(self, mode: ForwardMode, bs: int, batch: Batch) -> Observation:
-        bound = self.graphs[mode, bs]
-        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
-        forward_batch = self.inputs.load(padded)
-        self._poison(bound)
-        self.driver.prepare_replay(forward_batch)
-        bound.graph.replay()
-        arena = bound.arena.cpu()
-        steps = tuple(
-            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
-            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
-        )
-        return Observation(padded, batch.size, True, steps)
+        self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena, tuple(kept.values()))
 
     def _poison(self, bound: BoundGraph) -> None:
         """Before a replay: nothing is left in the probes, nor in table cells that the graph's last batch had dead."""
         bound.arena.fill_(self.sentinel)
+        for outputs in bound.outputs:
+            for tensor in vars(outputs).values():
+                as_bytes(tensor).fill_(NAN_BYTE)
         seen: set[int] = set()
         for metadata in bound.metadata:
             tensors = fields.tensors(metadata)
@@ -275,17 +459,6 @@ class Engine:
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // page_size), self.sentinel)
 
-    def _eager(self, batch: Batch) -> Observation:
-        forward_batch = self.inputs.load(batch)
-        with GuardedAllocations(self.sentinel, self.device) as guard:
-            self.driver.prepare_eagerly(forward_batch)
-        metadata = [step.forward_metadata for step in self.backend.attn_backends]
-        self._overrun = self._overrun or overrun(guard.buffers)
-        steps = tuple(
-            self._observe(m, {name: tensor.cpu() for name, tensor in fields.tensors(m).items()}, {}) for m in metadata
-        )
-        return Observation(batch, batch.size, False, steps)
-
     def _observe(self, metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
         held = fields.tensors(metadata)
         return StepObservation(
@@ -295,3 +468,13 @@ class Engine:
             host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
             moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
         )
+
+
+def copied(outputs: AttentionOutputs) -> AttentionOutputs:
+    """A copy of all tensors, each in memory of its own."""
+    return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
+
+
+def _graph_mode(mode: ForwardMode) -> ForwardMode:
+    """An idle rank replays the DECODE graph."""
+    return ForwardMode.DECODE if mode is ForwardMode.IDLE else mode

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -18,22 +19,49 @@ from hypothesis.internal.conjecture.engine import ConjectureRunner
 from harness.compare import Kind
 from harness.judge import OracleFailure, Verdict, judge
 from harness.minimise import minimise
-from harness.protocol import BackendFactory
+from harness.protocol import BackendFactory, LayerFactory, optimized_layer
 from harness.scenario import Scenario
 from harness.seeds import FailureFiles
-from harness.strategies import LARGE, SMALL, scenarios
+from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, restricted, scenarios
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much one run explores. ``fresh``: draw new cases in every run instead of the same ones."""
+    """How much one run explores. ``fresh``: draw new cases in every run instead of the same ones.
+
+    cases: of metadata alone. layer_cases: of metadata and the attention layer behind it.
+    """
 
     cases: int
+    layer_cases: int
     fresh: bool
 
 
-PROFILES = {"dev": Profile(48, False), "pr": Profile(304, False), "nightly": Profile(10_000, True)}
+PROFILES = {
+    "dev": Profile(48, 24, False),
+    "pr": Profile(304, 104, False),
+    "nightly": Profile(10_000, 5_000, True),
+}
 SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progress shows
+SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LARGE, ("cuda", True): LARGE_LAYER}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged. ``layer_sizes``: all that its layer is made for; see ``harness.strategies.restricted``."""
+
+    backend: BackendFactory
+    layer: LayerFactory = optimized_layer
+    layer_sizes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def judge(self, scenario: Scenario, device: torch.device, verdict: Verdict | None = None) -> Verdict:
+        return judge(scenario, self.backend, device, verdict, self.layer)
+
+    def fits(self, scenario: Scenario) -> bool:
+        """Whether the layer is made for the sizes of ``scenario``; without a layer, all are."""
+        layer = scenario.setup.layer
+        known = {**dict(scenario.setup), **dict(layer)} if layer is not None else {}
+        return layer is None or all(known[name] in allowed for name, allowed in self.layer_sizes.items())
 
 
 class DeviceLost(BaseException):
@@ -55,28 +83,33 @@ class Exploration:
 
 
 def explore(
-    factory: BackendFactory,
+    subject: Subject,
     device: torch.device,
     cases: int,
     seed: int,
     save_dir: Path,
     deadline: float | None = None,
     switches: bool = True,
+    with_layer: bool = False,
 ) -> Exploration:
     """Judge ``cases`` scenarios drawn from ``seed``; stop at the first failure and shrink it.
 
     deadline: value of ``time.monotonic()`` after which no further scenario is judged. switches: draw the optimisations
-    of ``optimized/`` too. Raises DeviceLost, with the raw case saved, if the GPU faults.
+    of ``optimized/`` too. with_layer: draw scenarios with an attention layer behind the metadata. Raises DeviceLost,
+    with the raw case saved, if the GPU faults.
     """
     outcome = Exploration()
     files = FailureFiles(save_dir)
+    scale = SCALES[device.type, with_layer]
+    if with_layer:
+        scale = restricted(scale, subject.layer_sizes)
 
     def judge_one(scenario: Scenario) -> None:
         if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
             raise _OutOfTime
         try:
             # What shrinking tries is not coverage.
-            judge(scenario, factory, device, outcome.verdict if outcome.failure is None else None)
+            subject.judge(scenario, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
             files.record(scenario, failure.finding.sentence())
             outcome.failure, outcome.saved = failure, files.minimal
@@ -91,12 +124,12 @@ def explore(
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
-    )(given(scenarios(SMALL if device.type == "cpu" else LARGE, switches=switches))(judge_one))
+    )(given(scenarios(scale, switches=switches))(judge_one))
     try:
-        with _no_near_copies():
+        with no_near_copies():
             hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
-        outcome.failure = _minimised(failure, factory, device)
+        outcome.failure = _minimised(failure, subject, device)
         files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
     except _OutOfTime:
         pass
@@ -105,14 +138,16 @@ def explore(
     return outcome
 
 
-def _minimised(failure: OracleFailure, factory: BackendFactory, device: torch.device) -> OracleFailure:
+def _minimised(failure: OracleFailure, subject: Subject, device: torch.device) -> OracleFailure:
     """The failure of the simplest scenario, near that of ``failure``, which fails in the same way."""
     smallest = failure
 
     def still_fails(scenario: Scenario) -> bool:
         nonlocal smallest
+        if not subject.fits(scenario):
+            return False
         try:
-            judge(scenario, factory, device)
+            subject.judge(scenario, device)
         except OracleFailure as other:
             if (other.finding.kind, other.finding.field) == (failure.finding.kind, failure.finding.field):
                 smallest = other
@@ -124,7 +159,7 @@ def _minimised(failure: OracleFailure, factory: BackendFactory, device: torch.de
 
 
 @contextmanager
-def _no_near_copies() -> Iterator[None]:
+def no_near_copies() -> Iterator[None]:
     """Keep Hypothesis from following each example by up to five copies of it with one part repeated elsewhere.
 
     Scenarios are full of parts of one kind (joins, replays), so five in six would be such copies, each as costly to

@@ -1,8 +1,9 @@
 """Makes Triton's interpreter about four times faster, for the many small launches of a run without a GPU.
 
-Three of its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
+Four of its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
 device function, although the launch around it already has; it recomputes each integer operation in 64 bits to look for
-overflow, which sizes that fit the interpreter cannot reach; and it builds a table of dtypes whenever it looks one up.
+overflow, which sizes that fit the interpreter cannot reach; it builds a table of dtypes whenever it looks one up; and
+it validates and wraps the shape of every intermediate, of which there are few different ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def speed_up() -> None:
-    """Cure all three. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
+    """Cure all four. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     builder: Any = interpreter.interpreter_builder
@@ -25,6 +26,9 @@ def speed_up() -> None:
     interpreter.InterpretedFunction.__call__ = _call_device_function
     if not hasattr(interpreter._get_np_dtype, "__wrapped__"):
         interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
+    for kind in (interpreter.tl.core.block_type, interpreter.tl.core.tensor):
+        if not hasattr(kind.__init__, "__wrapped__"):
+            kind.__init__ = _remembering_shapes(kind.__init__, kind is interpreter.tl.core.tensor)
 
 
 def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,6 +61,32 @@ def _remembering(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[name]
 
     return remembered
+
+
+def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[..., None]:
+    """The constructor of a block type or of a tensor, run once for each type and shape; then its results are shared."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    @functools.wraps(init)
+    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        key = (id(element_ty), sizes)
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = dict(vars(self))  # holds the element type, so that its id is not given to another
+        else:
+            vars(self).update(known[key])
+
+    @functools.wraps(init)
+    def make_tensor(self: Any, handle: Any, tensor_type: Any) -> None:
+        key = (tensor_type.name,)
+        if key not in known:
+            init(self, handle, tensor_type)
+            known[key] = {name: getattr(self, name) for name in ("shape", "numel")}
+        else:
+            vars(self).update(known[key], handle=handle, type=tensor_type, dtype=tensor_type.scalar)
+
+    return make_tensor if of_tensor else make_type
 
 
 def deep_stack(function: F) -> F:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from harness.boundary import classes_of
-from harness.compare import Finding, Kind, Tally, compare, expected_metadata
-from harness.engine import Engine
+from harness.compare import Finding, Kind, Tally, compare
+from harness.content import Regime
+from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.expected import expected_metadata
 from harness.graph import CaptureError
 from harness.interpreter import deep_stack
+from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
-from harness.protocol import BackendError, BackendFactory
-from harness.scenario import Scenario
+from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
+from harness.relations import Relation, Relations, differs
+from harness.scenario import Scenario, Setup
+from harness.stages import LayerTally, StageJudge
+from reference.types import Metadata
 
 
 class OracleFailure(AssertionError):
@@ -39,6 +48,7 @@ class Verdict:
     replays: int = 0
     eager_calls: int = 0
     tally: Tally = field(default_factory=Tally)
+    layers: LayerTally = field(default_factory=LayerTally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Verdict) -> None:
@@ -47,48 +57,138 @@ class Verdict:
         self.eager_calls += other.eager_calls
         self.tally.fields += other.tally.fields
         self.tally.cells += other.tally.cells
+        self.layers.add(other.layers)
         self.boundary_classes.update(other.boundary_classes)
 
 
 @deep_stack
-def judge(scenario: Scenario, factory: BackendFactory, device: torch.device, verdict: Verdict | None = None) -> Verdict:
+def judge(
+    scenario: Scenario,
+    factory: BackendFactory,
+    device: torch.device,
+    verdict: Verdict | None = None,
+    layer_factory: LayerFactory = optimized_layer,
+    graphs: bool = True,
+) -> Verdict:
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
-    Adds to ``verdict`` if one is given, and returns it. BackendError passes through: nothing was judged then.
+    graphs: False runs eagerly what the scenario would replay. Adds to ``verdict`` if one is given, and returns it.
+    BackendError passes through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
-    for sentinel in SENTINELS:
-        _run(scenario, factory, device, sentinel, covered)
+    other: _Run | None = None
+    for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
+
+        def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison) -> Engine:
+            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs)
+
+        other = _Run(scenario, build, device, covered, other)
+        with np.errstate(all="ignore"):  # rows of padding compute with poison, of which only the interpreter warns
+            other.judge()
     total = verdict or Verdict()
     total.add(covered)
     return total
 
 
-def _run(scenario: Scenario, factory: BackendFactory, device: torch.device, sentinel: int, verdict: Verdict) -> None:
-    number: int | None = None
-    try:
-        engine = Engine(scenario, factory, device, sentinel)
-        for number, event in enumerate(scenario.events):
-            for seen in engine.run(event):
-                expected = expected_metadata(engine.config, engine.world.req_to_token, seen)
-                finding = compare(seen, expected, device, verdict.tally) or _intact(engine)
-                if finding is not None:
-                    raise OracleFailure(scenario, finding, number)
+def sentinels(setup: Setup) -> tuple[int, int]:
+    """What unspecified integers hold, in either run.
+
+    With a layer behind the metadata, a slot that exists and holds poison: what reads it is then seen in its output, and
+    does not take the process down. The last two pages of the caches are there for this.
+    """
+    if setup.layer is None:
+        return SENTINELS
+    slots = setup.num_pages * setup.page_size
+    return slots - 1, slots - 1 - setup.page_size
+
+
+class _Run:
+    """One of the two runs of a scenario. ``other``: the one before, with other poison."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        build: Callable[[Scenario], Engine],
+        device: torch.device,
+        verdict: Verdict,
+        other: _Run | None,
+    ) -> None:
+        self.scenario = scenario
+        self.build = build
+        self.device = device
+        self.verdict = verdict
+        self.calls: list[LayerObservation] = []
+        self._others = iter(other.calls if other is not None else ())
+
+    def judge(self) -> None:
+        """Raises OracleFailure at the first disagreement."""
+        number: int | None = None
+        try:
+            engine = self.build(self.scenario)
+            for number, event in enumerate(self.scenario.events):
+                self._judge_event(engine, engine.run(event), number)
+            finding = _intact(engine)  # a capture alone can write astray, too
+            if finding is not None:
+                raise OracleFailure(self.scenario, finding, number)
+        except (OracleFailure, BackendError):
+            raise
+        except CaptureError as error:
+            finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
+            raise OracleFailure(self.scenario, finding, number) from error
+        except Exception as error:
+            finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
+            raise OracleFailure(self.scenario, finding, number) from error
+
+    def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
+        metadata: list[Metadata] = []
+        for seen in observations:
+            if isinstance(seen, Observation):
+                metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
+                finding = compare(seen, metadata, self.device, self.verdict.tally)
                 if seen.in_graph:
-                    verdict.replays += 1
+                    self.verdict.replays += 1
                 else:
-                    verdict.eager_calls += 1
-        finding = _intact(engine)  # a capture alone can write astray, too
+                    self.verdict.eager_calls += 1
+            else:
+                finding = self._judge_layer(engine, seen, metadata)
+            finding = finding or _intact(engine)
+            if finding is not None:
+                raise OracleFailure(self.scenario, finding, number)
+
+    def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
+        """Each stage against the reference; then what must not depend on anything around it."""
+        layers = self.verdict.layers
+        finding = self._stages(engine).compare(seen, metadata)
         if finding is not None:
-            raise OracleFailure(scenario, finding, number)
-    except (OracleFailure, BackendError):
-        raise
-    except CaptureError as error:
-        finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
-        raise OracleFailure(scenario, finding, number) from error
-    except Exception as error:
-        finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
-        raise OracleFailure(scenario, finding, number) from error
+            return finding
+        if seen.feed is Feed.GRAPH:
+            layers.replays += 1
+
+        self.calls.append(seen)
+        twin = next(self._others, None)
+        if twin is not None:
+            layers.count(Relation.POISONED)
+            for step, (now, before) in enumerate(zip(seen.steps, twin.steps, strict=True)):
+                finding = differs(before, now, list(range(seen.load.passes[step].rows)))
+                if finding is not None:
+                    return replace(finding, step=step, how=Relation.POISONED.value)
+        if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:
+            return None  # what has one right answer is compared with that
+        checked = self._relations.check(engine, seen)
+        if checked is None:
+            return None
+        relation, finding = checked
+        layers.count(relation)
+        return finding
+
+    def _stages(self, engine: Engine) -> StageJudge:
+        assert engine.layer is not None
+        weaker = getattr(engine.layer.layer, "weaker", {})
+        return StageJudge(engine, weaker, self.verdict.layers)
+
+    @functools.cached_property
+    def _relations(self) -> Relations:
+        return Relations(self.scenario, self.build)
 
 
 def _intact(engine: Engine) -> Finding | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from harness.scenario import Capture, Inputs, Join, Mirror, Order, Replay, Scenario, Setup
+from harness.scenario import Capture, Inputs, Join, Layer, Mirror, Order, Replay, Scenario, Setup
 
 SIMPLEST_SETUP: dict[str, Any] = {
     "paged_mqa_num_sms": 0,
@@ -20,6 +20,13 @@ SIMPLEST_SETUP: dict[str, Any] = {
     "page_size": 1,
     **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "drive")},
     "inputs": Inputs(),
+    "layer": None,
+}
+SMALLEST_LAYER = Layer()
+SIMPLEST_LAYER: dict[str, Any] = {
+    "far_slots": False,
+    "regime": SMALLEST_LAYER.regime,
+    "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }
 MOST_TRIALS = 400
 
@@ -62,7 +69,29 @@ def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
         yield {"optimizations": tuple(other for other in scenario.optimizations if other != name)}
     for name, value in SIMPLEST_SETUP.items():
         yield {"setup": scenario.setup.model_copy(update={name: value})}
+    yield from _simpler_layers(scenario.setup)
     yield {"seed": 0}
+
+
+def _simpler_layers(setup: Setup) -> Iterator[dict[str, Any]]:
+    layer = setup.layer
+    if layer is None:
+        return
+    kept = {name: getattr(layer, name) for name in SIMPLEST_LAYER}
+    for candidate in (
+        SMALLEST_LAYER.model_copy(update={**kept, "num_heads": 1, "index_n_heads": 1}),
+        SMALLEST_LAYER.model_copy(update={**kept, "num_heads": min(layer.num_heads, 16)}),
+        layer.model_copy(update={"num_heads": 1}),
+        layer.model_copy(update={"num_heads": max(1, layer.num_heads // 2)}),
+        layer.model_copy(update={"index_n_heads": 1}),
+        *(layer.model_copy(update={name: value}) for name, value in SIMPLEST_LAYER.items()),
+    ):
+        if _size(candidate) <= _size(layer):
+            yield {"setup": setup.model_copy(update={"layer": candidate})}
+
+
+def _size(layer: Layer) -> int:
+    return layer.num_heads * layer.kv_lora_rank + layer.index_n_heads * layer.index_head_dim
 
 
 def _simpler_events(event: object) -> Iterator[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -18,10 +19,12 @@ import torch
 
 from harness import interpreter, report
 from harness.compare import Tally
-from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, explore
-from harness.judge import OracleFailure, Verdict, judge
-from harness.protocol import BackendError, BackendFactory, load_backend, optimized_backend, try_out
+from harness.explore import PROFILES, SCALES, SHARDS, DeviceLost, Exploration, Subject, explore
+from harness.judge import OracleFailure, Verdict
+from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
 from harness.scenario import ScenarioError, load
+from harness.stages import LayerTally, StageTally
+from harness.strategies import restricted
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
 ENTROPY = "oracle_entropy"
@@ -49,6 +52,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--oracle-backend",
         metavar="MODULE:ATTRIBUTE",
         help="judge what this callable builds from (config, req_to_token) instead of optimized/",
+    )
+    group.addoption(
+        "--oracle-layer",
+        metavar="MODULE:ATTRIBUTE",
+        help="judge the attention layer, or single stages of it, that this callable builds from (config, attention)",
     )
     group.addoption(
         "--oracle-replay",
@@ -84,8 +92,9 @@ class Oracle:
     """One session's settings, and the ways to judge with them."""
 
     device: torch.device
-    factory: BackendFactory
+    subject: Subject
     backend_spec: str | None
+    layer_spec: str | None
     profile: str
     save_dir: Path
     deadline: float | None
@@ -95,17 +104,23 @@ class Oracle:
         """Judge one saved case as it is, without shrinking."""
         outcome = Exploration(saved=path)
         try:
-            judge(load(path), self.factory, self.device, outcome.verdict)
+            self.subject.judge(load(path), self.device, outcome.verdict)
         except OracleFailure as failure:
             outcome.failure = failure
         return outcome
 
-    def explore(self, shard: int) -> Exploration:
+    def explore(self, shard: int, with_layer: bool = False) -> Exploration:
         """Judge the part of the profile's cases that falls to this shard."""
-        cases = PROFILES[self.profile].cases // SHARDS
-        own_switches = self.backend_spec is None
+        profile = PROFILES[self.profile]
         return explore(
-            self.factory, self.device, cases, self.entropy + shard, self.save_dir, self.deadline, own_switches
+            self.subject,
+            self.device,
+            (profile.layer_cases if with_layer else profile.cases) // SHARDS,
+            self.entropy + shard,
+            self.save_dir,
+            self.deadline,
+            switches=self.backend_spec is None,
+            with_layer=with_layer,
         )
 
     def told(self, outcome: Exploration) -> str | None:
@@ -117,7 +132,7 @@ class Oracle:
         return (note if outcome.flaky else "") + text
 
     def replay_command(self, saved: Path) -> str:
-        return report.replay_command(saved, self.backend_spec, self.device.type)
+        return report.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -134,9 +149,14 @@ def pytest_configure(config: pytest.Config) -> None:
         spec = config.getoption("--oracle-backend")
         factory = optimized_backend if spec is None else load_backend(spec)
         try_out(factory, device)
+        layer_spec = config.getoption("--oracle-layer")
+        layer, sizes = (optimized_layer, {}) if layer_spec is None else load_layer(layer_spec)
+        subject = Subject(factory, layer, sizes)
+        restricted(SCALES[device.type, True], sizes)
         for file in config.getoption("--oracle-replay"):
-            load(Path(file))
-    except (BackendError, ScenarioError) as error:
+            if not subject.fits(load(Path(file))):
+                raise BackendError(f"{file}: not of the sizes that layer '{layer_spec}' declares")
+    except (BackendError, ScenarioError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
     save_dir = Path(config.getoption("--oracle-save"))
     if save_dir.exists() and not save_dir.is_dir():
@@ -145,8 +165,9 @@ def pytest_configure(config: pytest.Config) -> None:
     profile = config.getoption("--oracle-profile")
     config.stash[ORACLE] = Oracle(
         device=device,
-        factory=factory,
+        subject=subject,
         backend_spec=spec,
+        layer_spec=layer_spec,
         profile=profile,
         save_dir=save_dir,
         deadline=None if budget is None else time.monotonic() + budget,
@@ -202,7 +223,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give each oracle test its items: saved cases first, then the shards of the exploration."""
     replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
     if "saved_case" in metafunc.fixturenames:
-        files = replayed or sorted(CORPUS.glob("*.json"))
+        subject = metafunc.config.stash[ORACLE].subject
+        files = replayed or [file for file in sorted(CORPUS.glob("*.json")) if subject.fits(load(file))]
         metafunc.parametrize("saved_case", files, ids=[file.stem for file in files])
     if "shard" in metafunc.fixturenames:
         metafunc.parametrize("shard", range(SHARDS))
@@ -230,6 +252,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_report_header(config: pytest.Config) -> str:
     oracle = config.stash[ORACLE]
     judged = oracle.backend_spec or "optimized/"
+    if oracle.layer_spec is not None:
+        judged += f" and {oracle.layer_spec}"
     return f"oracle: judging {judged} on {oracle.device.type}, profile {oracle.profile}, seed {oracle.entropy}"
 
 
@@ -259,13 +283,17 @@ def _as_property(oracle: Oracle, outcome: Exploration) -> str:
             }
         )
     counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
-    return json.dumps({"counts": counts, "classes": verdict.boundary_classes, "failures": failures})
+    layers = dataclasses.asdict(verdict.layers)
+    return json.dumps({"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures})
 
 
 def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     """Add one item's coverage to ``verdict``; return its failures."""
     data = json.loads(value)
     cases, replays, eager_calls, compared, cells = data["counts"]
-    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), Counter(data["classes"])))
+    layers = data["layers"]
+    stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
+    tally = LayerTally(stages, layers["relations"], layers["replays"])
+    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]
     return found

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Far outside every slot, page and length a scenario can produce, positive so that C and Python division agree.
+# Where no layer follows the metadata. Far outside every slot, page and length a scenario can produce, positive so that
+# C and Python division agree.
 SENTINELS = (0x5A5A5A5A, 0x35353535)
 GUARD_WORDS = 64  # int32 words on either side; 256 bytes keep the alignment that vectorised stores need
 GUARD_VALUE = 0x6BADBEEF
+NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
 
 
 @dataclass
@@ -38,9 +40,10 @@ class GuardedBuffer:
 
 
 class GuardedAllocations(TorchDispatchMode):
-    """While active, every fresh integer tensor an operation returns is moved between guard bands.
+    """While active, every fresh tensor an operation returns is moved between guard bands.
 
-    What ``empty`` returns is filled with ``sentinel``. Views, in-place results and host tensors are left alone.
+    What ``empty`` returns is filled: with ``sentinel`` if it holds int32 or int64, else with bytes that make NaN of any
+    floating-point type. Views, in-place results and host tensors are left alone.
     """
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
@@ -58,7 +61,7 @@ class GuardedAllocations(TorchDispatchMode):
         return result
 
     def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
-        if result.dtype not in (torch.int32, torch.int64) or result.device.type != self.device.type:
+        if result.dtype is torch.bool or result.device.type != self.device.type:
             return False
         if not result.is_contiguous() or result.storage_offset():
             return False
@@ -67,11 +70,15 @@ class GuardedAllocations(TorchDispatchMode):
         return all(tensor.untyped_storage().data_ptr() != address for tensor in inputs)
 
     def _guarded(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        words = tensor.numel() * tensor.element_size() // 4
+        count = tensor.numel() * tensor.element_size()
+        words = -(-count // 4)
         storage = torch.full((words + 2 * GUARD_WORDS,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
-        body = storage[GUARD_WORDS : GUARD_WORDS + words].view(tensor.dtype).view(tensor.shape)
-        if "empty" in operation:
+        held = storage.view(torch.uint8)[4 * GUARD_WORDS : 4 * GUARD_WORDS + count]
+        body = held.view(tensor.dtype).view(tensor.shape)
+        if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
             body.fill_(self.sentinel)
+        elif "empty" in operation:
+            held.fill_(NAN_BYTE)
         else:
             body.copy_(tensor)
         self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))

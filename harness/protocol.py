@@ -6,13 +6,24 @@ A third-party backend stands behind these protocols with a thin adapter that ren
 
 from __future__ import annotations
 
+import enum
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from reference.types import (
+    AttentionCaches,
+    AttentionConfig,
+    AttentionInputs,
+    AttentionOutputs,
+    BackendConfig,
+    ForwardBatch,
+    ForwardMode,
+    Metadata,
+    SpecInfo,
+)
 
 
 class BackendError(ValueError):
@@ -86,6 +97,65 @@ class PreparesInGraph(Protocol):
         """Record the preparation. Called inside capture, before anything reads the metadata."""
 
 
+@runtime_checkable
+class SparseAttention(Protocol):
+    """One sparse attention layer. Its stages can be judged one by one; ``forward`` is all of them, in a graph too.
+
+    Shapes and dtypes are those of ``reference.types``; the page tables given to stages have a row per query token.
+    """
+
+    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+        """Quantise and write the rows' own keys."""
+
+    def indexer_logits(
+        self,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        index_k_cache: torch.Tensor,
+        real_page_table: torch.Tensor,
+        seqlens_expanded: torch.Tensor,
+        max_seq_len_k: int,
+    ) -> torch.Tensor:
+        """Score of every cached token for every row: float32 [R, max_seq_len_k]."""
+
+    def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
+        """Positions of the best tokens of each row: int32 [R, index_topk]."""
+
+    def topk_transform_paged(
+        self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, page_table_1: torch.Tensor
+    ) -> torch.Tensor:
+        """Slots of the best tokens of each row: int32 [R, index_topk]."""
+
+    def topk_transform_ragged(
+        self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, topk_indices_offset: torch.Tensor
+    ) -> torch.Tensor:
+        """Places of the best tokens of each row in the batch's concatenated KV: int32 [R, index_topk]."""
+
+    def sparse_mla(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the slots ``indices`` names: out bf16 [R, heads, kv_lora_rank], lse float32 [R, heads]."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        """One forward pass of the R rows that ``metadata`` describes."""
+
+
+class Strictness(enum.Enum):
+    """How a stage of a layer is compared. A layer that cannot be bit-exact declares a weaker way, by stage.
+
+    It does so in an attribute ``weaker``, a mapping of stage names (``harness.stages.STAGES``) to these; the report
+    names every stage that was compared so.
+    """
+
+    EXACT = "bit-exact"
+    BOUND = "within the error bound"
+    SAME_SET = "the same tokens in any order, ties forgiven"
+    ONE_STEP = "within one step of bf16"
+
+
+LayerFactory = Callable[[BackendConfig, AttentionConfig], SparseAttention]
+"""Builds the layer to judge."""
+
 BackendFactory = Callable[[BackendConfig, torch.Tensor, tuple[str, ...]], MultiStepBackend]
 """Builds the backend to judge from its configuration, ``req_to_token`` and the scenario's optimisation names."""
 
@@ -100,33 +170,72 @@ def optimized_backend(
     return Optimized(config, req_to_token, Optimizations.from_names(optimizations))
 
 
+def optimized_layer(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
+    """The layer of this repository."""
+    from optimized.layer import SparseAttention as Optimized  # late: importing Triton fixes how kernels run
+
+    return Optimized(config, attention)
+
+
 def load_backend(spec: str) -> BackendFactory:
     """The factory behind ``module:attribute``, which is called with (config, req_to_token).
 
     Raises BackendError if there is no such thing to call.
     """
-    module_name, colon, attribute = spec.partition(":")
-    if not colon or not module_name or not attribute:
-        raise BackendError(f"backend '{spec}' is not of the form module:attribute")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise BackendError(f"backend '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
-    except AttributeError:
-        raise BackendError(f"backend '{spec}': module {module_name} has no attribute {attribute}") from None
-    except Exception as error:  # whatever the module does when imported
-        reason = " ".join(str(error).split())
-        raise BackendError(
-            f"backend '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
-        ) from error
-    if not callable(found):
-        raise BackendError(f"backend '{spec}' is not callable; name a class or function of (config, req_to_token)")
-    build = cast("Callable[[BackendConfig, torch.Tensor], object]", found)
+    build = cast("Callable[[BackendConfig, torch.Tensor], object]", _load(spec, "backend", "config, req_to_token"))
 
     def factory(config: BackendConfig, req_to_token: torch.Tensor, _: tuple[str, ...]) -> MultiStepBackend:
         return checked(build(config, req_to_token), spec)
 
     return factory
+
+
+def load_layer(spec: str) -> tuple[LayerFactory, Mapping[str, Sequence[Any]]]:
+    """The factory behind ``module:attribute``, which is called with (config, attention), and the sizes it is made for.
+
+    It may build any object with one or more of the methods of ``SparseAttention``; those that it lacks are taken from
+    ``optimized/``. An attribute ``sizes`` of the callable (fields of ``harness.scenario.Layer`` or ``Setup`` -> allowed
+    values) restricts what is drawn. Raises BackendError if there is no such thing to call.
+    """
+    build = cast("Callable[[BackendConfig, AttentionConfig], object]", _load(spec, "layer", "config, attention"))
+
+    def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
+        return completed(build(config, attention), config, attention, spec)
+
+    return factory, getattr(build, "sizes", {})
+
+
+def completed(layer: object, config: BackendConfig, attention: AttentionConfig, spec: str) -> SparseAttention:
+    """``layer`` with what it lacks taken from ``optimized/``. Raises BackendError if it has no stage at all."""
+    names = [name for name in vars(SparseAttention) if not name.startswith("_")]
+    own = [name for name in names if hasattr(layer, name)]
+    if not own:
+        raise BackendError(f"layer '{spec}': {type(layer).__name__} has none of the methods {', '.join(names)}")
+    whole = optimized_layer(config, attention)
+    for name in (*own, "weaker"):
+        if hasattr(layer, name):
+            setattr(whole, name, getattr(layer, name))  # forward of ours then calls stages of theirs
+    return whole
+
+
+def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not module_name or not attribute:
+        raise BackendError(f"{what} '{spec}' is not of the form module:attribute")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
+    except AttributeError:
+        raise BackendError(f"{what} '{spec}': module {module_name} has no attribute {attribute}") from None
+    except Exception as error:  # whatever the module does when imported
+        reason = " ".join(str(error).split())
+        raise BackendError(
+            f"{what} '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
+        ) from error
+    if not callable(found):
+        raise BackendError(f"{what} '{spec}' is not callable; name a class or function of ({arguments})")
+    return cast("Callable[..., object]", found)
 
 
 def checked(backend: object, spec: str) -> MultiStepBackend:

@@ -13,7 +13,24 @@ from rich.table import Table
 
 from harness.boundary import ALL_CLASSES
 from harness.judge import OracleFailure, Verdict
-from harness.scenario import Accept, Capture, Eager, Event, Finish, Join, Mirror, Order, Remap, Replay, Scenario, Setup
+from harness.scenario import (
+    Accept,
+    Capture,
+    Eager,
+    Event,
+    Finish,
+    Join,
+    Layer,
+    Mirror,
+    Order,
+    Remap,
+    Replay,
+    Scenario,
+    Setup,
+)
+from harness.stages import STAGES, LayerTally
+from harness.survey import Record
+from harness.tiers import TierOutcome
 from harness.world import Batch, World, choose_bucket
 from reference.types import ForwardMode, StepSemantics
 
@@ -36,11 +53,13 @@ def explain(failure: OracleFailure, saved: Path, command: str) -> str:
     return "\n\n".join(parts)
 
 
-def replay_command(saved: Path, backend: str | None, device: str) -> str:
+def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None) -> str:
     """The one line that replays a saved case where it was found."""
     words = ["python", "-m", "harness", "replay", str(saved), "--device", device]
     if backend is not None:
         words += ["--backend", backend]
+    if layer is not None:
+        words += ["--layer", layer]
     return shlex.join(words)
 
 
@@ -80,12 +99,30 @@ def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float
             table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), word)
         parts.append(render(table))
 
+    if verdict.layers.stages:
+        parts += [render(_stages(verdict.layers)), _relations(verdict.layers)]
+
     classes = [f"{name} {verdict.boundary_classes[name]}" for name in ALL_CLASSES if name not in switches]
     parts.append(_wrapped("boundary classes visited (cases): ", classes))
     parts += _listed_failures(failures)
     word = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
     parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {word}")
     return "\n".join(parts)
+
+
+def _stages(layers: LayerTally) -> Table:
+    """What was compared of the attention layer, stage by stage."""
+    table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")
+    for name in (name for name in STAGES if name in layers.stages):
+        stage = layers.stages[name]
+        worst = f"{stage.worst:.2g}" if stage.bounded else "-"
+        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, f"{stage.weaker:,}")
+    return table
+
+
+def _relations(layers: LayerTally) -> str:
+    told = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
+    return _wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
 
 
 def _switch_classes(optimizations: str) -> list[str]:
@@ -112,6 +149,23 @@ def render(renderable: RenderableType) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n")
+
+
+def tiers_table(outcomes: Sequence[TierOutcome]) -> Table:
+    """One line a tier."""
+    table = Table("tier", "what it adds", "outcome")
+    for outcome in outcomes:
+        word = {True: "passes", False: "FAILS", None: "not run"}[outcome.passed]
+        table.add_row(outcome.tier.value, outcome.tier.blames, f"{word}: {outcome.told}" if outcome.told else word)
+    return table
+
+
+def survey_table(records: Mapping[str, Record]) -> Table:
+    """One line a property."""
+    table = Table("property", "checked", "broken", "first case of it")
+    for name, record in sorted(records.items()):
+        table.add_row(name, f"{record.checked:,}", f"{record.broken:,}", record.example)
+    return table
 
 
 def _wrapped(head: str, items: Iterable[str]) -> str:
@@ -142,8 +196,18 @@ def _tell_setup(scenario: Scenario) -> str:
             f"a pool of {_count(setup.pool_size, 'row')}, pages {setup.page_layout.value}; inputs "
             f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
             f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
+            *([] if setup.layer is None else [_tell_layer(setup.layer)]),
             f"optimisations: {', '.join(scenario.optimizations) or 'none'}; seed {scenario.seed}.",
         )
+    )
+
+
+def _tell_layer(layer: Layer) -> str:
+    far = ", its slots far apart" if layer.far_slots else ""
+    return (
+        f"an attention layer of {_count(layer.num_heads, 'head')} of {layer.kv_lora_rank} + {layer.qk_rope_head_dim} "
+        f"and {_count(layer.index_n_heads, 'index head')} of {layer.index_head_dim}, {layer.kv_cache_dtype.value} cache"
+        f"{far}, {layer.regime.value} content;"
     )
 
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from harness.content import Regime, most_coded_slots
 from optimized.optimizations import Optimizations
-from reference.types import BackendConfig, ForwardMode, StepSemantics
+from reference.types import AttentionConfig, BackendConfig, ForwardMode, KVCacheDtype, StepSemantics
 
 SCHEMA_VERSION: Literal[1] = 1
 MAX_BATCH = 4096
 MAX_STEPS = 8
 MAX_CONTEXT = 1 << 20
 MAX_CELLS = 1 << 28  # of all page tables together: a gigabyte
+MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
+MAX_EXACT_KEYS = 2048
+SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
 
 
 class ScenarioError(ValueError):
@@ -78,6 +83,34 @@ class Inputs(_Record):
     wide_req_to_token: bool = False
 
 
+class Layer(_Record):
+    """The sparse attention layer behind the metadata: its sizes, and what its inputs hold. See ``AttentionConfig``.
+
+    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets would wrap.
+    """
+
+    num_heads: int = Field(default=2, ge=1, le=128)
+    kv_lora_rank: int = Field(default=64, ge=64, le=512, multiple_of=64)
+    qk_rope_head_dim: int = Field(default=16, ge=16, le=64, multiple_of=16)
+    index_n_heads: int = Field(default=2, ge=1, le=64)
+    index_head_dim: int = Field(default=32, ge=32, le=128, multiple_of=32)
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.BF16
+    regime: Regime = Regime.DOMINATING
+    far_slots: bool = False
+
+    def attention_config(self) -> AttentionConfig:
+        exact = self.regime is not Regime.RANDOM
+        return AttentionConfig(
+            num_heads=self.num_heads,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            index_n_heads=self.index_n_heads,
+            index_head_dim=self.index_head_dim,
+            kv_cache_dtype=self.kv_cache_dtype,
+            sm_scale=SCALE_OF_EXACT_REGIMES if exact else (self.kv_lora_rank + self.qk_rope_head_dim) ** -0.5,
+        )
+
+
 class Setup(_Record):
     """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight."""
 
@@ -93,6 +126,16 @@ class Setup(_Record):
     page_layout: PageLayout = PageLayout.CONTIGUOUS
     drive: Drive = Drive.MULTI_STEP
     inputs: Inputs = Inputs()
+    layer: Layer | None = None  # None: metadata alone
+
+    @property
+    def pages_per_request(self) -> int:
+        return -(-self.max_context_len // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the caches: the dummy page 0, those that requests can hold, and two that nobody may read."""
+        return 1 + self.pool_size * self.pages_per_request + 2
 
     @property
     def draft_overshoot(self) -> int:
@@ -244,6 +287,27 @@ class Scenario(_Record):
         rows = max(buckets, default=setup.pool_size) * setup.num_draft_tokens * setup.num_steps
         if (cells := (setup.pool_size + rows) * setup.max_context_len) > MAX_CELLS:
             raise ValueError(f"its page tables would have {cells:,} cells; at most {MAX_CELLS:,}")
+        return self
+
+    @model_validator(mode="after")
+    def _caches_fit_memory(self) -> Scenario:
+        setup, layer = self.setup, self.setup.layer
+        if layer is None:
+            return self
+        config = layer.attention_config()
+        slots = setup.num_pages * setup.page_size
+        # A page table's poison is a slot that exists; taken for a page, it has to exist as well.
+        bytes_ = slots * (2 * config.qk_head_dim + config.index_page_bytes(setup.page_size))
+        if bytes_ > MAX_CACHE_BYTES:
+            raise ValueError(f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}")
+        if setup.page_size & (setup.page_size - 1):
+            raise ValueError(f"a layer needs a page size that is a power of two, not {setup.page_size}")
+        if layer.regime is not Regime.RANDOM and setup.index_topk > MAX_EXACT_KEYS:
+            raise ValueError(f"the exact regimes hold for at most {MAX_EXACT_KEYS} keys; index_topk is larger")
+        if layer.regime is Regime.DOMINATING and slots > (most := most_coded_slots(config)):
+            raise ValueError(
+                f"a RoPE part of {layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,8 @@ from harness.graph import CaptureError, StorageWatch, calling_line, operation_na
 
 aten = torch.ops.aten
 
+_HUGE = 1 << 28  # bytes
+
 _HOST_COPY = "copies from host memory (a mirror, host data, or a factory without device=), which a capture refuses"
 _HOST_READ = "reads host memory (a mirror, host data, or a factory without device=) from the device"
 _SYNC = "needs a device value on the host, which synchronises"
@@ -185,7 +187,7 @@ class _Recorder:
         # Both keep their storages alive: an address that is handed out again would change sides.
         self._host: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
-        self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._read: set[tuple[int, int]] = set()
         self._written: set[tuple[int, int]] = set()
         self._functions = _RecordFunctions(self)
@@ -245,7 +247,7 @@ class _Recorder:
         if storage._cdata not in self._made:
             if storage._cdata not in self._saved:
                 with self.pausing():
-                    self._saved[storage._cdata] = storage, storage.clone()  # type: ignore[no-untyped-call]
+                    self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
             self._note(tensor, self._written)
 
     def _note(self, tensor: torch.Tensor, storages: set[tuple[int, int]]) -> None:
@@ -311,8 +313,8 @@ class _Recorder:
 
     def undo(self) -> None:
         """Put every storage back: a capture runs nothing on the device."""
-        for storage, saved in self._saved.values():
-            storage.copy_(saved)
+        for memory, saved in self._saved.values():
+            memory.copy_(saved)
 
     def finish(self) -> SimulatedCapturedGraph:
         for storage in self._made.values():
@@ -556,3 +558,11 @@ def _is_view(func: Any) -> bool:
 
 def _has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of all its storage, an alias; of a huge one only what the tensor shows, as the rest is untouched."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() > _HUGE:
+        return tensor.detach()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)

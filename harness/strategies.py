@@ -5,11 +5,13 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
 
+from harness.content import Regime
 from harness.scenario import (
     GRAPH_MODES,
     Accept,
@@ -21,6 +23,7 @@ from harness.scenario import (
     Inputs,
     IntDtype,
     Join,
+    Layer,
     Mirror,
     Order,
     PageLayout,
@@ -30,7 +33,10 @@ from harness.scenario import (
     Setup,
 )
 from optimized.optimizations import OPTIMIZATION_NAMES
-from reference.types import ForwardMode, StepSemantics
+from reference.types import ForwardMode, KVCacheDtype, StepSemantics
+
+Sizes = Mapping[str, Sequence[Any]]
+"""The values that fields of ``Layer`` or ``Setup`` may take."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,10 @@ class Scale:
     max_rows: int  # of one request over all steps
     crowds: tuple[int, ...]  # how many requests may join at once, beside 1
     parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
+    layers: tuple[Sizes, ...] = ()  # of the attention layer behind the metadata, alternatives; none: metadata alone
+    page_sizes: tuple[int, ...] = (1, 16, 32, 64)
+    index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
+    num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
 
 
 SMALL = Scale(
@@ -61,8 +71,91 @@ LARGE = Scale(
     crowds=(3,),
     parts=(0, 1, 7, 132),
 )
+# With a layer behind: what the interpreter computes must stay few numbers; a GPU takes the sizes of production.
+SMALL_LAYER = Scale(
+    max_context_lens=(20, 33, 67, 130),
+    max_requests=3,
+    max_events=6,
+    max_rows=6,
+    crowds=(2,),
+    parts=(0,),
+    layers=(
+        {
+            "num_heads": (1, 2, 3, 16),
+            "kv_lora_rank": (64,),
+            "qk_rope_head_dim": (16,),
+            "index_n_heads": (1, 2, 4),
+            "index_head_dim": (32,),
+        },
+    ),
+    index_topks=(4, 8, 17, 64),
+    num_steps=(1, 2, 3),
+)
+LARGE_LAYER = Scale(
+    max_context_lens=(33, 261, 2300, 4100),
+    max_requests=8,
+    max_events=12,
+    max_rows=32,
+    crowds=(3,),
+    parts=(0, 132),
+    layers=(
+        {
+            "num_heads": (16, 32, 64, 128),
+            "kv_lora_rank": (512,),
+            "qk_rope_head_dim": (64,),
+            "index_n_heads": (64,),
+            "index_head_dim": (128,),
+        },
+        {
+            "num_heads": (1, 3, 20),
+            "kv_lora_rank": (64, 256),
+            "qk_rope_head_dim": (16, 32),
+            "index_n_heads": (1, 4, 32),
+            "index_head_dim": (32, 64),
+        },
+    ),
+    index_topks=(4, 64, 200, 512, 2048),
+    num_steps=(1, 2, 4),
+)
 
+_RARELY = (False,) * 5 + (True,)
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
+
+
+def restricted(scale: Scale, sizes: Sizes) -> Scale:
+    """``scale`` with nothing drawn but ``sizes``, for a layer that is made for those alone.
+
+    Raises ValueError if nothing is left to draw.
+    """
+
+    def allowed(name: str, choices: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(choice for choice in choices if choice in sizes.get(name, choices))
+
+    alternatives = ({name: allowed(name, choices) for name, choices in layer.items()} for layer in scale.layers)
+    left = replace(
+        scale,
+        layers=tuple({**layer, **_only(sizes)} for layer in alternatives if all(layer.values())),
+        page_sizes=allowed("page_size", scale.page_sizes),
+        index_topks=allowed("index_topk", scale.index_topks),
+    )
+    if not (left.layers and left.page_sizes and left.index_topks):
+        raise ValueError(f"none of the sizes that are drawn fit {dict(sizes)}")
+    return left
+
+
+def _only(sizes: Sizes) -> Sizes:
+    """Restrictions on what is not a size of the scale: what caches and content are drawn."""
+    return {name: sizes[name] for name in ("kv_cache_dtype", "regime", "far_slots") if name in sizes}
+
+
+@st.composite
+def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
+    """A layer of the scale's sizes, of any cache and content."""
+    if not scale.layers:
+        return None
+    anything: Sizes = {"regime": tuple(Regime), "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": _RARELY}
+    sizes = {**anything, **draw(st.sampled_from(scale.layers))}
+    return Layer(**{name: draw(st.sampled_from(tuple(choices))) for name, choices in sizes.items()})
 
 
 @st.composite
@@ -80,14 +173,14 @@ def optimizations(draw: st.DrawFn, semantics: StepSemantics) -> tuple[str, ...]:
 @st.composite
 def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     max_context_len = draw(st.sampled_from(scale.max_context_lens))
-    num_steps = draw(st.sampled_from((1, 2, 3, 4, 8)))
+    num_steps = draw(st.sampled_from(scale.num_steps))
     # Every step writes every row: what the interpreter does one store at a time must stay few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
     num_draft_tokens = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= max(2, most_rows)]))
     return Setup(
-        page_size=draw(st.sampled_from((1, 16, 32, 64))),
+        page_size=draw(st.sampled_from(scale.page_sizes)),
         max_context_len=max_context_len,
-        index_topk=draw(st.sampled_from([k for k in (4, 8, 17, 64, 200, 2048) if k <= max(8, max_context_len)])),
+        index_topk=draw(st.sampled_from(_not_wasted(scale.index_topks, max_context_len))),
         num_steps=num_steps,
         num_draft_tokens=num_draft_tokens,
         step_semantics=draw(st.sampled_from(StepSemantics)),
@@ -103,7 +196,13 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
             strided=draw(st.booleans()),
             wide_req_to_token=draw(st.booleans()),
         ),
+        layer=draw(layers(scale)),
     )
+
+
+def _not_wasted(index_topks: Sequence[int], max_context_len: int) -> list[int]:
+    """Those that some row can exceed; the least, if there are none."""
+    return [k for k in index_topks if k <= max(8, max_context_len)] or [min(index_topks)]
 
 
 def seq_lens(setup: Setup) -> st.SearchStrategy[int]:

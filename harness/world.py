@@ -6,7 +6,7 @@ every machine. Nothing here knows a backend.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +64,21 @@ class Batch:
     def size(self) -> int:
         return len(self.seq_lens)
 
+    def of_requests(self, order: Sequence[int]) -> Batch:
+        """Some of the requests, in that order."""
+
+        def pick(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(numbers[i] for i in order) if numbers else ()
+
+        return Batch(
+            self.mode,
+            pick(self.pool_rows),
+            pick(self.seq_lens),
+            None if self.seq_lens_cpu is None else pick(self.seq_lens_cpu),
+            pick(self.accept_lengths),
+            pick(self.extend_lens),
+        )
+
     def padded(self, bs: int, num_draft_tokens: int) -> Batch:
         """The batch filled up to the bucket ``bs`` with the values engines use for requests that are not there."""
         missing = bs - self.size
@@ -94,7 +109,6 @@ class World:
 
     def __post_init__(self) -> None:
         setup = self.scenario.setup
-        self.pages_per_request = -(-setup.max_context_len // setup.page_size)
         self.req_to_token: NDArray[np.int32] = np.full(
             (setup.pool_size, setup.max_context_len), self.poison, dtype=np.int32
         )
@@ -231,7 +245,7 @@ class World:
 
     def _pages_in_order(self, setup: Setup) -> list[int]:
         """All pages but the dummy page 0, the first to be used last in the list."""
-        count = setup.pool_size * self.pages_per_request
+        count = setup.pool_size * setup.pages_per_request
         pages = list(range(1, count + 1))
         match setup.page_layout:
             case PageLayout.CONTIGUOUS:

@@ -19,3 +19,8 @@ def test_saved_case(oracle: Oracle, verdict_of: Conclude, saved_case: Path) -> N
 def test_scenarios(oracle: Oracle, verdict_of: Conclude, shard: int) -> None:
     """No scenario of this shard makes the backend differ from the reference in one live bit."""
     verdict_of(oracle.explore(shard))
+
+
+def test_layers(oracle: Oracle, verdict_of: Conclude, shard: int) -> None:
+    """No scenario with an attention layer makes a stage of it differ, or depend on what must not matter."""
+    verdict_of(oracle.explore(shard, with_layer=True))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from harness import fields
-from harness.compare import Finding, Kind, Neighbour, RowLabels, Tally, compare, expected_metadata
+from harness.compare import Finding, Kind, Neighbour, RowLabels, Tally, compare
 from harness.engine import Observation, StepObservation
+from harness.expected import expected_metadata
 from harness.fields import FIELDS, Axis
 from harness.world import Batch
 from reference.types import BackendConfig, ForwardMode, Metadata
@@ -37,7 +38,7 @@ def batch(mode: ForwardMode, *seq_lens: int, accepts: tuple[int, ...] = (), new:
 def observed(sent: Batch, raw_bs: int | None = None, in_graph: bool = True, **changes: Any) -> Observation:
     """What a clean backend shows of ``sent``, with tensors replaced by ``changes``."""
     seen = Observation(sent, sent.size if raw_bs is None else raw_bs, in_graph, ())
-    (metadata,) = expected_metadata(CONFIG, POOL, seen)
+    (metadata,) = expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph)
     return dataclasses.replace(seen, steps=(as_seen(metadata, **changes),))
 
 
@@ -57,7 +58,7 @@ def as_seen(metadata: Metadata, **changes: Any) -> StepObservation:
 
 
 def verdict(seen: Observation) -> Finding | None:
-    return compare(seen, expected_metadata(CONFIG, POOL, seen), CPU, Tally())
+    return compare(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, Tally())
 
 
 DECODED = batch(ForwardMode.DECODE, 5, 2)
@@ -66,7 +67,7 @@ DECODED = batch(ForwardMode.DECODE, 5, 2)
 def test_clean_observation_has_no_finding_and_is_counted() -> None:
     seen = observed(DECODED)
     tally = Tally()
-    assert compare(seen, expected_metadata(CONFIG, POOL, seen), CPU, tally) is None
+    assert compare(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, tally) is None
     assert tally.fields == 12
     assert tally.cells == sum(tensor.numel() for tensor in seen.steps[0].tensors.values())
 
@@ -161,7 +162,7 @@ def test_first_wrong_step_is_named() -> None:
 
     (good,), (bad,) = seen.steps, observed(DECODED, cu_seqlens_q=spoil).steps
     seen = dataclasses.replace(seen, steps=(good, bad, bad))
-    found = compare(seen, expected_metadata(config, POOL, seen), CPU, Tally())
+    found = compare(seen, expected_metadata(config, POOL, seen.batch, seen.in_graph), CPU, Tally())
     assert found is not None
     assert (found.step, found.field, found.place) == (1, "cu_seqlens_q", "bound before row 1")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.compare import Finding, Kind
-from harness.explore import explore
+from harness.explore import Subject, explore
 from harness.judge import OracleFailure, judge
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, checked
@@ -418,7 +418,7 @@ def test_reference_passes(drive: Drive, semantics: StepSemantics, device: torch.
 
 
 def test_reference_passes_exploration(device: torch.device, tmp_path: Path) -> None:
-    outcome = explore(factory_of(planted.Clean), device, 15, seed=1, save_dir=tmp_path, switches=False)
+    outcome = explore(Subject(factory_of(planted.Clean)), device, 15, seed=1, save_dir=tmp_path, switches=False)
     assert outcome.failure is None
     assert outcome.verdict.cases == 15
     assert list(tmp_path.iterdir()) == []

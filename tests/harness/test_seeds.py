@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_detection import accept_two_then_one, factory_of, one_replay, two_lengths
 
-from harness.explore import explore
+from harness.explore import Subject, explore
 from harness.judge import OracleFailure, judge
 from harness.scenario import Scenario, load, to_json
 from harness.seeds import FailureFiles, digest, save
@@ -85,7 +85,7 @@ def test_raw_case_is_saved_before_shrinking_begins(
 ) -> None:
     monkeypatch.setattr(Watched, "folder", tmp_path, raising=False)
     monkeypatch.setattr(Watched, "seen", [], raising=False)
-    outcome = explore(factory_of(Watched), device, 30, seed=3, save_dir=tmp_path, switches=False)
+    outcome = explore(Subject(factory_of(Watched)), device, 30, seed=3, save_dir=tmp_path, switches=False)
 
     first = next(number for number, files in enumerate(Watched.seen) if files)
     assert first < len(Watched.seen) - 1, "nothing was shrunk"
@@ -120,7 +120,7 @@ def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) 
     outcome = None
     for seed in range(20):
         built.clear()
-        outcome = explore(factory, device, 1, seed=seed, save_dir=tmp_path / str(seed), switches=False)
+        outcome = explore(Subject(factory), device, 1, seed=seed, save_dir=tmp_path / str(seed), switches=False)
         if outcome.failure is not None:
             break
     assert outcome is not None

@@ -10,16 +10,19 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 
-from harness.boundary import ALL_CLASSES, classes_of
+from harness.boundary import ALL_CLASSES, LAYER_CLASSES, classes_of
 from harness.minimise import minimise
 from harness.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
-from harness.strategies import LARGE, SMALL, Scale, scenarios
+from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, scenarios
 from harness.world import World
 from optimized.optimizations import OPTIMIZATION_NAMES
 from reference.types import BackendConfig, ForwardMode, StepSemantics
 
-DRAWN = {"small": 260, "large": 90}
-SCALES = {"small": SMALL, "large": LARGE}
+DRAWN = {"small": 260, "large": 90, "small, layer": 60, "large, layer": 60}
+SCALES = {"small": SMALL, "large": LARGE, "small, layer": SMALL_LAYER, "large, layer": LARGE_LAYER}
+REACHABLE = [(name, scale) for scale in ("small", "large") for name in ALL_CLASSES if name not in LAYER_CLASSES] + [
+    (name, scale) for scale in ("small, layer", "large, layer") for name in LAYER_CLASSES
+]
 quick = settings(
     deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
@@ -39,8 +42,7 @@ def reached(scale: str) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", ALL_CLASSES)
+@pytest.mark.parametrize(("name", "scale"), REACHABLE)
 def test_class_is_reached(name: str, scale: str) -> None:
     if not reached(scale)[name]:
         find(scenarios(SCALES[scale]), lambda s: name in classes_of(s), settings=settings(quick, max_examples=2000))

@@ -72,7 +72,7 @@ def check(world: World) -> None:
     rows = [r.pool_row for r in world.running]
     assert sorted(rows + world.free_rows) == list(range(sizes.pool_size)), "each row has one owner"
     held = {page for r in world.running for page in r.pages}
-    count = sizes.pool_size * world.pages_per_request
+    count = sizes.pool_size * sizes.pages_per_request
     assert sorted([*held, *world.free_pages]) == list(range(1, count + 1)), "pages are neither lost nor doubled; no 0"
     for request in world.running:
         check_request(world, request.pool_row, request.seq_len, request.pages)

@@ -1,0 +1,225 @@
+"""The model around the attention layer: what its projections hand over, and what its caches must hold.
+
+The host's side of it follows from the scenario alone, like ``harness.world``. Every key is known by the slot it lies
+in and the forward pass that wrote it, so that a stale or misplaced one is seen.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harness.content import Content
+from harness.rng import Stream
+from harness.scenario import Setup
+from harness.world import Batch, World
+from reference import kv_cache
+from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, BackendConfig, ForwardMode, KVCacheDtype
+
+# What cache memory that nobody wrote is made of, by run.
+POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3
+FAR_BYTES = 4_600_000_000  # how far apart the first and last slot of far caches lie: beyond 2**31 elements of bf16
+_ROW_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the layer: draft step ``step`` of one batch, its R rows in batch order, padding left out.
+
+    requests, tokens: the request (its place in the batch) and draft token of each row. seqlens: KV length that each row
+    sees, its own key included. positions: where its own key belongs, below 0 for a row that stands for no token.
+    inputs: on the host.
+    """
+
+    step: int
+    requests: tuple[int, ...]
+    tokens: tuple[int, ...]
+    seqlens: tuple[int, ...]
+    positions: tuple[int, ...]
+    inputs: AttentionInputs
+
+    @property
+    def rows(self) -> int:
+        return len(self.requests)
+
+    def of_requests(self, order: Sequence[int]) -> Pass:
+        """The rows of some requests, in that order of requests, as a batch of those alone."""
+        rows = [row for request in order for row in range(self.rows) if self.requests[row] == request]
+        place = {request: number for number, request in enumerate(order)}
+        return Pass(
+            self.step,
+            requests=tuple(place[self.requests[row]] for row in rows),
+            tokens=tuple(self.tokens[row] for row in rows),
+            seqlens=tuple(self.seqlens[row] for row in rows),
+            positions=tuple(self.positions[row] for row in rows),
+            inputs=map_tensors(self.inputs, lambda tensor: tensor[rows]),
+        )
+
+
+def map_tensors(inputs: AttentionInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:
+    """``inputs`` with every tensor replaced by ``change`` of it."""
+    return AttentionInputs(**{name: change(tensor) for name, tensor in vars(inputs).items()})
+
+
+def query_rows(batch: Batch, config: BackendConfig, step: int) -> Iterator[tuple[int, int, int, int]]:
+    """(request, draft token, KV length seen, position of the own key) of each row of ``batch``, padding included.
+
+    A draft step writes the token behind those that the step before wrote, whether or not its metadata shows them.
+    """
+    mode = batch.mode
+    for request, seq_len in enumerate(batch.seq_lens):
+        if mode.is_decode_or_idle:
+            yield request, 0, seq_len + config.step_advance(mode, step), seq_len + step
+            continue
+        unverified = config.speculative_num_draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0
+        match mode:
+            case ForwardMode.EXTEND:
+                count = batch.extend_lens[request]
+            case ForwardMode.DRAFT_EXTEND:
+                count = batch.accept_lengths[request]
+            case _:
+                count = config.speculative_num_draft_tokens
+        for token in range(count):
+            position = seq_len + unverified - count + token
+            yield request, token, max(position + 1, 0), position
+
+
+class CacheState:
+    """What the caches of the layer must hold, on ``device``, as forward passes and requests come and go.
+
+    ``truth``: dense caches of all the setup's slots; whatever no running request has written is ``poison``.
+    """
+
+    def __init__(self, setup: Setup, seed: int, poison: int, device: torch.device) -> None:
+        assert setup.layer is not None
+        self.setup = setup
+        self.config = setup.layer.attention_config()
+        self.poison = poison
+        self.content = Content(self.config, setup.layer.regime, seed)
+        self.truth = new_caches(setup, self.config, setup.num_pages, device, poison)
+        self._written: NDArray[np.bool_] = np.zeros(setup.num_pages * setup.page_size, dtype=np.bool_)
+        self._version = 0
+        self._random = Stream(seed, "candidates")
+
+    def settle(self, world: World) -> None:
+        """Before a forward pass: give every cached token that no pass has written a key, and poison what is free.
+
+        Such tokens come from passes that the scenario leaves out: the prefill of a request that joins, for one.
+        """
+        page_size = self.setup.page_size
+        pages = sorted({page for request in world.running for page in request.pages})
+        held = (np.asarray(pages, dtype=np.int64)[:, None] * page_size + np.arange(page_size)).reshape(-1)
+        freed = self._written.copy()
+        freed[held] = False
+        self._poison(np.flatnonzero(freed))
+        self._written[freed] = False
+        self._poison(np.arange(page_size))  # page 0: rows without a token write there
+
+        live = [world.req_to_token[request.pool_row, : request.seq_len] for request in world.running]
+        slots = np.unique(np.concatenate(live)) if live else np.empty(0, dtype=np.int64)
+        missing = slots[~self._written[slots]].tolist()
+        if missing:
+            keys, index_keys = self.content.keys(missing, 0)
+            where = torch.tensor(missing, dtype=torch.int64)
+            self._store(keys, index_keys, where)
+            self._written[missing] = True
+
+    def passes(self, world: World, batch: Batch, config: BackendConfig) -> list[Pass]:
+        """The forward passes of one replay or eager call of ``batch`` (not padded): one a step. New keys each time."""
+        passes = []
+        for step in range(config.speculative_num_steps):
+            self._version += 1
+            passes.append(self._pass(world, batch, config, step))
+        return passes
+
+    def apply(self, passes: Sequence[Pass]) -> None:
+        """Write the keys of ``passes``, as the layer under judgement must have done."""
+        for a_pass in passes:
+            inputs = a_pass.inputs
+            self._store(inputs.k, inputs.index_k, inputs.out_cache_loc)
+            self._written[inputs.out_cache_loc.numpy()] = True
+        self._written[: self.setup.page_size] = False
+
+    def _pass(self, world: World, batch: Batch, config: BackendConfig, step: int) -> Pass:
+        rows = list(query_rows(batch, config, step))
+        pool_rows = [batch.pool_rows[request] for request, *_ in rows]
+        slots = [
+            int(world.req_to_token[pool_row, position]) if position >= 0 else 0
+            for pool_row, (*_, position) in zip(pool_rows, rows, strict=True)
+        ]
+        candidates = [
+            self._candidates(world.req_to_token[pool_row, :length], config.index_topk)
+            for pool_row, (_, _, length, _) in zip(pool_rows, rows, strict=True)
+        ]
+        ids = [(pool_row, token) for pool_row, (_, token, _, _) in zip(pool_rows, rows, strict=True)]
+        keys, index_keys = self.content.keys(slots, self._version)
+        q, index_q, index_weights = self.content.queries(ids, self._version, candidates)
+        requests, tokens, seqlens, positions = zip(*rows, strict=True) if rows else ((), (), (), ())
+        out_cache_loc = torch.tensor(slots, dtype=torch.int64)
+        inputs = AttentionInputs(q, keys, index_q, index_weights, index_keys, out_cache_loc)
+        return Pass(step, requests, tokens, seqlens, positions, inputs)
+
+    def _candidates(self, visible: NDArray[np.int32], index_topk: int) -> list[int]:
+        """Slots that a row's heads may single out: all it selects for sure, or one that its index then must find."""
+        slots = [int(slot) for slot in visible]
+        return slots if len(slots) <= index_topk else [slots[self._random.integers(1, len(slots))[0]]]
+
+    def _store(self, keys: torch.Tensor, index_keys: torch.Tensor, slots: torch.Tensor) -> None:
+        device = self.truth.kv.device
+        keys, index_keys, slots = keys.to(device), index_keys.to(device), slots.to(device)
+        kv_cache.store_kv(self.config, self.truth.kv, keys, slots)
+        kv_cache.store_index_k(self.config, self.truth.index_k, index_keys, slots)
+
+    def _poison(self, slots: NDArray[np.int64]) -> None:
+        if not len(slots):
+            return
+        where = torch.from_numpy(slots).to(self.truth.kv.device)
+        as_bytes(self.truth.kv)[where] = self.poison
+        pages, offsets = where // self.setup.page_size, where % self.setup.page_size
+        dim, keys = self.config.index_head_dim, self.setup.page_size * self.config.index_head_dim
+        columns = torch.arange(dim, device=where.device)
+        self.truth.index_k[pages[:, None], offsets[:, None] * dim + columns] = self.poison
+        self.truth.index_k[pages[:, None], keys + offsets[:, None] * 4 + columns[:4]] = self.poison
+
+
+def new_caches(
+    setup: Setup, config: AttentionConfig, num_pages: int, device: torch.device, poison: int
+) -> AttentionCaches:
+    """Dense caches full of poison: all slots of the setup, and ``num_pages`` pages of index keys."""
+    slots = setup.num_pages * setup.page_size
+    if config.kv_cache_dtype is KVCacheDtype.FP8:
+        kv = torch.empty(slots, 1, config.kv_token_bytes, dtype=torch.uint8, device=device)
+    else:
+        kv = torch.empty(slots, 1, config.qk_head_dim, dtype=torch.bfloat16, device=device)
+    index_k = torch.empty(num_pages, config.index_page_bytes(setup.page_size), dtype=torch.uint8, device=device)
+    as_bytes(kv).fill_(poison)
+    index_k.fill_(poison)
+    return AttentionCaches(kv, index_k)
+
+
+def far_apart(cache: torch.Tensor) -> torch.Tensor:
+    """A copy of ``cache`` whose rows lie so far apart that offsets need 64 bits. Nothing between them is touched."""
+    rows = len(cache)
+    stride = -(-FAR_BYTES // (rows * _ROW_ALIGNMENT)) * _ROW_ALIGNMENT // cache.element_size()
+    memory = _untouched(rows * stride, cache)
+    return memory.as_strided(cache.shape, (stride, *cache.stride()[1:])).copy_(cache)
+
+
+def _untouched(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for ``count`` elements, of which the host provides only the pages that are touched, small ones."""
+    if like.device.type != "cpu":
+        return torch.empty(count, dtype=like.dtype, device=like.device)
+    pages = mmap.mmap(-1, count * like.element_size())
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=like.dtype)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``tensor``: uint8, the last dimension as many times longer. A view."""
+    return tensor.view(torch.uint8)

@@ -1,0 +1,103 @@
+"""The layer under judgement on the device: its caches, static inputs, and the passes run through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
+from harness.poison import NAN_BYTE
+from harness.protocol import SparseAttention
+from harness.scenario import Setup
+from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What one replay or eager call gives the layer: the passes, one a step, and the caches before the first."""
+
+    passes: tuple[Pass, ...]
+    caches: AttentionCaches  # dense, the setup's pages; nobody writes to them
+
+
+class LayerDriver:
+    """Owns what a captured graph of the layer reads and writes, at fixed addresses."""
+
+    def __init__(
+        self, setup: Setup, layer: SparseAttention, device: torch.device, poison: int, max_rows: int, num_steps: int
+    ) -> None:
+        assert setup.layer is not None
+        self.layer = layer
+        self.device = device
+        self.setup = setup
+        self.config = setup.layer.attention_config()
+        # The poison of page tables is a slot that exists and holds poison: a layer that reads a dead cell shows it in
+        # its output and does not take the process down. Taken for a page, that number has to exist as well.
+        dense = new_caches(setup, self.config, setup.num_pages * setup.page_size, device, poison)
+        far = setup.layer.far_slots
+        self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
+        self._static = [_poisoned_inputs(self.config, max_rows, device) for _ in range(num_steps)]
+        self._loaded = [map_tensors(inputs, torch.clone) for inputs in self._static]
+
+    def load(self, load: LayerLoad) -> None:
+        """Put the caches and the static inputs as the engine has them before a replay. Rows of padding are NaN."""
+        self.load_caches(load.caches)
+        for number, (static, loaded) in enumerate(zip(self._static, self._loaded, strict=True)):
+            for name, tensor in vars(static).items():
+                as_bytes(tensor).fill_(0 if name == "out_cache_loc" else NAN_BYTE)
+                if load.passes:  # a capture has none: padding alone
+                    a_pass = load.passes[number]
+                    tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))
+                getattr(loaded, name).copy_(tensor)
+
+    def load_caches(self, caches: AttentionCaches) -> None:
+        self.caches.kv.copy_(caches.kv)
+        self.caches.index_k[: len(caches.index_k)].copy_(caches.index_k)
+
+    def cached(self) -> AttentionCaches:
+        """A dense copy of the caches, the setup's pages alone."""
+        return AttentionCaches(self.caches.kv.contiguous().clone(), self.caches.index_k[: self.setup.num_pages].clone())
+
+    def forward(self, step: int, metadata: Metadata, rows: int) -> AttentionOutputs:
+        """The pass of one step on the static inputs; inside capture, this is what the graph records."""
+        return self.layer.forward(map_tensors(self._static[step], lambda t: t[:rows]), self.caches, metadata)
+
+    def forward_eagerly(self, a_pass: Pass, metadata: Metadata) -> AttentionOutputs:
+        inputs = map_tensors(a_pass.inputs, lambda tensor: tensor.to(self.device))
+        return self.layer.forward(inputs, self.caches, metadata)
+
+    def modified_input(self) -> str | None:
+        """The name of a static input that the layer has written to, or None."""
+        for static, loaded in zip(self._static, self._loaded, strict=True):
+            for name, tensor in vars(static).items():
+                if not torch.equal(as_bytes(tensor), as_bytes(getattr(loaded, name))):
+                    return name
+        return None
+
+
+def dense_copy(caches: AttentionCaches) -> AttentionCaches:
+    return AttentionCaches(caches.kv.clone(), caches.index_k.clone())
+
+
+def load_of(state: CacheState, passes: Sequence[Pass]) -> LayerLoad:
+    return LayerLoad(tuple(passes), dense_copy(state.truth))
+
+
+def _poisoned_inputs(config: AttentionConfig, rows: int, device: torch.device) -> AttentionInputs:
+    """Inputs of ``rows`` rows, all NaN, that write to slot 0."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(*shape, dtype=dtype, device=device)
+        as_bytes(tensor).fill_(NAN_BYTE)
+        return tensor
+
+    return AttentionInputs(
+        q=empty(rows, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
+        k=empty(rows, config.qk_head_dim, dtype=torch.bfloat16),
+        index_q=empty(rows, config.index_n_heads, config.index_head_dim, dtype=torch.float8_e4m3fn),
+        index_weights=empty(rows, config.index_n_heads, dtype=torch.float32),
+        index_k=empty(rows, config.index_head_dim, dtype=torch.bfloat16),
+        out_cache_loc=torch.zeros(rows, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,379 @@
+"""Judges what a layer computed, stage by stage: caches, index logits, selected slots, attention.
+
+Each stage is compared with what the reference makes of the stage's own inputs, in a chain those that the backend
+computed: one bug is one failure, at the stage that has it. Integers, cache bytes, and all numbers in an exact regime
+must have the same value; ordinary numbers must stay within a bound derived from their operands (``harness.bounds``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from harness.bounds import attention_bound, fraction_used, logits_bound
+from harness.compare import Finding, Kind, Neighbour
+from harness.content import Regime
+from harness.engine import Engine, Feed, LayerObservation, LayerStep
+from harness.exactness import check_exact, check_exact_index
+from harness.expected import LayerRows
+from harness.layer import Pass, as_bytes
+from harness.layer_driver import dense_copy
+from harness.protocol import Strictness
+from reference import attention, kv_cache
+from reference.types import AttentionCaches, ForwardMode, KVCacheDtype, Metadata
+
+STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
+NEIGHBOURS = 3  # cells shown on either side of the first difference
+MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one row a pass is checked for exactness
+
+
+@dataclass
+class StageTally:
+    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used."""
+
+    exact: int = 0
+    bounded: int = 0
+    weaker: int = 0
+    worst: float = 0.0
+
+    def add(self, other: StageTally) -> None:
+        self.exact += other.exact
+        self.bounded += other.bounded
+        self.weaker += other.weaker
+        self.worst = max(self.worst, other.worst)
+
+
+@dataclass
+class LayerTally:
+    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer."""
+
+    stages: dict[str, StageTally] = field(default_factory=dict)
+    relations: dict[str, int] = field(default_factory=dict)
+    replays: int = 0
+
+    def stage(self, name: str) -> StageTally:
+        return self.stages.setdefault(name, StageTally())
+
+    def count(self, relation: str) -> None:
+        self.relations[relation] = self.relations.get(relation, 0) + 1
+
+    def add(self, other: LayerTally) -> None:
+        for name, tally in other.stages.items():
+            self.stage(name).add(tally)
+        for name, count in other.relations.items():
+            self.relations[name] = self.relations.get(name, 0) + count
+        self.replays += other.replays
+
+
+class StageJudge:
+    """Compares what one engine's layer showed. ``weaker``: what the layer declares, by stage."""
+
+    def __init__(self, engine: Engine, weaker: Mapping[str, Strictness], tally: LayerTally) -> None:
+        assert engine.layer is not None
+        self.engine = engine
+        self.config = engine.layer.config
+        self.expected = engine.expected_layer
+        self.content = engine.cache_state.content
+        self.weaker = weaker
+        self.tally = tally
+
+    def compare(self, seen: LayerObservation, metadata: Sequence[Metadata]) -> Finding | None:
+        """The first disagreement in stage and step order, or None."""
+        # 1. What the passes had to write, and what each of them found in the caches.
+        caches = dense_copy(seen.load.caches)
+        moments = []
+        for a_pass, step_metadata in zip(seen.load.passes, metadata, strict=True):
+            rows = self.expected.rows(a_pass, step_metadata, caches)
+            moments.append(dataclasses.replace(rows, caches=dense_copy(caches)))
+        finding = self._compare_caches(seen, caches)
+        if finding is not None:
+            return dataclasses.replace(finding, how=seen.feed.value)
+
+        # 2. The other stages of each pass.
+        for step, (got, rows, a_pass) in enumerate(zip(seen.steps, moments, seen.load.passes, strict=True)):
+            finding = self._compare_pass(got, rows, a_pass, seen.feed) or self._compare_unused(
+                got, metadata[step], seen
+            )
+            if finding is not None:
+                return dataclasses.replace(finding, step=step, how=seen.feed.value)
+        return None
+
+    def _compare_caches(self, seen: LayerObservation, expected: AttentionCaches) -> Finding | None:
+        """Every byte but those of the dummy page: that what was to be written is there, and nothing else."""
+        page_size = self.engine.setup.page_size
+        for name, got, want, skipped in (
+            ("kv_cache", seen.caches.kv.flatten(1), expected.kv.flatten(1), page_size),
+            ("index_k_cache", seen.caches.index_k, expected.index_k, 1),
+        ):
+            got_bytes, want_bytes = as_bytes(got)[skipped:], as_bytes(want)[skipped:]
+            self.tally.stage(name).exact += want_bytes.numel()
+            wrong = got_bytes != want_bytes
+            if not bool(wrong.any()):
+                continue
+            unit, byte = (int(i) for i in wrong.nonzero()[0])
+            slot, part = self._cache_place(name, unit + skipped, byte)
+            return Finding(
+                Kind.VALUE,
+                name,
+                f"byte {int(got_bytes[unit, byte]):#04x}",
+                f"byte {int(want_bytes[unit, byte]):#04x}",
+                place=f"{self._slot(slot)}, {part}",
+                differing=int(wrong.sum()),
+                compared=want_bytes.numel(),
+            )
+        return None
+
+    def _cache_place(self, name: str, unit: int, byte: int) -> tuple[int, str]:
+        """The slot, and the part of its token, that a byte of a cache belongs to."""
+        config = self.config
+        if name == "index_k_cache":
+            page_size = self.engine.setup.page_size
+            keys = page_size * config.index_head_dim
+            if byte < keys:
+                return unit * page_size + byte // config.index_head_dim, f"key element {byte % config.index_head_dim}"
+            return unit * page_size + (byte - keys) // 4, "scale"
+        if config.kv_cache_dtype is KVCacheDtype.BF16:
+            element = byte // 2
+            latent = element < config.kv_lora_rank
+            return unit, f"latent element {element}" if latent else f"RoPE element {element - config.kv_lora_rank}"
+        if byte < config.kv_lora_rank:
+            return unit, f"latent element {byte}"
+        rope = config.kv_token_bytes - 2 * config.qk_rope_head_dim
+        if byte < rope:
+            return unit, f"scale {(byte - config.kv_lora_rank) // 4}"
+        return unit, f"RoPE element {(byte - rope) // 2}"
+
+    def _compare_pass(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+        """The first stage of a pass that is wrong, given the stage before it."""
+        return (
+            self._compare_shapes(got, rows, a_pass)
+            or self._compare_logits(got, rows, a_pass)
+            or self._compare_selection(got, rows, a_pass, feed)
+            or self._compare_attention(got, rows, a_pass, feed)
+        )
+
+    def _compare_shapes(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
+        topk = self.expected.reference.config.index_topk
+        for name, dtype, shape in (
+            ("logits", torch.float32, (rows.page_table_1.shape[1],)),
+            ("indices", torch.int32, (topk,)),
+            ("out", torch.bfloat16, (self.config.num_heads, self.config.kv_lora_rank)),
+            ("lse", torch.float32, (self.config.num_heads,)),
+        ):
+            tensor = getattr(got.outputs, name)
+            if tensor.dtype is not dtype:
+                return Finding(Kind.DTYPE, name, str(tensor.dtype), str(dtype))
+            if tuple(tensor.shape[1:]) != shape or len(tensor) < a_pass.rows:
+                want = [len(tensor) if len(tensor) >= a_pass.rows else a_pass.rows, *shape]
+                return Finding(Kind.SHAPE, name, str(list(tensor.shape)), str(want))
+        return None
+
+    def _compare_logits(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
+        want = self.expected.logits(rows)
+        bound = None
+        if not self.content.regime.is_exact:
+            bound = torch.zeros_like(want, dtype=torch.float64)
+        for row, length in enumerate(a_pass.seqlens):
+            values, scales = self._index_keys(rows, row, length)
+            query, weights = rows.inputs.index_q[row], rows.inputs.index_weights[row]
+            if bound is not None:
+                bound[row, :length] = logits_bound(self.config, query[None], weights[None], values, scales)[0]
+            elif self._is_checked(a_pass, row, values.numel() * self.config.index_n_heads):
+                check_exact_index(self.config, query, weights, values, scales)
+        return self._compare_numbers("logits", got.outputs.logits[: a_pass.rows], want, bound, a_pass, "token")
+
+    def _compare_selection(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+        """Top-k, by itself and with each transform. In a chain it selects by the layer's own logits."""
+        logits = got.outputs.logits[: a_pass.rows] if feed is not Feed.ISOLATED else self.expected.logits(rows)
+        stages = [("indices", got.outputs.indices, self.expected.indices)]
+        if got.positions is not None:
+            stages.insert(0, ("topk_indices", got.positions, self.expected.positions))
+        if got.ragged is not None:
+            stages.append(("topk_ragged", got.ragged, self.expected.ragged))
+        for name, seen, expect in stages:
+            want = expect(rows, logits)
+            finding = self._compare_integers(name, seen[: a_pass.rows], want, rows, logits, a_pass)
+            if finding is not None:
+                return finding
+        return None
+
+    def _compare_integers(
+        self, name: str, got: torch.Tensor, want: torch.Tensor, rows: LayerRows, logits: torch.Tensor, a_pass: Pass
+    ) -> Finding | None:
+        tally = self.tally.stage(name)
+        if got.shape != want.shape or got.dtype is not want.dtype:
+            return Finding(Kind.SHAPE, name, f"{got.dtype} {list(got.shape)}", f"{want.dtype} {list(want.shape)}")
+        wrong = got != want
+        if self.weaker.get(name) is Strictness.SAME_SET:
+            tally.weaker += want.numel()
+            for row in range(len(want)):
+                if _equally_good(got[row], want[row], self._scores_by_entry(name, rows, logits, row)):
+                    wrong[row] = False
+        else:
+            tally.exact += want.numel()
+        if not bool(wrong.any()):
+            return None
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        near = range(max(0, column - NEIGHBOURS), min(want.shape[1], column + NEIGHBOURS + 1))
+        told = self._slot if name == "indices" else str
+        at = self._row(a_pass, row)
+        return Finding(
+            Kind.VALUE,
+            name,
+            told(int(got[row, column])),
+            told(int(want[row, column])),
+            place=f"{at}, entry {column}",
+            differing=int(wrong.sum()),
+            compared=want.numel(),
+            neighbours=tuple(
+                Neighbour(f"{at}, entry {i}", str(int(got[row, i])), str(int(want[row, i]))) for i in near
+            ),
+        )
+
+    def _scores_by_entry(self, name: str, rows: LayerRows, logits: torch.Tensor, row: int) -> dict[int, float]:
+        """What each entry that a row may select scores: a position, a slot, or a place in the concatenated KV."""
+        length = int(rows.seqlens_expanded[row])
+        scores = logits[row, :length].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf).tolist()
+        match name:
+            case "indices":
+                entries = rows.page_table_1[row, :length].tolist()
+            case "topk_ragged":
+                assert rows.topk_indices_offset is not None
+                first = int(rows.topk_indices_offset[row])
+                entries = list(range(first, first + length))
+            case _:
+                entries = list(range(length))
+        return dict(zip(entries, scores, strict=True))
+
+    def _compare_attention(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+        count = a_pass.rows
+        indices = got.outputs.indices[:count]
+        if feed is Feed.ISOLATED:
+            indices = self.expected.indices(rows, self.expected.logits(rows))
+        keys = [kv_cache.load_kv(self.config, rows.caches.kv, row[row >= 0]) for row in indices]
+        exact_out, exact_lse = attention.unrounded(self.config, rows.inputs.q, rows.caches.kv, indices)
+        out, _ = self.expected.attention(rows, indices)
+        if self.content.regime.is_exact:
+            for row, row_keys in enumerate(keys):
+                if self._is_checked(a_pass, row, row_keys.numel() * self.config.num_heads):
+                    check_exact(self.config, self.content.regime, rows.inputs.q[row], row_keys)
+            finding = self._compare_numbers("out", got.outputs.out[:count], out, None, a_pass, "head")
+            # Weights and their sum are exact: what is left is a logarithm, a product and a sum.
+            counts = torch.tensor([max(1, len(row_keys)) for row_keys in keys], dtype=torch.float64)
+            lse_bound = 2.0**-21 * (exact_lse.abs() + 2 * counts.log()[:, None].to(exact_lse.device) + 1)
+        else:
+            out_bound, lse_bound = attention_bound(self.config, rows.inputs.q, keys)
+            finding = self._compare_numbers("out", got.outputs.out[:count], exact_out, out_bound, a_pass, "head")
+        return finding or self._compare_numbers("lse", got.outputs.lse[:count], exact_lse, lse_bound, a_pass, "head")
+
+    def _is_checked(self, a_pass: Pass, row: int, numbers: int) -> bool:
+        """Whether a row's inputs are checked against the premises of exactness. All are, unless that takes long."""
+        return numbers <= MOST_CHECKED or row == a_pass.rows - 1
+
+    def _compare_numbers(
+        self,
+        name: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        bound: torch.Tensor | None,
+        a_pass: Pass,
+        axis: str,
+    ) -> Finding | None:
+        """By value if there is no bound: zeros of either sign are equal, and so are NaN."""
+        tally = self.tally.stage(name)
+        kind = Kind.VALUE
+        if bound is not None:
+            fraction = fraction_used(got, want, bound)
+            wrong = ~(fraction <= 1)
+            tally.bounded += want.numel()
+            tally.worst = max(tally.worst, float(fraction[~wrong].max()) if bool((~wrong).any()) else 0.0)
+            kind = Kind.BOUND
+        elif self.weaker.get(name) is Strictness.ONE_STEP:
+            wrong = _bf16_steps(got, want) > 1
+            tally.weaker += want.numel()
+        else:
+            wrong = ~((got == want) | (got.isnan() & want.isnan()))
+            tally.exact += want.numel()
+        if not bool(wrong.any()):
+            return None
+        first = [int(i) for i in wrong.nonzero()[0]]
+        at = f"{self._row(a_pass, first[0])}, {axis} {first[1]}" + "".join(f", element {i}" for i in first[2:])
+        got_text, want_text = (f"{float(tensor[tuple(first)]):.9g}" for tensor in (got, want))
+        if name == "out" and self.content.regime is Regime.DOMINATING:
+            got_text += self._origin(got[first[0], first[1]])
+            want_text += self._origin(want[first[0], first[1]])
+        return Finding(
+            kind, name, got_text, want_text, place=at, differing=int(wrong.sum()), compared=want.numel(),
+            neighbours=tuple(self._around(got, want, first, at)),
+        )  # fmt: skip
+
+    def _around(self, got: torch.Tensor, want: torch.Tensor, first: list[int], at: str) -> list[Neighbour]:
+        *outer, inner = first
+        place = at.rsplit(" ", 1)[0]
+        near = range(max(0, inner - NEIGHBOURS), min(got.shape[-1], inner + NEIGHBOURS + 1))
+        cells = [(i, float(got[(*outer, i)]), float(want[(*outer, i)])) for i in near]
+        return [Neighbour(f"{place} {i}", f"{a:.9g}", f"{b:.9g}") for i, a, b in cells]
+
+    def _compare_unused(self, got: LayerStep, metadata: Metadata, seen: LayerObservation) -> Finding | None:
+        """Rows that a graph reserves and the batch does not use see no key: no slot, output 0, lse -inf."""
+        live = int(sum(seen.batch.accept_lengths)) if seen.batch.mode is ForwardMode.DRAFT_EXTEND else None
+        if seen.feed is not Feed.GRAPH or live is None:
+            return None
+        for name, value in (("logits", -torch.inf), ("indices", -1), ("out", 0), ("lse", -torch.inf)):
+            tensor = getattr(got.outputs, name)[live:]
+            self.tally.stage(name).exact += tensor.numel()
+            wrong = tensor != value
+            if bool(wrong.any()):
+                first = tuple(int(i) for i in wrong.nonzero()[0])
+                got_text, at = str(tensor[first].item()), f"row {live + first[0]} (unused tail)"
+                return Finding(Kind.VALUE, name, got_text, str(value), None, at, int(wrong.sum()), wrong.numel())
+        return None
+
+    # Names for a person.
+
+    def _row(self, a_pass: Pass, row: int) -> str:
+        return f"row {row} (request {a_pass.requests[row]}, draft token {a_pass.tokens[row]})"
+
+    def _slot(self, slot: int) -> str:
+        """A slot, and whose token lies there."""
+        if slot < 0:
+            return str(slot)
+        world, page_size = self.engine.world, self.engine.setup.page_size
+        for number, request in enumerate(world.running):
+            if slot // page_size in request.pages:
+                position = request.pages.index(slot // page_size) * page_size + slot % page_size
+                return f"slot {slot} (running request {number}, position {position})"
+        return f"slot {slot} (nobody's)"
+
+    def _origin(self, value: torch.Tensor) -> str:
+        """Which slot an output was read from, where one key has all the weight."""
+        origin = self.content.decode(value)
+        return " (no one key's value)" if origin is None else f" (the value of {self._slot(origin.slot)})"
+
+    def _index_keys(self, rows: LayerRows, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index keys of a row's visible tokens as cached: e4m3 [n, dim], and their scales [n]."""
+        slots = rows.page_table_1[row, :length]
+        values, scales = kv_cache.load_index_k(self.config, rows.caches.index_k, slots)
+        return values.to(torch.float8_e4m3fn), scales
+
+
+def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, float]) -> bool:
+    """Whether a row selected as many different entries as it should, of the same scores."""
+    chosen = [entry for entry in got.tolist() if entry != -1]
+    best = [entry for entry in want.tolist() if entry != -1]
+    if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
+        return False
+    return sorted(scores[entry] for entry in chosen) == sorted(scores[entry] for entry in best)
+
+
+def _bf16_steps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """How many bf16 numbers lie from one to the other."""
+
+    def place(numbers: torch.Tensor) -> torch.Tensor:
+        bits = numbers.to(torch.bfloat16).contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (place(got) - place(want)).abs()
