@@ -1,0 +1,45 @@
+"""docs/reverts.md says what the oracle found in each wiring of two reverted optimisations. It still does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.judge import OracleFailure, judge
+from harness.protocol import load_backend
+from harness.scenario import load
+
+PROJECT = Path(__file__).parent.parent.parent
+CASES = {path.stem.removeprefix("revert-"): path for path in (PROJECT / "tests/cases").glob("revert-*.json")}
+ROWS = dict(re.findall(r"^\| \[?`(\w+)`.*?\| (?:wrong results|CUDA graph|run-time error) \| `(.+?)`",
+                       (PROJECT / "docs/reverts.md").read_text(encoding="utf-8"), re.MULTILINE))  # fmt: skip
+
+
+def wiring(stem: str) -> str:
+    """The class that a case is named after."""
+    return "".join(word.capitalize() for word in stem.split("-"))
+
+
+def test_every_failing_wiring_has_its_case() -> None:
+    assert {wiring(stem) for stem in CASES} == set(ROWS)
+
+
+@pytest.mark.parametrize("stem", sorted(CASES))
+def test_wiring_fails_as_described(stem: str) -> None:
+    name = wiring(stem)
+    with pytest.raises(OracleFailure) as failure:
+        judge(load(CASES[stem]), load_backend(f"docs.examples.reverts:{name}"), torch.device("cpu"))
+    sentence = failure.value.finding.sentence()
+    kind, _, rest = ROWS[name].partition(": ")
+    assert sentence.startswith(kind)
+    for word in re.findall(r"[\w.]+", rest):
+        assert word in sentence
+
+
+@pytest.mark.parametrize("name", ["VectorisedTailFilled", "VectorisedWorking", "BatchedCopy"])
+@pytest.mark.parametrize("stem", sorted(CASES))
+def test_working_wiring_passes_all_of_them(name: str, stem: str) -> None:
+    judge(load(CASES[stem]), load_backend(f"docs.examples.reverts:{name}"), torch.device("cpu"))
