@@ -10,18 +10,14 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SEQLENS = ("loop", "vectorized_torch", "kernel")
-SWITCHES = ("precompute", "transform_table_cache", "strided_indices_cache", "batched_copy", "vectorized_seqlens")
-EAGER = ("loop", *SWITCHES, "all five", "one launch", "one launch, aliased", "SGLang")
-IN_GRAPH = ("one launch", "one launch, aliased", "SGLang", "floor")
-GROUP = re.compile(r"(?P<family>seqlens_expanded \w+|eager|in graph) (?P<sizes>\w+=\d+(?: \w+=\d+)*)")
+GROUP = re.compile(r"(?P<family>.+?)(?P<sizes>(?: \w+=\w+)+)")  # "sparse MLA cache=fp8 heads=128 tokens=8"
 
-Sizes = tuple[int, ...]  # of one row: bs, or bs, length and N
+Sizes = tuple[int | str, ...]  # of one row, one for each of the table's
 Medians = Mapping[str, float]  # of one row: microseconds by subject
 Families = Mapping[str, Mapping[Sizes, Medians]]
 
@@ -43,6 +39,111 @@ class Ratio:
         return f"{medians[self.numerator] / medians[self.denominator]:.2f}"
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A subject that is not measured: what ``combine`` makes of the medians of its parts, if all of them are there."""
+
+    name: str
+    combine: Callable[[Iterable[float]], float]
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a family of benchmarks is laid out: a row for each combination of sizes, a column for each of the others.
+
+    ``derived`` are subjects too: they are columns if ``subjects`` names them, and ratios may name them.
+    """
+
+    title: str
+    sizes: tuple[str, ...]
+    subjects: tuple[str, ...]
+    ratios: tuple[Ratio, ...]
+    derived: tuple[Derived, ...] = ()
+
+    def row_of(self, sizes: str) -> Sizes:
+        """The row that a group's sizes, "heads=128 tokens=8", belong to. Raises KeyError if it lacks one."""
+        given = dict(size.split("=") for size in sizes.split())
+        return tuple(int(given[name]) if given[name].isdecimal() else given[name] for name in self.sizes)
+
+    def markdown(self, rows: Mapping[Sizes, Medians]) -> str:
+        head = [*self.sizes, *self.subjects, *(f"{ratio.numerator} / {ratio.denominator}" for ratio in self.ratios)]
+        lines = [f"### {self.title}", "", _line(head), _line(["---:"] * len(head))]
+        for row in sorted(rows):
+            medians = self._with_derived(rows[row])
+            times = (f"{medians[subject]:.1f}" if subject in medians else "-" for subject in self.subjects)
+            lines.append(_line([*map(str, row), *times, *(ratio.of(medians) for ratio in self.ratios)]))
+        return "\n".join(lines)
+
+    def _with_derived(self, medians: Medians) -> Medians:
+        complete = [new for new in self.derived if all(part in medians for part in new.parts)]
+        return {**medians, **{new.name: new.combine(medians[part] for part in new.parts) for new in complete}}
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+STEPS = ("bs", "length", "N")
+SWITCHES = ("precompute", "transform_table_cache", "strided_indices_cache", "batched_copy", "vectorized_seqlens")
+STAGES = ("metadata", "store", "indexer", "top-k", "attention")
+TABLES = {
+    **{
+        f"seqlens_expanded {mode}": Table(
+            f"`seqlens_expanded` in {mode}",
+            ("bs",),
+            ("loop", "vectorized_torch", "kernel"),
+            (Ratio("loop", "kernel"), Ratio("vectorized_torch", "kernel")),
+        )
+        for mode in ("DRAFT_EXTEND", "TARGET_VERIFY")
+    },
+    "eager": Table(
+        "All metadata of N steps, eager",
+        STEPS,
+        ("loop", *SWITCHES, "all five", "one launch", "one launch, aliased", "SGLang"),
+        (Ratio("loop", "one launch"), Ratio("SGLang", "one launch")),
+    ),
+    "in graph": Table(
+        "All metadata of N steps, in a graph",
+        STEPS,
+        ("one launch", "one launch, aliased", "SGLang", "floor"),
+        (Ratio("one launch", "floor"), Ratio("SGLang", "one launch")),
+    ),
+    "sparse MLA": Table(
+        "Sparse MLA, 2,048 keys",
+        ("cache", "heads", "tokens"),
+        ("ours", "FlashMLA", "copy floor", "matmul floor"),
+        (Ratio("FlashMLA", "ours"), Ratio("ours", "floor")),
+        (Derived("floor", max, ("copy floor", "matmul floor")),),
+    ),
+    "top-k": Table(
+        "Top-k, 2,048 of each row",
+        ("rows", "width"),
+        ("ours", "ours, paged", "fast_topk", "fast_topk, paged", "torch.topk", "copy floor"),
+        (Ratio("fast_topk", "ours"), Ratio("fast_topk, paged", "ours, paged"), Ratio("ours", "copy floor")),
+    ),
+    "indexer": Table(
+        "Indexer logits",
+        ("rows", "width"),
+        ("ours", "copy floor"),
+        (Ratio("ours", "copy floor"),),
+    ),
+    "store": Table(
+        "Quantise and store",
+        ("cache", "rows"),
+        ("ours", "copy floor"),
+        (Ratio("ours", "copy floor"),),
+    ),
+    "step": Table(
+        "A captured step",
+        ("mode", "bs", "length"),
+        (*STAGES, "sum of stages", "whole step"),
+        (Ratio("whole step", "sum of stages"),),
+        (Derived("sum of stages", sum, STAGES),),
+    ),
+}
+
+
 def read(path: Path) -> Families:
     """Medians by family (the group without its sizes), sizes and subject. Raises MalformedRun."""
     try:
@@ -59,47 +160,18 @@ def _medians(benchmarks: Any) -> Families:
         group = GROUP.fullmatch(benchmark["group"])
         if group is None:
             raise ValueError("a group of other benchmarks")
-        sizes = tuple(int(size.partition("=")[2]) for size in group["sizes"].split())
+        row = TABLES[group["family"]].row_of(group["sizes"])
         # A subject that is a function has no name among the parameters: it opens the id of the case.
         subject = benchmark["params"].get("name") or benchmark["param"].partition("-")[0]
-        families[group["family"]][sizes][subject] = benchmark["stats"]["median"] * 1e6
+        families[group["family"]][row][subject] = benchmark["stats"]["median"] * 1e6
     return families
 
 
 def tables(families: Families) -> Iterator[str]:
     """Every table of the run, each with its heading."""
-    for family in sorted(name for name in families if name.startswith("seqlens_expanded ")):
-        mode = family.partition(" ")[2]
-        ratios = (Ratio("loop", "kernel"), Ratio("vectorized_torch", "kernel"))
-        yield table(f"`seqlens_expanded` in {mode}", ("bs",), SEQLENS, ratios, families[family])
-    sizes = ("bs", "length", "N")
-    if "eager" in families:
-        ratios = (Ratio("loop", "one launch"), Ratio("SGLang", "one launch"))
-        yield table("All metadata of N steps, eager", sizes, EAGER, ratios, families["eager"])
-    if "in graph" in families:
-        ratios = (Ratio("one launch", "floor"), Ratio("SGLang", "one launch"))
-        yield table("All metadata of N steps, in a graph", sizes, IN_GRAPH, ratios, families["in graph"])
-
-
-def table(
-    title: str,
-    sizes: Sequence[str],
-    subjects: Sequence[str],
-    ratios: Sequence[Ratio],
-    rows: Mapping[Sizes, Medians],
-) -> str:
-    """One Markdown table: a row for each combination of sizes, a column for each subject and ratio."""
-    head = [*sizes, *subjects, *(f"{ratio.numerator} / {ratio.denominator}" for ratio in ratios)]
-    lines = [f"### {title}", "", _line(head), _line(["---:"] * len(head))]
-    for row in sorted(rows):
-        medians = rows[row]
-        times = (f"{medians[subject]:.1f}" if subject in medians else "-" for subject in subjects)
-        lines.append(_line([*map(str, row), *times, *(ratio.of(medians) for ratio in ratios)]))
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    for family, table in TABLES.items():
+        if family in families:
+            yield table.markdown(families[family])
 
 
 def main() -> None:
