@@ -353,13 +353,14 @@ class Engine:
                 lengths,
                 rows.page_table_1.shape[1],
             )
+            logits = logits.clone()  # now, as everything below: the next call may use the same memory
             fed = expected.logits(rows)
-            positions = layer.topk_indices(fed, lengths)
-            indices = layer.topk_transform_paged(fed, lengths, rows.page_table_1)
+            positions = layer.topk_indices(fed, lengths).clone()
+            indices = layer.topk_transform_paged(fed, lengths, rows.page_table_1).clone()
             offset = rows.topk_indices_offset
-            ragged = None if offset is None else layer.topk_transform_ragged(fed, lengths, offset)
-            out, lse = layer.sparse_mla(inputs.q, self.layer.caches.kv, expected.indices(rows, fed))
-            steps.append(LayerStep(AttentionOutputs(logits, indices, out, lse), positions, ragged))
+            ragged = None if offset is None else layer.topk_transform_ragged(fed, lengths, offset).clone()
+            out, lse = layer.sparse_mla(inputs.q, self.layer.caches.kv, expected.indices_with_holes(rows, fed))
+            steps.append(LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), positions, ragged))
         return tuple(steps), stored
 
     def _chained(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[tuple[LayerStep, ...], AttentionCaches]:

@@ -118,6 +118,12 @@ class ExpectedLayer:
         assert rows.topk_indices_offset is not None
         return self.reference.topk_transform_ragged(logits, rows.seqlens_expanded, rows.topk_indices_offset)
 
+    def indices_with_holes(self, rows: LayerRows, logits: torch.Tensor) -> torch.Tensor:
+        """What attention by itself is given: every fourth entry is -1, for nothing says that those come last."""
+        indices = self.indices(rows, logits)
+        row, entry = (torch.arange(size, device=indices.device) for size in indices.shape)
+        return torch.where((row[:, None] + entry) % 4 == 1, -1, indices)
+
     def attention(self, rows: LayerRows, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Out [R, H, rank] bf16 and lse [R, H] float32."""
         return self.reference.sparse_mla(rows.inputs.q, rows.caches.kv, indices)

@@ -18,7 +18,7 @@ from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 from harness.compare import Kind
 from harness.judge import OracleFailure, Verdict, judge
-from harness.minimise import minimise
+from harness.minimise import MOST_TRIALS, minimise
 from harness.protocol import BackendFactory, LayerFactory, optimized_layer
 from harness.scenario import Scenario
 from harness.seeds import FailureFiles
@@ -91,12 +91,14 @@ def explore(
     deadline: float | None = None,
     switches: bool = True,
     with_layer: bool = False,
+    most_shrinking: int | None = None,
 ) -> Exploration:
     """Judge ``cases`` scenarios drawn from ``seed``; stop at the first failure and shrink it.
 
     deadline: value of ``time.monotonic()`` after which no further scenario is judged. switches: draw the optimisations
-    of ``optimized/`` too. with_layer: draw scenarios with an attention layer behind the metadata. Raises DeviceLost,
-    with the raw case saved, if the GPU faults.
+    of ``optimized/`` too. with_layer: draw scenarios with an attention layer behind the metadata.
+    most_shrinking: so many trials at most, of whole records, instead of as many as Hypothesis likes.
+    Raises DeviceLost, with the raw case saved, if the GPU faults.
     """
     outcome = Exploration()
     files = FailureFiles(save_dir)
@@ -122,14 +124,14 @@ def explore(
         deadline=None,
         database=None,
         report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if most_shrinking is None else (Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )(given(scenarios(scale, switches=switches))(judge_one))
     try:
         with no_near_copies():
             hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
-        outcome.failure = _minimised(failure, subject, device)
+        outcome.failure = _minimised(failure, subject, device, most_shrinking or MOST_TRIALS)
         files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
     except _OutOfTime:
         pass
@@ -138,7 +140,7 @@ def explore(
     return outcome
 
 
-def _minimised(failure: OracleFailure, subject: Subject, device: torch.device) -> OracleFailure:
+def _minimised(failure: OracleFailure, subject: Subject, device: torch.device, most: int) -> OracleFailure:
     """The failure of the simplest scenario, near that of ``failure``, which fails in the same way."""
     smallest = failure
 
@@ -154,7 +156,7 @@ def _minimised(failure: OracleFailure, subject: Subject, device: torch.device) -
                 return True
         return False
 
-    minimise(failure.scenario, still_fails)
+    minimise(failure.scenario, still_fails, most)
     return smallest
 
 

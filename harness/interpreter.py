@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,6 +91,14 @@ def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[
             vars(self).update(known[key], handle=handle, type=tensor_type, dtype=tensor_type.scalar)
 
     return make_tensor if of_tensor else make_type
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep numpy from warning of NaN and infinity, which rows of padding and poison are full of; no GPU would warn."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def deep_stack(function: F) -> F:

@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
+from harness import interpreter
 from harness.boundary import classes_of
 from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
 from harness.engine import Engine, Feed, LayerObservation, Observation
 from harness.expected import expected_metadata
 from harness.graph import CaptureError
-from harness.interpreter import deep_stack
 from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
@@ -61,7 +60,7 @@ class Verdict:
         self.boundary_classes.update(other.boundary_classes)
 
 
-@deep_stack
+@interpreter.deep_stack
 def judge(
     scenario: Scenario,
     factory: BackendFactory,
@@ -83,7 +82,7 @@ def judge(
             return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs)
 
         other = _Run(scenario, build, device, covered, other)
-        with np.errstate(all="ignore"):  # rows of padding compute with poison, of which only the interpreter warns
+        with interpreter.without_warnings():
             other.judge()
     total = verdict or Verdict()
     total.add(covered)

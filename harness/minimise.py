@@ -31,15 +31,15 @@ SIMPLEST_LAYER: dict[str, Any] = {
 MOST_TRIALS = 400
 
 
-def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool]) -> Scenario:
-    """The scenario after every simplification under which it ``still_fails``; at most ``MOST_TRIALS`` are tried."""
+def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
+    """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried."""
     trials = 0
     simplified = True
     while simplified:
         simplified = False
         for candidate in _simpler(scenario):
             trials += 1
-            if trials > MOST_TRIALS:
+            if trials > most_trials:
                 return scenario
             if still_fails(candidate):
                 scenario, simplified = candidate, True

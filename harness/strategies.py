@@ -73,7 +73,7 @@ LARGE = Scale(
 )
 # With a layer behind: what the interpreter computes must stay few numbers; a GPU takes the sizes of production.
 SMALL_LAYER = Scale(
-    max_context_lens=(20, 33, 67, 130),
+    max_context_lens=(20, 33, 67, 130, 261, 1100),  # several tiles and several chunks of keys
     max_requests=3,
     max_events=6,
     max_rows=6,
@@ -88,7 +88,7 @@ SMALL_LAYER = Scale(
             "index_head_dim": (32,),
         },
     ),
-    index_topks=(4, 8, 17, 64),
+    index_topks=(4, 8, 17, 64, 200, 520, 1030),
     num_steps=(1, 2, 3),
 )
 LARGE_LAYER = Scale(
