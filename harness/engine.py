@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from harness import fields
 from harness.driver import driver_for
 from harness.expected import ExpectedLayer, expected_metadata
-from harness.graph import CapturedGraph, graph_runner
+from harness.graph import CapturedGraph, CaptureError, graph_runner
 from harness.layer import CacheState, as_bytes, map_tensors
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy, load_of
 from harness.poison import NAN_BYTE, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
@@ -280,6 +280,9 @@ class Engine:
     def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``."""
         bound = self.graphs[_graph_mode(batch.mode), bs]
+        if dangling := bound.graph.dangling_bytes():
+            reason = f"the graph uses {dangling} bytes that nobody holds any more: a later allocation may get them"
+            raise CaptureError("capture", f"{batch.mode.value}, bucket {bs}", reason)
         padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
         forward_batch = self.inputs.load(padded)
         self._poison(bound)
@@ -288,12 +291,13 @@ class Engine:
             self.layer.load(load)
         self.driver.prepare_replay(forward_batch)
         bound.graph.replay()
-        arena = bound.arena.cpu()
-        steps = tuple(
-            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
-            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
-        )
-        yield Observation(padded, batch.size, True, steps)
+        yield Observation(padded, batch.size, True, self._observe_graph(bound, arena := bound.arena.cpu()))
+        if self.layer is None:
+            # Once more without a preparation in between: a graph that counts on one, or adds to itself, shows it.
+            bound.arena.fill_(self.sentinel)
+            bound.graph.replay()
+            if not torch.equal(again := bound.arena.cpu(), arena):
+                yield Observation(padded, batch.size, True, self._observe_graph(bound, again))
         if self.layer is not None:
             assert load is not None
             outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
@@ -459,6 +463,13 @@ class Engine:
                 if table.data_ptr() not in seen:  # steps may share one buffer
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // page_size), self.sentinel)
+
+    def _observe_graph(self, bound: BoundGraph, arena: torch.Tensor) -> tuple[StepObservation, ...]:
+        """What the probes of a replayed graph hold, ``arena`` on the host."""
+        return tuple(
+            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
+        )
 
     def _observe(self, metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
         held = fields.tensors(metadata)

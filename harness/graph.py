@@ -57,6 +57,12 @@ class CapturedGraph(Protocol):
 
     def replay(self) -> None: ...
 
+    def dangling_bytes(self) -> int:
+        """Size of the memory that was there before the capture and that now nobody but this object keeps alive.
+
+        A server's graph keeps nothing alive: to it such memory is free, and the next allocation may get it.
+        """
+
 
 class GraphRunner(Protocol):
     """Captures bodies.
@@ -244,6 +250,15 @@ class CudaCapturedGraph:
 
     def replay(self) -> None:
         self.graph.replay()
+
+    def dangling_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._found.values() if use_count(storage) == 1)
+
+
+def use_count(storage: torch.UntypedStorage) -> int:
+    """How many tensors and other holders `storage` has, all Python handles of the storage itself counted as one."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
 
 
 class CudaGraphRunner:

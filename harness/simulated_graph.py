@@ -28,7 +28,7 @@ from torch.utils import _device as default_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harness.graph import CaptureError, StorageWatch, calling_line, operation_name
+from harness.graph import CaptureError, StorageWatch, calling_line, operation_name, use_count
 
 aten = torch.ops.aten
 
@@ -138,8 +138,10 @@ class SimulatedCapturedGraph:
         storages_read: frozenset[tuple[int, int]],
         storages_written: frozenset[tuple[int, int]],
         allocations: int,
+        found: dict[int, torch.UntypedStorage],
     ) -> None:
         self._nodes = tuple(nodes)
+        self._found = found
         self.storages_read = storages_read
         self.storages_written = storages_written
         self.allocations = allocations
@@ -148,6 +150,15 @@ class SimulatedCapturedGraph:
         with torch.no_grad():
             for node in self._nodes:
                 node.run()
+
+    def dangling_bytes(self) -> int:
+        held: dict[int, set[int]] = {}  # by storage: the tensors through which the nodes hold it
+        for node in self._nodes:
+            for tensor in _tensors(vars(node)):
+                held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        return sum(
+            storage.nbytes() for key, storage in self._found.items() if use_count(storage) == 1 + len(held.get(key, ()))
+        )
 
 
 class SimulatedGraphRunner:
@@ -172,7 +183,7 @@ class SimulatedGraphRunner:
         finally:
             recorder.undo()
             torch.set_rng_state(random_state)
-        return recorder.finish()
+        return recorder.finish(watch.found)
 
 
 class _Recorder:
@@ -315,12 +326,14 @@ class _Recorder:
         """Put every storage back: a capture runs nothing on the device."""
         for memory, saved in self._saved.values():
             memory.copy_(saved)
+        self._saved.clear()  # they hold the storages, and the recorder lives until its cycles are collected
 
-    def finish(self) -> SimulatedCapturedGraph:
+    def finish(self, found: dict[int, torch.UntypedStorage]) -> SimulatedCapturedGraph:
         for storage in self._made.values():
             # No replay has filled these yet: whoever reads them first must not find a right answer by luck.
             storage.fill_(0xFF)  # type: ignore[attr-defined]
-        return SimulatedCapturedGraph(self.nodes, frozenset(self._read), frozenset(self._written), len(self._made))
+        read, written = frozenset(self._read), frozenset(self._written)
+        return SimulatedCapturedGraph(self.nodes, read, written, len(self._made), found)
 
 
 class _RecordFunctions(TorchFunctionMode):

@@ -797,3 +797,20 @@ class TestSimulationOnly:
             made = torch.zeros(4) + 1
             assert not watch.existed(made)
         assert not watch.found
+
+
+def test_memory_that_only_the_graph_knows_is_found(runner: GraphRunner, device: torch.device) -> None:
+    total, scratch = [torch.zeros(8, device=device)], [torch.ones(8, device=device)]
+
+    def body() -> None:
+        total[0].add_(scratch[0])
+
+    graph = runner.capture(body)
+    view = total[0][2:]
+    assert graph.dangling_bytes() == 0
+    scratch.clear()
+    assert graph.dangling_bytes() == 32
+    total.clear()
+    assert graph.dangling_bytes() == 32  # a view holds the total as well
+    del view
+    assert graph.dangling_bytes() == 64
