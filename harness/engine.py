@@ -291,13 +291,14 @@ class Engine:
             self.layer.load(load)
         self.driver.prepare_replay(forward_batch)
         bound.graph.replay()
-        yield Observation(padded, batch.size, True, self._observe_graph(bound, arena := bound.arena.cpu()))
+        yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is None:
             # Once more without a preparation in between: a graph that counts on one, or adds to itself, shows it.
+            first = bound.arena.clone()
             bound.arena.fill_(self.sentinel)
             bound.graph.replay()
-            if not torch.equal(again := bound.arena.cpu(), arena):
-                yield Observation(padded, batch.size, True, self._observe_graph(bound, again))
+            if not torch.equal(bound.arena, first):
+                yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is not None:
             assert load is not None
             outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
@@ -464,8 +465,9 @@ class Engine:
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // page_size), self.sentinel)
 
-    def _observe_graph(self, bound: BoundGraph, arena: torch.Tensor) -> tuple[StepObservation, ...]:
-        """What the probes of a replayed graph hold, ``arena`` on the host."""
+    def _observe_graph(self, bound: BoundGraph) -> tuple[StepObservation, ...]:
+        """What the probes of a replayed graph hold."""
+        arena = bound.arena.cpu()
         return tuple(
             self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
             for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)

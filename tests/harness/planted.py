@@ -481,6 +481,38 @@ class FreezesLength(_InGraphBackend):
     step = _Freezes
 
 
+class _Accumulates(_InGraph):
+    """Every preparation starts the lengths at 0; the graph adds to what is there."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        buffers.cache_seqlens_int32.zero_()
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        self.forward_metadata.cache_seqlens_int32.add_(self.lengths(forward_batch))
+
+
+class AccumulatesInGraph(_InGraphBackend):
+    """Right once per preparation: a second replay adds the lengths to themselves."""
+
+    step = _Accumulates
+
+
+class _DropsScratch(_InGraph):
+    def init_forward_metadata_capture_cuda_graph(self, *args: object, **kwargs: object) -> None:
+        super().init_forward_metadata_capture_cuda_graph(*args, **kwargs)  # type: ignore[arg-type]
+        self.scratch = torch.empty_like(self.forward_metadata.cache_seqlens_int32)
+
+    def lengths(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.scratch.copy_(super().lengths(batch))
+
+
+class DropsScratch(_InGraphBackend):
+    """Each capture makes scratch memory of its own and forgets that of the capture before."""
+
+    step = _DropsScratch
+
+
 # Exceptions
 
 

@@ -328,6 +328,16 @@ PLANTS = (
         planted.FreezesLength, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
         "request 0", "1", "3", id="length frozen into the graph",
     ),
+    Plant(
+        planted.AccumulatesInGraph, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
+        "request 0", "6", "3", id="graph adds to itself",
+    ),
+    Plant(
+        planted.DropsScratch,
+        case(Capture(mode=DECODE, buckets=(1, 2)), Join(seq_len=3), Replay(mode=DECODE, bucket=1)),
+        Kind.CAPTURE, "capture", "~DECODE, bucket 1", "", "a capturable operation", step=None,
+        id="scratch of a capture dropped",
+    ),
     # Exceptions
     Plant(
         planted.RaisesWhenBuilt, one_replay(DECODE), Kind.CRASH, "RuntimeError",
