@@ -7,8 +7,8 @@ PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
 .PHONY: check test lint format bench clean
 
-check: $(VENV)/ready  ## the oracle judges optimized/ and prints its verdict
-	$(PYTEST) tests/test_oracle.py $(ARGS)
+check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
+	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
 
 test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
 	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)

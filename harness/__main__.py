@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,9 @@ import torch
 import typer
 
 from harness import interpreter, report
+from harness.bugs import report as kill_report
+from harness.bugs.matrix import hunt_all
+from harness.bugs.zoo import ZOO
 from harness.judge import OracleFailure, judge
 from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
 from harness.scenario import ScenarioError, load
@@ -20,6 +24,18 @@ from harness.tiers import run_tiers
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+
+
+class HuntProfile(Enum):
+    """How many cases a bug may survive."""
+
+    DEV = "dev"
+    PR = "pr"
+    NIGHTLY = "nightly"
+
+    @property
+    def cases(self) -> int:
+        return {HuntProfile.DEV: 50, HuntProfile.PR: 200, HuntProfile.NIGHTLY: 1000}[self]
 
 
 class Device(Enum):
@@ -100,6 +116,38 @@ def survey(
         raise _unusable(str(error)) from None
     typer.echo(report.render(report.survey_table(findings)))
     raise typer.Exit(1 if any(record.broken for record in findings.values()) else 0)
+
+
+@app.command()
+def bugs(
+    listed: Annotated[bool, typer.Option("--list", help="Name the bugs and what each is, and hunt none.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Hunt this bug; may be given several times.")] = None,
+    profile: Annotated[HuntProfile, typer.Option(help="How many cases a bug may survive.")] = HuntProfile.PR,
+    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+    seed: Annotated[int, typer.Option(min=0, help="Where cases are drawn from.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted at a time, each in its own process.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the kills to this file as well.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the matrix to this file as well.")] = None,
+) -> None:
+    """Plant every bug of the zoo in optimized/ and print which check kills it: the kill matrix."""
+    where = _torch_device(device)
+    unknown = [name for name in only or () if name not in ZOO]
+    if unknown:
+        raise _unusable(f"--only {unknown[0]}: no such bug; --list names them all")
+    chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
+    if listed:
+        typer.echo(report.render(kill_report.listing(chosen)))
+        return
+    hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
+    with tempfile.TemporaryDirectory() as scratch:
+        kills = list(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs))
+    typer.echo(report.render(kill_report.matrix(kills)))
+    typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
+    if json_file is not None:
+        json_file.write_text(kill_report.as_json(kills), encoding="utf-8")
+    if html_file is not None:
+        html_file.write_text(kill_report.as_html(kills), encoding="utf-8")
+    raise typer.Exit(0 if all(kill.meant for kill in kills) else 1)
 
 
 @app.command()

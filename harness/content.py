@@ -436,11 +436,13 @@ def _noise(
 ) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
     """[n, count] float32 numbers, and [n, 12] random 16-bit ones, of which the first three are used up.
 
-    Each row is scaled by 1/2, 1 or 2; then two of its elements are made eight times as large.
+    Each row is scaled by 1/2, 1 or 2; then an eighth of its elements are made so small that they are denormal in e4m3
+    beside the others, and two of them eight times as large.
     """
     random = stream.halves_at(places, _HEADER + 2 * count)
     numbers = (random[:, _HEADER::2].astype(np.int32) + random[:, _HEADER + 1 :: 2] - 65535).astype(np.float32)
     numbers *= np.array([2**-16, 2**-15, 2**-14], dtype=np.float32)[random[:, :1] % 3]
+    numbers *= np.where(random[:, _HEADER::2] % 8 == 0, np.float32(2**-14), np.float32(1))
     outliers = random[:, 1:3].astype(np.int64) * count >> 16
     np.put_along_axis(numbers, outliers, 8 * np.take_along_axis(numbers, outliers, axis=1), axis=1)
     return numbers, random[:, :_HEADER]

@@ -97,7 +97,8 @@ def explore(
 
     deadline: value of ``time.monotonic()`` after which no further scenario is judged. switches: draw the optimisations
     of ``optimized/`` too. with_layer: draw scenarios with an attention layer behind the metadata.
-    most_shrinking: so many trials at most, of whole records, instead of as many as Hypothesis likes.
+    most_shrinking: so many trials at most, of whole records, instead of as many as Hypothesis likes, which with a layer
+    behind would take it many minutes.
     Raises DeviceLost, with the raw case saved, if the GPU faults.
     """
     outcome = Exploration()
@@ -105,6 +106,7 @@ def explore(
     scale = SCALES[device.type, with_layer]
     if with_layer:
         scale = restricted(scale, subject.layer_sizes)
+        most_shrinking = most_shrinking or MOST_TRIALS // 4
 
     def judge_one(scenario: Scenario) -> None:
         if deadline is not None and time.monotonic() > deadline and outcome.failure is None:

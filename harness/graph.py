@@ -252,7 +252,9 @@ class CudaCapturedGraph:
         self.graph.replay()
 
     def dangling_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._found.values() if use_count(storage) == 1)
+        # Host memory that Python looked at during the capture is found too, and not part of the graph.
+        found = (storage for storage in self._found.values() if storage.device.type == "cuda")
+        return sum(storage.nbytes() for storage in found if use_count(storage) == 1)
 
 
 def use_count(storage: torch.UntypedStorage) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,6 +76,8 @@ def judge(
     BackendError passes through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
+    if scenario.setup.layer is not None and scenario.setup.layer.far_slots:
+        gc.collect()  # engines are in cycles, and gigabytes of addresses are a lot to leave to chance
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
 

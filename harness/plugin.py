@@ -28,6 +28,7 @@ from harness.strategies import restricted
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
 ENTROPY = "oracle_entropy"
+BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
 PROPERTY = "oracle"  # of a test report: what its item covered, so that it survives the way from an xdist worker
 
 
@@ -259,9 +260,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     verdict, failures, judged = Verdict(), [], False
-    for reports in terminalreporter.stats.values():
+    bugs: Counter[str] = Counter()
+    for outcome, reports in terminalreporter.stats.items():
         for item in reports:
             for name, value in getattr(item, "user_properties", ()):
+                if name == BUG and outcome in ("passed", "failed"):
+                    bugs[outcome] += 1
                 if name == PROPERTY and getattr(item, "when", "") == "call":
                     failures += _add_property(verdict, value)
                     judged = True
@@ -269,6 +273,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         seconds = time.monotonic() - config.stash[STARTED]
         terminalreporter.section("oracle")
         terminalreporter.write_line(report.summary(verdict, failures, seconds))
+    if bugs:
+        terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))
 
 
 def _as_property(oracle: Oracle, outcome: Exploration) -> str:

@@ -110,6 +110,11 @@ def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float
     return "\n".join(parts)
 
 
+def bugs_line(killed: int, planted: int) -> str:
+    """How the zoo fared, each bug on its saved case."""
+    return f"bugs: {killed} of {planted} planted bugs killed by the check that is meant to"
+
+
 def _stages(layers: LayerTally) -> Table:
     """What was compared of the attention layer, stage by stage."""
     table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")

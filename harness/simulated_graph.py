@@ -156,9 +156,9 @@ class SimulatedCapturedGraph:
         for node in self._nodes:
             for tensor in _tensors(vars(node)):
                 held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
-        return sum(
-            storage.nbytes() for key, storage in self._found.items() if use_count(storage) == 1 + len(held.get(key, ()))
-        )
+        # What no node holds was looked at by the host alone.
+        used = ((self._found[key], len(tensors)) for key, tensors in held.items() if key in self._found)
+        return sum(storage.nbytes() for storage, holders in used if use_count(storage) == 1 + holders)
 
 
 class SimulatedGraphRunner:

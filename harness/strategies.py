@@ -125,8 +125,10 @@ PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch
 def restricted(scale: Scale, sizes: Sizes) -> Scale:
     """``scale`` with nothing drawn but ``sizes``, for a layer that is made for those alone.
 
-    Raises ValueError if nothing is left to draw.
+    Raises ValueError if nothing is left to draw, or there is no such size.
     """
+    if unknown := sorted(set(sizes) - {*Layer.model_fields, *Setup.model_fields}):
+        raise ValueError(f"sizes: neither a layer nor its setup has '{unknown[0]}'")
 
     def allowed(name: str, choices: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(choice for choice in choices if choice in sizes.get(name, choices))

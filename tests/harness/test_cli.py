@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_detection import accept_two_then_one, one_replay
+from test_layer_detection import case, lattice
 
 from harness.judge import OracleFailure, judge
 from harness.protocol import load_backend
 from harness.report import tell
-from harness.scenario import Scenario, to_json
+from harness.scenario import Capture, Join, Replay, Scenario, to_json
 from harness.seeds import save
 from reference.types import ForwardMode
 
@@ -24,6 +25,9 @@ PROJECT = HERE.parent.parent
 PASSES, FAILS, UNUSABLE = 0, 1, 2
 CASE = one_replay(ForwardMode.DECODE)
 OTHER = accept_two_then_one
+WITH_LAYER = case(
+    *(Capture(mode=ForwardMode.DECODE, buckets=(1,)), Join(seq_len=6), Replay(mode=ForwardMode.DECODE)), layer=lattice()
+)
 
 
 def run(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
@@ -134,6 +138,48 @@ def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
     assert_one_line_error(replay(path, "--backend", backend, cwd=tmp_path), backend, cause)
 
 
+@pytest.mark.parametrize(
+    ("layer", "cause"),
+    [
+        ("absent_module:X", "cannot import absent_module"),
+        ("math:pi", "not callable; name a class or function of (config, attention)"),
+        ("planted_layers:WithoutStages", "WithoutStages has none of the methods store_cache, indexer_logits, "),
+    ],
+)
+def test_unusable_layer(layer: str, cause: str, tmp_path: Path) -> None:
+    assert_one_line_error(replay(saved(tmp_path, WITH_LAYER), "--layer", layer), f"layer '{layer}'", cause)
+
+
+def test_layer_that_cannot_be_captured_is_judged_without_graphs(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    done = replay(path, "--backend", "planted:Clean", "--layer", "planted_layers:Clean", "--no-graphs")
+    assert done.returncode == PASSES, done.stdout + done.stderr
+    assert done.stdout == f"{path}: bit-exact (0 replays, 2 eager calls on cpu)\n"
+    done = replay(path, "--backend", "planted:Clean", "--layer", "planted_layers:Clean")
+    assert done.returncode == FAILS
+    assert done.stdout.startswith("ORACLE FAILURE  capture rejected: torch.Tensor.tolist at ")
+
+
+def test_failure_of_a_layer_is_told(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    done = replay(path, "--backend", "planted:Clean", "--layer", "planted_layers:FreezesPlan")
+    assert done.returncode == FAILS, done.stderr
+    assert done.stdout.startswith(
+        "ORACLE FAILURE  wrong value: logits at step 0, row 0 (request 0, draft token 0), token 1 (captured chain): "
+    )
+    assert "<- differs" in done.stdout
+    assert (
+        "an attention layer of 2 heads of 64 + 16 and 2 index heads of 32, bf16 cache, lattice content;" in done.stdout
+    )
+    command = f"replay: python -m harness replay {path} --device cpu --backend planted:Clean"
+    assert done.stdout.splitlines()[-1] == f"{command} --layer planted_layers:FreezesPlan"
+
+
+def test_layer_is_not_built_for_metadata_alone(tmp_path: Path) -> None:
+    done = replay(saved(tmp_path), "--backend", "planted:Clean", "--layer", "planted_layers:Raises")
+    assert done.returncode == PASSES, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(tmp_path: Path) -> None:
     assert_one_line_error(harness("replay", saved(tmp_path), "--device", "cuda"), "--device cuda", "cpu")
@@ -164,5 +210,5 @@ def test_show_does_not_need_a_backend_or_evaluate_the_file(tmp_path: Path) -> No
 def test_help_names_the_commands() -> None:
     done = harness("--help")
     assert done.returncode == PASSES
-    assert "replay" in done.stdout
-    assert "show" in done.stdout
+    for command in ("replay", "show", "tiers", "survey"):
+        assert command in done.stdout

@@ -814,3 +814,15 @@ def test_memory_that_only_the_graph_knows_is_found(runner: GraphRunner, device: 
     assert graph.dangling_bytes() == 32  # a view holds the total as well
     del view
     assert graph.dangling_bytes() == 64
+
+
+def test_host_memory_that_was_looked_at_is_no_part_of_the_graph(runner: GraphRunner, device: torch.device) -> None:
+    x = torch.zeros(8, device=device)
+    mirror = [torch.tensor([3])]
+
+    def body() -> None:
+        x.add_(int(mirror[0][0]))
+
+    graph = runner.capture(body, host_tensors=mirror)
+    mirror.clear()
+    assert graph.dangling_bytes() == 0

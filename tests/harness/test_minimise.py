@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from harness.content import Regime
 from harness.minimise import MOST_TRIALS, SIMPLEST_SETUP, minimise
-from harness.scenario import Accept, Capture, Join, Mirror, Order, PageLayout, Remap, Replay, Scenario, Setup
-from reference.types import ForwardMode
+from harness.scenario import Accept, Capture, Join, Layer, Mirror, Order, PageLayout, Remap, Replay, Scenario, Setup
+from reference.types import ForwardMode, KVCacheDtype
 
 EVERYTHING = Scenario(
     setup=Setup(
@@ -69,3 +72,53 @@ def test_candidates_are_valid_and_few() -> None:
     assert minimise(EVERYTHING, still_fails).events == ()
     assert len(tried) <= MOST_TRIALS
     assert all(Scenario.model_validate(scenario.model_dump()) == scenario for scenario in tried)
+
+
+LAYER = Layer(
+    num_heads=64,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    index_n_heads=32,
+    index_head_dim=128,
+    kv_cache_dtype=KVCacheDtype.FP8,
+    regime=Regime.RANDOM,
+    far_slots=True,
+)
+WITH_LAYER = EVERYTHING.model_copy(update={"setup": EVERYTHING.setup.model_copy(update={"layer": LAYER})})
+
+
+def smallest_layer(kept: dict[str, object]) -> Layer | None:
+    """Of a failure that needs the layer to have these sizes, or at least these numbers."""
+
+    def still_fails(scenario: Scenario) -> bool:
+        layer = scenario.setup.layer
+        sizes = {} if layer is None else dict(layer)
+        return all(
+            sizes.get(name, 0) >= value if type(value) is int else sizes.get(name) == value  # type: ignore[operator]
+            for name, value in kept.items()
+        )
+
+    return minimise(WITH_LAYER, still_fails).setup.layer
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ({}, None),
+        ({"num_heads": 1}, Layer(num_heads=1, index_n_heads=1)),
+        ({"num_heads": 2}, Layer(num_heads=2, index_n_heads=1)),
+        ({"regime": Regime.RANDOM}, Layer(num_heads=1, index_n_heads=1, regime=Regime.RANDOM)),
+        ({"kv_cache_dtype": KVCacheDtype.FP8}, Layer(num_heads=1, index_n_heads=1, kv_cache_dtype=KVCacheDtype.FP8)),
+        ({"far_slots": True}, Layer(num_heads=1, index_n_heads=1, far_slots=True)),
+        ({"index_n_heads": 2}, Layer(num_heads=1, index_n_heads=2)),
+    ],
+)
+def test_layer_gets_as_small_as_the_failure_allows(kept: dict[str, object], left: Layer | None) -> None:
+    assert smallest_layer(kept) == left
+
+
+def test_layer_of_production_width_keeps_its_width_and_loses_its_heads() -> None:
+    layer = smallest_layer({"kv_lora_rank": 512})
+    assert layer is not None
+    assert (layer.kv_lora_rank, layer.num_heads, layer.index_n_heads) == (512, 1, 1)
+    assert (layer.kv_cache_dtype, layer.regime, layer.far_slots) == (KVCacheDtype.BF16, Regime.DOMINATING, False)

@@ -12,17 +12,19 @@ from pathlib import Path
 import planted
 import pytest
 import torch
+from test_cli import WITH_LAYER
 from test_detection import accept_two_then_one, factory_of, one_replay
 
-from harness.explore import SHARDS
-from harness.judge import OracleFailure, judge
+from harness.explore import SHARDS, Exploration, Subject
+from harness.judge import OracleFailure, Verdict, judge
+from harness.plugin import Oracle, _add_property, _as_property
 from harness.scenario import load
 from harness.seeds import save
 from reference.types import ForwardMode
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
-OPTIONS = ("profile", "device", "backend", "replay", "save", "budget")
+OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget")
 CLEAN, BROKEN = "planted:Clean", "planted:VerifyForgetsDrafts"
 
 
@@ -95,6 +97,7 @@ def test_every_option_is_documented(folder: Path) -> None:
 
 # Should such a value be accepted after all, it must not start an hour's work.
 CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
+LAYER_CASE = ["--oracle-replay=layer.json"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,14 @@ CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
             ["--oracle-backend=planted:LacksMethod", "--oracle-profile=dev", *shards(0)],
             "lacks LacksMethod.init_forward_metadata",
         ),
+        (["--oracle-layer=absent_module:X"], "layer 'absent_module:X': cannot import absent_module"),
+        (["--oracle-layer=planted_layers:ForSevenHeads"], "none of the sizes that are drawn fit {'num_heads': (7,)}"),
+        (["--oracle-layer=planted_layers:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
+        (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: not of the sizes that layer"),
+        pytest.param(
+            *(["--oracle-layer=planted_layers:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
+            marks=pytest.mark.xfail(reason="a layer is not built before a case has one", strict=True),
+        ),
         (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
         (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
@@ -120,6 +131,8 @@ CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
 def test_unusable_value_is_refused_in_one_line(words: list[str], cause: str, folder: Path) -> None:
     (folder / "malformed.json").write_text("{}")
     (folder / "broken_module.py").write_text("1 / 0\n")
+    (folder / "layers.py").write_text("class ForThreeHeads:\n    sizes = {'num_heads': (3,)}\n")
+    save(WITH_LAYER, folder / "layer.json")
     done = run(folder, *words)
     assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output[-2000:]
     said = [line for line in done.errors.splitlines() if cause in line]
@@ -198,6 +211,41 @@ def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
         "test_oracle.py::test_saved_case[other]",
     ]
     assert done.totals[:3] == [2, 6, 0]
+
+
+def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
+    save(WITH_LAYER, folder / "layer.json")
+    words = [f"--oracle-backend={CLEAN}", "--oracle-replay=layer.json"]
+    done = run(folder, *words, "--oracle-layer=planted_layers:SharesOutputs")
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert f"oracle: judging {CLEAN} and planted_layers:SharesOutputs on cpu, profile pr, seed 0" in done.output
+    stages = re.findall(r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +([\d,]+) +│", done.output, re.MULTILINE)
+    assert [name for name, *_ in stages] == ["kv_cache", "index_k_cache", "logits", "indices", "out", "lse"]
+    assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
+    assert all(weaker == "0" for *_, weaker in stages)
+    assert "layer: 2 replays; no bit changed when: other content of unspecified memory 1" in done.output
+
+    broken = run(folder, *words, "--oracle-layer=planted_layers:FreezesPlan")
+    assert broken.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert len(broken.failures) == 1
+    assert "logits at step 0, row 0 (request 0, draft token 0), token 1 (captured chain)" in broken.failures[0]
+    assert "--layer planted_layers:FreezesPlan" in broken.output
+
+
+def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: torch.device) -> None:
+    verdict = judge(WITH_LAYER, factory_of(planted.Clean), device)
+    verdict.layers.stage("out").worst = 0.25
+    oracle = Oracle(device, Subject(factory_of(planted.Clean)), None, None, "dev", Path(), None, 0)
+    text = _as_property(oracle, Exploration(verdict))
+    total = Verdict()
+    for _ in range(2):
+        assert _add_property(total, text) == []
+    assert total.layers.replays == 2 * verdict.layers.replays == 4
+    assert total.layers.relations == {name: 2 * count for name, count in verdict.layers.relations.items()}
+    for name, tally in verdict.layers.stages.items():
+        added = total.layers.stages[name]
+        assert (added.exact, added.bounded, added.weaker) == (2 * tally.exact, 2 * tally.bounded, 2 * tally.weaker)
+        assert added.worst == tally.worst
 
 
 def test_workers_neither_lose_nor_double_anything(folder: Path) -> None:

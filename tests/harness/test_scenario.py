@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from harness.content import Regime
 from harness.scenario import (
     Accept,
     Capture,
     Eager,
     Finish,
     Join,
+    Layer,
     Mirror,
     Remap,
     Replay,
@@ -25,8 +28,8 @@ from harness.scenario import (
     load,
     to_json,
 )
-from harness.strategies import LARGE, scenarios
-from reference.types import ForwardMode
+from harness.strategies import LARGE, LARGE_LAYER, scenarios
+from reference.types import ForwardMode, KVCacheDtype
 
 SETUP = {
     "page_size": 4,
@@ -75,7 +78,7 @@ WRITTEN = """\
 
 
 @settings(max_examples=60, deadline=None)
-@given(scenarios(LARGE))
+@given(st.one_of(scenarios(LARGE), scenarios(LARGE_LAYER)))
 def test_what_is_written_is_read_again(scenario: Scenario) -> None:
     text = to_json(scenario)
     assert from_json(text) == scenario
@@ -94,6 +97,23 @@ def test_scenario_without_events() -> None:
     assert from_json(to_json(scenario)) == scenario
 
 
+@pytest.mark.parametrize(
+    ("layer", "written"),
+    [
+        (Layer(), "{}"),
+        (Layer(regime=Regime.RANDOM, kv_cache_dtype=KVCacheDtype.FP8), '{"kv_cache_dtype": "fp8", "regime": "random"}'),
+        (Layer(num_heads=16, far_slots=True), '{"num_heads": 16, "far_slots": true}'),
+    ],
+)
+def test_layer_is_written_as_what_is_not_the_default(layer: Layer, written: str) -> None:
+    """An empty one is a layer all the same; without one there is metadata alone."""
+    scenario = Scenario(setup=Setup(**SETUP, layer=layer))
+    assert f'"pool_size": 3, "layer": {written}}},' in to_json(scenario)
+    assert from_json(to_json(scenario)) == scenario
+    assert from_json(WRITTEN).setup.layer is None
+    assert "layer" not in to_json(EXAMPLE)
+
+
 def test_layout_of_the_file_is_free() -> None:
     assert from_json(json.dumps(json.loads(WRITTEN), indent=7)) == EXAMPLE
 
@@ -104,6 +124,10 @@ def with_changes(**changes: Any) -> str:
 
 def with_setup(**changes: Any) -> str:
     return with_changes(setup={**SETUP, **changes})
+
+
+def with_layer(**changes: Any) -> str:
+    return with_setup(layer=changes)
 
 
 def with_event(**event: Any) -> str:
@@ -152,6 +176,28 @@ MALFORMED = {
     "deeply nested list": ("[" * 100_000, "the file", "recursion limit"),
     "deeply nested seed": (with_changes(seed=nested(150)), "seed", "valid integer"),
     "lone surrogate": ('{"note": "\\ud800"}', "the file", "hex escape"),
+    "unknown regime": (with_layer(regime="easy"), "setup.layer.regime", "'dominating'"),
+    "unknown cache": (with_layer(kv_cache_dtype="fp16"), "setup.layer.kv_cache_dtype", "'fp8'"),
+    "unknown field of the layer": (with_layer(heads=2), "setup.layer.heads", "Extra inputs are not permitted"),
+    "layer without a head": (with_layer(num_heads=0), "setup.layer.num_heads", "greater than or equal to 1"),
+    "latent of no whole tiles": (with_layer(kv_lora_rank=96), "setup.layer.kv_lora_rank", "multiple of 64"),
+    "odd RoPE part": (with_layer(qk_rope_head_dim=20), "setup.layer.qk_rope_head_dim", "multiple of 16"),
+    "page size of a layer": (with_setup(page_size=6, layer={}), "the file", "a power of two, not 6"),
+    "caches beyond memory": (
+        with_setup(pool_size=512, max_context_len=1 << 16, layer={"regime": "random"}),
+        "the file",
+        "its caches would have",
+    ),
+    "more keys than exact sums hold": (
+        with_setup(max_context_len=3000, index_topk=2049, layer={"regime": "equal"}),
+        "the file",
+        "at most 2048 keys; index_topk is larger",
+    ),
+    "more slots than codes": (
+        with_setup(pool_size=64, max_context_len=1024, layer={}),
+        "the file",
+        "a RoPE part of 16 can tell 32,768 slots apart; there are 65,",
+    ),
     "unknown optimisation": (with_changes(optimizations=["teleport"]), "optimizations", "teleport"),
 }
 
@@ -182,6 +228,20 @@ def test_text_of_the_file_does_not_break_the_line(text: str, tmp_path: Path) -> 
     for document in (with_changes(**{text: 1}), with_event(event=text), with_changes(optimizations=[text])):
         path.write_text(document, encoding="utf-8")
         assert "\x1b" not in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_context_len": 3000, "index_topk": 2049, "layer": {"regime": "random"}},
+        {"pool_size": 64, "max_context_len": 1024, "layer": {"regime": "lattice"}},
+        {"pool_size": 64, "max_context_len": 1024, "layer": {"qk_rope_head_dim": 32}},
+        {"page_size": 6},
+    ],
+)
+def test_limits_of_a_layer_hold_where_they_have_a_reason(changes: dict[str, Any]) -> None:
+    """Sums of ordinary numbers are bounded however many; codes are for one regime, powers of two for a layer."""
+    assert from_json(with_setup(**changes)).setup.pool_size == changes.get("pool_size", SETUP["pool_size"])
 
 
 def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Where to look and what holds: one case on every tier, and the survey of a layer's properties."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import planted_layers
+import pytest
+import torch
+from hypothesis import strategies as st
+from test_cli import FAILS, PROJECT, WITH_LAYER, assert_one_line_error, harness, saved
+from test_layer_detection import VERIFY, lattice
+from test_relations import IN_TURN, InFirstPlace, replay_of_two
+
+from harness import report, survey, tiers
+from harness.protocol import BackendError, completed
+from harness.scenario import Eager, Scenario
+from harness.strategies import SMALL_LAYER, restricted
+from harness.survey import Record, survey_layer
+from harness.tiers import Tier, TierOutcome, run_tiers
+from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
+
+# Tiers
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@no_gpu
+def test_clean_case_passes_every_tier_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    found = list(run_tiers(Path(saved(tmp_path, WITH_LAYER)), None, None))
+    missing = "torch sees no CUDA device here"
+    assert found == [
+        *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.SIMULATED)),
+        *(TierOutcome(tier, None, missing) for tier in (Tier.EAGER, Tier.GRAPH)),
+    ]
+    table = report.render(report.tiers_table(found))
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line] == [
+        ["CPU reference", "case itself", "passes"],
+        ["interpreter", "logic", "passes"],
+        ["simulated graph", "capture", "passes"],
+        ["eager GPU", "compile", f"not run: {missing}"],
+        ["captured graph", "capture", f"not run: {missing}"],
+    ]
+
+
+@no_gpu
+def test_layer_that_is_wrong_in_graphs_alone_fails_first_there(tmp_path: Path) -> None:
+    done = harness("tiers", saved(tmp_path, WITH_LAYER), "--layer", "planted_layers:FreezesPlan")
+    assert done.returncode == FAILS, done.stderr
+    assert [word in done.stdout for word in ("FAILS", "Traceback")] == [True, False]
+    first, finding = done.stdout.splitlines()[-2:]
+    assert first == "first to fail: simulated graph, so look at the capture"
+    assert finding.startswith("  wrong value: logits at step 0, row 0 ")
+
+
+def test_unusable_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert_one_line_error(harness("tiers", str(tmp_path / "absent.json")), "absent.json", "No such file")
+
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def outcomes(
+    monkeypatch: pytest.MonkeyPatch, replay: Callable[[Sequence[str]], tuple[int, str, str]], **specs: str | None
+) -> tuple[list[TierOutcome], list[list[str]]]:
+    """Of tiers whose processes end as ``replay`` says; and their commands behind ``replay FILE``."""
+    commands: list[list[str]] = []
+
+    def run(command: Sequence[str], **_: object) -> Finished:
+        assert list(command[1:5]) == ["-m", "harness", "replay", "case.json"]
+        commands.append(list(command[5:]))
+        code, output, errors = replay(commands[-1])
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+    monkeypatch.setattr(tiers.subprocess, "run", run)
+    options = {"backend": None, "layer": None, **specs}
+    return list(run_tiers(Path("case.json"), options["backend"], options["layer"])), commands
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_each_tier_is_told_where_and_what_to_run(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    found, commands = outcomes(monkeypatch, lambda _: (0, "", ""), backend="a:B", layer="c:D")
+    theirs = ["--backend", "a:B", "--layer", "c:D"]
+    on_cpu = [
+        [
+            *("--device", "cpu", "--no-graphs"),
+            *("--backend", "reference.multi_step:MultiStepBackend", "--layer", "reference.layer:SparseAttention"),
+        ],
+        ["--device", "cpu", "--no-graphs", *theirs],
+        ["--device", "cpu", *theirs],
+    ]
+    on_cuda = [["--device", "cuda", "--no-graphs", *theirs], ["--device", "cuda", *theirs]]
+    assert commands == on_cpu + on_cuda * cuda
+    assert [outcome.tier for outcome in found] == list(Tier)
+    assert [outcome.passed for outcome in found] == [True] * 3 + [True if cuda else None] * 2
+
+
+def test_what_is_not_given_is_left_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, commands = outcomes(monkeypatch, lambda _: (0, "", ""))
+    assert commands[1] == ["--device", "cpu", "--no-graphs"]
+
+
+def test_tiers_behind_one_that_fails_are_run_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replay(options: Sequence[str]) -> tuple[int, str, str]:
+        fails = "--no-graphs" in options and "--layer" not in options
+        return (1, "ORACLE FAILURE  wrong value: out\n\nORACLE FAILURE  more\n", "") if fails else (0, "fine", "")
+
+    found, _ = outcomes(monkeypatch, replay)
+    assert [(outcome.passed, outcome.told) for outcome in found[:3]] == [
+        (True, ""),
+        (False, "wrong value: out"),
+        (True, ""),
+    ]
+
+
+def test_process_that_dies_is_told_by_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = outcomes(monkeypatch, lambda _: (-11, "", "loading\nSegmentation fault"))
+    assert found[0] == TierOutcome(Tier.REFERENCE, False, "the process ended with -11: Segmentation fault")
+    found, _ = outcomes(monkeypatch, lambda _: (1, "", ""))
+    assert found[0].told == "the process ended with 1: "
+
+
+def test_what_cannot_be_judged_ends_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"^layer 'a:B' is no good$"):
+        outcomes(monkeypatch, lambda _: (2, "", "error: layer 'a:B' is no good\n"))
+
+
+# Survey
+
+
+def surveyed(
+    layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Record]:
+    """By one case."""
+    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(scenario))
+    return survey_layer(factory_of(layer), {}, device, cases=1, seed=0)
+
+
+def factory_of(layer: Any) -> Any:
+    return lambda config, attention: completed(layer(config, attention), config, attention, layer.__name__)
+
+
+def broken(records: dict[str, Record]) -> set[str]:
+    assert all(
+        record.checked >= record.broken and bool(record.example) == bool(record.broken) for record in records.values()
+    )
+    return {name for name, record in records.items() if record.broken}
+
+
+RELATIONS = {f"same bits: {relation.value}" for relation in IN_TURN}
+
+
+def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = surveyed(planted_layers.SharesOutputs, device, replay_of_two(Eager(mode=VERIFY)), monkeypatch)
+    assert set(records) == {"runs every call", "random content: as the reference", *RELATIONS}
+    assert broken(records) == set()
+    assert records["runs every call"].checked == 1
+    assert records["random content: as the reference"].checked == 3, "single stages, an eager chain, a captured one"
+    counts = {name: records[name].checked for name in RELATIONS}
+    eagerly = {"same bits: other pages", "same bits: requests in reverse order", "same bits: a request alone"}
+    assert counts == {name: 2 if name in eagerly else 1 for name in RELATIONS}
+    assert all(name in report.render(report.survey_table(records)) for name in records)
+
+
+def test_exact_content_is_compared_and_not_related(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = surveyed(planted_layers.Capturable, device, replay_of_two(layer=lattice()), monkeypatch)
+    assert {name: (record.checked, record.broken) for name, record in records.items()} == {
+        "runs every call": (1, 0),
+        "lattice content: as the reference": (1, 0),
+    }
+
+
+def test_property_that_is_broken_is_named_and_the_others_hold(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(InFirstPlace, device, replay_of_two(), monkeypatch)
+    name = "same bits: requests in reverse order"
+    assert broken(records) == {name}
+    assert records[name].example.startswith("depends on what must not matter: lse at step 0, row ")
+    assert set(records) >= RELATIONS, "nothing ends the search"
+
+
+class RoundsQueries(planted_layers.Capturable):
+    """Queries are rounded to e4m3, which changes nothing where all numbers are few bits wide."""
+
+    def sparse_mla(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().sparse_mla(q.to(torch.float8_e4m3fn).bfloat16(), kv_cache, indices)
+
+
+def test_wrong_values_are_told_by_the_content_that_shows_them(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(RoundsQueries, device, replay_of_two(), monkeypatch)
+    assert broken(records) == {"random content: as the reference"}, "it is deterministic, at least"
+    assert records["random content: as the reference"].example.startswith("beyond the error bound: out at step 0, ")
+    assert broken(surveyed(RoundsQueries, device, replay_of_two(layer=lattice()), monkeypatch)) == set()
+
+
+def test_layer_that_cannot_be_captured_is_told_and_ends_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(planted_layers.LooksAtLengths, device, replay_of_two(), monkeypatch)
+    assert broken(records) == {"runs every call"}
+    assert records["runs every call"].example.startswith("CaptureError: torch.Tensor.__int__ at planted_layers.py:")
+
+
+def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, KVCacheDtype, int]] = []
+
+    class Looks(planted_layers.Capturable):
+        def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
+            super().__init__(config, attention)
+            seen.append((attention.num_heads, attention.kv_cache_dtype, config.page_size))
+
+    soon = dataclasses.replace(SMALL_LAYER, max_context_lens=(20,), index_topks=(4,), num_steps=(1,), max_events=1)
+    monkeypatch.setitem(survey.SCALES, (device.type, True), soon)
+    sizes = {"num_heads": (3,), "kv_cache_dtype": (KVCacheDtype.FP8,), "page_size": (16,)}
+    records = survey_layer(factory_of(Looks), sizes, device, cases=4, seed=0)
+    assert records["runs every call"].checked == 4
+    assert set(seen) == {(3, KVCacheDtype.FP8, 16)}
+
+
+def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
+    with pytest.raises(BackendError, match=r"^layer 'WithoutStages': WithoutStages has none of the methods "):
+        survey_layer(factory_of(planted_layers.WithoutStages), {}, device, cases=1, seed=0)
+    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn fit {'num_heads': \(7,\)}$"):
+        survey_layer(factory_of(planted_layers.Capturable), {"num_heads": (7,)}, device, cases=1, seed=0)
+    with pytest.raises(ValueError, match=r"^sizes: neither a layer nor its setup has 'colour'$"):
+        restricted(SMALL_LAYER, {"colour": ("red",)})
+
+
+def test_survey_refuses_in_one_line() -> None:
+    assert_one_line_error(harness("survey", "--layer", "planted_layers:ForSevenHeads"), "num_heads", "(7,)")
