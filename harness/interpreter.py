@@ -1,6 +1,7 @@
 """Makes Triton's interpreter about four times faster, for the many small launches of a run without a GPU.
 
-Four of its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
+And makes that of 3.6 run at all beside numpy 2.4, which no longer takes an array of one element for a number. Four of
+its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
 device function, although the launch around it already has; it recomputes each integer operation in 64 bits to look for
 overflow, which sizes that fit the interpreter cannot reach; it builds a table of dtypes whenever it looks one up; and
 it validates and wraps the shape of every intermediate, of which there are few different ones.
@@ -21,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def speed_up() -> None:
-    """Cure all four. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
+    """Cure all five. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     builder: Any = interpreter.interpreter_builder
@@ -30,6 +31,8 @@ def speed_up() -> None:
     interpreter.InterpretedFunction.__call__ = _call_device_function
     if not hasattr(interpreter._get_np_dtype, "__wrapped__"):
         interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
+    if not hasattr(interpreter._patch_lang_tensor, "__wrapped__"):
+        interpreter._patch_lang_tensor = _with_numbers(interpreter._patch_lang_tensor)
     for kind in (interpreter.tl.core.block_type, interpreter.tl.core.tensor):
         if not hasattr(kind.__init__, "__wrapped__"):
             kind.__init__ = _remembering_shapes(kind.__init__, kind is interpreter.tl.core.tensor)
@@ -42,6 +45,17 @@ def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
     if any(interpreter.tl.core.is_builtin(module.load) for module in _languages(function.fn)):
         interpreter._patch_lang(function.fn)
     return function.rewrite()(*args, **kwargs)
+
+
+def _with_numbers(patch_tensor: Callable[..., None]) -> Callable[..., None]:
+    """``patch_tensor``, after which a tensor of one element is a number whatever its shape."""
+
+    @functools.wraps(patch_tensor)
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope puts back what there was before
+
+    return patch
 
 
 @functools.cache
