@@ -9,7 +9,7 @@ import torch
 import triton
 
 from optimized import kernels
-from optimized.kernels.attention import sparse_mla_combine_kernel, sparse_mla_kernel
+from optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
 from optimized.kernels.fp8 import INTERPRETED
 from optimized.launch import Launcher, is_wide
 from optimized.library import register
@@ -19,11 +19,17 @@ CHUNK = 512  # indices whose partial softmax starts from nothing: changing it ch
 SCAN = 2048  # indices looked at in one go for the last valid one
 MAX_HEAD_BLOCK = 64  # whose float32 outputs take half of the registers
 MIN_HEAD_BLOCK = 16
+PARTIAL_ROUNDS = 0.45  # what it costs to write and read a chunk's partial, beside computing it
+HOPPER_SIZES = 512, 64  # latent and RoPE part that the kernel for Hopper is written for: production's
 
 assert kernels  # imported first: it decides how Triton runs
 
 _attend = Launcher(sparse_mla_kernel)
 _combine = Launcher(sparse_mla_combine_kernel)
+if not INTERPRETED.value:  # the interpreter does not know Gluon
+    from optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
+
+    _attend_on_hopper = Launcher(sparse_mla_hopper_kernel)
 
 
 def sparse_mla(
@@ -39,8 +45,7 @@ def sparse_mla(
     the row, are skipped. No slot but these is read. Last dimensions are dense; rows, heads and slots may be strided.
     """
     rows, heads, num_chunks = q.shape[0], config.num_heads, max(1, -(-indices.shape[1] // CHUNK))
-    # One program per row, if that fills the GPU: it saves writing and reading all partials.
-    splits = 1 if rows * -(-heads // _head_block(heads)) >= _programs_that_fill(q.device) else num_chunks
+    splits = _splits(rows * -(-heads // _head_block(heads)), num_chunks, q.device)
     out = torch.empty(rows, heads, config.kv_lora_rank, dtype=torch.bfloat16, device=q.device)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
     sparse_mla_into(config, out, lse, q, kv_cache, indices, splits)
@@ -58,7 +63,7 @@ def sparse_mla_into(
 ) -> None:
     """``sparse_mla`` into ``out`` and ``lse``. splits: programs per row: 1, or as many as ``indices`` has chunks."""
     rows, heads, rank = out.shape
-    accs = torch.empty(rows, splits, heads, rank, dtype=torch.float32, device=q.device)
+    accs = torch.empty(rows, splits, padded(heads), rank, dtype=torch.float32, device=q.device)
     stats = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=q.device)
     sparse_mla_op(out, lse, accs, stats, q, kv_cache, indices, config.sm_scale)
     if splits > 1:
@@ -84,19 +89,26 @@ def _launch_sparse_mla(
     if rows == 0:
         return
     splits, num_keys, rope, fp8 = accs.shape[1], indices.shape[1], q.shape[2] - rank, kv_cache.dtype is torch.uint8
-    head_block = _head_block(heads)
     q_strides, kv_stride, indices_stride = q.stride()[:2], kv_cache.stride(0), indices.stride(0)
     assert q.stride(2) == 1 and kv_cache.stride(2) == 1 and indices.stride(1) == 1, "rows must be dense"  # noqa: PT018
     slot_bits = kv_cache.data_ptr() | kv_stride * kv_cache.element_size()
     assert not fp8 or slot_bits % 4 == 0, "slots of an FP8 cache must start on 4 bytes"
     q_bits = q.data_ptr() | q_strides[0] * q.element_size() | q_strides[1] * q.element_size()
-    aligned = (slot_bits | q_bits | accs.data_ptr()) % 16 == 0
-    key_block, num_stages = _tuning(q.device)
+    aligned = (slot_bits | q_bits | accs.data_ptr() | out.data_ptr()) % 16 == 0
     wide = is_wide(q_strides[0]), is_wide(kv_stride), is_wide(indices_stride)
+    arguments = (
+        out, lse, accs, stats, q, kv_cache, indices, *q_strides, kv_stride, indices_stride, num_keys, splits, sm_scale,
+        _scale_log2(sm_scale), heads, rank, rope, fp8,
+    )  # fmt: skip
+    if aligned and (rank, rope) == HOPPER_SIZES and _is_hopper():
+        programs = rows * splits * -(-heads // HEAD_BLOCK.value)
+        _attend_on_hopper(programs, (heads, fp8, *wide), *arguments, CHUNK, SCAN, num_warps=NUM_WARPS)
+        return
+    head_block = _head_block(heads)
+    key_block, num_stages = (64 if _is_hopper() else 32), 2
     _attend(
-        rows * splits * -(-heads // head_block), (heads, rank, rope, fp8, aligned, *wide), out, lse, accs, stats, q,
-        kv_cache, indices, *q_strides, kv_stride, indices_stride, num_keys, splits, sm_scale, _scale_log2(sm_scale),
-        heads, rank, rope, fp8, aligned, head_block, key_block, CHUNK, SCAN, num_warps=8, num_stages=num_stages,
+        rows * splits * -(-heads // head_block), (heads, rank, rope, fp8, aligned, *wide), *arguments, aligned,
+        head_block, key_block, CHUNK, SCAN, num_warps=8, num_stages=num_stages,
     )  # fmt: skip
 
 
@@ -130,21 +142,25 @@ def _scale_log2(sm_scale: float) -> float:
 
 
 @functools.cache
-def _tuning(device: torch.device) -> tuple[int, int]:
-    """Keys of a tile, and stages of the pipeline that loads them, so that they fit a program's shared memory.
-
-    64 heads of q take 72 KiB of it, and so do 64 keys; an A100 has 163 KiB and an H100 227. A B200 has 227 as well, but
-    Triton 3.6 needs more than that for 64 keys.
-    """
+def _is_hopper() -> bool:
     # Triton's word, not torch's: this compiles for GPUs that are not there, too.
-    is_hopper = not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
-    return (64 if is_hopper else 32), 2
+    return not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
+
+
+def _splits(programs: int, num_chunks: int, device: torch.device) -> int:
+    """Programs per row, 1 or one per chunk, for ``programs`` blocks of heads in all: what takes fewer rounds.
+
+    A round is one chunk on every multiprocessor. One program per chunk also costs writing and reading every partial.
+    """
+    multiprocessors = _multiprocessors(device)
+    whole = -(-programs // multiprocessors) * num_chunks
+    split = -(-programs * num_chunks // multiprocessors) + programs * num_chunks / multiprocessors * PARTIAL_ROUNDS
+    return num_chunks if split < whole else 1
 
 
 @functools.cache
-def _programs_that_fill(device: torch.device) -> int:
-    """How many programs keep the device's multiprocessors busy; half a wave is too few, a whole one is enough."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8  # the interpreter: both ways get used
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count * 3 // 4
+    return count

@@ -13,11 +13,11 @@ from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 from reference.types import AttentionConfig
 
-BLOCK = 128  # tokens that meet all heads in one tile
+BLOCK = 64  # tokens that meet all heads in one tile
 FILL_BLOCK = 1024  # columns beyond the row that are set to -inf at once
-PROGRAMS = 8 * 132  # over all rows: several per multiprocessor, so that rows of unequal length even out
+PROGRAMS = 16 * 132  # over all rows: several per multiprocessor, so that rows of unequal length even out
 NUM_WARPS = 4
-NUM_STAGES = 3
+NUM_STAGES = 4
 VECTOR_BYTES = 16  # the widest load
 MIN_LANES = 16  # the smallest side of a tile that Triton multiplies
 

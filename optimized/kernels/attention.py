@@ -23,6 +23,7 @@ from triton.language.extra import libdevice
 from optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
 
 NUM_QUANT_TILES = tl.constexpr(4)  # scales of a token in the FP8 cache
+CHUNKS_AT_ONCE = tl.constexpr(4)  # that the combine kernel loads before it needs the first
 
 
 @triton.jit
@@ -56,6 +57,21 @@ def fold(acc: tl.tensor, acc_weight: tl.tensor, chunk_acc: tl.tensor, chunk_weig
     Nothing may be joined any number of times: that can change the sign of a zero, but no other bit.
     """
     return tl.fma(acc, acc_weight, chunk_acc * chunk_weight)
+
+
+@triton.constexpr_function
+def padded(heads: int) -> int:
+    """Rows that a partial is kept with, for as many heads: whole blocks."""
+    return (heads + 7) // 8 * 8
+
+
+@triton.jit
+def place_in_blocks(row: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:  # noqa: N803
+    """Where a number of a partial is kept, of a matrix with COLUMNS: in blocks of 8 x 8, one after another.
+
+    The matrix units leave a block to a warp, two numbers to a thread, which it so stores and loads as whole lines.
+    """
+    return row // 8 * (8 * COLUMNS) + column // 8 * 64 + row % 8 * 8 + column % 8
 
 
 @triton.jit
@@ -114,14 +130,14 @@ def load_keys(
     return latent, tl.load(rope[:, None] + rope_lanes[None, :], mask=valid, other=0.0)
 
 
-_SCALARS = [
+SCALARS = [
     "q_row_stride", "q_head_stride", "kv_stride", "indices_stride", "num_keys", "programs_per_row", "scale",
     "scale_log2",
 ]  # fmt: skip
-_POINTERS = ["out", "lse", "accs", "stats", "q", "kv", "indices"]
+POINTERS = ["out", "lse", "accs", "stats", "q", "kv", "indices"]
 
 
-@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=POINTERS)
 def sparse_mla_kernel(
     out: tl.tensor,
     lse: tl.tensor,
@@ -150,10 +166,11 @@ def sparse_mla_kernel(
 ) -> None:
     """HEAD_BLOCK heads of one row. Grid: rows * programs_per_row * head blocks; head blocks vary fastest.
 
-    programs_per_row is 1: the program folds all chunks (``accs`` [R, HEADS, RANK] holds the total while a chunk's
+    programs_per_row is 1: the program folds all chunks (``accs`` [R, heads, RANK] holds the total while a chunk's
     accumulator needs the registers) and writes ``out`` and ``lse``. Or it is num_chunks: each program writes one
-    chunk's partial to ``accs`` [R, num_chunks, HEADS, RANK] and ``stats`` [R, num_chunks, HEADS, 2] (maximum, sum). A
-    chunk without a key leaves its part of ``accs`` as it is.
+    chunk's partial to ``accs`` [R, num_chunks, heads, RANK] and ``stats`` [R, num_chunks, HEADS, 2] (maximum, sum). A
+    chunk without a key leaves its part of ``accs`` as it is. In ``accs`` heads are a multiple of 8, and numbers lie in
+    blocks: see ``place_in_blocks``.
     ALIGNED: every row of q, every slot and ``accs`` start on 16 bytes. SCAN: indices looked at in one go.
     """
     head_blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
@@ -185,10 +202,10 @@ def sparse_mla_kernel(
     q_rope = tl.load(q_rows + RANK + tl.arange(0, ROPE)[None, :], mask=live, other=0.0)
 
     head_rows = (row * programs_per_row + part) * HEADS + heads
-    total_rows = accs + head_rows * RANK
+    part_rows = (row * programs_per_row + part) * padded(HEADS) + heads
+    total_cells = accs + place_in_blocks(part_rows[:, None], lanes[None, :], RANK)
     if ALIGNED:
-        total_rows = tl.multiple_of(total_rows, [16])
-    total_cells = total_rows[:, None] + lanes[None, :]
+        total_cells = tl.max_contiguous(tl.multiple_of(total_cells, [4, 16]), [1, 8])
     total_max = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
     total_sum = tl.zeros([HEAD_BLOCK], tl.float32)
     for chunk_begin in range(begin, tl.maximum(end, begin + 1), CHUNK):  # a row without a key gets a result too
@@ -252,7 +269,7 @@ def write_result(
     tl.store(lse + head_rows, logarithm, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "scale", "scale_log2"], do_not_specialize_on_alignment=_POINTERS[:4])
+@triton.jit(do_not_specialize=["num_chunks", "scale", "scale_log2"], do_not_specialize_on_alignment=POINTERS[:4])
 def sparse_mla_combine_kernel(
     out: tl.tensor,
     lse: tl.tensor,
@@ -266,16 +283,18 @@ def sparse_mla_combine_kernel(
 ) -> None:
     """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads."""
     head_row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
-    lanes = tl.arange(0, RANK)
-    first = head_row // HEADS * num_chunks * HEADS + head_row % HEADS
+    lanes = tl.arange(0, RANK)[None, :]
+    row = head_row // HEADS
+    head = head_row % HEADS
     total_max = tl.full([1], float("-inf"), tl.float32)
     total_sum = tl.zeros([1], tl.float32)
     total = tl.zeros([1, RANK], tl.float32)
-    for chunk in range(num_chunks):
-        partial = first + chunk * HEADS
-        chunk_max = tl.load(stats + partial * 2)
-        chunk_sum = tl.load(stats + partial * 2 + 1)
-        acc = tl.load(accs + partial[:, None] * RANK + lanes[None, :], mask=chunk_sum[:, None] > 0.0, other=0.0)
+    for chunk in tl.range(num_chunks, loop_unroll_factor=CHUNKS_AT_ONCE):
+        part = row * num_chunks + chunk
+        chunk_max = tl.load(stats + (part * HEADS + head) * 2)
+        chunk_sum = tl.load(stats + (part * HEADS + head) * 2 + 1)
+        cells = accs + place_in_blocks((part * padded(HEADS) + head)[:, None], lanes, RANK)
+        acc = tl.load(cells, mask=chunk_sum[:, None] > 0.0, other=0.0)
         new_max = tl.maximum(total_max, chunk_max)
         total_weight = weight(total_max, new_max, scale_log2)
         chunk_weight = weight(chunk_max, new_max, scale_log2)

@@ -83,11 +83,11 @@ def test_a_method() -> None:
 
 
 def test_a_cached_function_forgets_what_it_knew() -> None:
-    programs = Mutation("optimized.attention:_programs_that_fill", "return 8", "return 9")
-    before = attention._programs_that_fill(torch.device("cpu"))
+    programs = Mutation("optimized.attention:_multiprocessors", "return 8", "return 9")
+    before = attention._multiprocessors(torch.device("cpu"))
     with mutated(programs):
-        assert attention._programs_that_fill(torch.device("cpu")) == 9
-    assert attention._programs_that_fill(torch.device("cpu")) == before == 8
+        assert attention._multiprocessors(torch.device("cpu")) == 9
+    assert attention._multiprocessors(torch.device("cpu")) == before == 8
 
 
 def test_no_launcher_keeps_what_was_compiled_of_the_other_tree() -> None:

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from optimized import indexer, kv_cache, topk
+from optimized import attention, indexer, kv_cache, topk
 from optimized.multi_step import MultiStepBackend
 from optimized.optimizations import Optimizations
 from reference.types import (
@@ -186,6 +186,34 @@ def drive_stages(sizes: StageSizes, dtype: KVCacheDtype) -> None:
     topk.topk_transform_ragged(logits, lengths, lengths, sizes.index_topk)
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionSizes:
+    """What varies at run time for attention, and must not select a variant."""
+
+    rows: int
+    num_indices: int
+    gap: int  # between slots, of as many bytes as the widest load
+
+
+def drive_attention(sizes: AttentionSizes, dtype: KVCacheDtype, heads: int, rank: int) -> None:
+    """Rows that one program has, and rows that several share."""
+    config = AttentionConfig(num_heads=heads, kv_lora_rank=rank, kv_cache_dtype=dtype)
+    is_fp8 = dtype is KVCacheDtype.FP8
+    slot_width = config.kv_token_bytes if is_fp8 else config.qk_head_dim
+    kv = torch.zeros(2, 1, slot_width + 16 * sizes.gap, dtype=torch.uint8 if is_fp8 else torch.bfloat16)
+    q = torch.zeros(sizes.rows, heads, config.qk_head_dim, dtype=torch.bfloat16)
+    indices = torch.zeros(sizes.rows, sizes.num_indices, dtype=torch.int32)
+    out = torch.empty(sizes.rows, heads, rank, dtype=torch.bfloat16)
+    lse = torch.empty(sizes.rows, heads)
+    for splits in (1, -(-sizes.num_indices // attention.CHUNK)):
+        attention.sparse_mla_into(config, out, lse, q, kv[:, :, :slot_width], indices, splits)
+
+
+ATTENTION_WARM_UP = [AttentionSizes(1, 1024, 0)]
+ATTENTION_SIZES = [AttentionSizes(3, 1030, 1), AttentionSizes(64, 2048, 2)]
+ATTENTION_HEADS = [(128, 512), (16, 512), (20, 256)]  # and the latent part of a key: production's, and another
+
+
 def main() -> None:
     compilations = Compilations(int(sys.argv[1]))
     choices = [
@@ -196,11 +224,15 @@ def main() -> None:
         drive(sizes, *flags, optimizations)
     for stage_sizes, dtype in itertools.product(STAGE_WARM_UP, KVCacheDtype):
         drive_stages(stage_sizes, dtype)
+    for attention_sizes, dtype, heads in itertools.product(ATTENTION_WARM_UP, KVCacheDtype, ATTENTION_HEADS):
+        drive_attention(attention_sizes, dtype, *heads)
     first = compilations.count()
     for sizes, flags, optimizations in itertools.product(SIZES, FLAGS, choices):
         drive(sizes, *flags, optimizations)
     for stage_sizes, dtype in itertools.product(STAGE_SIZES, KVCacheDtype):
         drive_stages(stage_sizes, dtype)
+    for attention_sizes, dtype, heads in itertools.product(ATTENTION_SIZES, KVCacheDtype, ATTENTION_HEADS):
+        drive_attention(attention_sizes, dtype, *heads)
     smallest = min(size for variants in compilations.cubins.values() for size in variants.values())
     json.dump({"first": first, "after": compilations.count(), "smallest_cubin": smallest}, sys.stdout)
 

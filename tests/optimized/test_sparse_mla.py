@@ -190,7 +190,7 @@ def test_operators_say_what_they_mutate(dtype: KVCacheDtype) -> None:
     config = config_of(dtype)
     q, cache, indices = random_case(config, 2, 8)
     out = torch.zeros(2, 2, config.kv_lora_rank, dtype=torch.bfloat16, device=DEVICE)
-    lse, accs, stats = (torch.zeros(shape, device=DEVICE) for shape in ((2, 2), (2, 3, 2, 64), (2, 3, 2, 2)))
+    lse, accs, stats = (torch.zeros(shape, device=DEVICE) for shape in ((2, 2), (2, 3, 8, 64), (2, 3, 2, 2)))
     torch.library.opcheck(
         attention.sparse_mla_op, (out, lse, accs[:, :1].contiguous(), stats, q, cache, indices, config.sm_scale)
     )
