@@ -21,6 +21,7 @@ KERNELS = {
     "indexer_logits_kernel",
     "paged_mqa_schedule_kernel",
     "store_cache_kernel",
+    "topk_filter_kernel",
     "topk_kernel",
 }
 
