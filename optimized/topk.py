@@ -9,9 +9,9 @@ from optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_k
 from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 
-# Blocks that one program selects from, and its warps. A table is taken by the smallest that holds a whole row; a wider
-# one is filtered, then selected from by the last, or by the small block where so little is left.
-BLOCKS = {1024: 4, 4096: 8, 8192: 16}
+# Tokens that one program selects from at once, and its warps. A row is selected from in the smallest block that holds
+# the whole width. Wider rows are filtered, and what is left is selected from in the last, or in the small block.
+BLOCKS = {1024: 4, 4096: 8, 8192: 8}
 SMALL_BLOCK = 4096
 FILTER_BLOCK = 4096  # tokens that a program which filters looks at in one go
 FILTER_WARPS = 8
@@ -57,35 +57,34 @@ def _select(
 ) -> torch.Tensor:
     out = torch.empty(logits.shape[0], index_topk, dtype=torch.int32, device=logits.device)
     rows, width = logits.shape
-    values = positions = counts = None
+    likely = counts = None
     if width > max(BLOCKS):
+        assert index_topk < max(BLOCKS), "index_topk is too large"
         # From sizes that a graph is captured for, not from lengths. Results do not depend on it.
         shares = max(1, min(FILTER_PROGRAMS // max(1, rows), MAX_SHARES, -(-width // FILTER_BLOCK)))
-        values = torch.empty(rows, shares, max(BLOCKS), dtype=torch.float32, device=logits.device)
-        positions = torch.empty_like(values, dtype=torch.int32)
+        likely = torch.empty(rows, shares, max(BLOCKS), dtype=torch.int64, device=logits.device)
         counts = torch.empty(rows, shares, dtype=torch.int32, device=logits.device)
-        topk_filter_op(values, positions, counts, logits, seqlens_expanded, index_topk)
-    topk_op(out, logits, seqlens_expanded, page_table_1, topk_indices_offset, values, positions, counts)
+        topk_filter_op(likely, counts, logits, seqlens_expanded, index_topk)
+    topk_op(out, logits, seqlens_expanded, page_table_1, topk_indices_offset, likely, counts)
     return out
 
 
 def _launch_filter(
-    values: torch.Tensor,
-    positions: torch.Tensor,
+    likely: torch.Tensor,
     counts: torch.Tensor,
     logits: torch.Tensor,
     seqlens_expanded: torch.Tensor,
     index_topk: int,
 ) -> None:
     """See ``topk_filter_kernel``. logits [R, W] float32, whose rows may lie apart."""
-    rows, shares, capacity = values.shape
+    rows, shares, capacity = likely.shape
     if rows == 0 or index_topk == 0:
         return
     assert is_dense(logits), "rows must be dense"
     strides = (logits.stride(0), seqlens_expanded.stride(0))
     _filter(
-        rows * shares, (capacity, seqlens_expanded.dtype, *(is_wide(stride) for stride in strides)), values, positions,
-        counts, logits, seqlens_expanded, *strides, logits.shape[1], index_topk, shares, capacity, FILTER_BLOCK,
+        rows * shares, (capacity, seqlens_expanded.dtype, *(is_wide(stride) for stride in strides)), likely, counts,
+        logits, seqlens_expanded, *strides, logits.shape[1], index_topk, shares, capacity, FILTER_BLOCK,
         min(FILTER_BLOCK, LINE.value * FILTER_WARPS), num_warps=FILTER_WARPS,
     )  # fmt: skip
 
@@ -96,14 +95,13 @@ def _launch(
     seqlens_expanded: torch.Tensor,
     page_table_1: torch.Tensor | None,
     topk_indices_offset: torch.Tensor | None,
-    values: torch.Tensor | None,
-    positions: torch.Tensor | None,
+    likely: torch.Tensor | None,
     counts: torch.Tensor | None,
 ) -> None:
     """Dense out [R, K] int32; logits [R, W] float32 and page_table_1 [R, W] int32, whose rows may lie apart.
 
-    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride. values, positions and counts, all or none:
-    what ``topk_filter_op`` made. Rows wider than a block need them.
+    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride. likely, counts: what
+    ``topk_filter_op`` made, if rows are wider than a block.
     """
     (rows, index_topk), width = out.shape, logits.shape[1]
     if rows == 0 or index_topk == 0:
@@ -115,9 +113,8 @@ def _launch(
     transform = (kind if topk_indices_offset is None else RAGGED).value
     filtered = counts is not None
     block = max(BLOCKS) if filtered else min(block for block in BLOCKS if block >= width)
-    assert not filtered or index_topk < block, "index_topk is too large"
     small_block, warps = min(SMALL_BLOCK, block), BLOCKS[block]
-    scratch = (values, positions, counts) if filtered else (logits, out, out)
+    scratch = (likely, counts) if filtered else (out, out)
     strides = (logits.stride(0), seqlens_expanded.stride(0), table.stride(0), offsets.stride(0))
     dtypes = (seqlens_expanded.dtype, table.dtype, offsets.dtype)
     _topk(
@@ -129,12 +126,11 @@ def _launch(
 
 
 topk_filter_op = register(
-    "topk_filter(Tensor(a!) values, Tensor(b!) positions, Tensor(c!) counts, Tensor logits, Tensor seqlens_expanded, "
-    "int index_topk) -> ()",
+    "topk_filter(Tensor(a!) likely, Tensor(b!) counts, Tensor logits, Tensor seqlens_expanded, int index_topk) -> ()",
     _launch_filter,
 )
 topk_op = register(
     "topk(Tensor(a!) out, Tensor logits, Tensor seqlens_expanded, Tensor? page_table_1, Tensor? topk_indices_offset, "
-    "Tensor? values, Tensor? positions, Tensor? counts) -> ()",
+    "Tensor? likely, Tensor? counts) -> ()",
     _launch,
 )

@@ -1,7 +1,7 @@
 """The best tokens of each row, in ascending order of position.
 
 A row that fits into a block is selected from by one program. Of a longer row, several programs first keep what may be
-among the best, so that the program that selects has few to look at.
+among the best, so that the program that selects has little to look at.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -19,6 +19,7 @@ POSITIONS = tl.constexpr(0)  # itself
 PAGED = tl.constexpr(1)  # the slot that the row's page table has there
 RAGGED = tl.constexpr(2)  # its place in the concatenated KV of the batch
 
+NAN_BITS = tl.constexpr(0x7FC00000)
 LARGEST_KEY = tl.constexpr(0x7F7FFFFF)  # order key of the largest number that is not infinite
 LINE = tl.constexpr(32)  # lanes of a warp
 COUNT_BITS = tl.constexpr(16)  # of the lower of two counts in one number
@@ -31,7 +32,7 @@ SHARE_UNIT = tl.constexpr(128)  # tokens: what a program starts with starts on a
 MEMBERS = tl.constexpr(16)  # tokens of a group, at most
 RUN = tl.constexpr(8)  # neighbours that are read together: a sector of memory
 MARGIN = tl.constexpr(4.0)  # standard deviations
-SCATTER = tl.constexpr(40503)  # odd, 2^16 times the golden ratio: its multiples are spread evenly
+SCATTER = tl.constexpr(40503)  # 2^16 divided by the golden ratio: its multiples are spread evenly
 SCATTER_BITS = tl.constexpr(16)
 SCATTER_MASK = tl.constexpr(0xFFFF)
 
@@ -127,7 +128,7 @@ def kth_largest(
 
 @triton.jit
 def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:  # noqa: N803
-    """How many lanes before each are ``selected``, and how many are in all. COLUMNS: threads of the program.
+    """How many lanes are ``selected`` up to each and with it, and how many in all. COLUMNS: threads of the program.
 
     A line is what a warp scans by shuffles. Four lines are scanned at once, in the fields of one int32; then the sums
     of all lines are.
@@ -136,15 +137,14 @@ def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.ten
     FIELDS: tl.constexpr = min(4, N // COLUMNS)  # noqa: N806
     WORDS: tl.constexpr = N // COLUMNS // FIELDS  # noqa: N806
     LINES: tl.constexpr = COLUMNS // LINE  # noqa: N806
-    flags = selected.to(tl.int32)
     shift = tl.arange(0, FIELDS) * FIELD_BITS
-    words = tl.sum(tl.reshape(flags, [WORDS, FIELDS, COLUMNS]) << shift[None, :, None], 1)
+    words = tl.sum(tl.reshape(selected.to(tl.int32), [WORDS, FIELDS, COLUMNS]) << shift[None, :, None], 1)
     words = tl.reshape(words, [WORDS, LINES, LINE])
     sums = (tl.sum(words, 2)[:, None, :] >> shift[None, :, None]) & FIELD_MASK
     sums = tl.reshape(sums, [N // LINE])
     before_line = tl.reshape(tl.cumsum(sums, 0) - sums, [WORDS, FIELDS, LINES, 1])
     within_line = (tl.cumsum(words, 2)[:, None, :, :] >> shift[None, :, None, None]) & FIELD_MASK
-    return tl.reshape(before_line + within_line, [N]) - flags, tl.sum(sums, 0)
+    return tl.reshape(before_line + within_line, [N]), tl.sum(sums, 0)
 
 
 @triton.jit
@@ -184,13 +184,13 @@ def select(
     selected = scores >= threshold
     if at_threshold > k:
         tied = scores == threshold
-        ties_before, _ = ranks(tied, COLUMNS)
-        selected = selected & ((scores > threshold) | (ties_before < k - above))
+        ties, _ = ranks(tied, COLUMNS)
+        selected = selected & ((scores > threshold) | (ties <= k - above))
     places, _ = ranks(selected, COLUMNS)
     values = positions
     if is_final:
         values = transform(positions, selected, table, offset, TRANSFORM)
-    tl.store(out + places, values, mask=selected)
+    tl.store(out - 1 + places, values, mask=selected)
 
 
 @triton.jit
@@ -200,7 +200,9 @@ def likely_threshold(
     k: tl.tensor,
     COLUMNS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """A number that somewhat more than ``k`` of a row's ``length`` scores probably reach. The same for every program.
+    """A number that somewhat more than ``k`` of a row's ``length`` scores probably reach, the same for every program.
+
+    NaN, which none reaches, if there is hardly more than -inf in the row.
 
     A sample of the row is dealt to COLUMNS groups. With as many members as there are tokens for each of the ``k`` best,
     most groups have one or two of those. So the share of groups whose best score reaches a number tells how many tokens
@@ -212,8 +214,8 @@ def likely_threshold(
     lanes = tl.arange(0, MEMBERS * COLUMNS)
     member = lanes // COLUMNS
     shift = ((member * SCATTER) & SCATTER_MASK) * tl.maximum(stride - RUN + 1, 0) >> SCATTER_BITS
-    start = length - runs * stride + lanes // RUN * stride + shift
-    sample = tl.load(logits + start + lanes % RUN, mask=member < members, other=float("-inf"))
+    positions = length - runs * stride + lanes // RUN * stride + shift + lanes % RUN
+    sample = tl.load(logits + positions, mask=member < members, other=float("-inf"))
     best = score(tl.max(skipped(tl.reshape(sample, [MEMBERS, COLUMNS]), float("-inf")), 0))
 
     # Groups with one of the k best, if these lie anywhere; and so many more that they are hardly ever more than that.
@@ -222,19 +224,17 @@ def likely_threshold(
     wanted = (expected + MARGIN * tl.sqrt(expected * miss)).to(tl.int32) + 3
     wanted = tl.minimum(wanted, COLUMNS)
     threshold, _, _ = kth_largest(best, wanted * 0 + COLUMNS, wanted, wanted // 16, COLUMNS)
-    return threshold
+    return tl.where(threshold > float("-inf"), threshold, float("nan"))
 
 
 _FILTER_RUNTIME = [
-    "values", "positions", "counts", "logits", "seqlens_expanded", "logits_stride", "lengths_stride", "width", "k",
-    "num_shares",
+    "likely", "counts", "logits", "seqlens_expanded", "logits_stride", "lengths_stride", "width", "k", "num_shares",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_FILTER_RUNTIME, do_not_specialize_on_alignment=_FILTER_RUNTIME)
 def topk_filter_kernel(
-    values: tl.tensor,
-    positions: tl.tensor,
+    likely: tl.tensor,
     counts: tl.tensor,
     logits: tl.tensor,
     seqlens_expanded: tl.tensor,
@@ -249,55 +249,53 @@ def topk_filter_kernel(
 ) -> None:
     """Keep the tokens of each row that are likely among its best: ``num_shares`` programs per row, each for its share.
 
-    Dense values [rows, num_shares, CAPACITY] float32 and positions, int32, get score and position of what is kept, in
-    ascending order, up to a whole line with scores of NaN behind. Dense counts [rows, num_shares] int32 say how many
-    are kept, even if more than CAPACITY, of which the rest is not stored. Nothing is kept of a row of at most CAPACITY
-    tokens. Whether enough is kept is for the caller to see: this goes by a sample.
+    Dense likely [rows, num_shares, CAPACITY] int64 gets what is kept, in ascending order of position: the bits of the
+    score, then 32 bits of position. The last line is filled up with NaN. Dense counts [rows, num_shares] int32 say how
+    much is kept. If that is more than CAPACITY, not all is stored. Nothing is kept of a row of at most CAPACITY tokens.
+    Whether enough is kept is for the caller to see: this goes by a sample.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program // num_shares
-    share = (program % num_shares).to(tl.int32)
+    program = tl.program_id(0)
+    row = (program // num_shares).to(tl.int64)
+    share = program % num_shares
     length = tl.load(seqlens_expanded + row * lengths_stride)
     length = tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
     row_logits = logits + row * logits_stride
+    kept = likely + program.to(tl.int64) * CAPACITY
     count = length * 0
     if length > CAPACITY:
-        lanes = tl.arange(0, BLOCK)
         size = tl.cdiv(tl.cdiv(length, num_shares), SHARE_UNIT) * SHARE_UNIT
         begin = share * size
         end = tl.minimum(begin + size, length)
-        following = tl.load(row_logits + begin + lanes, mask=begin + lanes < end, other=0.0)  # a block ahead
+        lanes = tl.arange(0, BLOCK)
+        following = tl.load(row_logits + begin + lanes, mask=lanes < end - begin, other=float("nan"))  # a block ahead
         threshold = likely_threshold(row_logits, length, k, COLUMNS)
         for start in range(begin, end, BLOCK):
-            tokens = start + lanes
-            scores = score(following)
-            following = tl.load(row_logits + tokens + BLOCK, mask=tokens + BLOCK < end, other=0.0)
-            likely = (scores >= threshold) & (tokens < end)
-            places, total = ranks(likely, COLUMNS)
-            places += count
-            stored = likely & (places < CAPACITY)
-            tl.store(values + program * CAPACITY + places, scores, mask=stored)
-            tl.store(positions + program * CAPACITY + places, tokens, mask=stored)
+            block_logits = following
+            ahead = start + BLOCK
+            following = tl.load(row_logits + ahead + lanes, mask=lanes < end - ahead, other=float("nan"))
+            is_likely = block_logits >= threshold
+            places, total = ranks(is_likely, COLUMNS)
+            if count + total <= CAPACITY:
+                entries = (block_logits.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (start + lanes)
+                tl.store(kept + count - 1 + places, entries, mask=is_likely)
             count += total
-        behind = count + tl.arange(0, LINE)
-        whole = tl.minimum(tl.cdiv(count, LINE) * LINE, CAPACITY)
-        nothing = tl.full([LINE], float("nan"), tl.float32)
-        tl.store(values + program * CAPACITY + behind, nothing, mask=behind < whole)
+        lines = tl.arange(0, LINE)
+        nothing = tl.full([LINE], NAN_BITS, tl.int64) << 32
+        tl.store(kept + count + lines, nothing, mask=lines < tl.minimum(-count & (LINE - 1), CAPACITY - count))
     tl.store(counts + program, count)
 
 
 @triton.jit
 def load_kept(
-    values: tl.tensor,
-    positions: tl.tensor,
+    kept: tl.tensor,
     first_lines: tl.tensor,
     num_lines: tl.tensor,
     CAPACITY: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scores and positions that were kept of a row, a share behind the other, each of whole lines; NaN for the rest.
+    """Scores and positions that were ``kept`` of a row, a share behind the other, in whole lines; NaN for the rest.
 
-    first_lines: how many lines lie before those of each share. values, positions: of the row.
+    first_lines: how many lines lie before those of each share.
     """
     line = tl.arange(0, BLOCK // LINE)
     shares = tl.arange(0, first_lines.shape[0])
@@ -306,8 +304,8 @@ def load_kept(
     moved = tl.max(tl.where(first_lines[:, None] <= line[None, :], moved[:, None], 0), 0)
     live = tl.reshape(tl.broadcast_to((line < num_lines)[:, None], [BLOCK // LINE, LINE]), [BLOCK])
     places = tl.reshape(((line + moved) * LINE)[:, None] + tl.arange(0, LINE)[None, :], [BLOCK])
-    scores = tl.load(values + places, mask=live, other=float("nan"))
-    return scores, tl.load(positions + places, mask=live, other=0)
+    entries = tl.load(kept + places, mask=live, other=NAN_BITS << 32)
+    return (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True), entries.to(tl.int32)
 
 
 @triton.jit
@@ -315,20 +313,20 @@ def load_tokens(
     logits: tl.tensor,
     out: tl.tensor,
     begin: tl.tensor,
-    kept: tl.tensor,
+    best: tl.tensor,
     count: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scores and positions of ``count`` tokens: the ``kept`` ones in ``out``, then those from ``begin``; else NaN."""
+    """Scores and positions of ``count`` tokens: the ``best`` in ``out``, then those from ``begin``; else NaN."""
     lanes = tl.arange(0, BLOCK)
-    positions = tl.where(lanes < kept, tl.load(out + lanes, mask=lanes < kept, other=0), begin - kept + lanes)
+    positions = tl.where(lanes < best, tl.load(out + lanes, mask=lanes < best, other=0), begin - best + lanes)
     scores = score(tl.load(logits + positions, mask=lanes < count, other=0.0))
     return tl.where(lanes < count, scores, float("nan")), positions
 
 
 _RUNTIME = [
-    "out", "logits", "seqlens_expanded", "table", "offsets", "values", "positions", "counts", "logits_stride",
-    "lengths_stride", "table_stride", "offsets_stride", "width", "k", "num_shares",
+    "out", "logits", "seqlens_expanded", "table", "offsets", "likely", "counts", "logits_stride", "lengths_stride",
+    "table_stride", "offsets_stride", "width", "k", "num_shares",
 ]  # fmt: skip
 
 
@@ -339,8 +337,7 @@ def topk_kernel(
     seqlens_expanded: tl.tensor,
     table: tl.tensor,
     offsets: tl.tensor,
-    values: tl.tensor,
-    positions: tl.tensor,
+    likely: tl.tensor,
     counts: tl.tensor,
     logits_stride: tl.tensor,
     lengths_stride: tl.tensor,
@@ -393,22 +390,21 @@ def topk_kernel(
         first_lines = tl.cumsum(share_lines, 0) - share_lines
         num_lines = tl.sum(share_lines, 0)
         count = tl.sum(share_counts, 0)
-        row_values = values + row * num_shares * BLOCK
-        row_positions = positions + row * num_shares * BLOCK
+        kept = likely + row * num_shares * BLOCK
         if (count >= k) & (num_lines <= SMALL_BLOCK // LINE):
-            scores, tokens = load_kept(row_values, row_positions, first_lines, num_lines, BLOCK, SMALL_BLOCK)
+            scores, tokens = load_kept(kept, first_lines, num_lines, BLOCK, SMALL_BLOCK)
             select(row_out, scores, tokens, count, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
         elif (count >= k) & (num_lines <= BLOCK // LINE):
-            scores, tokens = load_kept(row_values, row_positions, first_lines, num_lines, BLOCK, BLOCK)
+            scores, tokens = load_kept(kept, first_lines, num_lines, BLOCK, BLOCK)
             select(row_out, scores, tokens, count, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
         else:
             begin = length * 0
-            kept = length * 0
+            best = length * 0  # how many are in ``out``
             while begin < length:
                 tl.debug_barrier()  # what the last block stored, this one loads
-                end = tl.minimum(begin + BLOCK - kept, length)
-                count = kept + end - begin
-                scores, tokens = load_tokens(row_logits, row_out, begin, kept, count, BLOCK)
+                end = tl.minimum(begin + BLOCK - best, length)
+                count = best + end - begin
+                scores, tokens = load_tokens(row_logits, row_out, begin, best, count, BLOCK)
                 select(row_out, scores, tokens, count, k, end == length, row_table, offset, TRANSFORM, COLUMNS)
                 begin = end
-                kept = length * 0 + k
+                best = length * 0 + k

@@ -183,11 +183,19 @@ def test_selecting_from_nothing(rows: int, width: int) -> None:
 # The filter ------------------------------------------------------------------------------------------------------
 
 
-def scratch(rows: int, shares: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the filter fills, poisoned: with a score better than any, and positions and counts beyond all bounds."""
-    values = torch.full((rows, shares, max(topk.BLOCKS)), torch.inf, device=DEVICE)
-    positions = torch.full_like(values, GARBAGE, dtype=torch.int32)
-    return values, positions, torch.full((rows, shares), GARBAGE, dtype=torch.int32, device=DEVICE)
+POISON = GARBAGE | 0x7F800000 << 32  # inf, at a position beyond all bounds
+NOTHING = GARBAGE | 0x7FC00000 << 32  # NaN
+
+
+def scratch(rows: int, shares: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the filter fills, poisoned: with scores better than any, at positions and of counts beyond all bounds."""
+    likely = torch.full((rows, shares, max(topk.BLOCKS)), POISON, device=DEVICE)
+    return likely, torch.full((rows, shares), GARBAGE, dtype=torch.int32, device=DEVICE)
+
+
+def entries(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What is stored of tokens."""
+    return scores.view(torch.int32).long() << 32 | positions
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -197,23 +205,23 @@ def test_what_the_filter_keeps(name: str) -> None:
     k, width, shares, capacity = 33, 1152, 3, max(topk.BLOCKS)  # a share of the widest is larger than is stored
     rows = [DISTRIBUTIONS[name](length) for length in (256, 257, 300, width)]
     logits, lengths = in_strided_rows(rows, width)
-    values, positions, counts = scratch(len(rows) + 1, shares)
-    topk.topk_filter_op(values[:-1], positions[:-1], counts[:-1], logits, lengths, k)
-    assert values[-1].eq(torch.inf).all()  # nothing is written behind
-    assert positions[-1].eq(GARBAGE).all()
+    likely, counts = scratch(len(rows) + 1, shares)
+    topk.topk_filter_op(likely[:-1], counts[:-1], logits, lengths, k)
+    assert likely[-1].eq(POISON).all()  # nothing is written behind
     assert counts[0].tolist() == [0] * shares
     for row, scores in list(enumerate(rows))[1:]:
-        scores = torch.where(scores.isnan(), -torch.inf, scores)
-        stored = [min(count, capacity) for count in counts[row].tolist()]
-        kept = torch.cat([positions[row, share, :count] for share, count in enumerate(stored)]).long()
-        assert kept.diff().gt(0).all()
-        for share, count in enumerate(stored):
-            whole = min(-(-count // LINE) * LINE, capacity)
-            assert torch.equal(values[row, share, :count], scores[positions[row, share, :count].long()])
-            assert values[row, share, count:whole].isnan().all()
-            assert values[row, share, whole:].eq(torch.inf).all()
-        if len(kept):
-            assert int(counts[row].sum()) == int((scores >= scores[kept].min()).sum())
+        kept = []
+        for share, count in enumerate(counts[row].tolist()):
+            if count > capacity:
+                return  # what is stored then is of no use
+            kept.append(likely[row, share, :count] & 0xFFFFFFFF)
+            whole = -(-count // LINE) * LINE
+            assert torch.equal(likely[row, share, :count], entries(scores[kept[-1]], kept[-1]))
+            assert (likely[row, share, count:whole] >> 32).int().view(torch.float32).isnan().all()
+            assert likely[row, share, whole:].eq(POISON).all()
+        if sum(map(len, kept)):
+            positions = torch.cat(kept)
+            assert torch.equal(positions, (scores >= scores[positions].min()).nonzero()[:, 0])
 
 
 def test_the_filter_keeps_little_and_enough() -> None:
@@ -221,20 +229,20 @@ def test_the_filter_keeps_little_and_enough() -> None:
     k = 2048
     for length in (8193, 12000, 16384, 32768, 65536):
         logits = randn(1, length, seed=length)
-        values, positions, counts = scratch(1, 4)
-        topk.topk_filter_op(values, positions, counts, logits, torch.tensor([length], device=DEVICE), k)
+        likely, counts = scratch(1, 4)
+        topk.topk_filter_op(likely, counts, logits, torch.tensor([length], device=DEVICE), k)
         assert k <= int(counts.sum()) <= 2 * k
 
 
-def fill(shares: list[torch.Tensor], scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fill(shares: list[torch.Tensor], scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scratch of one row of which those positions are kept."""
-    values, positions, counts = scratch(1, len(shares))
+    likely, counts = scratch(1, len(shares))
     for share, kept in enumerate(shares):
-        positions[0, share, : len(kept)] = kept
-        values[0, share, : len(kept)] = scores[kept]
-        values[0, share, len(kept) : -(-len(kept) // LINE) * LINE] = torch.nan
+        stored = kept[: likely.shape[2]]
+        likely[0, share, : len(stored)] = entries(scores[stored], stored)
+        likely[0, share, len(stored) : -(-len(stored) // LINE) * LINE] = NOTHING
         counts[0, share] = len(kept)
-    return values, positions, counts
+    return likely, counts
 
 
 SPLITS = {  # of 600 tokens with blocks of 128 and 256
@@ -258,9 +266,7 @@ def test_whatever_was_kept(name: str, distribution: str) -> None:
     k, length, sizes = 33, 600, SPLITS[name]
     scores = DISTRIBUTIONS[distribution](length)
     best = torch.sort(scores, descending=True, stable=True).indices[: sum(sizes)].sort().values
-    shares = [kept.clone() for kept in best.split(sizes)]
-    kept = fill([share[: max(topk.BLOCKS)] for share in shares], scores)
-    kept[2][0] = torch.tensor(sizes)
+    kept = fill(list(best.split(sizes)), scores)
     out = torch.empty(1, k, dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([length], device=DEVICE)
     topk.topk_op(out, scores[None], lengths, None, None, *kept)
@@ -281,7 +287,7 @@ def test_scratch_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: int, **kwargs: object) -> torch.Tensor:
         made: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return made.fill_(torch.inf if made.is_floating_point() else GARBAGE)
+        return made.fill_(POISON if made.dtype is torch.int64 else GARBAGE)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert_same_bits(topk.topk_indices(logits, lengths, 33), expected)
