@@ -263,11 +263,7 @@ _SELECTIONS = (
         REVIEW,
         "equal scores around the threshold",
         Check.SELECTION,
-        Mutation(
-            SELECT,
-            "ties_before < k - above",
-            "ties_before >= at_threshold - k",
-        ),
+        Mutation(SELECT, "ties <= k - above", "ties > at_threshold - k"),
     ),
     Bug(
         "minus-one-not-seeded",
