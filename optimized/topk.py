@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 
 from optimized import kernels
-from optimized.kernels.topk import PAGED, POSITIONS, RAGGED, topk_kernel
+from optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_kernel, topk_kernel
 from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 
-# Blocks that a row may be selected in, and warps for each. The smallest that holds a whole row of logits is taken, or
-# the last, through which a longer row passes in pieces.
-BLOCKS = {1024: 4, 8192: 32, 32768: 32}
-EMIT_BLOCK = 4096  # tokens among which the selected are stored at once
+# Tokens that one program selects from at once, and its warps. A row is selected from in the smallest block that holds
+# the whole width. Wider rows are filtered, and what is left is selected from in the last, or in the small block.
+BLOCKS = {1024: 4, 4096: 8, 8192: 8}
+SMALL_BLOCK = 4096
+FILTER_BLOCK = 4096  # tokens that a program which filters looks at in one go
+FILTER_WARPS = 8
+FILTER_PROGRAMS = 2 * 132  # over all rows: two per multiprocessor
+MAX_SHARES = 16  # programs that filter one row
 COPY_BLOCK = 1024  # indices of a row that selects all its tokens, stored at once
 
 assert kernels  # imported first: it decides how Triton runs
 
+_filter = Launcher(topk_filter_kernel)
 _topk = Launcher(topk_kernel)
 
 
@@ -26,38 +31,62 @@ def topk_indices(logits: torch.Tensor, seqlens_expanded: torch.Tensor, index_top
     Positions ascend, then -1. Ties go to the lower position, and 0.0 ties with -0.0. NaN counts as -inf. A row of at
     most ``index_topk`` tokens selects all of them, whatever their logits. Columns beyond are not looked at.
     """
-    out = _output(logits, index_topk)
-    topk_op(out, logits, seqlens_expanded, None, None)
-    return out
+    return _select(logits, seqlens_expanded, index_topk, None, None)
 
 
 def topk_transform_paged(
     logits: torch.Tensor, seqlens_expanded: torch.Tensor, page_table_1: torch.Tensor, index_topk: int
 ) -> torch.Tensor:
     """``topk_indices``, then the slot of each: page_table_1[row, position]. page_table_1 has a row per row."""
-    out = _output(logits, index_topk)
-    topk_op(out, logits, seqlens_expanded, page_table_1, None)
-    return out
+    return _select(logits, seqlens_expanded, index_topk, page_table_1, None)
 
 
 def topk_transform_ragged(
     logits: torch.Tensor, seqlens_expanded: torch.Tensor, topk_indices_offset: torch.Tensor, index_topk: int
 ) -> torch.Tensor:
     """``topk_indices``, then the place of each in the batch's concatenated KV: position + topk_indices_offset[row]."""
-    out = _output(logits, index_topk)
-    topk_op(out, logits, seqlens_expanded, None, topk_indices_offset)
+    return _select(logits, seqlens_expanded, index_topk, None, topk_indices_offset)
+
+
+def _select(
+    logits: torch.Tensor,
+    seqlens_expanded: torch.Tensor,
+    index_topk: int,
+    page_table_1: torch.Tensor | None,
+    topk_indices_offset: torch.Tensor | None,
+) -> torch.Tensor:
+    out = torch.empty(logits.shape[0], index_topk, dtype=torch.int32, device=logits.device)
+    rows, width = logits.shape
+    likely = counts = None
+    if width > max(BLOCKS):
+        assert index_topk < max(BLOCKS), "index_topk is too large"
+        # From sizes that a graph is captured for, not from lengths. Results do not depend on it.
+        shares = max(1, min(FILTER_PROGRAMS // max(1, rows), MAX_SHARES, -(-width // FILTER_BLOCK)))
+        likely = torch.empty(rows, shares, max(BLOCKS), dtype=torch.int64, device=logits.device)
+        counts = torch.empty(rows, shares, dtype=torch.int32, device=logits.device)
+        topk_filter_op(likely, counts, logits, seqlens_expanded, index_topk)
+    topk_op(out, logits, seqlens_expanded, page_table_1, topk_indices_offset, likely, counts)
     return out
 
 
-def _output(logits: torch.Tensor, index_topk: int) -> torch.Tensor:
-    return torch.empty(logits.shape[0], index_topk, dtype=torch.int32, device=logits.device)
-
-
-def _block(width: int, index_topk: int) -> int:
-    """The smallest block that holds a row, or the largest; in any case one that new tokens fit into."""
-    fitting = [block for block in BLOCKS if block >= min(width, max(BLOCKS)) and block >= 2 * index_topk]
-    assert fitting, "index_topk is too large"
-    return min(fitting)
+def _launch_filter(
+    likely: torch.Tensor,
+    counts: torch.Tensor,
+    logits: torch.Tensor,
+    seqlens_expanded: torch.Tensor,
+    index_topk: int,
+) -> None:
+    """See ``topk_filter_kernel``. logits [R, W] float32, whose rows may lie apart."""
+    rows, shares, capacity = likely.shape
+    if rows == 0 or index_topk == 0:
+        return
+    assert is_dense(logits), "rows must be dense"
+    strides = (logits.stride(0), seqlens_expanded.stride(0))
+    _filter(
+        rows * shares, (capacity, seqlens_expanded.dtype, *(is_wide(stride) for stride in strides)), likely, counts,
+        logits, seqlens_expanded, *strides, logits.shape[1], index_topk, shares, capacity, FILTER_BLOCK,
+        min(FILTER_BLOCK, LINE.value * FILTER_WARPS), num_warps=FILTER_WARPS,
+    )  # fmt: skip
 
 
 def _launch(
@@ -66,45 +95,42 @@ def _launch(
     seqlens_expanded: torch.Tensor,
     page_table_1: torch.Tensor | None,
     topk_indices_offset: torch.Tensor | None,
+    likely: torch.Tensor | None,
+    counts: torch.Tensor | None,
 ) -> None:
     """Dense out [R, K] int32; logits [R, W] float32 and page_table_1 [R, W] int32, whose rows may lie apart.
 
-    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride.
+    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride. likely, counts: what
+    ``topk_filter_op`` made, if rows are wider than a block.
     """
-    num_rows, index_topk = out.shape
-    if num_rows == 0 or index_topk == 0:
+    (rows, index_topk), width = out.shape, logits.shape[1]
+    if rows == 0 or index_topk == 0:
         return
     table = out if page_table_1 is None else page_table_1
     offsets = seqlens_expanded if topk_indices_offset is None else topk_indices_offset
     assert is_dense(logits, table), "rows must be dense"
     kind = POSITIONS if page_table_1 is None else PAGED
     transform = (kind if topk_indices_offset is None else RAGGED).value
-    block = _block(logits.shape[1], index_topk)
-    short_block = min(block, *(size for size in BLOCKS if size > index_topk and BLOCKS[size] == BLOCKS[block]))
+    filtered = counts is not None
+    block = max(BLOCKS) if filtered else min(block for block in BLOCKS if block >= width)
+    small_block, warps = min(SMALL_BLOCK, block), BLOCKS[block]
+    scratch = (likely, counts) if filtered else (out, out)
     strides = (logits.stride(0), seqlens_expanded.stride(0), table.stride(0), offsets.stride(0))
     dtypes = (seqlens_expanded.dtype, table.dtype, offsets.dtype)
     _topk(
-        num_rows,
-        (transform, block, short_block, *dtypes, *(is_wide(stride) for stride in strides)),
-        out,
-        logits,
-        seqlens_expanded,
-        table,
-        offsets,
-        *strides,
-        logits.shape[1],
-        index_topk,
-        transform,
-        block,
-        short_block,
-        min(EMIT_BLOCK, block),
-        COPY_BLOCK,
-        num_warps=BLOCKS[block],
-    )
+        rows, (transform, filtered, block, *dtypes, *(is_wide(stride) for stride in strides)), out, logits,
+        seqlens_expanded, table, offsets, *scratch, *strides, width, index_topk,
+        1 if counts is None else counts.shape[1], transform, filtered, block, small_block, MAX_SHARES,
+        min(block, LINE.value * warps), COPY_BLOCK, num_warps=warps,
+    )  # fmt: skip
 
 
+topk_filter_op = register(
+    "topk_filter(Tensor(a!) likely, Tensor(b!) counts, Tensor logits, Tensor seqlens_expanded, int index_topk) -> ()",
+    _launch_filter,
+)
 topk_op = register(
-    "topk(Tensor(a!) out, Tensor logits, Tensor seqlens_expanded, Tensor? page_table_1, Tensor? topk_indices_offset) "
-    "-> ()",
+    "topk(Tensor(a!) out, Tensor logits, Tensor seqlens_expanded, Tensor? page_table_1, Tensor? topk_indices_offset, "
+    "Tensor? likely, Tensor? counts) -> ()",
     _launch,
 )

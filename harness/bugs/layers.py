@@ -24,7 +24,7 @@ QUANTIZE = "optimized.kernels.kv_cache:quantize"
 TO_E4M3 = "optimized.kernels.fp8:to_e4m3_bits"
 INDEXER = "optimized.kernels.indexer:indexer_logits_kernel"
 TOPK = "optimized.kernels.topk:topk_kernel"
-SELECT = "optimized.kernels.topk:select_block"
+SELECT = "optimized.kernels.topk:select"
 ATTEND = "optimized.kernels.attention:sparse_mla_kernel"
 LOAD_KEYS = "optimized.kernels.attention:load_keys"
 RESULT = "optimized.kernels.attention:write_result"
@@ -251,9 +251,10 @@ _SELECTIONS = (
         "near-equal scores around the threshold",
         Check.SELECTION,
         Mutation(
-            "optimized.kernels.topk:order_key",
-            "return bits ^ ((bits >> 31) & FLOAT32_ABS)",
-            "return (bits ^ ((bits >> 31) & FLOAT32_ABS)) & -0x200000",
+            "optimized.kernels.topk:score",
+            'return number_or(logits, float("-inf"))',
+            'bits = number_or(logits, float("-inf")).to(tl.int32, bitcast=True) & -0x200000\n'
+            "    return bits.to(tl.float32, bitcast=True)",
         ),
     ),
     _bug(
@@ -262,16 +263,7 @@ _SELECTIONS = (
         REVIEW,
         "equal scores around the threshold",
         Check.SELECTION,
-        Mutation(
-            SELECT,
-            "        ties_before = counts & COUNT_MASK\n"
-            "        selected = larger | (tied & (ties_before < ties))\n"
-            "        places = (counts >> COUNT_BITS) + tl.minimum(ties_before, ties)\n",
-            "        skipped = tl.where(count <= EMIT_BLOCK, tl.sum(tied.to(tl.int32), 0) - ties, 0)\n"
-            "        ties_before = (counts & COUNT_MASK) - skipped\n"
-            "        selected = larger | (tied & (ties_before >= 0) & (ties_before < ties))\n"
-            "        places = (counts >> COUNT_BITS) + tl.minimum(tl.maximum(ties_before, 0), ties)\n",
-        ),
+        Mutation(SELECT, "ties <= k - above", "ties > at_threshold - k"),
     ),
     Bug(
         "minus-one-not-seeded",
@@ -289,7 +281,7 @@ _SELECTIONS = (
         "flashinfer#2489",
         "a row shorter than index_topk in a wider table",
         Check.SELECTION,
-        Mutation(TOPK, "live = positions < length", "live = positions < width"),
+        Mutation(TOPK, "live = tokens < length", "live = tokens < width"),
     ),
     _bug(
         "take-all-path-off-by-one",
@@ -318,7 +310,7 @@ _SELECTIONS = (
         "another index_topk than 2048",
         frozenset({Check.SHAPE}),
         Mutation(
-            "optimized.topk:_output",
+            "optimized.topk:_select",
             "torch.empty(logits.shape[0], index_topk,",
             "torch.empty(logits.shape[0], 2048,",
         ),

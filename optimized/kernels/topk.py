@@ -1,4 +1,8 @@
-"""The best tokens of each row, in ascending order of position: one program selects for one row."""
+"""The best tokens of each row, in ascending order of position.
+
+A row that fits into a block is selected from by one program. Of a longer row, several programs first keep what may be
+among the best, so that the program that selects has little to look at.
+"""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -8,52 +12,139 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fp8 import FLOAT32_ABS, FLOAT32_INF
+from optimized.kernels.fp8 import FLOAT32_ABS, INTERPRETED
 
 # What a selected position becomes.
 POSITIONS = tl.constexpr(0)  # itself
 PAGED = tl.constexpr(1)  # the slot that the row's page table has there
 RAGGED = tl.constexpr(2)  # its place in the concatenated KV of the batch
 
-NO_KEY = tl.constexpr(-0x80000000)  # below the key of every number
-NEGATIVE_INF_BITS = tl.constexpr(-0x00800000)
-COUNT_BITS = tl.constexpr(16)  # of the lower of two counts in one int32
+NAN_BITS = tl.constexpr(0x7FC00000)
+LARGEST_KEY = tl.constexpr(0x7F7FFFFF)  # order key of the largest number that is not infinite
 LINE = tl.constexpr(32)  # lanes of a warp
-COUNT_MASK = tl.constexpr(0xFFFF)
+COUNT_BITS = tl.constexpr(16)  # of the lower of two counts in one number
+COUNT_UNIT = tl.constexpr(0x10000)  # of the upper one
+FIELD_BITS = tl.constexpr(8)  # of each of four counts in one int32, none above LINE
+FIELD_MASK = tl.constexpr(0xFF)
+SHARE_UNIT = tl.constexpr(128)  # tokens: what a program starts with starts on a cache line
+
+# The sample that tells which tokens are worth keeping.
+MEMBERS = tl.constexpr(16)  # tokens of a group, at most
+RUN = tl.constexpr(8)  # neighbours that are read together: a sector of memory
+MARGIN = tl.constexpr(4.0)  # standard deviations
+SCATTER = tl.constexpr(40503)  # 2^16 divided by the golden ratio: its multiples are spread evenly
+SCATTER_BITS = tl.constexpr(16)
+SCATTER_MASK = tl.constexpr(0xFFFF)
 
 
 @triton.jit
-def order_key(x: tl.tensor) -> tl.tensor:
-    """float32 as int32 in the same order: -0.0 equals 0.0, NaN equals -inf."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & FLOAT32_ABS
-    bits = tl.where(magnitude > FLOAT32_INF, NEGATIVE_INF_BITS, bits)
-    bits = tl.where(magnitude == 0, 0, bits)
+def number_or(x: tl.tensor, other: float) -> tl.tensor:
+    """``x``, and ``other`` where it is NaN."""
+    return tl.where(x == x, x, other)
+
+
+@triton.jit
+def score(logits: tl.tensor) -> tl.tensor:
+    """What a logit counts as: NaN as -inf."""
+    return number_or(logits, float("-inf"))
+
+
+@triton.jit
+def skipped(scores: tl.tensor, other: float) -> tl.tensor:
+    """``scores`` for a minimum or maximum that passes over NaN; ``other`` is what does not change it.
+
+    Compiled ones do so by themselves; the interpreter's warn if there is nothing else.
+    """
+    return number_or(scores, other) if INTERPRETED else scores
+
+
+@triton.jit
+def order_key(bits: tl.tensor) -> tl.tensor:
+    """Bits of a float32 as an int32 in the same order, and back."""
     return bits ^ ((bits >> 31) & FLOAT32_ABS)
 
 
 @triton.jit
-def kth_largest(keys: tl.tensor, valid: tl.tensor, count: tl.tensor, k: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """A threshold for the ``k`` largest of the ``count`` ``valid`` keys (more than ``k``), and how many ties to take.
+def from_key(key: tl.tensor) -> tl.tensor:
+    """The float32 whose order key this is."""
+    return order_key(key).to(tl.float32, bitcast=True)
 
-    Every key above the threshold is selected, and of those equal to it the first ``ties``. By bisection: a step counts
-    keys in registers, which is one comparison each. It ends as soon as a threshold is met by exactly ``k`` keys, which
-    for numbers without ties takes half of the 32 steps that it can take at most.
+
+@triton.jit
+def reaches(scores: tl.tensor, threshold: tl.tensor) -> tl.tensor:
+    """1.0 where ``scores`` are at least ``threshold``, else 0.0; NaN never is.
+
+    One instruction of one pipe, which the sum that follows leaves free. Left to itself, LLVM makes five of integers.
     """
-    low = tl.min(tl.where(valid, keys, FLOAT32_ABS), 0)  # met by all
-    high = tl.max(keys, 0) + 1  # met by none; no key is the largest int32
+    if INTERPRETED:
+        return (scores >= threshold).to(tl.float32)
+    return tl.inline_asm_elementwise(
+        "set.ge.f32.f32 $0, $1, $2;", "=f,f,f", [scores, threshold], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def kth_largest(
+    scores: tl.tensor,
+    count: tl.tensor,
+    k: tl.tensor,
+    slack: tl.tensor,
+    COLUMNS: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A threshold that at least ``k`` of the ``count`` scores reach, how many do, and how many exceed it.
+
+    At most ``k + slack`` reach it, unless so many are equal to it. NaN is no score. COLUMNS: threads of the program.
+
+    Two thresholds are tried at once: where the counts so far point to, which is usually close, and the middle of the
+    order keys that are left, so that there are at most 32 steps whatever the scores.
+    """
+    tile = tl.reshape(scores, [scores.shape[0] // COLUMNS, COLUMNS])
+    smallest = number_or(tl.min(skipped(tile, float("inf")), 0), float("inf"))
+    largest = number_or(tl.max(skipped(tile, float("-inf")), 0), float("-inf"))
+    low = tl.min(order_key(smallest.to(tl.int32, bitcast=True)), 0)  # reached by all
+    high = tl.max(order_key(largest.to(tl.int32, bitcast=True)), 0) + 1  # reached by none
     at_low = count
     at_high = count * 0
-    middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, which int32 has a place for
-    while (middle > low) & (at_low > k):
-        at_middle = tl.sum((keys >= middle).to(tl.int32), 0)
-        enough = at_middle >= k
-        low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, at_middle, at_low)
-        high = tl.where(enough, high, middle)
-        at_high = tl.where(enough, at_high, at_middle)
-        middle = (low & high) + ((low ^ high) >> 1)
-    return low, tl.where(at_low == k, k, k - at_high)
+    while (high - low != 1) & (at_low > k + slack):
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, which int32 has a place for
+        part = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        least = from_key(tl.maximum(low, -LARGEST_KEY - 1))
+        most = from_key(tl.minimum(high, LARGEST_KEY))
+        guess = order_key((least * (1.0 - part) + most * part).to(tl.int32, bitcast=True))
+        guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+        lower = tl.minimum(guess, middle)
+        upper = tl.maximum(guess, middle)
+        # What a thread counts is small enough for one float32.
+        counts = tl.sum(reaches(tile, from_key(lower)), 0) + tl.sum(reaches(tile, from_key(upper)), 0) * COUNT_UNIT
+        counts = tl.sum(counts.to(tl.int32), 0)
+        at_lower = counts & (COUNT_UNIT - 1)
+        at_upper = counts >> COUNT_BITS
+        low = tl.where(at_upper >= k, upper, tl.where(at_lower >= k, lower, low))
+        at_low = tl.where(at_upper >= k, at_upper, tl.where(at_lower >= k, at_lower, at_low))
+        high = tl.where(at_lower < k, lower, tl.where(at_upper < k, upper, high))
+        at_high = tl.where(at_lower < k, at_lower, tl.where(at_upper < k, at_upper, at_high))
+    return from_key(low), at_low, at_high
+
+
+@triton.jit
+def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:  # noqa: N803
+    """How many lanes are ``selected`` up to each and with it, and how many in all. COLUMNS: threads of the program.
+
+    A line is what a warp scans by shuffles. Four lines are scanned at once, in the fields of one int32; then the sums
+    of all lines are.
+    """
+    N: tl.constexpr = selected.shape[0]  # noqa: N806
+    FIELDS: tl.constexpr = min(4, N // COLUMNS)  # noqa: N806
+    WORDS: tl.constexpr = N // COLUMNS // FIELDS  # noqa: N806
+    LINES: tl.constexpr = COLUMNS // LINE  # noqa: N806
+    shift = tl.arange(0, FIELDS) * FIELD_BITS
+    words = tl.sum(tl.reshape(selected.to(tl.int32), [WORDS, FIELDS, COLUMNS]) << shift[None, :, None], 1)
+    words = tl.reshape(words, [WORDS, LINES, LINE])
+    sums = (tl.sum(words, 2)[:, None, :] >> shift[None, :, None]) & FIELD_MASK
+    sums = tl.reshape(sums, [N // LINE])
+    before_line = tl.reshape(tl.cumsum(sums, 0) - sums, [WORDS, FIELDS, LINES, 1])
+    within_line = (tl.cumsum(words, 2)[:, None, :, :] >> shift[None, :, None, None]) & FIELD_MASK
+    return tl.reshape(before_line + within_line, [N]), tl.sum(sums, 0)
 
 
 @triton.jit
@@ -73,81 +164,169 @@ def transform(
 
 
 @triton.jit
-def load_keys(
-    row_logits: tl.tensor,
+def select(
     out: tl.tensor,
-    lanes: tl.tensor,
-    begin: tl.tensor,
-    kept: tl.tensor,
+    scores: tl.tensor,
+    positions: tl.tensor,
     count: tl.tensor,
-    HAS_KEPT: tl.constexpr,  # noqa: N803
-) -> tuple[tl.tensor, tl.tensor]:
-    """Keys and positions of ``lanes``: first the ``kept`` positions in ``out``, then those from ``begin``."""
-    positions = begin - kept + lanes
-    if HAS_KEPT:
-        positions = tl.where(lanes < kept, tl.load(out + lanes, mask=lanes < kept, other=0), positions)
-    keys = order_key(tl.load(row_logits + positions, mask=lanes < count, other=0.0))
-    return tl.where(lanes < count, keys, NO_KEY), positions
+    k: tl.tensor,
+    is_final: tl.tensor,
+    table: tl.tensor,
+    offset: tl.tensor,
+    TRANSFORM: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+) -> None:
+    """Store the best ``k`` of ``count`` tokens (at least ``k``), whose ``positions`` ascend; NaN is the score of none.
+
+    is_final: whether what is selected here is selected for good. If not, it stays positions.
+    """
+    threshold, at_threshold, above = kth_largest(scores, count, k, k * 0, COLUMNS)
+    selected = scores >= threshold
+    if at_threshold > k:
+        tied = scores == threshold
+        ties, _ = ranks(tied, COLUMNS)
+        selected = selected & ((scores > threshold) | (ties <= k - above))
+    places, _ = ranks(selected, COLUMNS)
+    values = positions
+    if is_final:
+        values = transform(positions, selected, table, offset, TRANSFORM)
+    tl.store(out - 1 + places, values, mask=selected)
 
 
 @triton.jit
-def select_block(
-    row_logits: tl.tensor,
-    out: tl.tensor,
-    begin: tl.tensor,
+def likely_threshold(
+    logits: tl.tensor,
     length: tl.tensor,
     k: tl.tensor,
-    table: tl.tensor,
-    offset: tl.tensor,
-    HAS_KEPT: tl.constexpr,  # noqa: N803
-    TRANSFORM: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    EMIT_BLOCK: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
 ) -> tl.tensor:
-    """The best ``k`` among the best so far and the tokens from ``begin`` that fit with them; returns where they end.
+    """A number that somewhat more than ``k`` of a row's ``length`` scores probably reach, the same for every program.
 
-    HAS_KEPT: ``out`` holds the ``k`` positions selected before ``begin``, else ``begin`` is 0. They come first, so that
-    lanes are in the order of positions. There must be more than ``k`` tokens.
+    NaN, which none reaches, if there is hardly more than -inf in the row.
+
+    A sample of the row is dealt to COLUMNS groups. With as many members as there are tokens for each of the ``k`` best,
+    most groups have one or two of those. So the share of groups whose best score reaches a number tells how many tokens
+    do. A group's members come from all parts of the row, a run of neighbours from each, at places without a period.
     """
-    kept = begin * 0
-    if HAS_KEPT:
-        kept += k
-    end = tl.minimum(begin + BLOCK - kept, length)
-    count = kept + end - begin
-    lanes = tl.arange(0, BLOCK)
-    keys, _ = load_keys(row_logits, out, lanes, begin, kept, count, HAS_KEPT)
-    threshold, ties = kth_largest(keys, lanes < count, count, k)
+    members = tl.minimum(length // k, MEMBERS)
+    runs = members * (COLUMNS // RUN)
+    stride = length // runs
+    lanes = tl.arange(0, MEMBERS * COLUMNS)
+    member = lanes // COLUMNS
+    shift = ((member * SCATTER) & SCATTER_MASK) * tl.maximum(stride - RUN + 1, 0) >> SCATTER_BITS
+    positions = length - runs * stride + lanes // RUN * stride + shift + lanes % RUN
+    sample = tl.load(logits + positions, mask=member < members, other=float("-inf"))
+    best = score(tl.max(skipped(tl.reshape(sample, [MEMBERS, COLUMNS]), float("-inf")), 0))
 
-    # Store what is selected. The keys are loaded again, piece by piece: they are in the cache, and the search needed
-    # the registers. A piece overwrites nothing in ``out`` that a later one reads: no lane moves up.
-    before = count * 0  # selected so far, in the two counts below
-    for start in range(0, count, EMIT_BLOCK):
-        piece = start + tl.arange(0, EMIT_BLOCK)
-        piece_keys, positions = load_keys(row_logits, out, piece, begin, kept, count, HAS_KEPT)
-        # Both counts that decide a lane's place in one scan: larger keys above, ties below.
-        larger = piece_keys > threshold
-        tied = piece_keys == threshold
-        counted = (larger.to(tl.int32) << COUNT_BITS) | tied.to(tl.int32)
-        # A line is what a warp scans by shuffles; a scan along a piece would cost each warp a look at all others.
-        lines = tl.reshape(counted, [EMIT_BLOCK // LINE, LINE])
-        line_totals = tl.sum(lines, 1)
-        before_line = before + tl.cumsum(line_totals, 0) - line_totals
-        counts = tl.reshape(before_line[:, None] + tl.cumsum(lines, 1) - lines, [EMIT_BLOCK])
-        ties_before = counts & COUNT_MASK
-        selected = larger | (tied & (ties_before < ties))
-        places = (counts >> COUNT_BITS) + tl.minimum(ties_before, ties)
-        values = positions
-        if TRANSFORM != POSITIONS:
-            final = piece < tl.where(end == length, count, 0)  # what the last block selects is what is selected
-            values = tl.where(final, transform(positions, selected & final, table, offset, TRANSFORM), positions)
-        tl.store(out + places, values, mask=selected)
-        before += tl.sum(line_totals, 0)
-    return end
+    # Groups with one of the k best, if these lie anywhere; and so many more that they are hardly ever more than that.
+    miss = tl.exp2(members.to(tl.float32) * tl.log2(1.0 - k.to(tl.float32) / length.to(tl.float32)))
+    expected = COLUMNS * (1.0 - miss)
+    wanted = (expected + MARGIN * tl.sqrt(expected * miss)).to(tl.int32) + 3
+    wanted = tl.minimum(wanted, COLUMNS)
+    threshold, _, _ = kth_largest(best, wanted * 0 + COLUMNS, wanted, wanted // 16, COLUMNS)
+    return tl.where(threshold > float("-inf"), threshold, float("nan"))
+
+
+_FILTER_RUNTIME = [
+    "likely", "counts", "logits", "seqlens_expanded", "logits_stride", "lengths_stride", "width", "k", "num_shares",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_FILTER_RUNTIME, do_not_specialize_on_alignment=_FILTER_RUNTIME)
+def topk_filter_kernel(
+    likely: tl.tensor,
+    counts: tl.tensor,
+    logits: tl.tensor,
+    seqlens_expanded: tl.tensor,
+    logits_stride: tl.tensor,
+    lengths_stride: tl.tensor,
+    width: tl.tensor,
+    k: tl.tensor,
+    num_shares: tl.tensor,
+    CAPACITY: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+) -> None:
+    """Keep the tokens of each row that are likely among its best: ``num_shares`` programs per row, each for its share.
+
+    Dense likely [rows, num_shares, CAPACITY] int64 gets what is kept, in ascending order of position: the bits of the
+    score, then 32 bits of position. The last line is filled up with NaN. Dense counts [rows, num_shares] int32 say how
+    much is kept. If that is more than CAPACITY, not all is stored. Nothing is kept of a row of at most CAPACITY tokens.
+    Whether enough is kept is for the caller to see: this goes by a sample.
+    """
+    program = tl.program_id(0)
+    row = (program // num_shares).to(tl.int64)
+    share = program % num_shares
+    length = tl.load(seqlens_expanded + row * lengths_stride)
+    length = tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
+    row_logits = logits + row * logits_stride
+    kept = likely + program.to(tl.int64) * CAPACITY
+    count = length * 0
+    if length > CAPACITY:
+        size = tl.cdiv(tl.cdiv(length, num_shares), SHARE_UNIT) * SHARE_UNIT
+        begin = share * size
+        end = tl.minimum(begin + size, length)
+        lanes = tl.arange(0, BLOCK)
+        following = tl.load(row_logits + begin + lanes, mask=lanes < end - begin, other=float("nan"))  # a block ahead
+        threshold = likely_threshold(row_logits, length, k, COLUMNS)
+        for start in range(begin, end, BLOCK):
+            block_logits = following
+            ahead = start + BLOCK
+            following = tl.load(row_logits + ahead + lanes, mask=lanes < end - ahead, other=float("nan"))
+            is_likely = block_logits >= threshold
+            places, total = ranks(is_likely, COLUMNS)
+            if count + total <= CAPACITY:
+                entries = (block_logits.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (start + lanes)
+                tl.store(kept + count - 1 + places, entries, mask=is_likely)
+            count += total
+        lines = tl.arange(0, LINE)
+        nothing = tl.full([LINE], NAN_BITS, tl.int64) << 32
+        tl.store(kept + count + lines, nothing, mask=lines < tl.minimum(-count & (LINE - 1), CAPACITY - count))
+    tl.store(counts + program, count)
+
+
+@triton.jit
+def load_kept(
+    kept: tl.tensor,
+    first_lines: tl.tensor,
+    num_lines: tl.tensor,
+    CAPACITY: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scores and positions that were ``kept`` of a row, a share behind the other, in whole lines; NaN for the rest.
+
+    first_lines: how many lines lie before those of each share.
+    """
+    line = tl.arange(0, BLOCK // LINE)
+    shares = tl.arange(0, first_lines.shape[0])
+    # A share's lines have been moved down from where it starts in memory by as much as those before it fall short.
+    moved = shares * (CAPACITY // LINE) - first_lines
+    moved = tl.max(tl.where(first_lines[:, None] <= line[None, :], moved[:, None], 0), 0)
+    live = tl.reshape(tl.broadcast_to((line < num_lines)[:, None], [BLOCK // LINE, LINE]), [BLOCK])
+    places = tl.reshape(((line + moved) * LINE)[:, None] + tl.arange(0, LINE)[None, :], [BLOCK])
+    entries = tl.load(kept + places, mask=live, other=NAN_BITS << 32)
+    return (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True), entries.to(tl.int32)
+
+
+@triton.jit
+def load_tokens(
+    logits: tl.tensor,
+    out: tl.tensor,
+    begin: tl.tensor,
+    best: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scores and positions of ``count`` tokens: the ``best`` in ``out``, then those from ``begin``; else NaN."""
+    lanes = tl.arange(0, BLOCK)
+    positions = tl.where(lanes < best, tl.load(out + lanes, mask=lanes < best, other=0), begin - best + lanes)
+    scores = score(tl.load(logits + positions, mask=lanes < count, other=0.0))
+    return tl.where(lanes < count, scores, float("nan")), positions
 
 
 _RUNTIME = [
-    "out", "logits", "seqlens_expanded", "table", "offsets", "logits_stride", "lengths_stride", "table_stride",
-    "offsets_stride", "width", "k",
+    "out", "logits", "seqlens_expanded", "table", "offsets", "likely", "counts", "logits_stride", "lengths_stride",
+    "table_stride", "offsets_stride", "width", "k", "num_shares",
 ]  # fmt: skip
 
 
@@ -158,51 +337,74 @@ def topk_kernel(
     seqlens_expanded: tl.tensor,
     table: tl.tensor,
     offsets: tl.tensor,
+    likely: tl.tensor,
+    counts: tl.tensor,
     logits_stride: tl.tensor,
     lengths_stride: tl.tensor,
     table_stride: tl.tensor,
     offsets_stride: tl.tensor,
     width: tl.tensor,
     k: tl.tensor,
+    num_shares: tl.tensor,
     TRANSFORM: tl.constexpr,  # noqa: N803
+    FILTERED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
-    SHORT_BLOCK: tl.constexpr,  # noqa: N803
-    EMIT_BLOCK: tl.constexpr,  # noqa: N803
+    SMALL_BLOCK: tl.constexpr,  # noqa: N803
+    MAX_SHARES: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
     COPY_BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
-    """One program per row; ``out`` [rows, k] is dense. BLOCK and SHORT_BLOCK exceed ``k``.
+    """One program per row; ``out`` [rows, k] is dense. Without FILTERED no row is longer than BLOCK.
 
-    1. A row of at most ``k`` tokens selects all of them: no logit is read.
-    2. A row that fits into a block is selected in registers, where each step of the search is cheap. A table is as
-       wide as the context and most rows are much shorter, so there is a block for those as well.
-    3. Of a longer row, the best so far meet the next tokens, a block at a time. ``out`` keeps them in between.
+    1. A row of at most ``k`` tokens selects all of them.
+    2. Of a row that is FILTERED, those that ``topk_filter_kernel`` kept compete, if they are enough and fit.
+    3. Otherwise the row's tokens do: the best so far meet as many of the next as fit, until there are no more. ``out``
+       keeps them in between. Such rows are rare, for the filter goes by a sample, or short, and done at once.
     """
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(seqlens_expanded + row * lengths_stride)
-    length = tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
     row_out = out + row * k
     row_logits = logits + row * logits_stride
     row_table = table + row * table_stride
+    lanes = tl.arange(0, BLOCK)
+    if not FILTERED:  # all that the row can have, before its length is known: this saves a wait
+        scores = score(tl.load(row_logits + lanes, mask=lanes < width, other=0.0))
+    length = tl.load(seqlens_expanded + row * lengths_stride)
+    length = tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
     offset = length * 0
     if TRANSFORM == RAGGED:
         offset = tl.load(offsets + row * offsets_stride).to(tl.int32)
 
     if length <= k:
         for start in range(0, k, COPY_BLOCK):
-            positions = start + tl.arange(0, COPY_BLOCK)
-            live = positions < length
-            values = tl.where(live, transform(positions, live, row_table, offset, TRANSFORM), -1)
-            tl.store(row_out + positions, values, mask=positions < k)
-    elif length <= SHORT_BLOCK:
-        select_block(
-            row_logits, row_out, length * 0, length, k, row_table, offset, False, TRANSFORM, SHORT_BLOCK, EMIT_BLOCK
-        )  # fmt: skip
+            tokens = start + tl.arange(0, COPY_BLOCK)
+            live = tokens < length
+            result = tl.where(live, transform(tokens, live, row_table, offset, TRANSFORM), -1)
+            tl.store(row_out + tokens, result, mask=tokens < k)
+    elif not FILTERED:
+        scores = tl.where(lanes < length, scores, float("nan"))
+        select(row_out, scores, lanes, length, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
     else:
-        begin = select_block(
-            row_logits, row_out, length * 0, length, k, row_table, offset, False, TRANSFORM, BLOCK, EMIT_BLOCK
-        )  # fmt: skip
-        while begin < length:
-            tl.debug_barrier()  # what the last block stored, this one loads
-            begin = select_block(
-                row_logits, row_out, begin, length, k, row_table, offset, True, TRANSFORM, BLOCK, EMIT_BLOCK
-            )  # fmt: skip
+        shares = tl.arange(0, MAX_SHARES)
+        share_counts = tl.load(counts + row * num_shares + shares, mask=shares < num_shares, other=0)
+        share_lines = tl.cdiv(share_counts, LINE)
+        first_lines = tl.cumsum(share_lines, 0) - share_lines
+        num_lines = tl.sum(share_lines, 0)
+        count = tl.sum(share_counts, 0)
+        kept = likely + row * num_shares * BLOCK
+        if (count >= k) & (num_lines <= SMALL_BLOCK // LINE):
+            scores, tokens = load_kept(kept, first_lines, num_lines, BLOCK, SMALL_BLOCK)
+            select(row_out, scores, tokens, count, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
+        elif (count >= k) & (num_lines <= BLOCK // LINE):
+            scores, tokens = load_kept(kept, first_lines, num_lines, BLOCK, BLOCK)
+            select(row_out, scores, tokens, count, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
+        else:
+            begin = length * 0
+            best = length * 0  # how many are in ``out``
+            while begin < length:
+                tl.debug_barrier()  # what the last block stored, this one loads
+                end = tl.minimum(begin + BLOCK - best, length)
+                count = best + end - begin
+                scores, tokens = load_tokens(row_logits, row_out, begin, best, count, BLOCK)
+                select(row_out, scores, tokens, count, k, end == length, row_table, offset, TRANSFORM, COLUMNS)
+                begin = end
+                best = length * 0 + k

@@ -21,7 +21,7 @@ BEST_OF_THREE = [1, 2]  # of 0, 1, 2
 
 WIDER_LANES = Mutation("optimized.kv_cache:lanes", "1 <<", "2 <<")
 FIRST_TWO = Mutation("optimized.kernels.topk:topk_kernel", "if length <= k:", "if length <= k + 1:")
-WORST = Mutation("optimized.kernels.topk:order_key", "return bits ^", "return -1 ^ bits ^")
+WORST = Mutation("optimized.kernels.topk:score", "(logits,", "(-logits,")
 ABSENT = Mutation("optimized.kv_cache:lanes", "no such text", "")
 AMBIGUOUS = Mutation("optimized.kv_cache:lanes", "int", "float")
 
@@ -110,7 +110,7 @@ def test_nested() -> None:
     with mutated(FIRST_TWO):
         with mutated(WORST, Mutation(FIRST_TWO.target, "length <= k + 1", "length <= k - 2")):
             assert selected() == [0, 1]
-            with mutated(Mutation(WORST.target, "return -1 ^ bits", "return bits")):
+            with mutated(Mutation(WORST.target, "(-logits,", "(logits,")):
                 assert selected() == [1, 2]
         assert selected() == [0, 1]
 

@@ -148,6 +148,7 @@ class StageSizes:
 
 STAGE_WARM_UP = [  # every block that a row can be selected in
     StageSizes(1, 100, 1, 16, 0),
+    StageSizes(1, 4096, 1, 2048, 0),
     StageSizes(1, 8192, 1, 2048, 0),
     StageSizes(1, 163840, 1, 2048, 0),
 ]

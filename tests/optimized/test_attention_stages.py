@@ -1,4 +1,4 @@
-"""Storing, scoring and selecting equal the reference bit for bit wherever the true answer has one bit pattern."""
+"""Storing and scoring equal the reference bit for bit wherever the true answer has one bit pattern."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import triton.language as tl
 
 import reference.indexer
 import reference.kv_cache
-import reference.topk
-from optimized import indexer, kv_cache, topk
+from optimized import indexer, kv_cache
 from optimized.kernels.fp8 import from_e4m3_bits, to_e4m3_bits
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
@@ -277,88 +276,3 @@ def test_a_nan_key_has_a_nan_logit() -> None:
 def test_no_logits(rows: int, width: int) -> None:
     case = scoring(SMALL, 16, [0] * rows, width, exact=True)
     assert case.logits().shape == (rows, width)
-
-
-# The selection ---------------------------------------------------------------------------------------------------
-
-
-def lattice_logits(rows: int, width: int, seed: int) -> torch.Tensor:
-    """Rows of different character: distinct, tied, all equal, with NaN and infinities, zeros of both signs, tiny."""
-    random = generator(seed)
-    logits = torch.randn(rows, width, generator=random, device=DEVICE)
-    integers = torch.randint(-3, 4, (rows, width), generator=random, device=DEVICE).float()
-    chosen = torch.rand(rows, width, generator=random, device=DEVICE)
-    for row in range(rows):
-        match row % 8:
-            case 1:
-                logits[row] = integers[row]
-            case 2:
-                logits[row] = -1.5
-            case 3:
-                logits[row, chosen[row] < 0.5] = torch.nan
-                logits[row, chosen[row] > 0.8] = -torch.inf
-            case 4:
-                logits[row] = torch.where(chosen[row] < 0.5, -0.0, 0.0)
-            case 5:
-                logits[row] = integers[row] * 2.0**-149
-            case 6:
-                logits[row, chosen[row] < 0.9] = torch.nan
-                logits[row, chosen[row] > 0.95] = torch.inf
-            case 7:
-                logits[row] = logits[row].abs() * 1e-3 + 5 if row > 8 else torch.nan
-    return logits
-
-
-def selection(rows: int, width: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, a view into a wider tensor and poisoned beyond each row's length; and lengths about ``k`` and others."""
-    logits = torch.full((rows, width + 7), torch.inf, device=DEVICE)[:, 3 : width + 3]
-    logits[:] = lattice_logits(rows, width, width + k)
-    lengths = torch.randint(0, width + 1, (rows,), generator=generator(k), device=DEVICE)
-    special = torch.tensor([width, 0, k, k + 1, width - 1, k - 1, 1], device=DEVICE)[:rows]
-    lengths[:: max(rows // 7, 1)][: len(special)] = special
-    lengths.clamp_(0, width)
-    beyond = torch.arange(width, device=DEVICE) >= lengths[:, None]
-    logits[beyond] = torch.where(torch.rand(int(beyond.sum()), device=DEVICE) < 0.5, torch.nan, torch.inf)
-    return logits, lengths
-
-
-@pytest.mark.parametrize(("width", "k"), [(1, 1), (40, 16), (300, 16), (1024, 500), (1500, 64), (3000, 700)])
-def test_topk_indices(width: int, k: int) -> None:
-    logits, lengths = selection(24, width, k)
-    assert_same_bits(topk.topk_indices(logits, lengths, k), reference.topk.topk_indices(logits, lengths, k))
-    lengths = lengths.int()
-    lengths[lengths == width] += 5  # no row is longer than its logits
-    expected = reference.topk.topk_indices(logits, lengths.clamp(max=width), k)
-    assert_same_bits(topk.topk_indices(logits, lengths, k), expected)
-
-
-@pytest.mark.parametrize(("width", "k"), [(64, 16), (65, 16), (113, 16), (300, 32), (200, 1)])
-def test_rows_longer_than_a_block(monkeypatch: pytest.MonkeyPatch, width: int, k: int) -> None:
-    monkeypatch.setattr(topk, "BLOCKS", {32: 4, 64: 4})
-    monkeypatch.setattr(topk, "EMIT_BLOCK", 32)
-    logits, lengths = selection(24, width, k)
-    assert_same_bits(topk.topk_indices(logits, lengths, k), reference.topk.topk_indices(logits, lengths, k))
-    table = torch.randint(0, 10**9, (24, 2 * width), generator=generator(), dtype=torch.int32, device=DEVICE)
-    table = table[:, width:]
-    got = topk.topk_transform_paged(logits, lengths, table, k)
-    assert_same_bits(got, reference.topk.topk_transform_paged(logits, lengths, table, k))
-
-
-def test_transforms() -> None:
-    rows, width, k = 24, 300, 32
-    logits, lengths = selection(rows, width, k)
-    table = torch.randint(0, 10**9, (1, width + 9), generator=generator(), dtype=torch.int32, device=DEVICE)
-    table = table.expand(rows, -1)[:, 9:]  # one row of memory shown by all
-    got = topk.topk_transform_paged(logits, lengths, table, k)
-    assert_same_bits(got, reference.topk.topk_transform_paged(logits, lengths, table, k))
-    offsets = torch.arange(2 * rows, dtype=torch.int32, device=DEVICE)[::2] * 1000
-    got = topk.topk_transform_ragged(logits, lengths, offsets, k)
-    assert_same_bits(got, reference.topk.topk_transform_ragged(logits, lengths, offsets, k))
-
-
-@pytest.mark.parametrize(("rows", "width"), [(0, 16), (2, 0)])
-def test_selecting_from_nothing(rows: int, width: int) -> None:
-    logits = torch.empty(rows, width, device=DEVICE)
-    lengths = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
-    table = torch.empty(rows, width, dtype=torch.int32, device=DEVICE)
-    assert topk.topk_transform_paged(logits, lengths, table, 4).tolist() == [[-1] * 4] * rows

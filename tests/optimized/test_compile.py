@@ -23,6 +23,7 @@ KERNELS = {
     "sparse_mla_combine_kernel",
     "sparse_mla_kernel",
     "store_cache_kernel",
+    "topk_filter_kernel",
     "topk_kernel",
 }
 HOPPER_KERNELS = {"sparse_mla_hopper_kernel"}

@@ -96,6 +96,18 @@ def test_topk() -> None:
     out = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
     logits = torch.arange(18.0, device=DEVICE).view(2, 9)
     seqlens = torch.tensor([9, 3], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, None))
-    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, REQ_TO_TOKEN[:, :9], None))
-    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, seqlens))
+    scratch = (None, None)
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, None, *scratch))
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, REQ_TO_TOKEN[:, :9], None, *scratch))
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, seqlens, *scratch))
+
+
+def test_topk_of_wide_rows() -> None:
+    capacity = max(topk.BLOCKS)
+    logits = torch.arange(2 * (capacity + 1), dtype=torch.float32, device=DEVICE).view(2, -1)
+    seqlens = torch.tensor([capacity + 1, 3], dtype=torch.int32, device=DEVICE)
+    likely = torch.zeros(2, 1, capacity, dtype=torch.int64, device=DEVICE)
+    scratch = (likely, torch.zeros(2, 1, dtype=torch.int32, device=DEVICE))
+    torch.library.opcheck(topk.topk_filter_op, (*scratch, logits, seqlens, 4))
+    out = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(topk.topk_op, (out, logits, seqlens, None, None, *scratch))
