@@ -35,6 +35,7 @@ class Kind(enum.Enum):
     GUARD = "write outside a buffer"
     INPUT = "input modified"
     CAPTURE = "capture rejected"
+    FROZEN = "frozen host value"
     CRASH = "backend raised"
 
 

@@ -17,7 +17,9 @@ from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
 from harness.engine import Engine, Feed, LayerObservation, Observation
 from harness.expected import expected_metadata
+from harness.frozen import frozen_value
 from harness.graph import CaptureError
+from harness.graph_audit import AuditTally
 from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
@@ -49,6 +51,7 @@ class Verdict:
     eager_calls: int = 0
     tally: Tally = field(default_factory=Tally)
     layers: LayerTally = field(default_factory=LayerTally)
+    audit: AuditTally = field(default_factory=AuditTally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Verdict) -> None:
@@ -58,6 +61,7 @@ class Verdict:
         self.tally.fields += other.tally.fields
         self.tally.cells += other.tally.cells
         self.layers.add(other.layers)
+        self.audit.add(other.audit)
         self.boundary_classes.update(other.boundary_classes)
 
 
@@ -80,9 +84,10 @@ def judge(
         gc.collect()  # engines are in cycles, and gigabytes of addresses are a lot to leave to chance
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
+        stress = other is not None  # in the second run
 
-        def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison) -> Engine:
-            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs)
+        def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison, stress: bool = stress) -> Engine:
+            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs, stress)
 
         other = _Run(scenario, build, device, covered, other)
         with interpreter.without_warnings():
@@ -120,6 +125,7 @@ class _Run:
         self.device = device
         self.verdict = verdict
         self.calls: list[LayerObservation] = []
+        self._is_first = other is None
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -130,6 +136,9 @@ class _Run:
             for number, event in enumerate(self.scenario.events):
                 self._judge_event(engine, engine.run(event), number)
             finding = _intact(engine)  # a capture alone can write astray, too
+            if finding is None and self._is_first:
+                finding = frozen_value(engine, self.scenario, self.build)
+            self.verdict.audit.add(engine.audit)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         except (OracleFailure, BackendError):

@@ -20,6 +20,7 @@ import torch
 from harness import interpreter, report
 from harness.compare import Tally
 from harness.explore import PROFILES, SCALES, SHARDS, DeviceLost, Exploration, Subject, explore
+from harness.graph_audit import AuditTally
 from harness.judge import OracleFailure, Verdict
 from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
 from harness.scenario import ScenarioError, load
@@ -290,7 +291,8 @@ def _as_property(oracle: Oracle, outcome: Exploration) -> str:
         )
     counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
     layers = dataclasses.asdict(verdict.layers)
-    return json.dumps({"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures})
+    data = {"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures}
+    return json.dumps(data | {"audit": dataclasses.asdict(verdict.audit)})
 
 
 def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
@@ -300,6 +302,7 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     layers = data["layers"]
     stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
     tally = LayerTally(stages, layers["relations"], layers["replays"])
-    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, Counter(data["classes"])))
+    audit = AuditTally(**data["audit"])
+    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]
     return found

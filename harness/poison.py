@@ -1,8 +1,9 @@
 """Memory that betrays a backend which reads or writes what it must not.
 
 Three devices: a *sentinel* fills every cell whose content is unspecified (the judge runs each scenario with two
-different ones, so that a value computed from such a cell shows even if it happens to be right once); *guard bands*
-surround every buffer the backend allocates; and dead cells of the page tables are filled anew before each replay.
+different ones, so that a value computed from such a cell shows even if it happens to be right once); *bands* surround
+every buffer the backend allocates and every input it is given; and dead cells of the page tables are filled anew
+before each replay.
 """
 
 from __future__ import annotations
@@ -39,6 +40,24 @@ class GuardedBuffer:
         return self.storage.data_ptr()
 
 
+class BandedInput:
+    """An input of the engine: memory at a fixed address, poison on either side of it, and a host copy of all of that.
+
+    What reads past either end gets poison; what writes there is found as what writes to the input itself.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device) -> None:
+        count = shape[0] * shape[1]
+        band = -(-max(shape[1], 1) // GUARD_WORDS) * GUARD_WORDS  # a whole row, and as aligned as the memory
+        self.expected = torch.full((count + 2 * band,), sentinel, dtype=dtype)
+        self.memory = self.expected.to(device, copy=True)
+        self.content = self.expected[band : band + count].view(shape)  # on the host: what is sent next
+        self.tensor = self.memory[band : band + count].view(shape)  # on the device
+
+    def is_modified(self) -> bool:
+        return not torch.equal(self.memory.cpu(), self.expected)
+
+
 class GuardedAllocations(TorchDispatchMode):
     """While active, every fresh tensor an operation returns is moved between guard bands.
 
@@ -61,7 +80,7 @@ class GuardedAllocations(TorchDispatchMode):
         return result
 
     def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
-        if result.dtype is torch.bool or result.device.type != self.device.type:
+        if result.device.type != self.device.type:
             return False
         if not result.is_contiguous() or result.storage_offset():
             return False

@@ -34,6 +34,7 @@ class Check(enum.Enum):
         by_kind = {
             Kind.ADDRESS: Check.ADDRESS,
             Kind.CAPTURE: Check.CAPTURE,
+            Kind.FROZEN: Check.CAPTURE,
             Kind.GUARD: Check.BOUNDS,
             Kind.INPUT: Check.BOUNDS,
             Kind.RELATION: Check.RELATION,

@@ -329,6 +329,16 @@ PLANTS = (
         "request 0", "1", "3", id="length frozen into the graph",
     ),
     Plant(
+        planted.FreezesLimit, one_replay(DECODE), Kind.FROZEN, "max", "~aten.clamp",
+        "114 when captured at lengths 14", "101, as when captured at lengths of 1", step=None,
+        id="limit frozen into the graph, which only long requests reach",
+    ),
+    Plant(
+        planted.ClearsByTheMirror, one_replay(DECODE), Kind.FROZEN, "~self",
+        "~of the DECODE graph of bucket 1", "~shape [13]", "~shape [1]", step=None,
+        id="size of the host's frozen, which no replay shows",
+    ),
+    Plant(
         planted.AccumulatesInGraph, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
         "request 0", "6", "3", id="graph adds to itself",
     ),
@@ -388,6 +398,7 @@ FREEDOMS = (
     planted.AliasesFields,
     planted.RecomputesTwice,
     planted.PreparesInGraph,
+    planted.ChoosesByBucket,
 )
 
 
