@@ -36,6 +36,7 @@ class Kind(enum.Enum):
     INPUT = "input modified"
     CAPTURE = "capture rejected"
     FROZEN = "frozen host value"
+    VARIANTS = "compiled anew for each size"
     CRASH = "backend raised"
 
 

@@ -46,7 +46,7 @@ def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario],
         return None
     unsteady = differences(before, again)
     if any(d.name in STRUCTURE for d in unsteady):
-        tally.not_audited["graphs that come out differently when the same is captured twice"] += 1
+        tally.missed("graphs that come out differently when the same is captured twice")
         return None
     places = {(d.node, d.name) for d in unsteady}
     frozen = next((d for d in differing if (d.node, d.name) not in places), None)
@@ -87,7 +87,7 @@ def _captured(
     try:
         engine.capture(mode, bs, batch)
     except Exception as error:
-        tally.not_audited[f"graphs that cannot be captured once more ({type(error).__name__})"] += 1
+        tally.missed(f"graphs that cannot be captured once more ({type(error).__name__})")
         return None
     return list(engine.graphs[mode, bs].graph.host_values())
 

@@ -432,7 +432,7 @@ class CudaGraphRunner:
 
 def _not_audited(reason: str) -> Audit:
     found = Audit()
-    found.tally.not_audited[f"whole graphs: {reason}"] += 1
+    found.tally.missed(f"whole graphs: {reason}")
     return found
 
 

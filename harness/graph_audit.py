@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import functools
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,16 +50,25 @@ class AuditTally:
     kernels: int = 0
     addresses: int = 0
     compared: int = 0
-    other_nodes: Counter[str] = field(default_factory=Counter)
-    not_audited: Counter[str] = field(default_factory=Counter)
+    other_nodes: dict[str, int] = field(default_factory=dict)
+    not_audited: dict[str, int] = field(default_factory=dict)
+
+    def saw(self, kind: str, count: int = 1) -> None:
+        self.other_nodes[kind] = self.other_nodes.get(kind, 0) + count
+
+    def missed(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.not_audited[reason] = self.not_audited.get(reason, 0) + count
 
     def add(self, other: AuditTally) -> None:
         self.graphs += other.graphs
         self.kernels += other.kernels
         self.addresses += other.addresses
         self.compared += other.compared
-        self.other_nodes.update(other.other_nodes)
-        self.not_audited.update(other.not_audited)
+        for kind, count in other.other_nodes.items():
+            self.saw(kind, count)
+        for reason, count in other.not_audited.items():
+            self.missed(reason, count)
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ def audit(reader: GraphReader, nodes: Sequence[Node], allocator: Allocator | Non
         fault = _audit_node(reader, node, number, is_held, found)
         found.fault = found.fault or fault
     if allocator is None:
-        found.tally.not_audited["addresses, for memory is not of torch's own allocator"] += len(found.references)
+        found.tally.missed("addresses, for memory is not of torch's own allocator", len(found.references))
     elif found.fault is None and (hit := allocator.dangling(found.references)) is not None:
         found.fault = dangling_fault(*hit)
     return found
@@ -190,35 +198,35 @@ def _audit_node(reader: GraphReader, node: Node, number: int, is_held: HostMemor
             found.tally.kernels += 1
             return _audit_kernel(reader, node, number, is_held, found)
         case CopyNode():
-            found.tally.other_nodes["copy"] += 1
+            found.tally.saw("copy")
             part = f"copy of {node.size} bytes (node {number})"
             if node.source.side is Side.HOST:
                 return Fault(part, "copies from host memory, which may be gone or changed when the graph is replayed")
             ends = (node.source, node.target)
             found.references += [Reference(part, place.address) for place in ends if place.side is Side.DEVICE]
-            found.tally.not_audited["ends of copies that are no plain memory"] += sum(end.side is None for end in ends)
+            found.tally.missed("ends of copies that are no plain memory", sum(end.side is None for end in ends))
         case FillNode():
-            found.tally.other_nodes["fill"] += 1
+            found.tally.saw("fill")
             part = f"fill of {node.width * node.height} elements (node {number})"
             found.references.append(Reference(part, node.address))
         case OtherNode():
-            found.tally.other_nodes[node.what] += 1
+            found.tally.saw(node.what)
             if node.what == HOST_FUNCTION:
                 return Fault(f"{HOST_FUNCTION} (node {number})", "runs on the host in the middle of a replay")
         case UnreadNode():
-            found.tally.not_audited[f"{node.what}: {node.reason}"] += 1
+            found.tally.missed(f"{node.what}: {node.reason}")
     return None
 
 
 def _audit_kernel(
     reader: GraphReader, node: KernelNode, number: int, is_held: HostMemory, found: Audit
 ) -> Fault | None:
-    not_audited = found.tally.not_audited
+    missed = found.tally.missed
     if node.parameters is None:
-        not_audited["kernels whose parameters the driver does not tell"] += 1
+        missed("kernels whose parameters the driver does not tell")
         return None
     if any(len(parameter) > ADDRESS_BYTES for parameter in node.parameters):
-        not_audited["kernels with structures among their parameters"] += 1
+        missed("kernels with structures among their parameters")
     fault = None
     for place, parameter in enumerate(node.parameters):
         if len(parameter) != ADDRESS_BYTES:
@@ -228,7 +236,7 @@ def _audit_kernel(
             side = reader.side(address)
             managed = side is Side.HOST and reader.is_managed(address)
         except DriverRefusal as refusal:
-            not_audited[str(refusal)] += 1
+            missed(str(refusal))
             continue
         if side is None:
             continue  # a number, or no memory that a kernel could reach
@@ -237,7 +245,7 @@ def _audit_kernel(
         if side is Side.DEVICE:
             found.references.append(Reference(part, address))
         elif managed or (held := is_held(address)) is None:
-            not_audited["pinned or managed memory that torch did not see"] += 1
+            missed("pinned or managed memory that torch did not see")
         elif not held:
             fault = fault or Fault(part, "reads pinned host memory that nobody holds any more")
     return fault

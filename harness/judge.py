@@ -24,8 +24,10 @@ from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
-from harness.scenario import Scenario, Setup
+from harness.scenario import Eager, Scenario, Setup
 from harness.stages import LayerTally, StageJudge
+from harness.variants import Growth, VariantCounter
+from harness.world import Batch
 from reference.types import Metadata
 
 
@@ -40,6 +42,9 @@ class OracleFailure(AssertionError):
         self.scenario = scenario
         self.finding = finding
         self.event = event
+
+    def __reduce__(self) -> tuple[type[OracleFailure], tuple[Scenario, Finding, int | None]]:
+        return type(self), (self.scenario, self.finding, self.event)  # it may come from another process
 
 
 @dataclass
@@ -126,6 +131,7 @@ class _Run:
         self.verdict = verdict
         self.calls: list[LayerObservation] = []
         self._is_first = other is None
+        self._counter, self._growth = VariantCounter(), Growth()
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -133,11 +139,12 @@ class _Run:
         number: int | None = None
         try:
             engine = self.build(self.scenario)
-            for number, event in enumerate(self.scenario.events):
-                self._judge_event(engine, engine.run(event), number)
+            with self._counter.counting():
+                for number, event in enumerate(self.scenario.events):
+                    self._judge_event(engine, engine.run(event), number)
             finding = _intact(engine)  # a capture alone can write astray, too
-            if finding is None and self._is_first:
-                finding = frozen_value(engine, self.scenario, self.build)
+            if self._is_first:
+                finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             self.verdict.audit.add(engine.audit)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
@@ -152,7 +159,9 @@ class _Run:
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
         metadata: list[Metadata] = []
+        batch: Batch | None = None
         for seen in observations:
+            batch = seen.batch
             if isinstance(seen, Observation):
                 metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
                 finding = compare(seen, metadata, self.device, self.verdict.tally)
@@ -165,6 +174,11 @@ class _Run:
             finding = finding or _intact(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
+        launched = self._counter.take()
+        if batch is not None and isinstance(self.scenario.events[number], Eager):
+            self._growth.note_eager(batch, launched)
+        else:
+            self._growth.note(launched)
 
     def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
         """Each stage against the reference; then what must not depend on anything around it."""

@@ -142,7 +142,7 @@ def _audited(audit: AuditTally) -> str:
         looked_at += [f"addresses followed {audit.addresses:,}"]
         looked_at += [f"{name} nodes {count:,}" for name, count in sorted(audit.other_nodes.items())]
     text = _wrapped("graphs: ", looked_at)
-    missed = [f"{reason} {count:,}" for reason, count in sorted(audit.not_audited.items()) if count]
+    missed = [f"{reason} {count:,}" for reason, count in sorted(audit.not_audited.items())]
     return "\n".join([text, _wrapped("not audited: ", missed)]) if missed else text
 
 

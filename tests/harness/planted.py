@@ -7,6 +7,7 @@ as ``--oracle-backend planted:NAME`` wants it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 
 import torch
@@ -607,6 +608,14 @@ class RaisesAtReplay(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         raise IndexError("row 3 of 2")
+
+
+@backend_of
+class EndsTheProcess(Step):
+    """Takes its process down, as a fault in native code does."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os._exit(9)
 
 
 class LacksMethod:

@@ -1,4 +1,4 @@
-"""A stand-in for ``cuda.bindings.driver``: graphs of made-up nodes in memory of its own, answered for as the driver does."""
+"""A stand-in for ``cuda.bindings.driver``: graphs of made-up nodes in made-up memory, answered for as by the driver."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Function(int):
 
 
 class StandInDriver:
-    """The calls that ``harness.graph_nodes`` makes. ``memory``: (begin, end, type, managed) of what the driver knows."""
+    """The calls of ``harness.graph_nodes``. ``memory``: (begin, end, type, managed) of what the driver knows."""
 
     CUpointer_attribute = SimpleNamespace(
         CU_POINTER_ATTRIBUTE_MEMORY_TYPE=MEMORY_TYPE, CU_POINTER_ATTRIBUTE_IS_MANAGED=IS_MANAGED

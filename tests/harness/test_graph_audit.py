@@ -212,7 +212,7 @@ class TestAudit:
         tally = found.tally
         assert (tally.graphs, tally.kernels, tally.addresses) == (1, 1, 3)
         assert tally.other_nodes == {"copy": 1, "fill": 1, "empty node": 1}
-        assert not +tally.not_audited
+        assert not tally.not_audited
 
     @pytest.mark.parametrize("address", [FREE, FREE + 0xFF8, DROPPED], ids=["free", "inside", "still used by a stream"])
     def test_kernel_that_uses_dropped_memory(self, driver: StandInDriver, address: int) -> None:
