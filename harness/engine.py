@@ -431,6 +431,7 @@ class Engine:
         self._overrun = self._overrun or overrun(guard.buffers)
         held = {t.untyped_storage().data_ptr() for step in metadata for t in fields.tensors(step).values()}
         self._guarded += [buffer for buffer in guard.buffers if buffer.address in held]
+        guard.buffers.clear()  # what else it made lives as long as the backend holds it
 
     def capture(self, mode: ForwardMode, bs: int, batch: Batch | None = None) -> None:
         """Capture the preparation, where the backend wants it in the graph, the layer, and the probes.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
-from harness.poison import NAN_BYTE
+from harness.poison import NAN_BYTE, band
 from harness.protocol import SparseAttention
 from harness.scenario import Setup
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
@@ -38,20 +38,25 @@ class LayerDriver:
         # The poison of page tables is a slot that exists and holds poison: a layer that reads a dead cell shows it in
         # its output and does not take the process down. Taken for a page, that number has to exist as well.
         far = setup.layer.far_slots
-        band = 0 if far else BAND  # far apart, everything has a band of its own
-        banded = new_caches(setup, self.config, setup.num_pages * setup.page_size, device, poison, band)
-        dense = AttentionCaches(*(cache[band : len(cache) - band] for cache in (banded.kv, banded.index_k)))
+        beside = band(BAND)
+        band_of_caches = 0 if far else beside  # far apart, everything has a band of its own
+        pages = setup.num_pages * setup.page_size
+        banded = new_caches(setup, self.config, pages, device, poison, band_of_caches)
+        dense = AttentionCaches(_between(banded.kv, band_of_caches), _between(banded.index_k, band_of_caches))
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
         self._poison = poison
         self._bands = {
-            name: (cache[:band], cache[len(cache) - band :])
+            name: (cache[:band_of_caches], cache[len(cache) - band_of_caches :])
             for name, cache in (("kv_cache", banded.kv), ("index_k_cache", banded.index_k))
         }
         # Rows on either side that are nobody's: what is written to where they say shows in a page that nobody has.
-        last_slot = setup.num_pages * setup.page_size - 1
-        self._banded = [_poisoned_inputs(self.config, max_rows + 2 * BAND, last_slot, device) for _ in range(num_steps)]
-        self._loaded = [map_tensors(inputs, torch.clone) for inputs in self._banded]
-        self._static = [map_tensors(inputs, lambda tensor: tensor[BAND:-BAND]) for inputs in self._banded]
+        rows, last_slot = max_rows + 2 * beside, pages - 1
+        self._banded = [_poisoned_inputs(self.config, rows, last_slot, device) for _ in range(num_steps)]
+        self._expected = [map_tensors(inputs, torch.clone) for inputs in self._banded]
+        self._static, self._loaded = (
+            [map_tensors(inputs, lambda tensor: _between(tensor, beside)) for inputs in banded_inputs]
+            for banded_inputs in (self._banded, self._expected)
+        )
 
     def load(self, load: LayerLoad) -> None:
         """Put the caches and the static inputs as the engine has them before a replay. Rows of padding are NaN."""
@@ -62,7 +67,7 @@ class LayerDriver:
                 if load.passes:  # a capture has none: padding alone
                     a_pass = load.passes[number]
                     tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))
-                getattr(loaded, name)[BAND:-BAND].copy_(tensor)
+                getattr(loaded, name).copy_(tensor)
 
     def load_caches(self, caches: AttentionCaches) -> None:
         self.caches.kv.copy_(caches.kv)
@@ -82,15 +87,20 @@ class LayerDriver:
 
     def modified_input(self) -> str | None:
         """The name of what the layer has written to and must not: a static input, or memory around one or a cache."""
-        for banded, loaded in zip(self._banded, self._loaded, strict=True):
+        for banded, expected in zip(self._banded, self._expected, strict=True):
             for name, tensor in vars(banded).items():
-                if not torch.equal(as_bytes(tensor), as_bytes(getattr(loaded, name))):
+                if not torch.equal(as_bytes(tensor), as_bytes(getattr(expected, name))):
                     return name
         for name, bands in self._bands.items():
-            for band in bands:
-                if bool((as_bytes(band) != self._poison).any()):
+            for beside in bands:
+                if bool((as_bytes(beside) != self._poison).any()):
                     return f"memory beside {name}"
         return None
+
+
+def _between(tensor: torch.Tensor, beside: int) -> torch.Tensor:
+    """What is left of ``tensor`` without ``beside`` rows at either end."""
+    return tensor[beside : len(tensor) - beside]
 
 
 def dense_copy(caches: AttentionCaches) -> AttentionCaches:

@@ -8,7 +8,8 @@ before each replay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,37 @@ GUARD_VALUE = 0x6BADBEEF
 NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
 
 
+_bands = True
+
+
+def band(size: int) -> int:
+    """How large a band of ``size`` is: 0 inside ``without_bands``."""
+    return size if _bands else 0
+
+
+@contextmanager
+def without_bands() -> Iterator[None]:
+    """Buffers and inputs have nothing beside them, for a tool that watches the end of every allocation itself."""
+    global _bands
+    _bands = False
+    try:
+        yield
+    finally:
+        _bands = True
+
+
 @dataclass
 class GuardedBuffer:
     """One allocation of the backend: its storage with a guard band on either side, and the operation that made it."""
 
-    storage: torch.Tensor  # [GUARD_WORDS + n + GUARD_WORDS] int32
+    storage: torch.Tensor  # the buffer's words between two bands, int32
     operation: str
     shape: tuple[int, ...]
 
     def bands(self) -> torch.Tensor:
-        """What lies before and behind the buffer: [2, GUARD_WORDS]."""
-        return torch.stack((self.storage[:GUARD_WORDS], self.storage[-GUARD_WORDS:]))
+        """What lies before and behind the buffer: [2, words]."""
+        words = band(GUARD_WORDS)
+        return torch.stack((self.storage[:words], self.storage[len(self.storage) - words :]))
 
     @property
     def address(self) -> int:
@@ -48,11 +69,11 @@ class BandedInput:
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device) -> None:
         count = shape[0] * shape[1]
-        band = -(-max(shape[1], 1) // GUARD_WORDS) * GUARD_WORDS  # a whole row, and as aligned as the memory
-        self.expected = torch.full((count + 2 * band,), sentinel, dtype=dtype)
+        beside = band(-(-max(shape[1], 1) // GUARD_WORDS) * GUARD_WORDS)  # a whole row, and as aligned as the memory
+        self.expected = torch.full((count + 2 * beside,), sentinel, dtype=dtype)
         self.memory = self.expected.to(device, copy=True)
-        self.content = self.expected[band : band + count].view(shape)  # on the host: what is sent next
-        self.tensor = self.memory[band : band + count].view(shape)  # on the device
+        self.content = self.expected[beside : beside + count].view(shape)  # on the host: what is sent next
+        self.tensor = self.memory[beside : beside + count].view(shape)  # on the device
 
     def is_modified(self) -> bool:
         return not torch.equal(self.memory.cpu(), self.expected)
@@ -90,9 +111,9 @@ class GuardedAllocations(TorchDispatchMode):
 
     def _guarded(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         count = tensor.numel() * tensor.element_size()
-        words = -(-count // 4)
-        storage = torch.full((words + 2 * GUARD_WORDS,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
-        held = storage.view(torch.uint8)[4 * GUARD_WORDS : 4 * GUARD_WORDS + count]
+        words, beside = -(-count // 4), band(GUARD_WORDS)
+        storage = torch.full((words + 2 * beside,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
+        held = storage.view(torch.uint8)[4 * beside : 4 * beside + count]
         body = held.view(tensor.dtype).view(tensor.shape)
         if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
             body.fill_(self.sentinel)

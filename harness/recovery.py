@@ -71,9 +71,10 @@ class Recovery:
         else:
             outcome = function(self.subject, self.device, *arguments, **options)
         if outcome.lost:
-            self.lost = True
+            is_first, self.lost = not self.lost, True
             self._child.close()  # if it was the child's
-            if function is _explore and outcome.failure is not None and outcome.saved is not None:
+            # Each loss costs processes to shrink, and the next is often the same bug again: its raw case must do.
+            if is_first and function is _explore and outcome.failure is not None and outcome.saved is not None:
                 outcome.failure = self._shrunk(outcome.failure)
                 outcome.saved = outcome.saved.with_name(outcome.saved.name.replace(".raw.", ".min."))
                 note = outcome.failure.finding.sentence()

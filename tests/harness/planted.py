@@ -611,6 +611,16 @@ class RaisesAtReplay(Step):
 
 
 @backend_of
+class FaultsOnTheGpu(Step):
+    """Looks up a row that is not there: an exception on a CPU, a fault that costs the process its GPU on a GPU."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        behind = torch.full((1,), self.req_to_token.shape[0], device=self.req_to_token.device)
+        buffers.page_table_1[:1].copy_(self.req_to_token[behind])
+
+
+@backend_of
 class EndsTheProcess(Step):
     """Takes its process down, as a fault in native code does."""
 
