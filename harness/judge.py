@@ -20,6 +20,7 @@ from harness.expected import expected_metadata
 from harness.frozen import frozen_value
 from harness.graph import CaptureError
 from harness.graph_audit import AuditTally
+from harness.invariants import diagnosed
 from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
@@ -164,7 +165,7 @@ class _Run:
             batch = seen.batch
             if isinstance(seen, Observation):
                 metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                finding = compare(seen, metadata, self.device, self.verdict.tally)
+                finding = diagnosed(compare(seen, metadata, self.device, self.verdict.tally), engine.setup)
                 if seen.in_graph:
                     self.verdict.replays += 1
                 else:

@@ -280,8 +280,8 @@ def _tell_batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
         told += f", accepted {_listed(batch.accept_lengths)}"
     if batch.extend_lens:
         told += f", new tokens {_listed(batch.extend_lens)}"
-    if mirror is Mirror.STALE and batch.seq_lens_cpu is not None:
-        told += f", host mirror stale at {_listed(batch.seq_lens_cpu)}"
+    if mirror in (Mirror.STALE, Mirror.AHEAD) and batch.seq_lens_cpu is not None:
+        told += f", host mirror {mirror.value} at {_listed(batch.seq_lens_cpu)}"
     if mirror is Mirror.ABSENT:
         told += ", no host mirror"
     return told + ("" if order is Order.JOINED else f", order {order.value}")
