@@ -82,7 +82,7 @@ class LayerStep:
 class LayerObservation:
     """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
 
-    caches: dense, as the passes left them.
+    caches: dense, as the passes left them. again: a second replay, right after the one before it.
     """
 
     batch: Batch
@@ -92,6 +92,7 @@ class LayerObservation:
     load: LayerLoad
     steps: tuple[LayerStep, ...]
     caches: AttentionCaches
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Probe:
         return arena[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundGraph:
     """A captured graph with the metadata it reads and the probes that tell what it read, by step and field."""
 
@@ -222,6 +223,7 @@ class Engine:
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
         self.audit = AuditTally()  # of the graphs' nodes
+        self._replayed: list[BoundGraph] = []  # those that were replayed once more
 
         # 1. The engine's own memory. A batch that outgrows every bucket runs eagerly from the same inputs.
         buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
@@ -287,6 +289,19 @@ class Engine:
             yield from self.call_eagerly(batch, load)
         else:
             yield from self.replay(bucket, batch, load)
+            yield from self._replay_again(bucket, batch, load)
+
+    def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
+        """The layer once more, without a preparation in between; once for each graph, since it costs a replay."""
+        bound = self.graphs[_graph_mode(batch.mode), bs]
+        if self.layer is None or load is None or self.stress or bound in self._replayed:
+            return
+        self._replayed.append(bound)
+        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        _spoil_outputs(bound)
+        bound.graph.replay()
+        outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
+        yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, outputs, self.layer.cached(), again=True)
 
     def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``."""
@@ -487,9 +502,7 @@ class Engine:
     def _poison(self, bound: BoundGraph) -> None:
         """Before a replay: nothing is left in the probes, nor in table cells that the graph's last batch had dead."""
         bound.arena.fill_(self.sentinel)
-        for outputs in bound.outputs:
-            for tensor in vars(outputs).values():
-                as_bytes(tensor).fill_(NAN_BYTE)
+        _spoil_outputs(bound)
         seen: set[int] = set()
         for metadata in bound.metadata:
             tensors = fields.tensors(metadata)
@@ -526,6 +539,12 @@ class Engine:
 def copied(outputs: AttentionOutputs) -> AttentionOutputs:
     """A copy of all tensors, each in memory of its own."""
     return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
+
+
+def _spoil_outputs(bound: BoundGraph) -> None:
+    for outputs in bound.outputs:
+        for tensor in vars(outputs).values():
+            as_bytes(tensor).fill_(NAN_BYTE)
 
 
 def _graph_mode(mode: ForwardMode) -> ForwardMode:

@@ -111,7 +111,9 @@ class GraphReader:
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._names: dict[int, str] = {}  # by function: many nodes launch the same
+        # By function, as many nodes launch the same.
+        self._names: dict[int, str] = {}
+        self._sizes: dict[int, list[int] | None] = {}
 
     def nodes(self, graph: int) -> list[Node]:
         """The nodes of a raw graph (``torch.cuda.CUDAGraph.raw_cuda_graph()``), those of child graphs included.
@@ -184,22 +186,28 @@ class GraphReader:
 
     def _parameters(self, function: Any, prefix: str, table: int) -> tuple[bytes, ...] | None:
         """What lies behind ``table``, the address of an array with the address of each parameter."""
-        sizes: list[int] = []
-        for number in range(MOST_PARAMETERS):
-            code, *answer = self._raw_call(f"{prefix}GetParamInfo", function, number)
-            if code == _INVALID_VALUE:  # there is no such parameter: these were all
-                break
-            if code != _SUCCESS:
-                return None
-            sizes.append(int(answer[1]))
+        if int(function) not in self._sizes:
+            self._sizes[int(function)] = self._sizes_of_parameters(function, prefix)
+        sizes = self._sizes[int(function)]
         if not sizes:
-            return ()
+            return None if sizes is None else ()
         if not table:  # packed by the launch into one buffer
             return None
         addresses = (ctypes.c_void_p * len(sizes)).from_address(table)
         if not all(addresses):
             return None
         return tuple(ctypes.string_at(address, size) for address, size in zip(addresses, sizes, strict=True))
+
+    def _sizes_of_parameters(self, function: Any, prefix: str) -> list[int] | None:
+        sizes: list[int] = []
+        for number in range(MOST_PARAMETERS):
+            code, *answer = self._raw_call(f"{prefix}GetParamInfo", function, number)
+            if code == _INVALID_VALUE:  # there is no such parameter: these were all
+                return sizes
+            if code != _SUCCESS:
+                return None
+            sizes.append(int(answer[1]))
+        return None
 
     def _copy(self, params: Any) -> CopyNode:
         size = int(params.WidthInBytes) * max(1, int(params.Height)) * max(1, int(params.Depth))

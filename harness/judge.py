@@ -184,6 +184,9 @@ class _Run:
     def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
         """Each stage against the reference; then what must not depend on anything around it."""
         layers = self.verdict.layers
+        if seen.again:
+            layers.count(Relation.REPEATED)
+            return _differing(self.calls[-1], seen, Relation.REPEATED)
         finding = self._stages(engine).compare(seen, metadata)
         if finding is not None:
             return finding
@@ -194,10 +197,9 @@ class _Run:
         twin = next(self._others, None)
         if twin is not None:
             layers.count(Relation.POISONED)
-            for step, (now, before) in enumerate(zip(seen.steps, twin.steps, strict=True)):
-                finding = differs(before, now, list(range(seen.load.passes[step].rows)))
-                if finding is not None:
-                    return replace(finding, step=step, how=Relation.POISONED.value)
+            finding = _differing(twin, seen, Relation.POISONED)
+            if finding is not None:
+                return finding
         if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:
             return None  # what has one right answer is compared with that
         checked = self._relations.check(engine, seen)
@@ -215,6 +217,15 @@ class _Run:
     @functools.cached_property
     def _relations(self) -> Relations:
         return Relations(self.scenario, self.build)
+
+
+def _differing(first: LayerObservation, second: LayerObservation, relation: Relation) -> Finding | None:
+    """The first bit of a real row that two observations of the same work do not share."""
+    for step, (before, now) in enumerate(zip(first.steps, second.steps, strict=True)):
+        finding = differs(before, now, list(range(second.load.passes[step].rows)))
+        if finding is not None:
+            return replace(finding, step=step, how=relation.value)
+    return None
 
 
 def _intact(engine: Engine) -> Finding | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-BUSY_CYCLES = 4_000_000  # about 2 ms: longer than the host takes to prepare a batch
+BUSY_CYCLES = 20_000_000  # about 10 ms: longer than the host takes to prepare a batch
 
 
 class Delivery:
