@@ -4,10 +4,11 @@ The torch operators of a body are followed while it runs (``harness.graph``). Wh
 or a copy out of pinned memory, shows in the graph's nodes alone.
 
 When a number is taken for an address. Only a parameter of exactly eight bytes is, and only if the driver knows memory
-there: no length or stride comes near the addresses of a GPU. Structures are left alone, since what lies in their
-padding may be the address of something long gone. An address is dangling only if it lies in a block of torch's
-allocator that nobody holds, in the pool from which every allocation is served: memory of other allocators, of a graph's
-own pool and of private pools belongs to somebody who is not asked. Whatever cannot be read is counted and not judged.
+there: no length or stride comes near the addresses of a GPU. Of a C++ kernel it has to be declared a pointer, and
+structures are left alone, since what lies in their padding may be the address of something long gone. An address is
+dangling only if it lies in a block of torch's allocator that nobody holds, in the pool from which every allocation is
+served: memory of other allocators, of a graph's own pool and of private pools belongs to somebody who is not asked.
+Whatever cannot be read is counted and not judged.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from harness.graph_nodes import (
     FillNode,
     GraphReader,
     KernelNode,
+    Kind,
     Node,
     OtherNode,
     Side,
@@ -222,13 +224,13 @@ def _audit_kernel(
     reader: GraphReader, node: KernelNode, number: int, is_held: HostMemory, found: Audit
 ) -> Fault | None:
     missed = found.tally.missed
-    if node.parameters is None:
-        missed("kernels whose parameters the driver does not tell")
+    places = node.places_of(Kind.ADDRESS)
+    if node.parameters is None or places is None:
+        missed("kernels whose parameters are not told")
         return None
-    if any(len(parameter) > ADDRESS_BYTES for parameter in node.parameters):
-        missed("kernels with structures among their parameters")
     fault = None
-    for place, parameter in enumerate(node.parameters):
+    for place in places:
+        parameter = node.parameters[place]
         if len(parameter) != ADDRESS_BYTES:
             continue
         address = int.from_bytes(parameter, "little")

@@ -33,6 +33,19 @@ _OTHER_KINDS = {
 }
 
 
+_NUMBERS = {
+    *("bool", "char", "signed char", "unsigned char", "short", "unsigned short", "int", "unsigned int"),
+    *("long", "unsigned long", "long long", "unsigned long long", "float", "double"),
+}  # types without padding
+
+
+class Kind(enum.Enum):
+    """What a parameter of a kernel is."""
+
+    ADDRESS = "address"
+    NUMBER = "number"
+
+
 class Side(enum.Enum):
     """Where memory is, as the driver knows it."""
 
@@ -50,10 +63,21 @@ class KernelNode:
     shared_bytes: int
     parameters: tuple[bytes, ...] | None
 
-    @property
-    def is_cpp(self) -> bool:
-        """Whether its parameters may be structures, in which what is padding cannot be told from what is meant."""
-        return self.kernel.startswith("_Z")
+    def places_of(self, kind: Kind) -> list[int] | None:
+        """Which parameters can be of a kind. None: the parameters are not known, or not what is declared.
+
+        C++ declares its parameters, in the mangled name. In other languages (Triton, C) there are no structures, and
+        any parameter may be either.
+        """
+        if self.parameters is None:
+            return None
+        if not self.kernel.startswith("_Z"):
+            return list(range(len(self.parameters)))
+        types = declared_types(self.kernel)
+        if types is None or len(types) != len(self.parameters):
+            return None
+        wanted = (lambda name: name.endswith("*")) if kind is Kind.ADDRESS else _NUMBERS.__contains__
+        return [place for place, name in enumerate(types) if wanted(name)]
 
 
 @dataclass(frozen=True)
@@ -258,6 +282,27 @@ def _name_of_kind(kind: int) -> str:
 
 def readable(kernel: str, most: int = 80) -> str:
     """The name of a kernel as a person would write it, cut short."""
-    demangle = getattr(torch._C, "_demangle", None)
-    name: str = demangle(kernel) if demangle is not None and kernel.startswith("_Z") else kernel
+    name = _demangled(kernel)
     return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def declared_types(kernel: str) -> list[str] | None:
+    """The types of the parameters in a mangled name; None if it does not tell."""
+    name = _demangled(kernel)
+    if not name.endswith(")"):
+        return None
+    types, end, depth = [], len(name) - 1, 0
+    for place in range(len(name) - 1, -1, -1):
+        character = name[place]
+        depth += (character in ")>]") - (character in "(<[")
+        if depth == 0 or (depth == 1 and character == ","):
+            types.append(name[place + 1 : end].strip())
+            end = place
+        if depth == 0:
+            return [] if types == [""] else types[::-1]
+    return None
+
+
+def _demangled(kernel: str) -> str:
+    demangle = getattr(torch._C, "_demangle", None)
+    return demangle(kernel) if demangle is not None and kernel.startswith("_Z") else kernel

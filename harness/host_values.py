@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path
 
 from harness.graph_audit import Allocator
-from harness.graph_nodes import CopyNode, DriverRefusal, FillNode, GraphReader, KernelNode, Node, readable
+from harness.graph_nodes import CopyNode, DriverRefusal, FillNode, GraphReader, KernelNode, Kind, Node, readable
 
 STRUCTURE = ("what is launched", "number of nodes")  # the names of differences after which nothing can be paired
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
@@ -84,14 +84,17 @@ def _told(leaf: Any, is_host: Callable[[torch.Tensor], bool]) -> str:
 
 
 def of_nodes(reader: GraphReader, nodes: Iterable[Node], allocator: Allocator | None) -> list[NodeValues]:
-    """Of the nodes of a CUDA graph. Parameters of C++ kernels are left out: padding would look like a value."""
+    """Of the nodes of a CUDA graph. Structures of C++ kernels are left out: padding would look like a value."""
     told = []
     for node in nodes:
         match node:
             case KernelNode():
                 shape = {"grid": str(node.grid), "block": str(node.block), "shared memory": str(node.shared_bytes)}
-                parameters = node.parameters if node.parameters is not None and not node.is_cpp else ()
-                values = {f"parameter {i}": _of_parameter(reader, p, allocator) for i, p in enumerate(parameters)}
+                values = {
+                    f"parameter {place}": _of_parameter(reader, node.parameters[place], allocator)
+                    for place in node.places_of(Kind.NUMBER) or ()
+                    if node.parameters is not None
+                }
                 told.append(NodeValues(f"kernel {readable(node.kernel)}", shape | values))
             case CopyNode():
                 told.append(NodeValues("copy", {"bytes": str(node.size)}))

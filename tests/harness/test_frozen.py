@@ -96,9 +96,10 @@ class TestOfNodes:
         assert parameter(HELD + 64) == "64 bytes into a buffer"  # a slice that begins elsewhere
         assert parameter(OWN) == parameter(FREE + 8) == "an address"
 
-    def test_parameters_of_cpp_kernels_are_left_out(self) -> None:
-        (told,) = self.told(lambda d: d.kernel("_Z3addi", number(7, 4)))
-        assert set(told.values) == {"grid", "block", "shared memory"}
+    def test_structures_of_cpp_kernels_are_left_out(self) -> None:
+        (told,) = self.told(lambda d: d.kernel("_Z3addiN2at5PointE", number(7, 4), number(9)))
+        assert told.values["parameter 0"] == "7"
+        assert set(told.values) == {"grid", "block", "shared memory", "parameter 0"}
 
     def test_copies_and_fills(self) -> None:
         copy, fill = self.told(

@@ -31,6 +31,7 @@ from harness.graph_nodes import (
     Place,
     Side,
     UnreadNode,
+    declared_types,
     readable,
 )
 
@@ -163,6 +164,21 @@ class TestReading:
         with pytest.raises(DriverRefusal, match="cuPointerGetAttribute said 999"):
             GraphReader(driver).side(HELD)
 
+    @pytest.mark.parametrize(
+        ("kernel", "types"),
+        [
+            ("_Z6kernelPKfPiS1_lm", ["float const*", "int*", "int*", "long", "unsigned long"]),
+            ("_Z6kernelv", []),
+            ("_Z6kernelSt5arrayIPcLm2EEi", ["std::array<char*, 2ul>", "int"]),
+            ("_Z6kernelPFviEPv", ["void (*)(int)", "void*"]),
+            ("_Z6kernelIiEvT_N2at5PointE", ["int", "at::Point"]),
+            ("_Zoo", None),
+            ("add_kernel", None),
+        ],
+    )
+    def test_types_that_a_mangled_name_declares(self, kernel: str, types: list[str] | None) -> None:
+        assert declared_types(kernel) == types
+
     def test_readable_names(self) -> None:
         assert readable("add_kernel") == "add_kernel"
         assert readable("_ZN2at6native3addEi", 12) == "at::nativ..."
@@ -236,9 +252,25 @@ class TestAudit:
 
     def test_structures_are_not_looked_into(self, driver: StandInDriver) -> None:
         """What lies in a structure's padding may be the address of something long gone."""
-        found = audited(driver, driver.kernel("_Z3addN2at5ArrayE", number(FREE) + number(FREE)))
+        structures = driver.kernel("_Z3addN2at5ArrayENS_5PointE", number(FREE) + number(FREE), number(FREE))
+        found = audited(driver, structures)
         assert found.fault is None
-        assert found.tally.not_audited == {"kernels with structures among their parameters": 1}
+        assert (found.tally.kernels, found.tally.addresses) == (1, 0)
+
+    def test_pointers_of_cpp_kernels(self, driver: StandInDriver) -> None:
+        """What is declared a pointer is one; an integer or a structure that looks like one is none."""
+        name = "_Z3addPKfN2at5PointEl"  # add(float const*, at::Point, long)
+        clean = audited(driver, driver.kernel(name, number(HELD), number(FREE), number(FREE)))
+        assert clean.fault is None
+        assert clean.tally.addresses == 1
+        found = audited(driver, driver.kernel(name, number(FREE), number(HELD), number(HELD)))
+        assert found.fault is not None
+        assert found.fault.part == "kernel add(float const*, at::Point, long), parameter 0 (node 0)"
+
+    def test_cpp_kernel_that_does_not_have_what_it_declares(self, driver: StandInDriver) -> None:
+        found = audited(driver, driver.kernel("_Z3addPKf", number(FREE), number(FREE)))
+        assert found.fault is None
+        assert found.tally.not_audited == {"kernels whose parameters are not told": 1}
 
     @pytest.mark.parametrize(("kind", "address"), [(HOST, 0x1234), (UNIFIED, PINNED), (UNIFIED, 0x1234)])
     def test_copy_from_host_memory(self, driver: StandInDriver, kind: int, address: int) -> None:
@@ -284,7 +316,7 @@ class TestAudit:
         assert found.fault is None
         assert refused.fault is None
         assert found.tally.not_audited == {
-            "kernels whose parameters the driver does not tell": 1,
+            "kernels whose parameters are not told": 1,
             "node of kind 77: not a kind that is known": 1,
         }
         assert refused.tally.not_audited == {"cuPointerGetAttribute said 999": 1}

@@ -59,7 +59,7 @@ class TestAudit:
         assert audit.tally.kernels >= 2
         assert {"copy", "fill"} & set(audit.tally.other_nodes)
         assert audit.tally.addresses >= 2
-        assert set(audit.tally.not_audited) <= {"kernels with structures among their parameters"}
+        assert set(audit.tally.not_audited) <= {"kernels whose parameters are not told"}
         launch = next(node for node in graph.host_values() if node.what == "kernel add_kernel")
         assert launch.values["grid"] == "(3, 1, 1)"
         assert {"5", "61", "0 bytes into a buffer"} <= set(launch.values.values())
@@ -193,7 +193,7 @@ def test_every_graph_of_a_saved_case_is_audited(gpu: torch.device) -> None:
     assert audit.graphs > 0
     assert audit.addresses > audit.kernels
     assert audit.compared == 1
-    assert set(audit.not_audited) <= {"kernels with structures among their parameters"}
+    assert set(audit.not_audited) <= {"kernels whose parameters are not told"}
 
 
 def _optimized() -> Any:
@@ -222,7 +222,7 @@ def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) ->
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
-    assert done.stdout.count("THE GPU FAULTED") == 2
+    assert done.stdout.count("THE GPU FAULTED") >= 2
     assert "2 FAILED" in done.stdout
     smallest = sorted(tmp_path.glob("*.min.json"), key=lambda path: path.stat().st_size)[0]
     assert len(load(smallest).events) <= 4
