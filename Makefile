@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check test lint format bench clean
+.PHONY: check test lint format bench sanitize clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
 	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
@@ -32,6 +32,9 @@ bench:  ## times optimized/ beside the original and its peers; uses your own env
 	mkdir -p reports
 	$(PYTHON) -m pytest tests/benchmarks --benchmark-only --benchmark-json=reports/benchmark.json
 	$(PYTHON) -m tests.benchmarks.table reports/benchmark.json
+
+sanitize:  ## a few saved cases under compute-sanitizer; uses your own environment, which needs a GPU and the CUDA toolkit
+	$(PYTHON) -m harness sanitize $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports

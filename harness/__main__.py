@@ -17,6 +17,8 @@ from harness.bugs.matrix import hunt_all
 from harness.bugs.zoo import ZOO
 from harness.judge import OracleFailure, judge
 from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
+from harness.sanitize import CASES, Tool, obstacle
+from harness.sanitize import sanitize as run_sanitizer
 from harness.scenario import ScenarioError, load
 from harness.survey import survey_layer
 from harness.tiers import run_tiers
@@ -148,6 +150,30 @@ def bugs(
     if html_file is not None:
         html_file.write_text(kill_report.as_html(kills), encoding="utf-8")
     raise typer.Exit(0 if all(kill.meant for kill in kills) else 1)
+
+
+@app.command()
+def sanitize(
+    files: Annotated[list[Path] | None, typer.Argument(help="Saved cases (JSON); by default a few small ones.")] = None,
+    tool: Annotated[list[Tool] | None, typer.Option(help="Run this tool alone; may be given several times.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each tool may take.")] = 600,
+) -> None:
+    """Judge saved cases on the GPU under NVIDIA's compute-sanitizer, and tell in one line what each tool found."""
+    if (why := obstacle()) is not None:
+        raise _unusable(f"sanitize: {why}")
+    cases = files or list(CASES)
+    try:
+        for file in cases:
+            load(file)
+    except ScenarioError as error:
+        raise _unusable(str(error)) from None
+    outcomes = []
+    for outcome in run_sanitizer(cases, tool or list(Tool), timeout):
+        typer.echo(outcome.line())
+        outcomes.append(outcome)
+    if any(outcome.clean is False for outcome in outcomes):
+        raise typer.Exit(1)
+    raise typer.Exit(2 if any(outcome.clean is None for outcome in outcomes) else 0)
 
 
 @app.command()

@@ -35,6 +35,8 @@ class Kind(enum.Enum):
     GUARD = "write outside a buffer"
     INPUT = "input modified"
     CAPTURE = "capture rejected"
+    FROZEN = "frozen host value"
+    VARIANTS = "compiled anew for each size"
     CRASH = "backend raised"
 
 

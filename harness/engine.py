@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +21,13 @@ from harness import fields
 from harness.driver import driver_for
 from harness.expected import ExpectedLayer, expected_metadata
 from harness.graph import CapturedGraph, CaptureError, graph_runner
+from harness.graph_audit import AuditTally
 from harness.layer import CacheState, as_bytes, map_tensors
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy, load_of
-from harness.poison import NAN_BYTE, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
+from harness.poison import NAN_BYTE, BandedInput, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
 from harness.protocol import BackendFactory, LayerFactory
 from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
+from harness.stress import Delivery, busy_side_streams
 from harness.world import Batch, World, choose_bucket
 from reference.types import AttentionCaches, AttentionOutputs, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
@@ -79,7 +82,7 @@ class LayerStep:
 class LayerObservation:
     """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
 
-    caches: dense, as the passes left them.
+    caches: dense, as the passes left them. again: a second replay, right after the one before it.
     """
 
     batch: Batch
@@ -89,6 +92,7 @@ class LayerObservation:
     load: LayerLoad
     steps: tuple[LayerStep, ...]
     caches: AttentionCaches
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Probe:
         return arena[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundGraph:
     """A captured graph with the metadata it reads and the probes that tell what it read, by step and field."""
 
@@ -115,39 +119,42 @@ class BoundGraph:
 
 
 class StaticInput:
-    """One input tensor at a fixed address, and a host copy of all memory around it."""
+    """One input tensor at a fixed address."""
 
     def __init__(
-        self, name: str, dtype: IntDtype, capacity: int, strided: bool, sentinel: int, device: torch.device
+        self, name: str, dtype: IntDtype, capacity: int, strided: bool, sentinel: int, delivery: Delivery
     ) -> None:
         self.name = name
         columns = 3 if strided else 1  # a strided input is the middle column of three
-        self._expected = torch.full((capacity, columns), sentinel, dtype=INT_DTYPES[dtype])
-        self._base = self._expected.to(device, copy=True)
+        self._banded = BandedInput((capacity, columns), INT_DTYPES[dtype], sentinel, delivery.device)
+        self._delivery = delivery
         self._column = columns // 2
 
     def write(self, numbers: Sequence[int]) -> torch.Tensor:
         """Put ``numbers`` at the front and return that part; what lies behind stays as earlier batches left it."""
-        count = len(numbers)
-        self._expected[:count, self._column] = torch.tensor(numbers, dtype=self._expected.dtype)
-        self._base.copy_(self._expected)
-        return self._base[:count, self._column]
+        count, banded = len(numbers), self._banded
+        banded.content[:count, self._column] = torch.tensor(numbers, dtype=banded.content.dtype)
+        self._delivery.send(banded.memory, banded.expected)
+        return banded.tensor[:count, self._column]
 
     def is_modified(self) -> bool:
-        return not torch.equal(self._base.cpu(), self._expected)
+        return self._banded.is_modified()
 
 
 class StaticInputs:
-    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did."""
+    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did.
 
-    def __init__(self, inputs: Inputs, capacity: int, sentinel: int, device: torch.device) -> None:
-        self.device = device
-        self.seq_lens = StaticInput("seq_lens", inputs.seq_lens, capacity, inputs.strided, sentinel, device)
+    What is loaded is there when ``delivery`` delivers it.
+    """
+
+    def __init__(self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery) -> None:
+        self.device = delivery.device
+        self.seq_lens = StaticInput("seq_lens", inputs.seq_lens, capacity, inputs.strided, sentinel, delivery)
         self.req_pool_indices = StaticInput(
-            "req_pool_indices", inputs.req_pool_indices, capacity, inputs.strided, sentinel, device
+            "req_pool_indices", inputs.req_pool_indices, capacity, inputs.strided, sentinel, delivery
         )
         self.accept_length = StaticInput(
-            "accept_length", inputs.accept_length, capacity, inputs.strided, sentinel, device
+            "accept_length", inputs.accept_length, capacity, inputs.strided, sentinel, delivery
         )
 
     def load(self, batch: Batch) -> ForwardBatch:
@@ -190,7 +197,7 @@ class Engine:
     """Runs the events of one scenario against one backend, and the layer behind it, on one device.
 
     sentinel: what unspecified integers hold. poison: the byte that unwritten cache memory is made of.
-    graphs: False runs eagerly what the scenario would replay.
+    graphs: False runs eagerly what the scenario would replay. stress: see ``harness.stress``; only a GPU has streams.
     """
 
     def __init__(
@@ -202,6 +209,7 @@ class Engine:
         sentinel: int,
         poison: int,
         graphs: bool = True,
+        stress: bool = False,
     ) -> None:
         setup = scenario.setup
         self.setup = setup
@@ -209,21 +217,26 @@ class Engine:
         self.sentinel = sentinel
         self.config = setup.backend_config()
         self.use_graphs = graphs
+        self.stress = stress
+        self._calls = 0
         self.world = World(scenario, sentinel)
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
+        self.audit = AuditTally()  # of the graphs' nodes
+        self._replayed: list[BoundGraph] = []  # those that were replayed once more
 
         # 1. The engine's own memory. A batch that outgrows every bucket runs eagerly from the same inputs.
         buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
         max_bs = max(buckets, default=1)
-        self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, device)
+        self._delivery = Delivery(device, late=stress)
+        self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, self._delivery)
         margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
         width = setup.max_context_len
-        self._pool = torch.full((setup.pool_size, width + 2 * margin), sentinel, dtype=torch.int32)
-        self._pool_on_device = self._pool.to(device, copy=True)
+        self._pool = BandedInput((setup.pool_size, width + 2 * margin), torch.int32, sentinel, device)
         self._columns = slice(margin, margin + width)
-        self.req_to_token = self._pool_on_device[:, self._columns]
+        self.req_to_token = self._pool.tensor[:, self._columns]
         self._sync_req_to_token()
+        self._delivery.deliver()
 
         # 2. The backend, every allocation of it between guard bands.
         self._guarded: list[GuardedBuffer] = []  # buffers that the backend still holds
@@ -276,6 +289,19 @@ class Engine:
             yield from self.call_eagerly(batch, load)
         else:
             yield from self.replay(bucket, batch, load)
+            yield from self._replay_again(bucket, batch, load)
+
+    def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
+        """The layer once more, without a preparation in between; once for each graph, since it costs a replay."""
+        bound = self.graphs[_graph_mode(batch.mode), bs]
+        if self.layer is None or load is None or self.stress or bound in self._replayed:
+            return
+        self._replayed.append(bound)
+        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        _spoil_outputs(bound)
+        bound.graph.replay()
+        outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
+        yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, outputs, self.layer.cached(), again=True)
 
     def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``."""
@@ -289,13 +315,18 @@ class Engine:
         if self.layer is not None:
             assert load is not None
             self.layer.load(load)
-        self.driver.prepare_replay(forward_batch)
+        with self._under_stress():
+            self.driver.prepare_replay(forward_batch)
+        if self.stress:
+            bound.graph.spoil(self.sentinel)
         bound.graph.replay()
         yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is None:
             # Once more without a preparation in between: a graph that counts on one, or adds to itself, shows it.
             first = bound.arena.clone()
             bound.arena.fill_(self.sentinel)
+            if self.stress:
+                bound.graph.spoil(self.sentinel)
             bound.graph.replay()
             if not torch.equal(bound.arena, first):
                 yield Observation(padded, batch.size, True, self._observe_graph(bound))
@@ -309,7 +340,7 @@ class Engine:
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph; then each stage of the layer by itself, then the whole layer."""
         forward_batch = self.inputs.load(batch)
-        with GuardedAllocations(self.sentinel, self.device) as guard:
+        with GuardedAllocations(self.sentinel, self.device) as guard, self._under_stress():
             self.driver.prepare_eagerly(forward_batch)
         metadata = [step.forward_metadata for step in self.backend.attn_backends]
         self._overrun = self._overrun or overrun(guard.buffers)
@@ -389,27 +420,44 @@ class Engine:
 
     def modified_input(self) -> str | None:
         """The name of an input that the backend has written to, or None."""
-        if not torch.equal(self._pool_on_device.cpu(), self._pool):
+        self._delivery.deliver()
+        if self._pool.is_modified():
             return "req_to_token"
         return self.inputs.modified() or (None if self.layer is None else self.layer.modified_input())
 
     def _sync_req_to_token(self) -> None:
-        self._pool[:, self._columns] = torch.from_numpy(self.world.req_to_token)
-        self._pool_on_device.copy_(self._pool)
+        self._pool.content[:, self._columns] = torch.from_numpy(self.world.req_to_token)
+        self._delivery.send(self._pool.memory, self._pool.expected)
+
+    @contextmanager
+    def _under_stress(self) -> Iterator[None]:
+        """Around a preparation: deliver the inputs, late every other time, and have other streams busy in between."""
+        self._calls += 1
+        if not self.stress or self._calls % 2:
+            self._delivery.deliver(busy=True)
+            yield
+        else:
+            self._delivery.deliver()
+            with busy_side_streams(self.device):
+                yield
 
     def _check_guards(self, guard: GuardedAllocations, metadata: Sequence[Metadata]) -> None:
         """Check what a call allocated while it is there, and keep watching what the metadata still uses."""
         self._overrun = self._overrun or overrun(guard.buffers)
         held = {t.untyped_storage().data_ptr() for step in metadata for t in fields.tensors(step).values()}
         self._guarded += [buffer for buffer in guard.buffers if buffer.address in held]
+        guard.buffers.clear()  # what else it made lives as long as the backend holds it
 
-    def capture(self, mode: ForwardMode, bs: int) -> None:
+    def capture(self, mode: ForwardMode, bs: int, batch: Batch | None = None) -> None:
         """Capture the preparation, where the backend wants it in the graph, the layer, and the probes.
 
-        On padding alone, as servers do.
+        On padding alone, as servers do, unless ``batch``, of ``bs`` requests, is given. Raises CaptureError for what
+        the capture refuses, and for what its graph holds and must not.
         """
-        padding = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
-        forward_batch = self.inputs.load(padding)
+        if batch is None:
+            batch = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
+        forward_batch = self.inputs.load(batch)
+        self._delivery.deliver()
         with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.bind(forward_batch)
         metadata = tuple(step.forward_metadata for step in self.backend.attn_backends)
@@ -445,14 +493,16 @@ class Engine:
 
         assert forward_batch.seq_lens_cpu is not None
         graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
+        audit = graph.audit()
+        self.audit.add(audit.tally)
+        if audit.fault is not None:
+            raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
         self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena, tuple(kept.values()))
 
     def _poison(self, bound: BoundGraph) -> None:
         """Before a replay: nothing is left in the probes, nor in table cells that the graph's last batch had dead."""
         bound.arena.fill_(self.sentinel)
-        for outputs in bound.outputs:
-            for tensor in vars(outputs).values():
-                as_bytes(tensor).fill_(NAN_BYTE)
+        _spoil_outputs(bound)
         seen: set[int] = set()
         for metadata in bound.metadata:
             tensors = fields.tensors(metadata)
@@ -468,6 +518,8 @@ class Engine:
     def _observe_graph(self, bound: BoundGraph) -> tuple[StepObservation, ...]:
         """What the probes of a replayed graph hold."""
         arena = bound.arena.cpu()
+        if self.stress and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # nothing that a stream still does may reach into the next call
         return tuple(
             self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
             for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
@@ -487,6 +539,12 @@ class Engine:
 def copied(outputs: AttentionOutputs) -> AttentionOutputs:
     """A copy of all tensors, each in memory of its own."""
     return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
+
+
+def _spoil_outputs(bound: BoundGraph) -> None:
+    for outputs in bound.outputs:
+        for tensor in vars(outputs).values():
+            as_bytes(tensor).fill_(NAN_BYTE)
 
 
 def _graph_mode(mode: ForwardMode) -> ForwardMode:

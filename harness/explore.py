@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 
-from harness.compare import Kind
+from harness.compare import Finding, Kind
 from harness.judge import OracleFailure, Verdict, judge
 from harness.minimise import MOST_TRIALS, minimise
 from harness.protocol import BackendFactory, LayerFactory, optimized_layer
@@ -65,7 +65,21 @@ class Subject:
 
 
 class DeviceLost(BaseException):
-    """A kernel fault left the GPU unusable for this process. Not an Exception: nothing may try to shrink it."""
+    """A kernel fault left the GPU unusable for this process. Not an Exception: nothing may try to shrink it.
+
+    failure: what was judged when it happened, saved as ``saved``. cases: how many had passed before.
+    """
+
+    def __init__(self, failure: OracleFailure, saved: Path, cases: int) -> None:
+        super().__init__(f"the GPU faulted ({failure.finding.got}); case saved as {saved}")
+        self.failure = failure
+        self.saved = saved
+        self.cases = cases
+
+
+def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
+    """Whether after this nothing more can be judged on ``device`` in this process."""
+    return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
 
 
 class _OutOfTime(BaseException):
@@ -74,12 +88,16 @@ class _OutOfTime(BaseException):
 
 @dataclass
 class Exploration:
-    """Outcome of one search. ``failure`` is the smallest failing case found, in the files ``saved``."""
+    """Outcome of one search. ``failure`` is the smallest failing case found, in the files ``saved``.
+
+    lost: whether that failure left the device unusable for the process that judged it.
+    """
 
     verdict: Verdict = field(default_factory=Verdict)
     failure: OracleFailure | None = None
     saved: Path | None = None
     flaky: bool = False
+    lost: bool = False
 
 
 def explore(
@@ -117,8 +135,8 @@ def explore(
         except OracleFailure as failure:
             files.record(scenario, failure.finding.sentence())
             outcome.failure, outcome.saved = failure, files.minimal
-            if device.type == "cuda" and failure.finding.kind is Kind.CRASH and "CUDA error" in failure.finding.got:
-                raise DeviceLost(f"the GPU faulted ({failure.finding.got}); case saved as {files.raw}") from failure
+            if has_lost_the_device(failure.finding, device):
+                raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
             raise
 
     search = settings(
@@ -133,7 +151,7 @@ def explore(
         with no_near_copies():
             hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
-        outcome.failure = _minimised(failure, subject, device, most_shrinking or MOST_TRIALS)
+        outcome.failure = minimised(failure, subject, device, most_shrinking or MOST_TRIALS)
         files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
     except _OutOfTime:
         pass
@@ -142,7 +160,7 @@ def explore(
     return outcome
 
 
-def _minimised(failure: OracleFailure, subject: Subject, device: torch.device, most: int) -> OracleFailure:
+def minimised(failure: OracleFailure, subject: Subject, device: torch.device, most: int) -> OracleFailure:
     """The failure of the simplest scenario, near that of ``failure``, which fails in the same way."""
     smallest = failure
 

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -28,6 +29,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from harness.free_memory import spoil_free_blocks
+from harness.graph_audit import Allocator, Audit, audit, driver_bindings
+from harness.graph_nodes import DriverRefusal, GraphReader, Node
+from harness.host_values import NodeValues, of_call, of_nodes
 
 _HARNESS = Path(__file__).parent
 _INTERNAL_FILES = {str(_HARNESS / "graph.py"), str(_HARNESS / "simulated_graph.py")}
@@ -62,6 +68,15 @@ class CapturedGraph(Protocol):
 
         A server's graph keeps nothing alive: to it such memory is free, and the next allocation may get it.
         """
+
+    def audit(self) -> Audit:
+        """What its nodes read and write, as it was right after the capture; nothing where there are no nodes."""
+
+    def host_values(self) -> Sequence[NodeValues]:
+        """The host values that the capture gave to its nodes, for a comparison with another capture."""
+
+    def spoil(self, value: int) -> None:
+        """Write ``value`` over free memory: what nobody holds, and scratch of this graph's own between two replays."""
 
 
 class GraphRunner(Protocol):
@@ -130,6 +145,8 @@ class StorageWatch:
         # Strong: a graph holds raw addresses. Memory freed under it would be handed to an unrelated tensor, and the
         # stale graph would then corrupt a later case instead of failing its own.
         self.found: dict[int, torch.UntypedStorage] = {}
+        self.calls: list[NodeValues] = []  # operators on CUDA tensors, if they are noted
+        self._notes_calls = False
         self.failed_operation: str | None = None
         self.failed_where: str | None = None
         self._failure: Exception | None = None
@@ -170,6 +187,28 @@ class StorageWatch:
             storage = output.untyped_storage()
             if storage._cdata not in self.found:
                 self._made.add(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def noting_calls(self) -> Iterator[None]:
+        """Note what host values every operator on CUDA tensors is given."""
+        self._notes_calls = True
+        try:
+            yield
+        finally:
+            self._notes_calls = False
+
+    def note_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Any]) -> None:
+        if self._notes_calls and any(tensor.is_cuda for tensor in tensors):
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append(of_call(str(func), names, args, kwargs, lambda tensor: not tensor.is_cuda))
+
+    def holds_host_memory(self, address: int) -> bool | None:
+        """Whether anybody else holds the host memory at an address; None if no operator found any there."""
+        for storage in self.found.values():
+            begin = storage.data_ptr()
+            if storage.device.type == "cpu" and begin <= address < begin + storage.nbytes():
+                return use_count(storage) > 1
+        return None
 
     def reject_move(self, func: Callable[..., Any], reason: str) -> NoReturn:
         raise CaptureError(operation_name(func), calling_line(), reason)
@@ -224,7 +263,9 @@ class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(storage.data_ptr() != address for storage, address in before):
             # An `out=` that was too small, say: seen only afterwards.
             self.watch.reject_move(func, "moved an existing tensor to other memory")
-        self.watch.note_outputs([leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.watch.note_outputs(outputs)
+        self.watch.note_call(func, args, kwargs, inputs + outputs)
         return result
 
     def _reject_known_moves(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -241,12 +282,29 @@ class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.watch.reject_move(func, f"grows an existing tensor from {held} to {needed} bytes, which moves it")
 
 
+@dataclass(frozen=True)
+class CudaContent:
+    """What a CUDA graph was seen to be made of, right after its capture. pool: its private memory."""
+
+    audit: Audit
+    host_values: list[NodeValues]
+    pool: tuple[int, int]
+
+
 class CudaCapturedGraph:
     """A `torch.cuda.CUDAGraph` with the storages its operators found, kept alive as long as it is."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, found: dict[int, torch.UntypedStorage]) -> None:
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        device: torch.device,
+        found: dict[int, torch.UntypedStorage],
+        content: CudaContent,
+    ) -> None:
         self.graph = graph
+        self.device = device
         self._found = found
+        self._content = content
 
     def replay(self) -> None:
         self.graph.replay()
@@ -254,7 +312,23 @@ class CudaCapturedGraph:
     def dangling_bytes(self) -> int:
         # Host memory that Python looked at during the capture is found too, and not part of the graph.
         found = (storage for storage in self._found.values() if storage.device.type == "cuda")
-        return sum(storage.nbytes() for storage in found if use_count(storage) == 1)
+        seen_by_torch = sum(storage.nbytes() for storage in found if use_count(storage) == 1)
+        allocator = Allocator.now(self.device)
+        if seen_by_torch or allocator is None:
+            return seen_by_torch
+        hit = allocator.dangling(self._content.audit.references)
+        return 0 if hit is None else hit[1].size
+
+    def audit(self) -> Audit:
+        return self._content.audit
+
+    def host_values(self) -> Sequence[NodeValues]:
+        return self._content.host_values
+
+    def spoil(self, value: int) -> None:
+        allocator = Allocator.now(self.device)
+        if allocator is not None:
+            spoil_free_blocks(allocator, self._content.pool, self.device, value)
 
 
 def use_count(storage: torch.UntypedStorage) -> int:
@@ -264,11 +338,10 @@ def use_count(storage: torch.UntypedStorage) -> int:
 
 
 class CudaGraphRunner:
-    """Captures bodies into real CUDA graphs. `keep_graph` leaves the nodes readable (`graph.raw_cuda_graph()`)."""
+    """Captures bodies into real CUDA graphs, and reads the nodes of each."""
 
-    def __init__(self, device: torch.device, keep_graph: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.keep_graph = keep_graph
 
     def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> CudaCapturedGraph:
         """Run `body` once for real, then record it.
@@ -287,7 +360,7 @@ class CudaGraphRunner:
             return self._record(body, watch, stream)
 
     def _record(self, body: Callable[[], None], watch: StorageWatch, stream: torch.cuda.Stream) -> CudaCapturedGraph:
-        graph = torch.cuda.CUDAGraph(keep_graph=self.keep_graph)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be read
         # Named here because a graph that failed does not tell which pool it was given.
         pool = torch.cuda.graph_pool_handle()
         watch.forget_failure()  # What the warm-up caught and survived is no fault.
@@ -297,7 +370,7 @@ class CudaGraphRunner:
             # thread_local: another thread's allocation (a watchdog, a plug-in) is not this body's fault.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                with watch:
+                with watch, watch.noting_calls():
                     body()
             except Exception as error:
                 failure = error
@@ -305,17 +378,31 @@ class CudaGraphRunner:
                 try:
                     with _empty_is_legal():
                         graph.capture_end()
-                    ended = True
+                        ended = True
+                        graph.instantiate()
                 except RuntimeError as error:
                     # The first failure is the cause; this one says only that the capture had been invalidated.
                     failure = failure or error
         failure = failure or watch.swallowed_refusal
         if failure is None:
-            return CudaCapturedGraph(graph, watch.found)
+            return CudaCapturedGraph(graph, self.device, watch.found, self._look_at(graph, watch, pool))
         self._recover(graph, pool, ended)
         if isinstance(failure, RuntimeError):
             raise _translate(failure, watch) from failure
         raise failure
+
+    def _look_at(self, graph: torch.cuda.CUDAGraph, watch: StorageWatch, pool: tuple[int, int]) -> CudaContent:
+        """Read the graph's nodes, before anything else is allocated."""
+        driver = driver_bindings()
+        if driver is None:
+            return CudaContent(_not_audited("cuda-bindings is not installed"), watch.calls, pool)
+        reader, allocator = GraphReader(driver), Allocator.now(self.device)
+        try:
+            nodes: list[Node] = reader.nodes(graph.raw_cuda_graph())
+        except (DriverRefusal, RuntimeError) as refusal:
+            return CudaContent(_not_audited(str(refusal)), watch.calls, pool)
+        audited = audit(reader, nodes, allocator, watch.holds_host_memory)
+        return CudaContent(audited, [*watch.calls, *of_nodes(reader, nodes, allocator)], pool)
 
     def _recover(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], ended: bool) -> None:
         """Leave allocator, random generator and error state as before a failed capture."""
@@ -341,6 +428,12 @@ class CudaGraphRunner:
             probe.zero_()
             well_ended.capture_end()
         torch.cuda.synchronize()
+
+
+def _not_audited(reason: str) -> Audit:
+    found = Audit()
+    found.tally.missed(f"whole graphs: {reason}")
+    return found
 
 
 @contextmanager

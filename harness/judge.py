@@ -17,13 +17,18 @@ from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
 from harness.engine import Engine, Feed, LayerObservation, Observation
 from harness.expected import expected_metadata
+from harness.frozen import frozen_value
 from harness.graph import CaptureError
+from harness.graph_audit import AuditTally
+from harness.invariants import diagnosed
 from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
-from harness.scenario import Scenario, Setup
+from harness.scenario import Eager, Scenario, Setup
 from harness.stages import LayerTally, StageJudge
+from harness.variants import Growth, VariantCounter
+from harness.world import Batch
 from reference.types import Metadata
 
 
@@ -39,6 +44,9 @@ class OracleFailure(AssertionError):
         self.finding = finding
         self.event = event
 
+    def __reduce__(self) -> tuple[type[OracleFailure], tuple[Scenario, Finding, int | None]]:
+        return type(self), (self.scenario, self.finding, self.event)  # it may come from another process
+
 
 @dataclass
 class Verdict:
@@ -49,6 +57,7 @@ class Verdict:
     eager_calls: int = 0
     tally: Tally = field(default_factory=Tally)
     layers: LayerTally = field(default_factory=LayerTally)
+    audit: AuditTally = field(default_factory=AuditTally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Verdict) -> None:
@@ -58,6 +67,7 @@ class Verdict:
         self.tally.fields += other.tally.fields
         self.tally.cells += other.tally.cells
         self.layers.add(other.layers)
+        self.audit.add(other.audit)
         self.boundary_classes.update(other.boundary_classes)
 
 
@@ -80,9 +90,10 @@ def judge(
         gc.collect()  # engines are in cycles, and gigabytes of addresses are a lot to leave to chance
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
+        stress = other is not None  # in the second run
 
-        def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison) -> Engine:
-            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs)
+        def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison, stress: bool = stress) -> Engine:
+            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs, stress)
 
         other = _Run(scenario, build, device, covered, other)
         with interpreter.without_warnings():
@@ -120,6 +131,8 @@ class _Run:
         self.device = device
         self.verdict = verdict
         self.calls: list[LayerObservation] = []
+        self._is_first = other is None
+        self._counter, self._growth = VariantCounter(), Growth()
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -127,9 +140,13 @@ class _Run:
         number: int | None = None
         try:
             engine = self.build(self.scenario)
-            for number, event in enumerate(self.scenario.events):
-                self._judge_event(engine, engine.run(event), number)
+            with self._counter.counting():
+                for number, event in enumerate(self.scenario.events):
+                    self._judge_event(engine, engine.run(event), number)
             finding = _intact(engine)  # a capture alone can write astray, too
+            if self._is_first:
+                finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
+            self.verdict.audit.add(engine.audit)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         except (OracleFailure, BackendError):
@@ -143,10 +160,12 @@ class _Run:
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
         metadata: list[Metadata] = []
+        batch: Batch | None = None
         for seen in observations:
+            batch = seen.batch
             if isinstance(seen, Observation):
                 metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                finding = compare(seen, metadata, self.device, self.verdict.tally)
+                finding = diagnosed(compare(seen, metadata, self.device, self.verdict.tally), engine.setup)
                 if seen.in_graph:
                     self.verdict.replays += 1
                 else:
@@ -156,10 +175,18 @@ class _Run:
             finding = finding or _intact(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
+        launched = self._counter.take()
+        if batch is not None and isinstance(self.scenario.events[number], Eager):
+            self._growth.note_eager(batch, launched)
+        else:
+            self._growth.note(launched)
 
     def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
         """Each stage against the reference; then what must not depend on anything around it."""
         layers = self.verdict.layers
+        if seen.again:
+            layers.count(Relation.REPEATED)
+            return _differing(self.calls[-1], seen, Relation.REPEATED)
         finding = self._stages(engine).compare(seen, metadata)
         if finding is not None:
             return finding
@@ -170,10 +197,9 @@ class _Run:
         twin = next(self._others, None)
         if twin is not None:
             layers.count(Relation.POISONED)
-            for step, (now, before) in enumerate(zip(seen.steps, twin.steps, strict=True)):
-                finding = differs(before, now, list(range(seen.load.passes[step].rows)))
-                if finding is not None:
-                    return replace(finding, step=step, how=Relation.POISONED.value)
+            finding = _differing(twin, seen, Relation.POISONED)
+            if finding is not None:
+                return finding
         if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:
             return None  # what has one right answer is compared with that
         checked = self._relations.check(engine, seen)
@@ -191,6 +217,15 @@ class _Run:
     @functools.cached_property
     def _relations(self) -> Relations:
         return Relations(self.scenario, self.build)
+
+
+def _differing(first: LayerObservation, second: LayerObservation, relation: Relation) -> Finding | None:
+    """The first bit of a real row that two observations of the same work do not share."""
+    for step, (before, now) in enumerate(zip(first.steps, second.steps, strict=True)):
+        finding = differs(before, now, list(range(second.load.passes[step].rows)))
+        if finding is not None:
+            return replace(finding, step=step, how=relation.value)
+    return None
 
 
 def _intact(engine: Engine) -> Finding | None:

@@ -188,10 +188,14 @@ class CacheState:
 
 
 def new_caches(
-    setup: Setup, config: AttentionConfig, num_pages: int, device: torch.device, poison: int
+    setup: Setup, config: AttentionConfig, num_pages: int, device: torch.device, poison: int, band: int = 0
 ) -> AttentionCaches:
-    """Dense caches full of poison: all slots of the setup, and ``num_pages`` pages of index keys."""
-    slots = setup.num_pages * setup.page_size
+    """Dense caches full of poison: all slots of the setup, and ``num_pages`` pages of index keys.
+
+    band: so many slots and pages more at either end of both.
+    """
+    slots = setup.num_pages * setup.page_size + 2 * band
+    num_pages += 2 * band
     if config.kv_cache_dtype is KVCacheDtype.FP8:
         kv = torch.empty(slots, 1, config.kv_token_bytes, dtype=torch.uint8, device=device)
     else:

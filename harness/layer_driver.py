@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
-from harness.poison import NAN_BYTE
+from harness.poison import NAN_BYTE, band
 from harness.protocol import SparseAttention
 from harness.scenario import Setup
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
+
+BAND = 16  # slots, pages or rows on either side: any multiple of 4 bytes times this keeps memory aligned to 64
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,26 @@ class LayerDriver:
         self.config = setup.layer.attention_config()
         # The poison of page tables is a slot that exists and holds poison: a layer that reads a dead cell shows it in
         # its output and does not take the process down. Taken for a page, that number has to exist as well.
-        dense = new_caches(setup, self.config, setup.num_pages * setup.page_size, device, poison)
         far = setup.layer.far_slots
+        beside = band(BAND)
+        band_of_caches = 0 if far else beside  # far apart, everything has a band of its own
+        pages = setup.num_pages * setup.page_size
+        banded = new_caches(setup, self.config, pages, device, poison, band_of_caches)
+        dense = AttentionCaches(_between(banded.kv, band_of_caches), _between(banded.index_k, band_of_caches))
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
-        self._static = [_poisoned_inputs(self.config, max_rows, device) for _ in range(num_steps)]
-        self._loaded = [map_tensors(inputs, torch.clone) for inputs in self._static]
+        self._poison = poison
+        self._bands = {
+            name: (cache[:band_of_caches], cache[len(cache) - band_of_caches :])
+            for name, cache in (("kv_cache", banded.kv), ("index_k_cache", banded.index_k))
+        }
+        # Rows on either side that are nobody's: what is written to where they say shows in a page that nobody has.
+        rows, last_slot = max_rows + 2 * beside, pages - 1
+        self._banded = [_poisoned_inputs(self.config, rows, last_slot, device) for _ in range(num_steps)]
+        self._expected = [map_tensors(inputs, torch.clone) for inputs in self._banded]
+        self._static, self._loaded = (
+            [map_tensors(inputs, lambda tensor: _between(tensor, beside)) for inputs in banded_inputs]
+            for banded_inputs in (self._banded, self._expected)
+        )
 
     def load(self, load: LayerLoad) -> None:
         """Put the caches and the static inputs as the engine has them before a replay. Rows of padding are NaN."""
@@ -69,12 +86,21 @@ class LayerDriver:
         return self.layer.forward(inputs, self.caches, metadata)
 
     def modified_input(self) -> str | None:
-        """The name of a static input that the layer has written to, or None."""
-        for static, loaded in zip(self._static, self._loaded, strict=True):
-            for name, tensor in vars(static).items():
-                if not torch.equal(as_bytes(tensor), as_bytes(getattr(loaded, name))):
+        """The name of what the layer has written to and must not: a static input, or memory around one or a cache."""
+        for banded, expected in zip(self._banded, self._expected, strict=True):
+            for name, tensor in vars(banded).items():
+                if not torch.equal(as_bytes(tensor), as_bytes(getattr(expected, name))):
                     return name
+        for name, bands in self._bands.items():
+            for beside in bands:
+                if bool((as_bytes(beside) != self._poison).any()):
+                    return f"memory beside {name}"
         return None
+
+
+def _between(tensor: torch.Tensor, beside: int) -> torch.Tensor:
+    """What is left of ``tensor`` without ``beside`` rows at either end."""
+    return tensor[beside : len(tensor) - beside]
 
 
 def dense_copy(caches: AttentionCaches) -> AttentionCaches:
@@ -85,8 +111,8 @@ def load_of(state: CacheState, passes: Sequence[Pass]) -> LayerLoad:
     return LayerLoad(tuple(passes), dense_copy(state.truth))
 
 
-def _poisoned_inputs(config: AttentionConfig, rows: int, device: torch.device) -> AttentionInputs:
-    """Inputs of ``rows`` rows, all NaN, that write to slot 0."""
+def _poisoned_inputs(config: AttentionConfig, rows: int, slot: int, device: torch.device) -> AttentionInputs:
+    """Inputs of ``rows`` rows, all NaN, that write to ``slot``."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.empty(*shape, dtype=dtype, device=device)
@@ -99,5 +125,5 @@ def _poisoned_inputs(config: AttentionConfig, rows: int, device: torch.device) -
         index_q=empty(rows, config.index_n_heads, config.index_head_dim, dtype=torch.float8_e4m3fn),
         index_weights=empty(rows, config.index_n_heads, dtype=torch.float32),
         index_k=empty(rows, config.index_head_dim, dtype=torch.bfloat16),
-        out_cache_loc=torch.zeros(rows, dtype=torch.int64, device=device),
+        out_cache_loc=torch.full((rows,), slot, dtype=torch.int64, device=device),
     )

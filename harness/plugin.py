@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import torch
 
 from harness import interpreter, report
 from harness.compare import Tally
-from harness.explore import PROFILES, SCALES, SHARDS, DeviceLost, Exploration, Subject, explore
-from harness.judge import OracleFailure, Verdict
-from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
+from harness.explore import PROFILES, SCALES, SHARDS, Exploration, Subject
+from harness.graph_audit import AuditTally
+from harness.judge import Verdict
+from harness.protocol import BackendError, try_out
+from harness.recovery import Recovery, SubjectSpec
 from harness.scenario import ScenarioError, load
+from harness.seeds import CORPUS
 from harness.stages import LayerTally, StageTally
 from harness.strategies import restricted
 
-CORPUS = Path(__file__).parent.parent / "tests" / "cases"
 ENTROPY = "oracle_entropy"
 BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
 PROPERTY = "oracle"  # of a test report: what its item covered, so that it survives the way from an xdist worker
@@ -101,21 +104,21 @@ class Oracle:
     deadline: float | None
     entropy: int
 
+    @functools.cached_property
+    def recovery(self) -> Recovery:
+        """Judges here, and elsewhere once this process has lost its GPU."""
+        return Recovery(SubjectSpec(self.backend_spec, self.layer_spec), self.subject, self.device)
+
     def judge_file(self, path: Path) -> Exploration:
         """Judge one saved case as it is, without shrinking."""
-        outcome = Exploration(saved=path)
-        try:
-            self.subject.judge(load(path), self.device, outcome.verdict)
-        except OracleFailure as failure:
-            outcome.failure = failure
+        outcome = self.recovery.judge(load(path))
+        outcome.saved = path
         return outcome
 
     def explore(self, shard: int, with_layer: bool = False) -> Exploration:
         """Judge the part of the profile's cases that falls to this shard."""
         profile = PROFILES[self.profile]
-        return explore(
-            self.subject,
-            self.device,
+        return self.recovery.explore(
             (profile.layer_cases if with_layer else profile.cases) // SHARDS,
             self.entropy + shard,
             self.save_dir,
@@ -130,7 +133,8 @@ class Oracle:
             return None
         text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome.saved))
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
-        return (note if outcome.flaky else "") + text
+        lost = "THE GPU FAULTED: what is left of this process's cases is judged in a process of its own.\n"
+        return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
 
     def replay_command(self, saved: Path) -> str:
         return report.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
@@ -147,13 +151,10 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.speed_up()
         torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
     try:
-        spec = config.getoption("--oracle-backend")
-        factory = optimized_backend if spec is None else load_backend(spec)
-        try_out(factory, device)
-        layer_spec = config.getoption("--oracle-layer")
-        layer, sizes = (optimized_layer, {}) if layer_spec is None else load_layer(layer_spec)
-        subject = Subject(factory, layer, sizes)
-        restricted(SCALES[device.type, True], sizes)
+        spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
+        subject = SubjectSpec(spec, layer_spec).build()
+        try_out(subject.backend, device)
+        restricted(SCALES[device.type, True], subject.layer_sizes)
         for file in config.getoption("--oracle-replay"):
             if not subject.fits(load(Path(file))):
                 raise BackendError(f"{file}: not of the sizes that layer '{layer_spec}' declares")
@@ -241,13 +242,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = saved + others
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A lost GPU ends the session: nothing judged after it would mean anything."""
-    try:
-        return (yield)
-    except DeviceLost as lost:
-        pytest.exit(f"{lost}; replay it in a fresh process", returncode=1)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if ORACLE in config.stash:
+        config.stash[ORACLE].recovery.close()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -290,7 +287,8 @@ def _as_property(oracle: Oracle, outcome: Exploration) -> str:
         )
     counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
     layers = dataclasses.asdict(verdict.layers)
-    return json.dumps({"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures})
+    data = {"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures}
+    return json.dumps(data | {"audit": dataclasses.asdict(verdict.audit)})
 
 
 def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
@@ -300,6 +298,7 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     layers = data["layers"]
     stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
     tally = LayerTally(stages, layers["relations"], layers["replays"])
-    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, Counter(data["classes"])))
+    audit = AuditTally(**data["audit"])
+    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]
     return found

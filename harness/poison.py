@@ -1,13 +1,15 @@
 """Memory that betrays a backend which reads or writes what it must not.
 
 Three devices: a *sentinel* fills every cell whose content is unspecified (the judge runs each scenario with two
-different ones, so that a value computed from such a cell shows even if it happens to be right once); *guard bands*
-surround every buffer the backend allocates; and dead cells of the page tables are filled anew before each replay.
+different ones, so that a value computed from such a cell shows even if it happens to be right once); *bands* surround
+every buffer the backend allocates and every input it is given; and dead cells of the page tables are filled anew
+before each replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +24,59 @@ GUARD_VALUE = 0x6BADBEEF
 NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
 
 
+_bands = True
+
+
+def band(size: int) -> int:
+    """How large a band of ``size`` is: 0 inside ``without_bands``."""
+    return size if _bands else 0
+
+
+@contextmanager
+def without_bands() -> Iterator[None]:
+    """Buffers and inputs have nothing beside them, for a tool that watches the end of every allocation itself."""
+    global _bands
+    _bands = False
+    try:
+        yield
+    finally:
+        _bands = True
+
+
 @dataclass
 class GuardedBuffer:
     """One allocation of the backend: its storage with a guard band on either side, and the operation that made it."""
 
-    storage: torch.Tensor  # [GUARD_WORDS + n + GUARD_WORDS] int32
+    storage: torch.Tensor  # the buffer's words between two bands, int32
     operation: str
     shape: tuple[int, ...]
 
     def bands(self) -> torch.Tensor:
-        """What lies before and behind the buffer: [2, GUARD_WORDS]."""
-        return torch.stack((self.storage[:GUARD_WORDS], self.storage[-GUARD_WORDS:]))
+        """What lies before and behind the buffer: [2, words]."""
+        words = band(GUARD_WORDS)
+        return torch.stack((self.storage[:words], self.storage[len(self.storage) - words :]))
 
     @property
     def address(self) -> int:
         return self.storage.data_ptr()
+
+
+class BandedInput:
+    """An input of the engine: memory at a fixed address, poison on either side of it, and a host copy of all of that.
+
+    What reads past either end gets poison; what writes there is found as what writes to the input itself.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device) -> None:
+        count = shape[0] * shape[1]
+        beside = band(-(-max(shape[1], 1) // GUARD_WORDS) * GUARD_WORDS)  # a whole row, and as aligned as the memory
+        self.expected = torch.full((count + 2 * beside,), sentinel, dtype=dtype)
+        self.memory = self.expected.to(device, copy=True)
+        self.content = self.expected[beside : beside + count].view(shape)  # on the host: what is sent next
+        self.tensor = self.memory[beside : beside + count].view(shape)  # on the device
+
+    def is_modified(self) -> bool:
+        return not torch.equal(self.memory.cpu(), self.expected)
 
 
 class GuardedAllocations(TorchDispatchMode):
@@ -61,7 +101,7 @@ class GuardedAllocations(TorchDispatchMode):
         return result
 
     def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
-        if result.dtype is torch.bool or result.device.type != self.device.type:
+        if result.device.type != self.device.type:
             return False
         if not result.is_contiguous() or result.storage_offset():
             return False
@@ -71,9 +111,9 @@ class GuardedAllocations(TorchDispatchMode):
 
     def _guarded(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         count = tensor.numel() * tensor.element_size()
-        words = -(-count // 4)
-        storage = torch.full((words + 2 * GUARD_WORDS,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
-        held = storage.view(torch.uint8)[4 * GUARD_WORDS : 4 * GUARD_WORDS + count]
+        words, beside = -(-count // 4), band(GUARD_WORDS)
+        storage = torch.full((words + 2 * beside,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
+        held = storage.view(torch.uint8)[4 * beside : 4 * beside + count]
         body = held.view(tensor.dtype).view(tensor.shape)
         if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
             body.fill_(self.sentinel)

@@ -27,6 +27,7 @@ class Relation(enum.StrEnum):
 
     COLD = "captured by a backend without history"
     TWICE = "replayed twice"
+    REPEATED = "replayed again without a preparation"
     EAGER = "run without the graph"
     ALONE = "a request alone"
     PERMUTED = "requests in reverse order"

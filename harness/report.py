@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from harness.boundary import ALL_CLASSES
+from harness.graph_audit import AuditTally
 from harness.judge import OracleFailure, Verdict
 from harness.scenario import (
     Accept,
@@ -102,6 +103,9 @@ def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float
     if verdict.layers.stages:
         parts += [render(_stages(verdict.layers)), _relations(verdict.layers)]
 
+    if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
+        parts.append(_audited(audit))
+
     classes = [f"{name} {verdict.boundary_classes[name]}" for name in ALL_CLASSES if name not in switches]
     parts.append(_wrapped("boundary classes visited (cases): ", classes))
     parts += _listed_failures(failures)
@@ -128,6 +132,18 @@ def _stages(layers: LayerTally) -> Table:
 def _relations(layers: LayerTally) -> str:
     told = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
     return _wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
+
+
+def _audited(audit: AuditTally) -> str:
+    """What was looked at in the graphs themselves, and what was not."""
+    looked_at = [f"captured once more from other values {audit.compared:,}"]
+    if audit.graphs:
+        looked_at = [f"read node by node {audit.graphs:,}", f"kernels {audit.kernels:,}", *looked_at]
+        looked_at += [f"addresses followed {audit.addresses:,}"]
+        looked_at += [f"{name} nodes {count:,}" for name, count in sorted(audit.other_nodes.items())]
+    text = _wrapped("graphs: ", looked_at)
+    missed = [f"{reason} {count:,}" for reason, count in sorted(audit.not_audited.items())]
+    return "\n".join([text, _wrapped("not audited: ", missed)]) if missed else text
 
 
 def _switch_classes(optimizations: str) -> list[str]:
@@ -264,8 +280,8 @@ def _tell_batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
         told += f", accepted {_listed(batch.accept_lengths)}"
     if batch.extend_lens:
         told += f", new tokens {_listed(batch.extend_lens)}"
-    if mirror is Mirror.STALE and batch.seq_lens_cpu is not None:
-        told += f", host mirror stale at {_listed(batch.seq_lens_cpu)}"
+    if mirror in (Mirror.STALE, Mirror.AHEAD) and batch.seq_lens_cpu is not None:
+        told += f", host mirror {mirror.value} at {_listed(batch.seq_lens_cpu)}"
     if mirror is Mirror.ABSENT:
         told += ", no host mirror"
     return told + ("" if order is Order.JOINED else f", order {order.value}")

@@ -46,10 +46,11 @@ class PageLayout(enum.Enum):
 
 
 class Mirror(enum.Enum):
-    """State of the host copy ``seq_lens_cpu`` when the backend is called."""
+    """State of the host copy ``seq_lens_cpu``, and with it of ``seq_lens_sum``, when the backend is called."""
 
     EQUAL = "equal"
-    STALE = "stale"
+    STALE = "stale"  # from before the last accept
+    AHEAD = "ahead"  # as if every draft token had been accepted
     ABSENT = "absent"
 
 

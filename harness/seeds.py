@@ -12,6 +12,10 @@ from pathlib import Path
 
 from harness.scenario import Scenario, to_json
 
+_TESTS = Path(__file__).parent.parent / "tests"
+CORPUS = _TESTS / "cases"  # what every run judges first
+BUG_CASES = _TESTS / "bugs"  # by the name of a bug: a case that shows it
+
 
 def digest(scenario: Scenario) -> str:
     """Twelve hex digits that name the scenario, whatever its note says."""

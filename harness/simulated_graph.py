@@ -16,6 +16,7 @@ inner operations and kernel launches, so that no Python of the operator runs aga
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,10 @@ from torch.utils import _device as default_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from harness.free_memory import spoil_storage
 from harness.graph import CaptureError, StorageWatch, calling_line, operation_name, use_count
+from harness.graph_audit import Audit
+from harness.host_values import NodeValues, of_call
 
 aten = torch.ops.aten
 
@@ -106,6 +110,10 @@ class _Operation:
     kwargs: dict[str, Any]
     outputs: tuple[torch.Tensor | None, ...]
 
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        names = [argument.name for argument in _arguments(self.func)]
+        return of_call(str(self.func), names, self.args, self.kwargs, is_host)
+
     def run(self) -> None:
         results = tree_leaves(self.func(*self.args, **self.kwargs))
         for output, result in zip(self.outputs, results, strict=True):
@@ -117,9 +125,13 @@ class _Operation:
 class _Launch:
     """A recorded Triton launch: an executor with its grid resolved, and its arguments."""
 
-    executor: Callable[..., Any]
+    executor: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        given = {"grid": tuple(self.executor.grid), **self.kwargs}
+        return of_call(f"kernel {self.executor.fn.__name__}", self.executor.arg_names, self.args, given, is_host)
 
     def run(self) -> None:
         self.executor(*self.args, **self.kwargs)
@@ -137,14 +149,17 @@ class SimulatedCapturedGraph:
         nodes: Sequence[_Operation | _Launch],
         storages_read: frozenset[tuple[int, int]],
         storages_written: frozenset[tuple[int, int]],
-        allocations: int,
+        made: Sequence[torch.UntypedStorage],
         found: dict[int, torch.UntypedStorage],
+        host_scalars: frozenset[int],
     ) -> None:
         self._nodes = tuple(nodes)
         self._found = found
+        self._made = {storage._cdata: storage for storage in made}
+        self._host_scalars = host_scalars  # storages of the copies that the nodes hold
         self.storages_read = storages_read
         self.storages_written = storages_written
-        self.allocations = allocations
+        self.allocations = len(made)
 
     def replay(self) -> None:
         with torch.no_grad():
@@ -152,13 +167,36 @@ class SimulatedCapturedGraph:
                 node.run()
 
     def dangling_bytes(self) -> int:
-        held: dict[int, set[int]] = {}  # by storage: the tensors through which the nodes hold it
+        # What no node holds was looked at by the host alone.
+        return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
+
+    def audit(self) -> Audit:
+        return Audit()
+
+    def host_values(self) -> Sequence[NodeValues]:
+        return [node.host_values(self._is_host_scalar) for node in self._nodes]
+
+    def spoil(self, value: int) -> None:
+        for storage in self._held_by_nodes_alone(self._made):
+            spoil_storage(storage, value)
+
+    def _is_host_scalar(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host_scalars
+
+    def _held_by_nodes_alone(self, storages: dict[int, torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
+        """Those of `storages`, of each of which this object has one handle, that nobody has but it and its nodes."""
+        for key, tensors in self._tensors_of_nodes.items():
+            if key in storages and use_count(storages[key]) == 1 + tensors:
+                yield storages[key]
+
+    @functools.cached_property
+    def _tensors_of_nodes(self) -> dict[int, int]:
+        """By storage: through how many tensors the nodes hold it."""
+        held: dict[int, set[int]] = {}
         for node in self._nodes:
             for tensor in _tensors(vars(node)):
                 held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
-        # What no node holds was looked at by the host alone.
-        used = ((self._found[key], len(tensors)) for key, tensors in held.items() if key in self._found)
-        return sum(storage.nbytes() for storage, holders in used if use_count(storage) == 1 + holders)
+        return {key: len(tensors) for key, tensors in held.items()}
 
 
 class SimulatedGraphRunner:
@@ -198,6 +236,7 @@ class _Recorder:
         # Both keep their storages alive: an address that is handed out again would change sides.
         self._host: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
+        self._host_scalars: set[int] = set()  # copies that nodes hold
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._read: set[tuple[int, int]] = set()
         self._written: set[tuple[int, int]] = set()
@@ -269,9 +308,14 @@ class _Recorder:
     def freeze(self, tree: Any) -> Any:
         """Own aliases, because the body may still reshape its tensors in place; a copy of a host scalar."""
         with self.pausing():
-            return tree_map_only(
-                torch.Tensor, lambda tensor: tensor.clone() if self.is_host(tensor) else tensor.detach(), tree
-            )
+            return tree_map_only(torch.Tensor, self._own, tree)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.is_host(tensor):
+            return tensor.detach()
+        own = tensor.clone()
+        self._host_scalars.add(own.untyped_storage()._cdata)
+        return own
 
     # Triton launches that no operator wraps.
 
@@ -333,7 +377,9 @@ class _Recorder:
             # No replay has filled these yet: whoever reads them first must not find a right answer by luck.
             storage.fill_(0xFF)  # type: ignore[attr-defined]
         read, written = frozenset(self._read), frozenset(self._written)
-        return SimulatedCapturedGraph(self.nodes, read, written, len(self._made), found)
+        made = tuple(self._made.values())
+        self._made = {}  # its handles would count as holders for as long as the recorder is not collected
+        return SimulatedCapturedGraph(self.nodes, read, written, made, found, frozenset(self._host_scalars))
 
 
 class _RecordFunctions(TorchFunctionMode):

@@ -92,6 +92,8 @@ def _survey_calls(scenario: Scenario, build: Any, records: dict[str, Record]) ->
                 metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
                 continue
             assert isinstance(seen, LayerObservation)
+            if seen.again:
+                continue
             records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
             if seen.feed is Feed.ISOLATED or regime.is_exact:
                 continue

@@ -74,7 +74,7 @@ def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[Ti
             word for name, value in zip(("--backend", "--layer"), spec, strict=True) if value for word in (name, value)
         ]
         command = [sys.executable, "-m", "harness", "replay", str(file), *tier.arguments, *options]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": _path()})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": module_path()})
         if done.returncode == UNUSABLE:
             raise BackendError(done.stderr.strip().removeprefix("error: "))
         if done.returncode == 0:
@@ -85,6 +85,6 @@ def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[Ti
         yield TierOutcome(tier, False, said[0] if said else crash)
 
 
-def _path() -> str:
+def module_path() -> str:
     """Where this process finds modules, the current folder included."""
     return os.pathsep.join([str(Path.cwd()), *(path for path in sys.path if path)])

@@ -211,6 +211,8 @@ class World:
                 return None
             case Mirror.STALE:
                 return tuple(self._stale(r) for r in requests)
+            case Mirror.AHEAD:
+                return tuple(self._ahead(r) for r in requests)
 
     def _stale(self, request: Request) -> int:
         """A length the host may still believe: the one before the last accept, or else any wrong one."""
@@ -218,6 +220,13 @@ class World:
             return request.previous_seq_len
         wrong = self._random.integers(1, self.scenario.setup.max_seq_len)[0]
         return wrong if wrong < request.seq_len else wrong + 1
+
+    def _ahead(self, request: Request) -> int:
+        """A length that the host may count on before it knows what was accepted; at the context's end any wrong one."""
+        setup = self.scenario.setup
+        refused = setup.num_draft_tokens - request.accept_length
+        hoped = request.seq_len + (refused if refused > 0 else setup.num_draft_tokens)
+        return hoped if hoped <= setup.max_context_len else max(1, request.seq_len - 1)
 
     def _map(self, request: Request) -> None:
         """Give the request pages for its tokens and the draft's overshoot, and write their slots into its row."""

@@ -220,8 +220,8 @@ BUGS = (
         group=Group.BUFFERS,
         sentence="A length known to the host at capture is written into the graph as a constant.",
         reference="TensorRT-LLM#17110",
-        trigger="a replay, with other lengths, of a graph that prepares itself",
-        caught_by=frozenset({Check.METADATA}),
+        trigger="capture of a graph that prepares itself; in replays other lengths show it",
+        caught_by=frozenset({Check.CAPTURE, Check.METADATA}),
         plant=by_mutation(
             Mutation(
                 f"{STEPS}.init_forward_metadata_in_graph",

@@ -20,7 +20,8 @@ class Check(enum.Enum):
     METADATA = "metadata"  # live cells of the metadata against the reference
     SHAPE = "shape"  # shapes, dtypes, devices, presence, host scalars
     ADDRESS = "address"  # buffers that moved after capture
-    CAPTURE = "capture"  # what a graph cannot hold
+    CAPTURE = "capture"  # what a graph cannot hold, and what it must not
+    COMPILATION = "compilation"  # kernels compiled for every size
     BOUNDS = "bounds"  # writes outside buffers, and into inputs
     STORE = "store"  # every byte of the caches
     LOGITS = "logits"
@@ -34,6 +35,8 @@ class Check(enum.Enum):
         by_kind = {
             Kind.ADDRESS: Check.ADDRESS,
             Kind.CAPTURE: Check.CAPTURE,
+            Kind.FROZEN: Check.CAPTURE,
+            Kind.VARIANTS: Check.COMPILATION,
             Kind.GUARD: Check.BOUNDS,
             Kind.INPUT: Check.BOUNDS,
             Kind.RELATION: Check.RELATION,
@@ -72,7 +75,8 @@ class Bug:
 
     sentence: what is wrong. reference: where it happened, such as ``sglang#26019``. trigger: what makes it visible.
     caught_by: the checks of which one must find it; another one that does so by accident does not count.
-    layer: whether it needs an attention layer behind the metadata. gpu: whether it needs a real GPU.
+    layer: whether it needs an attention layer behind the metadata. gpu: whether it needs a real GPU. faults: whether it
+    leaves the GPU unusable for the process. drawn: whether scenarios that show it are drawn often enough to hunt it.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Bug:
     plant: Callable[[], AbstractContextManager[Subject]]
     layer: bool = False
     gpu: bool = False
+    faults: bool = False
+    drawn: bool = True
 
 
 def by_mutation(*mutations: Mutation) -> Callable[[], AbstractContextManager[Subject]]:

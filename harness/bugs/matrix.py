@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import functools
+import queue
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from harness import interpreter
 from harness.bugs.bug import Bug, Check
-from harness.explore import explore
-from harness.scenario import Scenario, from_json, to_json
+from harness.children import Child, ChildDied
+from harness.explore import DeviceLost, explore, has_lost_the_device
+from harness.judge import OracleFailure
+from harness.scenario import Scenario, from_json, load, to_json
+from harness.seeds import BUG_CASES
 
 MOST_SHRINKING = 60  # trials: enough to read a case by, cheap enough to do for every bug
 
 
 @dataclass(frozen=True)
 class Kill:
-    """How a bug fared. check: None if it survived ``cases`` cases. case: JSON of the shrunk scenario."""
+    """How a bug fared. check: None if it survived ``cases`` cases. case: JSON of the shrunk scenario.
+
+    lost: whether it cost the process its GPU.
+    """
 
     bug: str
     check: Check | None
@@ -31,6 +36,7 @@ class Kill:
     seconds: float
     sentence: str = ""
     case: str = ""
+    lost: bool = False
 
     @property
     def scenario(self) -> Scenario:
@@ -38,36 +44,71 @@ class Kill:
 
 
 def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) -> Kill:
-    """Judge up to ``cases`` fresh scenarios with ``bug`` planted; stop at the first that fails."""
+    """Judge up to ``cases`` fresh scenarios with ``bug`` planted; stop at the first that fails.
+
+    A bug that no drawn scenario would show in reasonable time is judged on its saved case alone.
+    """
     started = time.monotonic()
     with bug.plant() as subject:
-        outcome = explore(subject, device, cases, seed, save_dir, with_layer=bug.layer, most_shrinking=MOST_SHRINKING)
+        failure: OracleFailure | None = None
+        judged = 0
+        if not bug.drawn:
+            try:
+                subject.judge(load(BUG_CASES / f"{bug.name}.json"), device)
+                judged = 1
+            except OracleFailure as caught:
+                failure = caught
+        else:
+            try:
+                outcome = explore(
+                    subject, device, cases, seed, save_dir, with_layer=bug.layer, most_shrinking=MOST_SHRINKING
+                )
+                failure, judged = outcome.failure, outcome.verdict.cases
+            except DeviceLost as lost:
+                failure, judged = lost.failure, lost.cases
     seconds = time.monotonic() - started
-    judged = outcome.verdict.cases
-    if outcome.failure is None:
+    if failure is None:
         return Kill(bug.name, None, False, judged, seconds)
-    finding = outcome.failure.finding
+    finding = failure.finding
     check = Check.of(finding)
-    case = to_json(outcome.failure.scenario)
-    return Kill(bug.name, check, check in bug.caught_by, judged + 1, seconds, finding.sentence(), case)
+    lost_device = has_lost_the_device(finding, device)
+    case = to_json(failure.scenario)
+    return Kill(bug.name, check, check in bug.caught_by, judged + 1, seconds, finding.sentence(), case, lost_device)
 
 
 def hunt_all(
     bugs: Sequence[Bug], device: torch.device, cases: int, seed: int, save_dir: Path, jobs: int
 ) -> Iterator[Kill]:
     """Hunt every bug, ``jobs`` at a time, each in a process that it leaves clean; in the order of ``bugs``."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(device.type,)) as pool:
-        names = [bug.name for bug in bugs]
-        yield from pool.map(_hunt_by_name, names, *([x] * len(names) for x in (device.type, cases, seed, save_dir)))
+    free: queue.SimpleQueue[Child] = queue.SimpleQueue()
+    children = [Child(device.type) for _ in range(jobs)]
+    for child in children:
+        free.put(child)
+    hunt_one = functools.partial(_hunt_in_a_child, free, device.type, cases, seed, save_dir)
+    try:
+        with ThreadPoolExecutor(jobs) as threads:
+            yield from threads.map(hunt_one, [bug.name for bug in bugs])
+    finally:
+        for child in children:
+            child.close()
 
 
-def _prepare(device: str) -> None:
-    """In a new process, before anything imports Triton."""
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        interpreter.speed_up()
-        torch.set_num_threads(1)
+def _hunt_in_a_child(
+    free: queue.SimpleQueue[Child], device: str, cases: int, seed: int, save_dir: Path, name: str
+) -> Kill:
+    child, started = free.get(), time.monotonic()
+    try:
+        kill = child.call(_hunt_by_name, name, device, cases, seed, save_dir)
+        if kill.lost:
+            child.close()  # the next bug needs a GPU that works
+        return kill
+    except ChildDied as died:
+        from harness.bugs.zoo import ZOO
+
+        meant = Check.CRASH in ZOO[name].caught_by
+        return Kill(name, Check.CRASH, meant, 0, time.monotonic() - started, str(died))
+    finally:
+        free.put(child)
 
 
 def _hunt_by_name(name: str, device: str, cases: int, seed: int, save_dir: Path) -> Kill:

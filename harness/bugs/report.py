@@ -34,7 +34,7 @@ def matrix(kills: Sequence[Kill]) -> Table:
     table = Table("bug", *(check.value for check in met), "cases", "seconds", "smallest case")
     for kill in kills:
         marks = [("x" if kill.meant else "?") if kill.check is check else "" for check in met]
-        case = told_in_one_line(kill.scenario) if kill.case else "SURVIVED"
+        case = told_in_one_line(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
         table.add_row(kill.bug, *marks, str(kill.cases), f"{kill.seconds:.0f}", case)
     return table
 

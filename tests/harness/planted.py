@@ -7,6 +7,7 @@ as ``--oracle-backend planted:NAME`` wants it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 
 import torch
@@ -400,6 +401,30 @@ class WritesOneRowBeyond(Step):
 
 
 @backend_of
+class ReadsBehindSeqLens(Step):
+    """Takes the length of the last request from one request further on than the engine has memory for."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        memory, stride = batch.seq_lens.untyped_storage(), batch.seq_lens.stride(0)
+        whole = torch.empty(0, dtype=batch.seq_lens.dtype, device=batch.seq_lens.device).set_(memory)
+        capacity = self.req_to_token.shape[0]
+        buffers.cache_seqlens_int32[-1:].copy_(whole[batch.seq_lens.storage_offset() + capacity * stride])
+
+
+@backend_of
+class ReadsBehindThePool(Step):
+    """Takes the first slot of the last row from one row further on than there are."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        pool = self.req_to_token
+        behind = pool.storage_offset() + pool.shape[0] * pool.stride(0)
+        whole = torch.empty(0, dtype=pool.dtype, device=pool.device).set_(pool.untyped_storage())
+        buffers.page_table_1[-1, :1].copy_(whole[behind])
+
+
+@backend_of
 class WritesReqToToken(Step):
     """Parks a value in a cell of the pool that no request uses."""
 
@@ -481,6 +506,46 @@ class FreezesLength(_InGraphBackend):
     step = _Freezes
 
 
+class _FreezesLimit(_Freezes):
+    def lengths(self, batch: ForwardBatch) -> torch.Tensor:
+        return batch.seq_lens.clamp(max=self.longest + 100)
+
+
+class FreezesLimit(_InGraphBackend):
+    """Freezes a limit above the longest length of the capture: replays of moderate lengths are right."""
+
+    step = _FreezesLimit
+
+
+class _ClearsByTheMirror(_InGraph):
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        self.workspace = torch.zeros_like(self.req_to_token[0])
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        super().init_forward_metadata_in_graph(forward_batch, bs)
+        assert forward_batch.seq_lens_cpu is not None
+        self.workspace[: int(forward_batch.seq_lens_cpu.max())].zero_()
+
+
+class ClearsByTheMirror(_InGraphBackend):
+    """Clears as much of a workspace as the host's lengths say at capture; no output depends on it."""
+
+    step = _ClearsByTheMirror
+
+
+class _ChoosesByBucket(_InGraph):
+    def lengths(self, batch: ForwardBatch) -> torch.Tensor:
+        in_two = batch.batch_size > 1  # as an implementation chooses a tile or a number of splits
+        return torch.cat([super().lengths(batch)[:1], super().lengths(batch)[1:]]) if in_two else super().lengths(batch)
+
+
+class ChoosesByBucket(_InGraphBackend):
+    """Clean: what is launched depends on the bucket, and on nothing else."""
+
+    step = _ChoosesByBucket
+
+
 class _Accumulates(_InGraph):
     """Every preparation starts the lengths at 0; the graph adds to what is there."""
 
@@ -496,6 +561,20 @@ class AccumulatesInGraph(_InGraphBackend):
     """Right once per preparation: a second replay adds the lengths to themselves."""
 
     step = _Accumulates
+
+
+class _KeepsFirst(_InGraph):
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        lengths = self.forward_metadata.cache_seqlens_int32
+        remembered = torch.empty_like(lengths)
+        lengths.copy_(torch.where(remembered == -1, self.lengths(forward_batch).to(torch.int32), remembered))
+        remembered.copy_(lengths)
+
+
+class KeepsTheFirstLengths(_InGraphBackend):
+    """Remembers the lengths of its first replay in memory that the graph made and nobody holds."""
+
+    step = _KeepsFirst
 
 
 class _DropsScratch(_InGraph):
@@ -529,6 +608,24 @@ class RaisesAtReplay(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         raise IndexError("row 3 of 2")
+
+
+@backend_of
+class FaultsOnTheGpu(Step):
+    """Looks up a row that is not there: an exception on a CPU, a fault that costs the process its GPU on a GPU."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        behind = torch.full((1,), self.req_to_token.shape[0], device=self.req_to_token.device)
+        buffers.page_table_1[:1].copy_(self.req_to_token[behind])
+
+
+@backend_of
+class EndsTheProcess(Step):
+    """Takes its process down, as a fault in native code does."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os._exit(9)
 
 
 class LacksMethod:

@@ -35,8 +35,8 @@ from reference.types import ForwardMode, StepSemantics
 
 DECODE, IDLE, VERIFY = ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY
 DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND = ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2, ForwardMode.EXTEND
-POISON = str(SENTINELS[0])
-POISON_PAGE = str(SENTINELS[0] // 4)
+POISON = f"{SENTINELS[0]} (no slot that exists)"
+POISON_PAGE = f"{SENTINELS[0] // 4} (no page that exists)"
 
 
 def factory_of(build: Any) -> BackendFactory:
@@ -209,7 +209,7 @@ PLANTS = (
     Plant(
         planted.NegativeLengths,
         case(Capture(mode=DRAFT_EXTEND_V2, buckets=(1,)), Replay(mode=DRAFT_EXTEND_V2), num_draft_tokens=4),
-        Kind.VALUE, "seqlens_expanded", "row 0 (request 0 (padding), draft token 0)", "-2", "0",
+        Kind.VALUE, "seqlens_expanded", "row 0 (request 0 (padding), draft token 0)", "-2 (a length below 0)", "0",
         event=1, counts=(2, 4), id="negative length",
     ),
     Plant(
@@ -218,7 +218,8 @@ PLANTS = (
     ),
     Plant(
         planted.TailFallsToZero, accept_two_then_one, Kind.VALUE, "nsa_cu_seqlens_k",
-        "bound before row 2", "0", "6", event=5, counts=(1, 3), id="tail of the cumulative lengths falls to 0",
+        "bound before row 2", "0 (below the one before it, in a running sum)", "6", event=5, counts=(1, 3),
+        id="tail of the cumulative lengths falls to 0",
     ),
     Plant(
         planted.ForgetsTopK, one_replay(DECODE, 9), Kind.VALUE, "nsa_cache_seqlens_int32",
@@ -329,6 +330,16 @@ PLANTS = (
         "request 0", "1", "3", id="length frozen into the graph",
     ),
     Plant(
+        planted.FreezesLimit, one_replay(DECODE), Kind.FROZEN, "max", "~aten.clamp",
+        "114 when captured at lengths 14", "101, as when captured at lengths of 1", step=None,
+        id="limit frozen into the graph, which only long requests reach",
+    ),
+    Plant(
+        planted.ClearsByTheMirror, one_replay(DECODE), Kind.FROZEN, "~self",
+        "~of the DECODE graph of bucket 1", "~shape [13]", "~shape [1]", step=None,
+        id="size of the host's frozen, which no replay shows",
+    ),
+    Plant(
         planted.AccumulatesInGraph, one_replay(DECODE), Kind.VALUE, "cache_seqlens_int32",
         "request 0", "6", "3", id="graph adds to itself",
     ),
@@ -388,6 +399,7 @@ FREEDOMS = (
     planted.AliasesFields,
     planted.RecomputesTwice,
     planted.PreparesInGraph,
+    planted.ChoosesByBucket,
 )
 
 
@@ -461,4 +473,4 @@ def test_second_poison_catches_what_happens_to_equal_the_first(device: torch.dev
         judge(one_replay(DECODE), factory_of(planted.backend_of(GuessesPoison)), device)
     finding: Finding = caught.value.finding
     assert (finding.kind, finding.field) == (Kind.VALUE, "cache_seqlens_int32")
-    assert finding.got == str(3 + SENTINELS[1] - SENTINELS[0])
+    assert finding.got == f"{3 + SENTINELS[1] - SENTINELS[0]} (a length below 0)"

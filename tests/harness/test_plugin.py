@@ -235,11 +235,14 @@ def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
 def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: torch.device) -> None:
     verdict = judge(WITH_LAYER, factory_of(planted.Clean), device)
     verdict.layers.stage("out").worst = 0.25
+    verdict.audit.missed("whole graphs: no driver", 3)
     oracle = Oracle(device, Subject(factory_of(planted.Clean)), None, None, "dev", Path(), None, 0)
     text = _as_property(oracle, Exploration(verdict))
     total = Verdict()
     for _ in range(2):
         assert _add_property(total, text) == []
+    assert total.audit.compared == 2 * verdict.audit.compared == 2
+    assert total.audit.not_audited["whole graphs: no driver"] == 6
     assert total.layers.replays == 2 * verdict.layers.replays == 4
     assert total.layers.relations == {name: 2 * count for name, count in verdict.layers.relations.items()}
     for name, tally in verdict.layers.stages.items():

@@ -21,6 +21,7 @@ from test_layer_detection import (
 )
 
 from harness.compare import Finding, Kind
+from harness.content import Regime
 from harness.engine import Engine, LayerObservation, LayerStep
 from harness.judge import OracleFailure, judge, sentinels
 from harness.layer import POISON_BYTES
@@ -66,7 +67,8 @@ def served(
         return Engine(scenario, BACKEND, layer, device, sentinel, POISON_BYTES[0])
 
     engine = build(scenario)
-    calls = [shown for event in scenario.events for shown in engine.run(event) if isinstance(shown, LayerObservation)]
+    shown = [shown for event in scenario.events for shown in engine.run(event)]
+    calls = [seen for seen in shown if isinstance(seen, LayerObservation) and not seen.again]
     return engine, build, calls[-1]
 
 
@@ -277,14 +279,24 @@ def test_judge_names_the_relation(layer: Any, relation: Relation, device: torch.
 def test_nudge_is_within_the_error_bound(device: torch.device) -> None:
     """Nothing but a relation can see it: another turn passes, all stages compared."""
     verdict = judge(replay_of_two(seed=IN_TURN.index(Relation.TWICE)), BACKEND, device, layer_factory=InFirstPlace)
-    assert set(verdict.layers.relations) == {Relation.TWICE, Relation.POISONED}
+    assert set(verdict.layers.relations) == {Relation.TWICE, Relation.POISONED, Relation.REPEATED}
     assert 0 < verdict.layers.stages["lse"].worst < 1
 
 
 def test_relation_between_the_runs_needs_no_turn(device: torch.device) -> None:
     """Exact content is not tried against relations, but both poisons must give the same bits there as well."""
     verdict = judge(replay_of_two(layer={}), BACKEND, device)
-    assert verdict.layers.relations == {Relation.POISONED: 1}
+    assert verdict.layers.relations == {Relation.POISONED: 1, Relation.REPEATED: 1}
+
+
+@pytest.mark.parametrize("layer", [{}, {"regime": Regime.RANDOM}], ids=["exact", "random"])
+def test_second_replay_without_a_preparation_needs_no_turn_either(layer: Any, device: torch.device) -> None:
+    """The first run of a case makes one for each graph, whatever the content."""
+    scenario = replay_of_two(seed=IN_TURN.index(Relation.COLD), layer=layer)
+    with pytest.raises(OracleFailure) as caught:
+        judge(scenario, BACKEND, device, layer_factory=AfterSomeReplays)
+    finding = caught.value.finding
+    assert (finding.kind, finding.field, finding.how) == (Kind.RELATION, "lse", Relation.REPEATED.value)
 
 
 # The comparison itself

@@ -116,7 +116,7 @@ def check_batch(world: World, event: Event, batch: Batch) -> None:
             assert batch.seq_lens_cpu is None
         case Mirror.EQUAL:
             assert batch.seq_lens_cpu == batch.seq_lens
-        case Mirror.STALE:
+        case Mirror.STALE | Mirror.AHEAD:
             assert batch.seq_lens_cpu is not None
             assert all(a != b and a >= 0 for a, b in zip(batch.seq_lens_cpu, batch.seq_lens, strict=True))
     assert bool(batch.extend_lens) == (batch.mode is EXTEND and batch.size > 0)
@@ -224,6 +224,23 @@ def test_lagging_host_believes_the_length_before_the_last_accept() -> None:
     batch = states(Scenario(setup=setup(), events=events))[-1][2]
     assert batch is not None
     assert (batch.seq_lens, batch.seq_lens_cpu) == ((7,), (5,))
+
+
+@pytest.mark.parametrize(("accepted", "hoped"), [(0, 7), (1, 7), (2, 9)])
+def test_hopeful_host_believes_that_every_draft_was_accepted(accepted: int, hoped: int) -> None:
+    events = (Join(seq_len=5), Accept(accept_lengths=(accepted,)), Eager(mode=DECODE, mirror=Mirror.AHEAD))
+    batch = states(Scenario(setup=setup(), events=events))[-1][2]
+    assert batch is not None
+    assert (batch.seq_lens, batch.seq_lens_cpu) == ((5 + accepted,), (hoped,))
+
+
+def test_no_host_believes_in_tokens_beyond_the_context() -> None:
+    sizes = setup()
+    events = (Join(seq_len=sizes.max_seq_len), Accept(accept_lengths=(2,)), Eager(mode=EXTEND, mirror=Mirror.AHEAD))
+    batch = states(Scenario(setup=sizes, events=events))[-1][2]
+    assert batch is not None
+    assert batch.seq_lens == (sizes.max_context_len,)
+    assert batch.seq_lens_cpu == (sizes.max_context_len - 1,)
 
 
 def test_full_pool_and_empty_batch_change_nothing() -> None:

@@ -1,0 +1,236 @@
+"""What only a GPU shows: nodes of real graphs, freed memory, streams, compiled variants, lost devices."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_graph import add_kernel, ints
+
+from harness.bugs.graphs import KeepsWhatItLists, OnAStream, TurnsThroughScratch
+from harness.free_memory import _Words, spoil_free_blocks
+from harness.graph import CudaCapturedGraph, CudaGraphRunner
+from harness.graph_audit import Allocator, driver_bindings
+from harness.judge import judge
+from harness.sanitize import Tool, find_sanitizer, sanitize
+from harness.scenario import load
+from harness.seeds import BUG_CASES, CORPUS
+from harness.stress import busy_side_streams
+from harness.tiers import module_path
+from harness.variants import VariantCounter
+
+
+@pytest.fixture(autouse=True)
+def gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture
+def capture(gpu: torch.device) -> Callable[[Callable[[], object]], CudaCapturedGraph]:
+    return lambda body: CudaGraphRunner(gpu).capture(lambda: (body(), None)[1])
+
+
+Capture = Callable[[Callable[[], object]], CudaCapturedGraph]
+
+
+class TestAudit:
+    def test_clean_graph_is_read_completely(self, capture: Capture, gpu: torch.device) -> None:
+        x, amount = ints(gpu, *range(64)), ints(gpu, *range(64))
+
+        def body() -> None:
+            add_kernel[(3,)](x, amount, 5, 61, BLOCK=32)
+            scratch = x * 2
+            x.copy_(scratch)
+            amount.zero_()
+
+        graph = capture(body)
+        audit = graph.audit()
+        assert audit.fault is None
+        assert audit.tally.graphs == 1
+        assert audit.tally.kernels >= 2
+        assert {"copy", "fill"} & set(audit.tally.other_nodes)
+        assert audit.tally.addresses >= 2
+        assert set(audit.tally.not_audited) <= {"kernels whose parameters are not told"}
+        launch = next(node for node in graph.host_values() if node.what == "kernel add_kernel")
+        assert launch.values["grid"] == "(3, 1, 1)"
+        assert {"5", "61", "0 bytes into a buffer"} <= set(launch.values.values())
+        before = x.tolist()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert x.tolist() != before
+
+    def test_slice_is_told_by_where_it_begins(self, capture: Capture, gpu: torch.device) -> None:
+        x = ints(gpu, *range(64))
+        graph = capture(lambda: add_kernel[(1,)](x[16:], x, 5, 3, BLOCK=32))
+        launch = next(node for node in graph.host_values() if node.what == "kernel add_kernel")
+        assert "128 bytes into a buffer" in launch.values.values()
+
+    def test_copy_from_pinned_memory(self, capture: Capture, gpu: torch.device) -> None:
+        x, pinned = ints(gpu, 1, 2), torch.tensor([3, 4]).pin_memory()
+        fault = capture(lambda: x.copy_(pinned, non_blocking=True)).audit().fault
+        assert fault is not None
+        assert "copies from host memory" in fault.reason
+
+    def test_copy_between_buffers_is_none(self, capture: Capture, gpu: torch.device) -> None:
+        x, y = ints(gpu, *range(64)), ints(gpu, *range(64))
+        assert capture(lambda: x.copy_(y)).audit().fault is None
+
+    def test_host_function(self, capture: Capture, gpu: torch.device) -> None:
+        driver = driver_bindings()
+        x = ints(gpu, 1)
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda data: None)
+        address = ctypes.cast(function, ctypes.c_void_p).value
+
+        def body() -> None:
+            x.add_(1)
+            (code,) = driver.cuLaunchHostFunc(
+                torch.cuda.current_stream().cuda_stream, driver.CUhostFn(init_value=address), 0
+            )
+            assert int(code) == 0
+
+        fault = capture(body).audit().fault
+        assert fault is not None
+        assert fault.part.startswith("host function")
+
+    def test_raw_kernel_on_memory_that_is_dropped_in_the_capture(self, capture: Capture, gpu: torch.device) -> None:
+        x = ints(gpu, *range(64))
+        scratch = [torch.zeros_like(x)]
+
+        def body() -> None:
+            add_kernel[(1,)](x, scratch[0], 5, 61, BLOCK=64)
+            if torch.cuda.is_current_stream_capturing():
+                scratch.clear()
+
+        fault = capture(body).audit().fault
+        assert fault is not None
+        assert fault.part.startswith("kernel add_kernel, parameter 1")
+
+    def test_raw_kernel_on_memory_that_is_dropped_later(self, capture: Capture, gpu: torch.device) -> None:
+        x = ints(gpu, *range(64))
+        scratch = [torch.zeros_like(x)]
+        graph = capture(lambda: add_kernel[(1,)](x, scratch[0], 5, 61, BLOCK=64))
+        assert graph.audit().fault is None
+        assert graph.dangling_bytes() == 0
+        scratch.clear()
+        assert graph.dangling_bytes() >= 64 * 8
+
+    def test_memory_of_the_graphs_own_pool_is_none(self, capture: Capture, gpu: torch.device) -> None:
+        x = ints(gpu, *range(64))
+        graph = capture(lambda: add_kernel[(1,)](x, torch.ones_like(x), 5, 61, BLOCK=64))
+        assert graph.audit().fault is None
+        assert graph.dangling_bytes() == 0
+
+
+class TestFreeMemory:
+    def test_freed_memory_is_spoiled_and_held_memory_is_not(self, gpu: torch.device) -> None:
+        held, dropped = torch.full((4096,), 3, device=gpu), torch.full((4096,), 4, device=gpu)
+        address = dropped.data_ptr()
+        del dropped
+        allocator = Allocator.now(gpu)
+        assert allocator is not None
+        assert spoil_free_blocks(allocator, (-1, -1), gpu, 7) >= 4096 * 8
+        assert held.eq(3).all()
+        assert torch.as_tensor(_Words(address, 8192), device=gpu).eq(7).all()
+
+    def test_scratch_of_a_graph_is_spoiled_between_replays(self, capture: Capture, gpu: torch.device) -> None:
+        x, out = torch.ones(4096, device=gpu), torch.zeros(4096, device=gpu)
+        addresses: list[int] = []
+
+        def body() -> None:
+            scratch = x * 3
+            addresses.append(scratch.data_ptr())
+            out.copy_(scratch + 1)
+
+        graph = capture(body)
+        graph.replay()
+        graph.spoil(7)
+        assert torch.as_tensor(_Words(addresses[-1], 4096), device=gpu).eq(7).all()
+        assert out.eq(4.0).all()
+        out.zero_()
+        graph.replay()
+        assert out.eq(4.0).all()
+
+
+class TestStreams:
+    def test_streams_are_as_before_afterwards(self, gpu: torch.device) -> None:
+        before, set_stream = torch.cuda.current_stream(), torch.cuda.set_stream
+        side, x = torch.cuda.Stream(), torch.zeros(8, device=gpu)
+        with busy_side_streams(gpu):
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
+                x.add_(1)
+            before.wait_stream(side)
+        assert torch.cuda.current_stream() == before
+        assert torch.cuda.set_stream is set_stream
+        assert x.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "bug"),
+    [
+        (OnAStream, "prepares-on-an-unordered-stream"),
+        (OnAStream, "replay-does-not-wait-for-its-plan"),
+        (KeepsWhatItLists, "address-table-outlives-its-buffers"),
+        (TurnsThroughScratch, "no-barrier-between-store-and-load"),
+    ],
+)
+def test_clean_twin_of_a_bug_passes_its_case(backend: Any, bug: str, gpu: torch.device) -> None:
+    assert judge(load(BUG_CASES / f"{bug}.json"), backend, gpu).cases == 1
+
+
+def test_every_graph_of_a_saved_case_is_audited(gpu: torch.device) -> None:
+    """Nothing is given up as a whole, and nothing clean looks faulty."""
+    audit = judge(load(CORPUS / "layer-two-speculative-cycles.json"), _optimized(), gpu).audit
+    assert audit.graphs > 0
+    assert audit.addresses > audit.kernels
+    assert audit.compared == 1
+    assert set(audit.not_audited) <= {"kernels whose parameters are not told"}
+
+
+def _optimized() -> Any:
+    from harness.protocol import optimized_backend
+
+    return optimized_backend
+
+
+def test_compiled_variants_are_counted(gpu: torch.device) -> None:
+    x, counter = ints(gpu, *range(64)), VariantCounter()
+    used = []
+    with counter.counting():
+        for block in (32, 64, 32):
+            add_kernel[(1,)](x, x, 5, 31, BLOCK=block)
+            used.append(counter.take()["add_kernel"])
+    assert used[0] == used[2] != used[1]
+    assert all(len(handles) == 1 for handles in used)
+
+
+def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) -> None:
+    """Two shards, each of which meets a kernel that faults: both are reported, the first is shrunk."""
+    command = [sys.executable, "-m", "pytest", "tests/test_oracle.py", "-p", "no:cacheprovider", "-q"]
+    command += ["-k", "test_scenarios and (0 or 1)", "--oracle-device", "cuda", "--oracle-profile", "dev"]
+    command += ["--oracle-backend", "planted:FaultsOnTheGpu", "--oracle-save", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{module_path()}"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    assert done.stdout.count("THE GPU FAULTED") >= 2
+    assert "2 FAILED" in done.stdout
+    smallest = sorted(tmp_path.glob("*.min.json"), key=lambda path: path.stat().st_size)[0]
+    assert len(load(smallest).events) <= 4
+
+
+@pytest.mark.skipif(find_sanitizer() is None, reason="needs compute-sanitizer")
+def test_memcheck_runs_a_saved_case(gpu: torch.device) -> None:
+    (outcome,) = sanitize([CORPUS / "one-launch-fills-cu-seqlens-k.json"], [Tool.MEMCHECK], 300)
+    if outcome.clean is None and "not supported" in outcome.told:
+        pytest.skip(outcome.told)
+    assert outcome.clean, outcome.line()
