@@ -83,10 +83,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Reference:
-    """An address that the graph uses, and the part of the graph that does."""
+    """An address that the graph uses, and the part of the graph that does. node: its number in the graph."""
 
     part: str
     address: int
+    node: int = 0
 
 
 @dataclass
@@ -142,13 +143,28 @@ class Allocator:
         block = self.blocks[number]
         return block if address < block.address + block.size else None
 
-    def dangling(self, references: Iterable[Reference]) -> tuple[Reference, Block] | None:
+    def dangling(self, references: Sequence[Reference]) -> tuple[Reference, Block] | None:
         """The first of ``references`` into a block that nobody holds, or None."""
         for reference in references:
             block = self.block_at(reference.address)
-            if block is not None and not block.held and block.pool == SHARED_POOL:
+            if block is None or block.held or block.pool != SHARED_POOL:
+                continue
+            if not self._may_be_an_end(reference, block, references):
                 return reference, block
         return None
+
+    def _may_be_an_end(self, reference: Reference, block: Block, references: Sequence[Reference]) -> bool:
+        """Whether ``reference`` may say where the buffer before ``block`` ends, as some kernels are told.
+
+        Nothing is read there, and where that buffer begins is a parameter of the same kernel.
+        """
+        before = self.block_at(block.address - 1)
+        return (
+            reference.address == block.address
+            and before is not None
+            and before.held
+            and any(r.node == reference.node and before.address <= r.address < block.address for r in references)
+        )
 
 
 def _blocks(segment: Mapping[str, Any]) -> Iterable[Block]:
@@ -205,12 +221,12 @@ def _audit_node(reader: GraphReader, node: Node, number: int, is_held: HostMemor
             if node.source.side is Side.HOST:
                 return Fault(part, "copies from host memory, which may be gone or changed when the graph is replayed")
             ends = (node.source, node.target)
-            found.references += [Reference(part, place.address) for place in ends if place.side is Side.DEVICE]
+            found.references += [Reference(part, place.address, number) for place in ends if place.side is Side.DEVICE]
             found.tally.missed("ends of copies that are no plain memory", sum(end.side is None for end in ends))
         case FillNode():
             found.tally.saw("fill")
             part = f"fill of {node.width * node.height} elements (node {number})"
-            found.references.append(Reference(part, node.address))
+            found.references.append(Reference(part, node.address, number))
         case OtherNode():
             found.tally.saw(node.what)
             if node.what == HOST_FUNCTION:
@@ -245,7 +261,7 @@ def _audit_kernel(
         found.tally.addresses += 1
         part = f"kernel {readable(node.kernel)}, parameter {place} (node {number})"
         if side is Side.DEVICE:
-            found.references.append(Reference(part, address))
+            found.references.append(Reference(part, address, number))
         elif managed or (held := is_held(address)) is None:
             missed("pinned or managed memory that torch did not see")
         elif not held:

@@ -214,6 +214,15 @@ class TestAllocator:
         assert hit is not None
         assert hit[0].part == "d"
 
+    def test_end_of_a_buffer_is_no_use_of_what_lies_behind_it(self) -> None:
+        allocator = Allocator(SEGMENTS, 0)
+        begin, end = Reference("begin", HELD + 8, node=3), Reference("end", DROPPED, node=3)
+        assert allocator.dangling([begin, end]) is None
+        for others in ([end], [Reference("begin", HELD, node=2), end], [begin, Reference("end", DROPPED + 8, node=3)]):
+            assert allocator.dangling(others) is not None
+        # What lies behind memory that nobody holds is no end of anything.
+        assert allocator.dangling([Reference("begin", FREE - 8, node=3), Reference("end", FREE, node=3)]) is not None
+
 
 class TestAudit:
     def test_clean_graph(self, driver: StandInDriver) -> None:
