@@ -25,6 +25,7 @@ class Kind(enum.Enum):
     VALUE = "wrong value"
     BOUND = "beyond the error bound"
     RELATION = "depends on what must not matter"
+    RESULT = "wrong result"
     SHAPE = "wrong shape"
     DTYPE = "wrong dtype"
     DEVICE = "wrong device"

@@ -22,9 +22,10 @@ from harness.layer import POISON_BYTES
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
-from harness.scenario import Scenario, Setup
+from harness.scenario import Scenario, ScenarioError, Setup
 from harness.stages import LayerTally, StageJudge
-from reference.types import Metadata
+from harness.watch import WrongResult
+from reference.types import AttentionOutputs, Metadata
 
 
 class OracleFailure(AssertionError):
@@ -73,11 +74,11 @@ def judge(
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
     graphs: False runs eagerly what the scenario would replay. Adds to ``verdict`` if one is given, and returns it.
-    BackendError passes through: nothing was judged then.
+    BackendError and ScenarioError pass through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     if scenario.setup.layer is not None and scenario.setup.layer.far_slots:
-        gc.collect()  # engines are in cycles, and gigabytes of addresses are a lot to leave to chance
+        gc.collect()  # engines are in cycles, and far caches hold a page of memory for each of their rows
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
 
@@ -119,7 +120,7 @@ class _Run:
         self.build = build
         self.device = device
         self.verdict = verdict
-        self.calls: list[LayerObservation] = []
+        self.calls: list[list[AttentionOutputs]] = []  # of the layer: what each pass of each call computed
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -132,8 +133,11 @@ class _Run:
             finding = _intact(engine)  # a capture alone can write astray, too
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        except (OracleFailure, BackendError):
+        except (OracleFailure, BackendError, ScenarioError):
             raise
+        except WrongResult as error:
+            finding = Finding(Kind.RESULT, error.stage, error.got, error.expected)
+            raise OracleFailure(self.scenario, finding, number) from error
         except CaptureError as error:
             finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
             raise OracleFailure(self.scenario, finding, number) from error
@@ -166,12 +170,12 @@ class _Run:
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
 
-        self.calls.append(seen)
+        self.calls.append([step.outputs for step in seen.steps])
         twin = next(self._others, None)
         if twin is not None:
             layers.count(Relation.POISONED)
-            for step, (now, before) in enumerate(zip(seen.steps, twin.steps, strict=True)):
-                finding = differs(before, now, list(range(seen.load.passes[step].rows)))
+            for step, (now, before) in enumerate(zip(seen.steps, twin, strict=True)):
+                finding = differs(before, now.outputs, list(range(seen.load.passes[step].rows)))
                 if finding is not None:
                     return replace(finding, step=step, how=Relation.POISONED.value)
         if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:

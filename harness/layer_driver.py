@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
-from harness.poison import NAN_BYTE
+from harness.poison import NAN_BYTE, GuardedAllocations
 from harness.protocol import SparseAttention
 from harness.scenario import Setup
+from harness.watch import Modified, WatchedMetadata, first_modified, handed, outputs_of, same_bits
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
 
 
@@ -20,6 +21,19 @@ class LayerLoad:
 
     passes: tuple[Pass, ...]
     caches: AttentionCaches  # dense, the setup's pages; nobody writes to them
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one pass of the layer computed, and what it left in the caches (dense, the setup's pages).
+
+    Isolated stages also show top-k before each of its transforms.
+    """
+
+    outputs: AttentionOutputs
+    caches: AttentionCaches
+    positions: torch.Tensor | None = None
+    ragged: torch.Tensor | None = None
 
 
 class LayerDriver:
@@ -35,11 +49,15 @@ class LayerDriver:
         self.config = setup.layer.attention_config()
         # The poison of page tables is a slot that exists and holds poison: a layer that reads a dead cell shows it in
         # its output and does not take the process down. Taken for a page, that number has to exist as well.
-        dense = new_caches(setup, self.config, setup.num_pages * setup.page_size, device, poison)
+        # (Far pages on a GPU are too dear for that: who takes it for one there has a fault.)
         far = setup.layer.far_slots
+        num_pages = setup.num_pages * (1 if far and device.type == "cuda" else setup.page_size)
+        dense = new_caches(setup, self.config, num_pages, device, poison)
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
         self._static = [_poisoned_inputs(self.config, max_rows, device) for _ in range(num_steps)]
         self._loaded = [map_tensors(inputs, torch.clone) for inputs in self._static]
+        # What each pass of a graph leaves in the caches: a later one may write over it.
+        self._left = [new_caches(setup, self.config, setup.num_pages, device, poison) for _ in range(num_steps)]
 
     def load(self, load: LayerLoad) -> None:
         """Put the caches and the static inputs as the engine has them before a replay. Rows of padding are NaN."""
@@ -60,21 +78,43 @@ class LayerDriver:
         """A dense copy of the caches, the setup's pages alone."""
         return AttentionCaches(self.caches.kv.contiguous().clone(), self.caches.index_k[: self.setup.num_pages].clone())
 
-    def forward(self, step: int, metadata: Metadata, rows: int) -> AttentionOutputs:
-        """The pass of one step on the static inputs; inside capture, this is what the graph records."""
-        return self.layer.forward(map_tensors(self._static[step], lambda t: t[:rows]), self.caches, metadata)
+    def forward(self, step: int, metadata: Metadata, rows: int) -> LayerStep:
+        """The pass of one step on the static inputs; inside capture, this is what the graph records.
 
-    def forward_eagerly(self, a_pass: Pass, metadata: Metadata) -> AttentionOutputs:
-        inputs = map_tensors(a_pass.inputs, lambda tensor: tensor.to(self.device))
-        return self.layer.forward(inputs, self.caches, metadata)
+        What it left in the caches lies in memory that all graphs share.
+        """
+        inputs = map_tensors(self._static[step], lambda tensor: tensor[:rows])
+        outputs = outputs_of("forward", self.layer.forward(inputs, self.caches, metadata))
+        left = self._left[step]
+        left.kv.copy_(self.caches.kv)
+        left.index_k.copy_(self.caches.index_k[: self.setup.num_pages])
+        return LayerStep(outputs, left)
 
-    def modified_input(self) -> str | None:
-        """The name of a static input that the layer has written to, or None."""
-        for static, loaded in zip(self._static, self._loaded, strict=True):
+    def forward_eagerly(
+        self, a_pass: Pass, metadata: Metadata, guard: GuardedAllocations
+    ) -> tuple[LayerStep, Modified | None]:
+        """The pass on inputs of its own, between guard bands; and what the layer wrote to besides the caches."""
+        watched_metadata = WatchedMetadata(metadata)
+        with guard:
+            watched = [handed(name, tensor, self.device) for name, tensor in vars(a_pass.inputs).items()]
+            inputs = AttentionInputs(**{one.name: one.given for one in watched})
+            outputs = outputs_of("forward", self.layer.forward(inputs, self.caches, metadata))
+        name = first_modified(watched) or watched_metadata.first_modified()
+        step = LayerStep(copied(outputs), self.cached())
+        return step, None if name is None else Modified(a_pass.step, name)
+
+    def modified_input(self) -> Modified | None:
+        """A static input that the layer has written to, or None."""
+        for step, (static, loaded) in enumerate(zip(self._static, self._loaded, strict=True)):
             for name, tensor in vars(static).items():
-                if not torch.equal(as_bytes(tensor), as_bytes(getattr(loaded, name))):
-                    return name
+                if not same_bits(tensor, getattr(loaded, name)):
+                    return Modified(step, name)
         return None
+
+
+def copied(outputs: AttentionOutputs) -> AttentionOutputs:
+    """A copy of all tensors, each in memory of its own."""
+    return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
 
 
 def dense_copy(caches: AttentionCaches) -> AttentionCaches:

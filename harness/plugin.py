@@ -299,7 +299,7 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     cases, replays, eager_calls, compared, cells = data["counts"]
     layers = data["layers"]
     stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
-    tally = LayerTally(stages, layers["relations"], layers["replays"])
+    tally = LayerTally(stages, layers["relations"], layers["replays"], layers["selections"])
     verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]
     return found

@@ -10,19 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from harness.bounds import attention_bound, fraction_used, logits_bound
 from harness.compare import Finding, Kind, Neighbour
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, LayerStep
+from harness.engine import Engine, Feed, LayerObservation
+from harness.entries import Entries, entries_of, scores_of
 from harness.exactness import check_exact, check_exact_index
 from harness.expected import LayerRows
+from harness.isolated import Selected
 from harness.layer import Pass, as_bytes
-from harness.layer_driver import dense_copy
+from harness.layer_driver import LayerStep, dense_copy
 from harness.protocol import Strictness
+from harness.selections import Selection
 from reference import attention, kv_cache
+from reference.topk import topk_indices, transform_paged, transform_ragged
 from reference.types import AttentionCaches, ForwardMode, KVCacheDtype, Metadata
 
 STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
@@ -48,11 +53,15 @@ class StageTally:
 
 @dataclass
 class LayerTally:
-    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer."""
+    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer.
+
+    selections: how many rows of made-up logits top-k was given, by kind.
+    """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
     relations: dict[str, int] = field(default_factory=dict)
     replays: int = 0
+    selections: dict[str, int] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageTally:
         return self.stages.setdefault(name, StageTally())
@@ -65,6 +74,8 @@ class LayerTally:
             self.stage(name).add(tally)
         for name, count in other.relations.items():
             self.relations[name] = self.relations.get(name, 0) + count
+        for name, count in other.selections.items():
+            self.selections[name] = self.selections.get(name, 0) + count
         self.replays += other.replays
 
 
@@ -82,31 +93,29 @@ class StageJudge:
 
     def compare(self, seen: LayerObservation, metadata: Sequence[Metadata]) -> Finding | None:
         """The first disagreement in stage and step order, or None."""
-        # 1. What the passes had to write, and what each of them found in the caches.
-        caches = dense_copy(seen.load.caches)
-        moments = []
-        for a_pass, step_metadata in zip(seen.load.passes, metadata, strict=True):
-            rows = self.expected.rows(a_pass, step_metadata, caches)
-            moments.append(dataclasses.replace(rows, caches=dense_copy(caches)))
-        finding = self._compare_caches(seen, caches)
-        if finding is not None:
-            return dataclasses.replace(finding, how=seen.feed.value)
+        if seen.modified is not None:
+            step, name = seen.modified
+            how = seen.feed.value
+            return Finding(Kind.INPUT, name, "changed content", "the content that it was given", step, how=how)
 
-        # 2. The other stages of each pass.
-        for step, (got, rows, a_pass) in enumerate(zip(seen.steps, moments, seen.load.passes, strict=True)):
-            finding = self._compare_pass(got, rows, a_pass, seen.feed) or self._compare_unused(
-                got, metadata[step], seen
+        caches = dense_copy(seen.load.caches)  # as each pass in turn must leave them
+        for step, (got, a_pass) in enumerate(zip(seen.steps, seen.load.passes, strict=True)):
+            rows = self.expected.rows(a_pass, metadata[step], caches)
+            finding = (
+                self._compare_caches(got.caches, caches)
+                or self._compare_pass(got, rows, a_pass, seen.feed)
+                or self._compare_unused(got, seen)
             )
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
-        return None
+        return None if seen.selected is None else self._compare_selected(seen.selected)
 
-    def _compare_caches(self, seen: LayerObservation, expected: AttentionCaches) -> Finding | None:
+    def _compare_caches(self, seen: AttentionCaches, expected: AttentionCaches) -> Finding | None:
         """Every byte but those of the dummy page: that what was to be written is there, and nothing else."""
         page_size = self.engine.setup.page_size
         for name, got, want, skipped in (
-            ("kv_cache", seen.caches.kv.flatten(1), expected.kv.flatten(1), page_size),
-            ("index_k_cache", seen.caches.index_k, expected.index_k, 1),
+            ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), page_size),
+            ("index_k_cache", seen.index_k, expected.index_k, 1),
         ):
             got_bytes, want_bytes = as_bytes(got)[skipped:], as_bytes(want)[skipped:]
             self.tally.stage(name).exact += want_bytes.numel()
@@ -164,11 +173,14 @@ class StageJudge:
             ("lse", torch.float32, (self.config.num_heads,)),
         ):
             tensor = getattr(got.outputs, name)
+            if tensor.device.type != self.engine.device.type:
+                return Finding(Kind.DEVICE, name, str(tensor.device), str(self.engine.device))
             if tensor.dtype is not dtype:
                 return Finding(Kind.DTYPE, name, str(tensor.dtype), str(dtype))
-            if tuple(tensor.shape[1:]) != shape or len(tensor) < a_pass.rows:
-                want = [len(tensor) if len(tensor) >= a_pass.rows else a_pass.rows, *shape]
-                return Finding(Kind.SHAPE, name, str(list(tensor.shape)), str(want))
+            seen = tuple(tensor.shape)
+            if len(seen) != 1 + len(shape) or seen[1:] != shape or seen[0] < a_pass.rows:
+                rows_wanted = max(a_pass.rows, *seen[:1], 0)
+                return Finding(Kind.SHAPE, name, str(list(seen)), str([rows_wanted, *shape]))
         return None
 
     def _compare_logits(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
@@ -194,59 +206,59 @@ class StageJudge:
         if got.ragged is not None:
             stages.append(("topk_ragged", got.ragged, self.expected.ragged))
         for name, seen, expect in stages:
-            want = expect(rows, logits)
-            finding = self._compare_integers(name, seen[: a_pass.rows], want, rows, logits, a_pass)
+            finding = self._compare_entries(
+                Entries(
+                    name,
+                    seen[: a_pass.rows] if seen.dim() else seen,
+                    expect(rows, logits),
+                    scores=partial(scores_of, name, rows, logits),
+                    row_name=partial(self._row, a_pass),
+                    entry_name=self._slot_of_row if name == "indices" else _number_of_row,
+                )
+            )
             if finding is not None:
                 return finding
         return None
 
-    def _compare_integers(
-        self, name: str, got: torch.Tensor, want: torch.Tensor, rows: LayerRows, logits: torch.Tensor, a_pass: Pass
-    ) -> Finding | None:
-        tally = self.tally.stage(name)
-        if got.shape != want.shape or got.dtype is not want.dtype:
-            return Finding(Kind.SHAPE, name, f"{got.dtype} {list(got.shape)}", f"{want.dtype} {list(want.shape)}")
-        wrong = got != want
-        if self.weaker.get(name) is Strictness.SAME_SET:
-            tally.weaker += want.numel()
-            for row in range(len(want)):
-                if _equally_good(got[row], want[row], self._scores_by_entry(name, rows, logits, row)):
-                    wrong[row] = False
-        else:
-            tally.exact += want.numel()
-        if not bool(wrong.any()):
-            return None
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        near = range(max(0, column - NEIGHBOURS), min(want.shape[1], column + NEIGHBOURS + 1))
-        told = self._slot if name == "indices" else str
-        at = self._row(a_pass, row)
-        return Finding(
-            Kind.VALUE,
-            name,
-            told(int(got[row, column])),
-            told(int(want[row, column])),
-            place=f"{at}, entry {column}",
-            differing=int(wrong.sum()),
-            compared=want.numel(),
-            neighbours=tuple(
-                Neighbour(f"{at}, entry {i}", str(int(got[row, i])), str(int(want[row, i]))) for i in near
-            ),
-        )
+    def _compare_selected(self, seen: Selected) -> Finding | None:
+        """Top-k by itself, of made-up logits."""
+        given, topk = seen.given, self.expected.reference.config.index_topk
+        logits, lengths, offset = given.logits, given.seqlens_expanded, given.topk_indices_offset
+        positions = topk_indices(logits, lengths, topk)
+        for name, got, want in (
+            ("topk_indices", seen.positions, positions),
+            ("indices", seen.indices, transform_paged(positions, given.page_table_1)),
+            ("topk_ragged", seen.ragged, transform_ragged(positions, offset)),
+        ):
+            if got is None:
+                continue
+            finding = self._compare_entries(
+                Entries(
+                    name,
+                    got,
+                    want.to(self.engine.device),
+                    scores=partial(scores_of, name, given, logits),
+                    row_name=partial(_row_of_selection, given),
+                    entry_name=partial(_entry_of_selection, name, given),
+                )
+            )
+            if finding is not None:
+                return dataclasses.replace(finding, how=Feed.ISOLATED.value)
+        for kind in given.kinds:
+            self.tally.selections[kind.value] = self.tally.selections.get(kind.value, 0) + 1
+        return None
 
-    def _scores_by_entry(self, name: str, rows: LayerRows, logits: torch.Tensor, row: int) -> dict[int, float]:
-        """What each entry that a row may select scores: a position, a slot, or a place in the concatenated KV."""
-        length = int(rows.seqlens_expanded[row])
-        scores = logits[row, :length].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf).tolist()
-        match name:
-            case "indices":
-                entries = rows.page_table_1[row, :length].tolist()
-            case "topk_ragged":
-                assert rows.topk_indices_offset is not None
-                first = int(rows.topk_indices_offset[row])
-                entries = list(range(first, first + length))
-            case _:
-                entries = list(range(length))
-        return dict(zip(entries, scores, strict=True))
+    def _compare_entries(self, entries: Entries) -> Finding | None:
+        """Bit by bit, or as the layer declares."""
+        finding = entries.wrong_form()
+        if finding is not None:
+            return finding
+        tally, as_sets = self.tally.stage(entries.name), self.weaker.get(entries.name) is Strictness.SAME_SET
+        if as_sets:
+            tally.weaker += entries.want.numel()
+        else:
+            tally.exact += entries.want.numel()
+        return entries.first_wrong(as_sets)
 
     def _compare_attention(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
         count = a_pass.rows
@@ -317,7 +329,7 @@ class StageJudge:
         cells = [(i, float(got[(*outer, i)]), float(want[(*outer, i)])) for i in near]
         return [Neighbour(f"{place} {i}", f"{a:.9g}", f"{b:.9g}") for i, a, b in cells]
 
-    def _compare_unused(self, got: LayerStep, metadata: Metadata, seen: LayerObservation) -> Finding | None:
+    def _compare_unused(self, got: LayerStep, seen: LayerObservation) -> Finding | None:
         """Rows that a graph reserves and the batch does not use see no key: no slot, output 0, lse -inf."""
         live = int(sum(seen.batch.accept_lengths)) if seen.batch.mode is ForwardMode.DRAFT_EXTEND else None
         if seen.feed is not Feed.GRAPH or live is None:
@@ -348,6 +360,9 @@ class StageJudge:
                 return f"slot {slot} (running request {number}, position {position})"
         return f"slot {slot} (nobody's)"
 
+    def _slot_of_row(self, row: int, slot: int) -> str:
+        return self._slot(slot)
+
     def _origin(self, value: torch.Tensor) -> str:
         """Which slot an output was read from, where one key has all the weight."""
         origin = self.content.decode(value)
@@ -360,13 +375,22 @@ class StageJudge:
         return values.to(torch.float8_e4m3fn), scales
 
 
-def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, float]) -> bool:
-    """Whether a row selected as many different entries as it should, of the same scores."""
-    chosen = [entry for entry in got.tolist() if entry != -1]
-    best = [entry for entry in want.tolist() if entry != -1]
-    if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
-        return False
-    return sorted(scores[entry] for entry in chosen) == sorted(scores[entry] for entry in best)
+def _number_of_row(row: int, entry: int) -> str:
+    return str(entry)
+
+
+def _row_of_selection(given: Selection, row: int) -> str:
+    return f"row {row} (made-up logits: {given.kinds[row].value}, length {int(given.seqlens_expanded[row])})"
+
+
+def _entry_of_selection(name: str, given: Selection, row: int, entry: int) -> str:
+    """An entry, and the logit that it was selected for."""
+    entries = entries_of(name, given, row)
+    if entry not in entries:
+        return str(entry)
+    position = entries.index(entry)
+    at = "" if name == "topk_indices" else f"position {position}, "
+    return f"{entry} ({at}logit {float(given.logits[row, position]):.9g})"
 
 
 def _bf16_steps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

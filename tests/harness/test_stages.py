@@ -16,11 +16,11 @@ from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTE
 from harness.bounds import attention_bound
 from harness.compare import Finding, Kind
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, LayerStep, Observation
+from harness.engine import Engine, Feed, LayerObservation, Observation
 from harness.expected import expected_metadata
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES, as_bytes
-from harness.layer_driver import dense_copy
+from harness.layer_driver import LayerStep, dense_copy
 from harness.protocol import Strictness, optimized_layer
 from harness.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
 from harness.stages import STAGES, LayerTally, StageJudge
@@ -46,11 +46,7 @@ class Seen:
         tally: LayerTally | None = None,
     ) -> Finding | None:
         """What is found when ``change`` has been made to a copy of the observation."""
-        copy = dataclasses.replace(
-            self.layer,
-            steps=tuple(_copied(step) for step in self.layer.steps),
-            caches=dense_copy(self.layer.caches),
-        )
+        copy = dataclasses.replace(self.layer, steps=tuple(_copied(step) for step in self.layer.steps))
         change(copy)
         judge = StageJudge(self.engine, weaker or {}, LayerTally() if tally is None else tally)
         return judge.compare(copy, self.metadata)
@@ -64,7 +60,7 @@ class Seen:
 def _copied(step: LayerStep) -> LayerStep:
     outputs = AttentionOutputs(**{name: tensor.clone() for name, tensor in vars(step.outputs).items()})
     others = [None if tensor is None else tensor.clone() for tensor in (step.positions, step.ragged)]
-    return LayerStep(outputs, *others)
+    return LayerStep(outputs, dense_copy(step.caches), *others)
 
 
 def seen(scenario: Scenario, feed: Feed = Feed.CHAIN) -> Seen:
@@ -159,10 +155,10 @@ def test_numbers_are_counted_by_how_they_are_compared() -> None:
 def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str) -> None:
     clean = verified(dtype=dtype)
     slot = int(clean.layer.load.passes[0].inputs.out_cache_loc[3])
-    before = int(as_bytes(clean.layer.caches.kv)[slot, 0, byte])
+    before = int(as_bytes(clean.layer.steps[0].caches.kv)[slot, 0, byte])
 
     def change(layer: LayerObservation) -> None:
-        as_bytes(layer.caches.kv)[slot, 0, byte] = before ^ 1
+        as_bytes(layer.steps[0].caches.kv)[slot, 0, byte] = before ^ 1
 
     finding = clean.found(change)
     assert (finding.kind, finding.field, finding.how, finding.step) == (Kind.VALUE, "kv_cache", "eager chain", None)
@@ -183,24 +179,28 @@ def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str)
 )
 def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
     """Page 3: 4 keys of 32 bytes, then 4 scales of 4."""
-    finding = verified().found(lambda layer: layer.caches.index_k[3].__setitem__(byte, 0x55))
+    finding = verified().found(lambda layer: layer.steps[0].caches.index_k[3].__setitem__(byte, 0x55))
     assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
 
 
 def test_write_into_a_page_of_nobody_is_told() -> None:
-    finding = verified().found(lambda layer: layer.caches.kv[-1].fill_(1))
+    finding = verified().found(lambda layer: layer.steps[0].caches.kv[-1].fill_(1))
     assert finding.place == "slot 71 (nobody's), latent element 0"
     assert finding.differing == 160
 
 
 def test_dummy_page_is_left_out() -> None:
     def change(layer: LayerObservation) -> None:
-        layer.caches.kv[:4] = 1
-        layer.caches.index_k[0] = 1
+        layer.steps[0].caches.kv[:4] = 1
+        layer.steps[0].caches.index_k[0] = 1
 
     assert verified().judged(change) is None
-    assert verified().found(lambda layer: layer.caches.kv[4].fill_(1)).place.startswith("slot 4 (running request 0, ")
-    assert verified().found(lambda layer: layer.caches.index_k[1].fill_(1)).field == "index_k_cache"
+    assert (
+        verified()
+        .found(lambda layer: layer.steps[0].caches.kv[4].fill_(1))
+        .place.startswith("slot 4 (running request 0, ")
+    )
+    assert verified().found(lambda layer: layer.steps[0].caches.index_k[1].fill_(1)).field == "index_k_cache"
 
 
 def test_logit_is_told_by_row_and_token() -> None:
@@ -273,7 +273,7 @@ def test_place_in_the_concatenated_keys_is_compared() -> None:
 
 def test_output_is_told_by_the_slot_whose_value_it_is() -> None:
     clean = verified()
-    keys = kv_cache.load_kv(clean.engine.cache_state.config, clean.layer.caches.kv, torch.tensor([6]))
+    keys = kv_cache.load_kv(clean.engine.cache_state.config, clean.layer.steps[0].caches.kv, torch.tensor([6]))
     out = clean.layer.steps[0].outputs.out
     right = clean.engine.cache_state.content.decode(out[2, 1])
     assert right is not None
@@ -320,8 +320,8 @@ def test_first_stage_that_is_wrong_is_named() -> None:
         ("out", put("out", (0, 0, 0), 99)),
         ("indices", put("indices", (0, 0), 1)),
         ("logits", put("logits", (0, 0), -99)),
-        ("index_k_cache", lambda layer: layer.caches.index_k[4].fill_(0)),
-        ("kv_cache", lambda layer: layer.caches.kv[-1].fill_(0)),
+        ("index_k_cache", lambda layer: layer.steps[0].caches.index_k[4].fill_(0)),
+        ("kv_cache", lambda layer: layer.steps[0].caches.kv[-1].fill_(0)),
     ]
     for number, (name, _) in enumerate(broken):
 
