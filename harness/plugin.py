@@ -19,12 +19,11 @@ import torch
 
 from harness import interpreter, report
 from harness.compare import Tally
-from harness.explore import PROFILES, SCALES, SHARDS, DeviceLost, Exploration, Subject, explore
+from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, Subject, explore
 from harness.judge import OracleFailure, Verdict
-from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
+from harness.protocol import BackendError
 from harness.scenario import ScenarioError, load
 from harness.stages import LayerTally, StageTally
-from harness.strategies import restricted
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
 ENTROPY = "oracle_entropy"
@@ -126,13 +125,14 @@ class Oracle:
 
     def told(self, outcome: Exploration) -> str | None:
         """The report of a failed outcome, or None."""
-        if outcome.failure is None or outcome.saved is None:
+        if outcome.failure is None:
             return None
-        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome.saved))
+        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
         return (note if outcome.flaky else "") + text
 
-    def replay_command(self, saved: Path) -> str:
+    def replay_command(self, outcome: Exploration) -> str:
+        saved = outcome.saved or Path("CASE.json")
         return report.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
 
 
@@ -147,21 +147,16 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.speed_up()
         torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
     try:
-        spec = config.getoption("--oracle-backend")
-        factory = optimized_backend if spec is None else load_backend(spec)
-        try_out(factory, device)
-        layer_spec = config.getoption("--oracle-layer")
-        layer, sizes = (optimized_layer, {}) if layer_spec is None else load_layer(layer_spec)
-        subject = Subject(factory, layer, sizes)
-        restricted(SCALES[device.type, True], sizes)
-        for file in config.getoption("--oracle-replay"):
-            if not subject.fits(load(Path(file))):
-                raise BackendError(f"{file}: not of the sizes that layer '{layer_spec}' declares")
+        spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
+        subject = Subject.load(spec, layer_spec, device)
+        replayed = [Path(file) for file in config.getoption("--oracle-replay")]
+        for file in replayed:
+            subject.check(load(file), file)
+        for with_layer in (False, True) if not replayed else ():
+            subject.scale(device, with_layer)
+        save_dir = _writable_folder(config.getoption("--oracle-save"))
     except (BackendError, ScenarioError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
-    save_dir = Path(config.getoption("--oracle-save"))
-    if save_dir.exists() and not save_dir.is_dir():
-        raise pytest.UsageError(f"--oracle-save {save_dir}: is a file; name a directory")
     budget = config.getoption("--oracle-budget")
     profile = config.getoption("--oracle-profile")
     config.stash[ORACLE] = Oracle(
@@ -175,6 +170,20 @@ def pytest_configure(config: pytest.Config) -> None:
         entropy=_entropy(config, PROFILES[profile].fresh),
     )
     config.stash[STARTED] = time.monotonic()
+
+
+def _writable_folder(name: str) -> Path:
+    """The folder ``name``, which need not exist. Raises ValueError where nothing could be saved in it."""
+    folder = Path(name)
+    try:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise ValueError(f"--oracle-save {name}: {error.strerror}") from None
+    if not there.is_dir():
+        raise ValueError(f"--oracle-save {name}: {there} is a file; name a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--oracle-save {name}: nothing can be written in {there}; name another directory")
+    return folder
 
 
 def _entropy(config: pytest.Config, fresh: bool) -> int:
@@ -225,10 +234,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
     if "saved_case" in metafunc.fixturenames:
         subject = metafunc.config.stash[ORACLE].subject
-        files = replayed or [file for file in sorted(CORPUS.glob("*.json")) if subject.fits(load(file))]
+        files = replayed or [file for file, misfit in _corpus(subject) if misfit is None]
         metafunc.parametrize("saved_case", files, ids=[file.stem for file in files])
     if "shard" in metafunc.fixturenames:
         metafunc.parametrize("shard", range(SHARDS))
+
+
+def _corpus(subject: Subject) -> list[tuple[Path, str | None]]:
+    """The saved cases, and why one is not for ``subject``."""
+    return [(file, subject.misfit(load(file))) for file in sorted(CORPUS.glob("*.json"))]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -243,11 +257,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A lost GPU ends the session: nothing judged after it would mean anything."""
+    """A lost GPU ends the session: nothing judged after it would mean anything. What cannot be judged is one line."""
     try:
         return (yield)
     except DeviceLost as lost:
         pytest.exit(f"{lost}; replay it in a fresh process", returncode=1)
+    except (BackendError, ScenarioError) as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -272,7 +288,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if judged:
         seconds = time.monotonic() - config.stash[STARTED]
         terminalreporter.section("oracle")
-        terminalreporter.write_line(report.summary(verdict, failures, seconds))
+        oracle = config.stash[ORACLE]
+        left_out = oracle.subject.not_judged(oracle.device)
+        if not config.getoption("--oracle-replay"):
+            saved = [file.stem for file, misfit in _corpus(oracle.subject) if misfit is not None]
+            left_out += [f"saved cases {', '.join(saved)}"] if saved else []
+        terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
     if bugs:
         terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))
 
@@ -280,11 +301,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _as_property(oracle: Oracle, outcome: Exploration) -> str:
     verdict = outcome.verdict
     failures = []
-    if outcome.failure is not None and outcome.saved is not None:
+    if outcome.failure is not None:
         failures.append(
             {
                 "sentence": outcome.failure.finding.sentence(),
-                "command": oracle.replay_command(outcome.saved),
+                "command": oracle.replay_command(outcome),
                 "optimizations": " ".join(outcome.failure.scenario.optimizations),
             }
         )

@@ -340,10 +340,10 @@ def from_json(text: str, source: str = "scenario") -> Scenario:
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise ScenarioError(f"{source}: {_shown(place)}: {_shown(message)}{more}") from None
+        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
 
 
-def _shown(text: str, most: int = 200) -> str:
+def one_line(text: str, most: int = 200) -> str:
     """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[:most] + "..."

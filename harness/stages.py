@@ -30,7 +30,6 @@ from reference import attention, kv_cache
 from reference.topk import topk_indices, transform_paged, transform_ragged
 from reference.types import AttentionCaches, ForwardMode, KVCacheDtype, Metadata
 
-STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
 NEIGHBOURS = 3  # cells shown on either side of the first difference
 MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one row a pass is checked for exactness
 

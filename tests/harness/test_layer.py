@@ -18,6 +18,7 @@ from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, far_apart, n
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy
 from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
 from harness.strategies import SMALL, scenarios
+from harness.watch import Modified
 from harness.world import Batch, World
 from reference import kv_cache
 from reference.cycle import out_cache_loc, query_positions, request_of_row
@@ -416,4 +417,4 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
         assert (unused == 0 if name == "out_cache_loc" else unused.isnan()).all(), name
     assert driver.modified_input() is None
     static.index_weights[5, 1] = 0
-    assert driver.modified_input() == "index_weights"
+    assert driver.modified_input() == Modified(0, "index_weights")

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import planted_layers
@@ -16,11 +17,13 @@ from test_cli import FAILS, PROJECT, WITH_LAYER, assert_one_line_error, harness,
 from test_layer_detection import VERIFY, lattice
 from test_relations import IN_TURN, InFirstPlace, replay_of_two
 
-from harness import report, survey, tiers
-from harness.protocol import BackendError, completed
+from harness import explore, report, survey, tiers
+from harness.explore import Subject
+from harness.limits import LAYER_FIELDS, declared
+from harness.protocol import BackendError, completed, optimized_backend
 from harness.scenario import Eager, Scenario
-from harness.strategies import SMALL_LAYER, restricted
-from harness.survey import Record, survey_layer
+from harness.strategies import SMALL_LAYER
+from harness.survey import Record, Survey
 from harness.tiers import Tier, TierOutcome, run_tiers
 from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
@@ -139,7 +142,15 @@ def surveyed(
 ) -> dict[str, Record]:
     """By one case."""
     monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(scenario))
-    return survey_layer(factory_of(layer), {}, device, cases=1, seed=0)
+    found = Survey(subject_of(layer), device)
+    found.run(cases=1, seed=0)
+    assert found.cases == 1
+    return dict(found.records)
+
+
+def subject_of(layer: Any, **sizes: Sequence[Any]) -> Subject:
+    limits = declared(SimpleNamespace(sizes=sizes), LAYER_FIELDS, "nobody")
+    return Subject(optimized_backend, factory_of(layer), layer_limits=limits)
 
 
 def factory_of(layer: Any) -> Any:
@@ -221,21 +232,19 @@ def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: 
             seen.append((attention.num_heads, attention.kv_cache_dtype, config.page_size))
 
     soon = dataclasses.replace(SMALL_LAYER, max_context_lens=(20,), index_topks=(4,), num_steps=(1,), max_events=1)
-    monkeypatch.setitem(survey.SCALES, (device.type, True), soon)
-    sizes = {"num_heads": (3,), "kv_cache_dtype": (KVCacheDtype.FP8,), "page_size": (16,)}
-    records = survey_layer(factory_of(Looks), sizes, device, cases=4, seed=0)
-    assert records["runs every call"].checked == 4
+    monkeypatch.setitem(explore.SCALES, (device.type, True), soon)
+    found = Survey(subject_of(Looks, num_heads=(3,), kv_cache_dtype=("fp8",), page_size=(16,)), device)
+    found.run(cases=4, seed=0)
+    assert found.records["runs every call"].checked == 4
     assert set(seen) == {(3, KVCacheDtype.FP8, 16)}
 
 
 def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
     with pytest.raises(BackendError, match=r"^layer 'WithoutStages': WithoutStages has none of the methods "):
-        survey_layer(factory_of(planted_layers.WithoutStages), {}, device, cases=1, seed=0)
-    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn fit {'num_heads': \(7,\)}$"):
-        survey_layer(factory_of(planted_layers.Capturable), {"num_heads": (7,)}, device, cases=1, seed=0)
-    with pytest.raises(ValueError, match=r"^sizes: neither a layer nor its setup has 'colour'$"):
-        restricted(SMALL_LAYER, {"colour": ("red",)})
+        Survey(subject_of(planted_layers.WithoutStages), device).run(cases=1, seed=0)
+    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn here fits: num_heads may be 7, and is "):
+        Survey(subject_of(planted_layers.Capturable, num_heads=(7,)), device)
 
 
 def test_survey_refuses_in_one_line() -> None:
-    assert_one_line_error(harness("survey", "--layer", "planted_layers:ForSevenHeads"), "num_heads", "(7,)")
+    assert_one_line_error(harness("survey", "--layer", "planted_layers:ForSevenHeads"), "num_heads", "7")

@@ -19,7 +19,8 @@ from harness.content import Regime
 from harness.explore import PROFILES, SHARDS
 from harness.fields import HOST_SCALARS
 from harness.judge import OracleFailure, judge
-from harness.protocol import SparseAttention, Strictness, load_backend, load_layer, optimized_backend
+from harness.limits import Limits
+from harness.protocol import STAGES, SparseAttention, Strictness, load_backend, load_layer, optimized_backend
 from harness.relations import Relation
 from harness.report import explain, render, tiers_table
 from harness.scenario import (
@@ -37,7 +38,6 @@ from harness.scenario import (
     from_json,
     to_json,
 )
-from harness.stages import STAGES
 from harness.strategies import SMALL_LAYER, restricted
 from harness.tiers import Tier, TierOutcome
 from reference.metadata import compute_metadata
@@ -191,7 +191,7 @@ def test_readme_names_methods_sizes_and_strictness_of_layers() -> None:
     sizes = re.findall(r"`(\w+)`", named)
     assert set(sizes) == {*Layer.model_fields, "index_topk", "page_size"}
     with pytest.raises(ValueError, match="none of the sizes"):
-        restricted(SMALL_LAYER, {"kv_lora_rank": (512,)})  # "with production's sizes on a CPU"
+        restricted(SMALL_LAYER, Limits({"kv_lora_rank": (512,)}))  # "with production's sizes on a CPU"
     assert all(name in Strictness.__members__ for name in re.findall(r"`([A-Z]+_[A-Z]+)`", said))
 
 
@@ -316,8 +316,8 @@ def layer_scenario(regime: Regime) -> Scenario:
 
 @pytest.mark.parametrize("regime", Regime, ids=lambda regime: regime.value)
 def test_example_layer_passes(regime: Regime, device: torch.device) -> None:
-    factory, sizes = load_layer(LAYER)
-    assert sizes == MyAttention.sizes
+    factory, limits = load_layer(LAYER)
+    assert limits.sizes == MyAttention.sizes
     verdict = judge(layer_scenario(regime), optimized_backend, device, layer_factory=factory)
     assert verdict.layers.replays == 4  # two, with either poison
 
