@@ -99,7 +99,7 @@ class Stages:
             self._hand("indices", self.expected.indices_with_holes(rows, fed)),
         )
         out, lse = out_and_lse_of("sparse_mla", attention)
-        return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged)
+        return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
 
     def _hand(self, name: str, tensor: torch.Tensor) -> Watched:
         with self.guard:

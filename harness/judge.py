@@ -23,9 +23,9 @@ from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
 from harness.scenario import Scenario, ScenarioError, Setup
-from harness.stages import LayerTally, StageJudge
+from harness.stages import Judged, LayerTally, StageJudge
 from harness.watch import WrongResult
-from reference.types import AttentionOutputs, Metadata
+from reference.types import Metadata
 
 
 class OracleFailure(AssertionError):
@@ -120,7 +120,7 @@ class _Run:
         self.build = build
         self.device = device
         self.verdict = verdict
-        self.calls: list[list[AttentionOutputs]] = []  # of the layer: what each pass of each call computed
+        self.calls: list[list[Judged]] = []  # of the layer: what each pass of each call computed
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -164,18 +164,19 @@ class _Run:
     def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
         """Each stage against the reference; then what must not depend on anything around it."""
         layers = self.verdict.layers
-        finding = self._stages(engine).compare(seen, metadata)
+        twin = next(self._others, None)
+        stages = self._stages(engine)
+        finding = stages.compare(seen, metadata, twin or ())
         if finding is not None:
             return finding
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
 
-        self.calls.append([step.outputs for step in seen.steps])
-        twin = next(self._others, None)
+        self.calls.append(stages.judged)
         if twin is not None:
             layers.count(Relation.POISONED)
             for step, (now, before) in enumerate(zip(seen.steps, twin, strict=True)):
-                finding = differs(before, now.outputs, list(range(seen.load.passes[step].rows)))
+                finding = differs(before.outputs, now.outputs, list(range(seen.load.passes[step].rows)))
                 if finding is not None:
                     return replace(finding, step=step, how=Relation.POISONED.value)
         if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:

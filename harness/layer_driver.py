@@ -27,13 +27,14 @@ class LayerLoad:
 class LayerStep:
     """What one pass of the layer computed, and what it left in the caches (dense, the setup's pages).
 
-    Isolated stages also show top-k before each of its transforms.
+    Isolated stages also show top-k before each of its transforms. fed: the reference's logits that they selected from.
     """
 
     outputs: AttentionOutputs
     caches: AttentionCaches
     positions: torch.Tensor | None = None
     ragged: torch.Tensor | None = None
+    fed: torch.Tensor | None = None
 
 
 class LayerDriver:

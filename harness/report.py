@@ -13,7 +13,7 @@ from rich.table import Table
 
 from harness.boundary import ALL_CLASSES
 from harness.judge import OracleFailure, Verdict
-from harness.protocol import STAGES
+from harness.protocol import STAGES, Strictness
 from harness.scenario import (
     Accept,
     Capture,
@@ -135,8 +135,9 @@ def _stages(layers: LayerTally) -> Table:
     table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")
     for name in (name for name in STAGES if name in layers.stages):
         stage = layers.stages[name]
-        worst = f"{stage.worst:.2g}" if stage.bounded else "-"
-        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, f"{stage.weaker:,}")
+        worst = f"{stage.worst:.2g}" if stage.bounded or stage.declared == Strictness.BOUND.value else "-"
+        weaker = f"{stage.weaker:,} {stage.declared}".rstrip()
+        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, weaker)
     return table
 
 

@@ -26,9 +26,10 @@ from harness.layer import Pass, as_bytes
 from harness.layer_driver import LayerStep, dense_copy
 from harness.protocol import Strictness
 from harness.selections import Selection
+from harness.watch import same_bits
 from reference import attention, kv_cache
 from reference.topk import topk_indices, transform_paged, transform_ragged
-from reference.types import AttentionCaches, ForwardMode, KVCacheDtype, Metadata
+from reference.types import AttentionCaches, AttentionOutputs, ForwardMode, KVCacheDtype, Metadata
 
 NEIGHBOURS = 3  # cells shown on either side of the first difference
 MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one row a pass is checked for exactness
@@ -36,18 +37,27 @@ MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one 
 
 @dataclass
 class StageTally:
-    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used."""
+    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used.
+
+    declared: the value of the ``Strictness`` in which the ``weaker`` ones were compared.
+    """
 
     exact: int = 0
     bounded: int = 0
     weaker: int = 0
     worst: float = 0.0
+    declared: str = ""
+
+    def count_weaker(self, count: int, declared: Strictness) -> None:
+        self.weaker += count
+        self.declared = declared.value
 
     def add(self, other: StageTally) -> None:
         self.exact += other.exact
         self.bounded += other.bounded
         self.weaker += other.weaker
         self.worst = max(self.worst, other.worst)
+        self.declared = self.declared or other.declared
 
 
 @dataclass
@@ -78,6 +88,28 @@ class LayerTally:
         self.replays += other.replays
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A pass of the layer that is right, and what was counted of it."""
+
+    outputs: AttentionOutputs
+    positions: torch.Tensor | None
+    ragged: torch.Tensor | None
+    tally: LayerTally
+
+    def is_repeated_by(self, step: LayerStep, rows: int) -> bool:
+        """Whether ``step`` gave the same bits in all of its ``rows``."""
+        pairs = [(getattr(self.outputs, name), tensor) for name, tensor in vars(step.outputs).items()]
+        pairs += [(self.positions, step.positions), (self.ragged, step.ragged)]
+        return all(_same_rows(one, other, rows) for one, other in pairs)
+
+
+def _same_rows(one: torch.Tensor | None, other: torch.Tensor | None, rows: int) -> bool:
+    if one is None or other is None or not (one.dim() and other.dim()):
+        return one is other
+    return same_bits(one[:rows], other[:rows])
+
+
 class StageJudge:
     """Compares what one engine's layer showed. ``weaker``: what the layer declares, by stage."""
 
@@ -89,9 +121,17 @@ class StageJudge:
         self.content = engine.cache_state.content
         self.weaker = weaker
         self.tally = tally
+        self.judged: list[Judged] = []  # the passes of the call that was compared last, as far as they are right
 
-    def compare(self, seen: LayerObservation, metadata: Sequence[Metadata]) -> Finding | None:
-        """The first disagreement in stage and step order, or None."""
+    def compare(
+        self, seen: LayerObservation, metadata: Sequence[Metadata], before: Sequence[Judged] = ()
+    ) -> Finding | None:
+        """The first disagreement in stage and step order, or None.
+
+        before: the passes of the same call in the scenario's other run. One that gave the same bits is as right now:
+        inputs, caches and metadata are the same where anything may look at them.
+        """
+        self.judged = []
         if seen.modified is not None:
             step, name = seen.modified
             how = seen.feed.value
@@ -100,9 +140,10 @@ class StageJudge:
         caches = dense_copy(seen.load.caches)  # as each pass in turn must leave them
         for step, (got, a_pass) in enumerate(zip(seen.steps, seen.load.passes, strict=True)):
             rows = self.expected.rows(a_pass, metadata[step], caches)
+            known = before[step] if step < len(before) and before[step].is_repeated_by(got, a_pass.rows) else None
             finding = (
                 self._compare_caches(got.caches, caches)
-                or self._compare_pass(got, rows, a_pass, seen.feed)
+                or self._compare_pass(got, rows, a_pass, seen.feed, known)
                 or self._compare_unused(got, seen)
             )
             if finding is not None:
@@ -154,14 +195,24 @@ class StageJudge:
             return unit, f"scale {(byte - config.kv_lora_rank) // 4}"
         return unit, f"RoPE element {(byte - rope) // 2}"
 
-    def _compare_pass(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+    def _compare_pass(
+        self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed, known: Judged | None
+    ) -> Finding | None:
         """The first stage of a pass that is wrong, given the stage before it."""
-        return (
-            self._compare_shapes(got, rows, a_pass)
-            or self._compare_logits(got, rows, a_pass)
-            or self._compare_selection(got, rows, a_pass, feed)
-            or self._compare_attention(got, rows, a_pass, feed)
-        )
+        total, self.tally = self.tally, LayerTally() if known is None else known.tally
+        finding = None
+        if known is None:
+            want_logits = got.fed if got.fed is not None else self.expected.logits(rows)
+            finding = (
+                self._compare_shapes(got, rows, a_pass)
+                or self._compare_logits(got, want_logits, rows, a_pass)
+                or self._compare_selection(got, want_logits, rows, a_pass, feed)
+                or self._compare_attention(got, want_logits, rows, a_pass, feed)
+            )
+        self.judged.append(Judged(got.outputs, got.positions, got.ragged, self.tally))
+        total.add(self.tally)
+        self.tally = total
+        return finding
 
     def _compare_shapes(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
         topk = self.expected.reference.config.index_topk
@@ -182,23 +233,24 @@ class StageJudge:
                 return Finding(Kind.SHAPE, name, str(list(seen)), str([rows_wanted, *shape]))
         return None
 
-    def _compare_logits(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
-        want = self.expected.logits(rows)
-        bound = None
-        if not self.content.regime.is_exact:
-            bound = torch.zeros_like(want, dtype=torch.float64)
+    def _compare_logits(self, got: LayerStep, want: torch.Tensor, rows: LayerRows, a_pass: Pass) -> Finding | None:
+        bound = torch.zeros_like(want, dtype=torch.float64) if self._is_bounded("logits") else None
         for row, length in enumerate(a_pass.seqlens):
             values, scales = self._index_keys(rows, row, length)
             query, weights = rows.inputs.index_q[row], rows.inputs.index_weights[row]
             if bound is not None:
                 bound[row, :length] = logits_bound(self.config, query[None], weights[None], values, scales)[0]
-            elif self._is_checked(a_pass, row, values.numel() * self.config.index_n_heads):
+            if self.content.regime.is_exact and self._is_checked(
+                a_pass, row, values.numel() * self.config.index_n_heads
+            ):
                 check_exact_index(self.config, query, weights, values, scales)
         return self._compare_numbers("logits", got.outputs.logits[: a_pass.rows], want, bound, a_pass, "token")
 
-    def _compare_selection(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+    def _compare_selection(
+        self, got: LayerStep, want_logits: torch.Tensor, rows: LayerRows, a_pass: Pass, feed: Feed
+    ) -> Finding | None:
         """Top-k, by itself and with each transform. In a chain it selects by the layer's own logits."""
-        logits = got.outputs.logits[: a_pass.rows] if feed is not Feed.ISOLATED else self.expected.logits(rows)
+        logits = want_logits if feed is Feed.ISOLATED else got.outputs.logits[: a_pass.rows]
         stages = [("indices", got.outputs.indices, self.expected.indices)]
         if got.positions is not None:
             stages.insert(0, ("topk_indices", got.positions, self.expected.positions))
@@ -252,33 +304,46 @@ class StageJudge:
         finding = entries.wrong_form()
         if finding is not None:
             return finding
-        tally, as_sets = self.tally.stage(entries.name), self.weaker.get(entries.name) is Strictness.SAME_SET
-        if as_sets:
-            tally.weaker += entries.want.numel()
+        tally, declared = self.tally.stage(entries.name), self.weaker.get(entries.name)
+        if declared is Strictness.SAME_SET:
+            tally.count_weaker(entries.want.numel(), declared)
         else:
             tally.exact += entries.want.numel()
-        return entries.first_wrong(as_sets)
+        return entries.first_wrong(as_sets=declared is Strictness.SAME_SET)
 
-    def _compare_attention(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
-        count = a_pass.rows
+    def _compare_attention(
+        self, got: LayerStep, want_logits: torch.Tensor, rows: LayerRows, a_pass: Pass, feed: Feed
+    ) -> Finding | None:
+        count, q, cache = a_pass.rows, rows.inputs.q, rows.caches.kv
         indices = got.outputs.indices[:count]
         if feed is Feed.ISOLATED:
-            indices = self.expected.indices_with_holes(rows, self.expected.logits(rows))
-        keys = [kv_cache.load_kv(self.config, rows.caches.kv, row[row >= 0]) for row in indices]
-        exact_out, exact_lse = attention.unrounded(self.config, rows.inputs.q, rows.caches.kv, indices)
-        out, _ = self.expected.attention(rows, indices)
+            indices = self.expected.indices_with_holes(rows, want_logits)
+        out, lse = attention.unrounded(self.config, q, cache, indices)
+        out_bound, lse_bound = None, None
+        if self._is_bounded("out") or self._is_bounded("lse"):
+            keys = [kv_cache.load_kv(self.config, cache, row[row >= 0]) for row in indices]
+            out_bound, lse_bound = attention_bound(self.config, q, keys)
         if self.content.regime.is_exact:
-            for row, row_keys in enumerate(keys):
-                if self._is_checked(a_pass, row, row_keys.numel() * self.config.num_heads):
-                    check_exact(self.config, self.content.regime, rows.inputs.q[row], row_keys)
-            finding = self._compare_numbers("out", got.outputs.out[:count], out, None, a_pass, "head")
+            self._check_exact(q, cache, indices, a_pass)
+        if not self._is_bounded("out"):
+            out, out_bound = out.to(torch.float32).to(torch.bfloat16), None
+        if lse_bound is None or not self._is_bounded("lse"):
             # Weights and their sum are exact: what is left is a logarithm, a product and a sum.
-            counts = torch.tensor([max(1, len(row_keys)) for row_keys in keys], dtype=torch.float64)
-            lse_bound = 2.0**-21 * (exact_lse.abs() + 2 * counts.log()[:, None].to(exact_lse.device) + 1)
-        else:
-            out_bound, lse_bound = attention_bound(self.config, rows.inputs.q, keys)
-            finding = self._compare_numbers("out", got.outputs.out[:count], exact_out, out_bound, a_pass, "head")
-        return finding or self._compare_numbers("lse", got.outputs.lse[:count], exact_lse, lse_bound, a_pass, "head")
+            counts = (indices >= 0).sum(1, keepdim=True).clamp(min=1)
+            lse_bound = 2.0**-21 * (lse.abs() + 2 * counts.double().log() + 1)
+        finding = self._compare_numbers("out", got.outputs.out[:count], out, out_bound, a_pass, "head")
+        return finding or self._compare_numbers("lse", got.outputs.lse[:count], lse, lse_bound, a_pass, "head")
+
+    def _check_exact(self, q: torch.Tensor, cache: torch.Tensor, indices: torch.Tensor, a_pass: Pass) -> None:
+        """That the content of the rows is as exact as it is meant to be."""
+        for row, slots in enumerate(indices):
+            keys = slots[slots >= 0]
+            if self._is_checked(a_pass, row, len(keys) * self.config.qk_head_dim * self.config.num_heads):
+                check_exact(self.config, self.content.regime, q[row], kv_cache.load_kv(self.config, cache, keys))
+
+    def _is_bounded(self, name: str) -> bool:
+        """Whether the numbers of a stage need only stay within the error bound of ordinary ones."""
+        return not self.content.regime.is_exact or self.weaker.get(name) is Strictness.BOUND
 
     def _is_checked(self, a_pass: Pass, row: int, numbers: int) -> bool:
         """Whether a row's inputs are checked against the premises of exactness. All are, unless that takes long."""
@@ -294,17 +359,20 @@ class StageJudge:
         axis: str,
     ) -> Finding | None:
         """By value if there is no bound: zeros of either sign are equal, and so are NaN."""
-        tally = self.tally.stage(name)
+        tally, declared = self.tally.stage(name), self.weaker.get(name)
         kind = Kind.VALUE
         if bound is not None:
             fraction = fraction_used(got, want, bound)
             wrong = ~(fraction <= 1)
-            tally.bounded += want.numel()
             tally.worst = max(tally.worst, float(fraction[~wrong].max()) if bool((~wrong).any()) else 0.0)
             kind = Kind.BOUND
-        elif self.weaker.get(name) is Strictness.ONE_STEP:
+            if self.content.regime.is_exact and declared is Strictness.BOUND:
+                tally.count_weaker(want.numel(), declared)
+            else:
+                tally.bounded += want.numel()
+        elif declared is Strictness.ONE_STEP:
             wrong = _bf16_steps(got, want) > 1
-            tally.weaker += want.numel()
+            tally.count_weaker(want.numel(), declared)
         else:
             wrong = ~((got == want) | (got.isnan() & want.isnan()))
             tally.exact += want.numel()

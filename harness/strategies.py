@@ -196,18 +196,20 @@ def optimizations(draw: st.DrawFn, semantics: StepSemantics) -> tuple[str, ...]:
 
 @st.composite
 def setups(draw: st.DrawFn, scale: Scale) -> Setup:
-    drawn = scale.drawn()
+    drawn, limits = scale.drawn(), scale.limits
 
-    def pick(name: str, choices: Sequence[Any] = ()) -> Any:
-        """One of ``choices``, or of all that are drawn of a field, that the limits allow."""
-        return draw(st.sampled_from(scale.limits.of(name, choices) or scale.limits.of(name, drawn[name])))
+    def pick(name: str, choices: Sequence[Any] = (), freely: st.SearchStrategy[Any] | None = None) -> Any:
+        """One of ``choices``, or of all that are drawn of a field, that the limits allow; else as ``freely`` has it."""
+        if freely is not None and name not in limits.sizes:
+            return draw(freely)
+        return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
 
     max_context_len = pick("max_context_len")
     num_steps = pick("num_steps")
     # Every step writes every row: what the interpreter does one store at a time must stay few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
-    index_topks = scale.limits.of("index_topk", scale.index_topks)
+    index_topks = limits.of("index_topk", scale.index_topks)
     setup = Setup(
         page_size=pick("page_size"),
         max_context_len=max_context_len,
@@ -217,13 +219,19 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         step_semantics=pick("step_semantics"),
         paged_mqa_num_sms=pick("paged_mqa_num_sms"),
         flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
-        pool_size=pick("pool_size"),
+        pool_size=pick("pool_size", freely=st.integers(1, max(drawn["pool_size"]))),
         page_layout=pick("page_layout"),
         drive=pick("drive"),
-        inputs=Inputs(**{name: pick(name) for name in Inputs.model_fields}),
+        inputs=Inputs(
+            seq_lens=pick("seq_lens"),
+            req_pool_indices=pick("req_pool_indices"),
+            accept_length=pick("accept_length"),
+            strided=pick("strided", freely=st.booleans()),
+            wide_req_to_token=pick("wide_req_to_token", freely=st.booleans()),
+        ),
         layer=draw(layers(scale)),
     )
-    return _with_codes_for_all(_from_the_far_end(setup, scale.limits), scale.limits)
+    return _with_codes_for_all(_from_the_far_end(setup, limits), limits)
 
 
 def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:

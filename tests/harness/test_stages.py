@@ -562,7 +562,7 @@ def test_tallies_add_up() -> None:
         tally.replays = 4
     other.stage("lse").exact = 7
     one.add(other)
-    assert vars(one.stages["out"]) == {"exact": 2, "bounded": 4, "weaker": 6, "worst": 0.5}
+    assert vars(one.stages["out"]) == {"exact": 2, "bounded": 4, "weaker": 6, "worst": 0.5, "declared": ""}
     assert one.stages["lse"].exact == 7
     assert (one.relations, one.replays) == ({"again": 2}, 8)
 
