@@ -8,9 +8,8 @@ numbers in the wrong place is seen as the attention kernel behind it would see i
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,10 +18,12 @@ from numpy.typing import NDArray
 from harness import fields
 from harness.driver import driver_for
 from harness.expected import ExpectedLayer, expected_metadata
+from harness.findings import Finding, Kind
+from harness.forms import WrongResult, told
 from harness.graph import CapturedGraph, CaptureError, graph_runner
 from harness.isolated import Selected, Stages
 from harness.layer import CacheState, as_bytes
-from harness.layer_driver import LayerDriver, LayerLoad, LayerStep, copied, dense_copy, load_of
+from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy, load_of
 from harness.poison import NAN_BYTE, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
 from harness.protocol import BackendFactory, LayerFactory
 from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
@@ -38,7 +39,8 @@ INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
 class StepObservation:
     """Metadata of one step as a consumer sees it.
 
-    tensors: host copies by field name. moved: fields that are no longer where the graph reads them.
+    tensors: host copies by field name. moved: fields that are no longer where the graph reads them. odd: what there is
+    in the place of a tensor, if anything.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -46,6 +48,7 @@ class StepObservation:
     devices: dict[str, torch.device]
     host_scalars: dict[str, object]
     moved: tuple[str, ...] = ()
+    odd: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,6 @@ class Observation:
     raw_bs: int
     in_graph: bool
     steps: tuple[StepObservation, ...]
-
-
-class Feed(enum.Enum):
-    """What the stages of a layer were given."""
-
-    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
-    CHAIN = "eager chain"  # likewise, without a graph
-    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
 
 
 @dataclass(frozen=True)
@@ -240,6 +235,7 @@ class Engine:
         with GuardedAllocations(sentinel, device) as guard:
             self.backend = factory(self.config, self.req_to_token, scenario.optimizations)
             self.driver = driver_for(setup.drive, self.backend, self.config)
+            self._check_steps()
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self._guarded += guard.buffers
 
@@ -322,7 +318,7 @@ class Engine:
         forward_batch = self.inputs.load(batch)
         with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.prepare_eagerly(forward_batch)
-        metadata = [step.forward_metadata for step in self.backend.attn_backends]
+        metadata = self._shown_metadata()
         self._overrun = self._overrun or overrun(guard.buffers)
         yield Observation(
             batch,
@@ -366,6 +362,17 @@ class Engine:
         steps = tuple(step for step, _ in shown)
         return LayerObservation(batch, batch.size, Feed.CHAIN, None, load, steps, modified)
 
+    def _check_steps(self) -> None:
+        """Raises WrongResult unless there is a single-step backend for each step."""
+        seen, wanted = len(self.backend.attn_backends), self.config.speculative_num_steps
+        if seen != wanted:
+            raise WrongResult(Finding(Kind.SHAPE, "attn_backends", f"{seen} steps", f"{wanted} steps"))
+
+    def _shown_metadata(self) -> list[Metadata]:
+        """The metadata of each step, as the backend shows it now."""
+        self._check_steps()
+        return [getattr(step, "forward_metadata", None) for step in self.backend.attn_backends]  # type: ignore[misc]
+
     def place(self, req_to_token: NDArray[np.int32]) -> None:
         """Take over the page mapping of another engine's requests."""
         self.world.req_to_token[:] = req_to_token
@@ -401,7 +408,7 @@ class Engine:
         forward_batch = self.inputs.load(padding)
         with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.bind(forward_batch)
-        metadata = tuple(step.forward_metadata for step in self.backend.attn_backends)
+        metadata = tuple(self._shown_metadata())
         self._check_guards(guard, metadata)
 
         # Lay the probes out in one arena, so that one transfer brings them to the host.
@@ -424,7 +431,8 @@ class Engine:
 
         def forward() -> None:
             self.driver.prepare_in_graph(forward_batch)
-            torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
+            if read:  # a backend without any metadata is told so when it is looked at
+                torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
             if self.layer is None:
                 return
             for step, step_metadata in enumerate(metadata):
@@ -451,7 +459,9 @@ class Engine:
             lengths = tensors.get("seqlens_expanded")
             for name, page_size in (("page_table_1", 1), ("real_page_table", self.setup.page_size)):
                 table = tensors.get(name)
-                if lengths is None or table is None or len(table) != len(lengths) or 0 in table.stride():
+                if lengths is None or table is None or {lengths.dtype, table.dtype} != {torch.int32}:
+                    continue
+                if len(table) != len(lengths) or 0 in table.stride():
                     continue  # not laid out as the contract says; the comparison will tell
                 if table.data_ptr() not in seen:  # steps may share one buffer
                     seen.add(table.data_ptr())
@@ -461,18 +471,20 @@ class Engine:
         """What the probes of a replayed graph hold."""
         arena = bound.arena.cpu()
         return tuple(
-            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
-            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
+            self._observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for metadata, probes in zip(self._shown_metadata(), bound.probes, strict=True)
         )
 
     def _observe(self, metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
         held = fields.tensors(metadata)
+        others = {name: thing for name, thing in fields.held(metadata).items() if name not in held}
         return StepObservation(
             tensors=seen,
             dtypes={name: tensor.dtype for name, tensor in held.items()},
             devices={name: tensor.device for name, tensor in held.items()},
             host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
             moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
+            odd={name: told(thing) for name, thing in others.items() if thing is not None},
         )
 
 

@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 from harness.compare import Kind
@@ -32,7 +32,7 @@ from harness.protocol import (
     try_out_layer,
 )
 from harness.scenario import Scenario
-from harness.seeds import FailureFiles
+from harness.seeds import FailureFiles, kept_while_judged
 from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
 
 
@@ -181,8 +181,9 @@ def explore(
         if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
             raise OutOfTime
         try:
-            # What shrinking tries is not coverage.
-            subject.judge(scenario, device, outcome.verdict if outcome.failure is None else None)
+            with kept_while_judged(scenario, save_dir):
+                # What shrinking tries is not coverage.
+                subject.judge(scenario, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
             keep(failure)
             if device.type == "cuda" and failure.finding.kind is Kind.CRASH and "CUDA error" in failure.finding.got:
@@ -236,7 +237,11 @@ def no_near_copies() -> Iterator[None]:
 
     Scenarios are full of parts of one kind (joins, replays), so five in six would be such copies, each as costly to
     judge as a new case. There is no setting for it; a Hypothesis without the method is left as it is.
+    Raises BackendError if there is no scenario to draw.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConjectureRunner, "generate_mutations_from", lambda runner, data: None, raising=False)
-        yield
+        try:
+            yield
+        except Unsatisfiable:
+            raise BackendError("no case that is drawn here has all of the sizes that are declared at once") from None

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 
 from harness.expected import ExpectedLayer, LayerRows
-from harness.layer_driver import LayerDriver, LayerLoad, LayerStep, copied, dense_copy
+from harness.forms import found_in, out_and_lse_of, tensor_of
+from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy
 from harness.poison import GuardedAllocations
 from harness.selections import Selection
-from harness.watch import Modified, Watched, first_modified, handed, out_and_lse_of, tensor_of
+from harness.watch import Modified, Watched, first_modified, handed
 from reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
+
+_RESULTS = {
+    "indexer_logits": "logits",
+    "topk_transform_paged": "indices",
+    "topk_transform_ragged": "topk_ragged",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,17 @@ class Stages:
             self._step = step
             rows = self.expected.rows(a_pass, step_metadata, truth)
             self.driver.load_caches(truth)
-            steps.append(self._compute(rows, stored[step]))
+            with found_in(step, Feed.ISOLATED.value):
+                steps.append(self._compute(rows, stored[step]))
         return tuple(steps)
 
     def select(self, given: Selection, ragged: bool) -> Selected:
         """Top-k, and one of its transforms, of made-up logits."""
         self._step = 0
+        with found_in(0, Feed.ISOLATED.value):
+            return self._select(given, ragged)
+
+    def _select(self, given: Selection, ragged: bool) -> Selected:
         logits = self._hand("logits", given.logits)
         lengths = self._hand("seqlens_expanded", given.seqlens_expanded)
         positions = self._tensor("topk_indices", logits, lengths)
@@ -98,7 +110,7 @@ class Stages:
             Watched("kv_cache", self.driver.caches.kv, rows.caches.kv),
             self._hand("indices", self.expected.indices_with_holes(rows, fed)),
         )
-        out, lse = out_and_lse_of("sparse_mla", attention)
+        out, lse = out_and_lse_of(attention)
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
 
     def _hand(self, name: str, tensor: torch.Tensor) -> Watched:
@@ -107,7 +119,7 @@ class Stages:
 
     def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
         """A copy of what a stage gives: the next call may use the same memory."""
-        return tensor_of(stage, self._call(stage, *arguments)).clone()
+        return tensor_of(_RESULTS.get(stage, stage), self._call(stage, *arguments)).clone()
 
     def _call(self, stage: str, *arguments: Any, watched: Sequence[Watched] = ()) -> Any:
         with self.guard:

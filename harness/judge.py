@@ -15,16 +15,17 @@ from harness import interpreter
 from harness.boundary import classes_of
 from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
+from harness.forms import WrongResult
 from harness.graph import CaptureError
 from harness.layer import POISON_BYTES
+from harness.layer_driver import Feed
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
 from harness.scenario import Scenario, ScenarioError, Setup
 from harness.stages import Judged, LayerTally, StageJudge
-from harness.watch import WrongResult
 from reference.types import Metadata
 
 
@@ -136,12 +137,11 @@ class _Run:
         except (OracleFailure, BackendError, ScenarioError):
             raise
         except WrongResult as error:
-            finding = Finding(Kind.RESULT, error.stage, error.got, error.expected)
-            raise OracleFailure(self.scenario, finding, number) from error
+            raise OracleFailure(self.scenario, error.finding, number) from error
         except CaptureError as error:
             finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
             raise OracleFailure(self.scenario, finding, number) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
             raise OracleFailure(self.scenario, finding, number) from error
 
@@ -208,11 +208,14 @@ def _intact(engine: Engine) -> Finding | None:
     return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:200]
+    except Exception:  # an exception of the backend's own that cannot even tell what it is
+        return "no text"
 
 
-def _origin(error: Exception) -> str:
+def _origin(error: BaseException) -> str:
     """Where the exception came from: the innermost frame that is not a library's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

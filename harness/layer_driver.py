@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from harness.forms import found_in, outputs_of
 from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
 from harness.poison import NAN_BYTE, GuardedAllocations
 from harness.protocol import SparseAttention
 from harness.scenario import Setup
-from harness.watch import Modified, WatchedMetadata, first_modified, handed, outputs_of, same_bits
+from harness.watch import Modified, WatchedMetadata, first_modified, handed, same_bits
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
+
+
+class Feed(enum.Enum):
+    """What the stages of a layer were given."""
+
+    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
+    CHAIN = "eager chain"  # likewise, without a graph
+    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class LayerDriver:
         What it left in the caches lies in memory that all graphs share.
         """
         inputs = map_tensors(self._static[step], lambda tensor: tensor[:rows])
-        outputs = outputs_of("forward", self.layer.forward(inputs, self.caches, metadata))
+        with found_in(step, Feed.GRAPH.value):
+            outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         left = self._left[step]
         left.kv.copy_(self.caches.kv)
         left.index_k.copy_(self.caches.index_k[: self.setup.num_pages])
@@ -96,10 +107,10 @@ class LayerDriver:
     ) -> tuple[LayerStep, Modified | None]:
         """The pass on inputs of its own, between guard bands; and what the layer wrote to besides the caches."""
         watched_metadata = WatchedMetadata(metadata)
-        with guard:
+        with guard, found_in(a_pass.step, Feed.CHAIN.value):
             watched = [handed(name, tensor, self.device) for name, tensor in vars(a_pass.inputs).items()]
             inputs = AttentionInputs(**{one.name: one.given for one in watched})
-            outputs = outputs_of("forward", self.layer.forward(inputs, self.caches, metadata))
+            outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         name = first_modified(watched) or watched_metadata.first_modified()
         step = LayerStep(copied(outputs), self.cached())
         return step, None if name is None else Modified(a_pass.step, name)

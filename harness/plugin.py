@@ -23,6 +23,7 @@ from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, Subject, 
 from harness.judge import OracleFailure, Verdict
 from harness.protocol import BackendError
 from harness.scenario import ScenarioError, load
+from harness.seeds import RUNNING
 from harness.stages import LayerTally, StageTally
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
@@ -293,9 +294,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
+        failures += [_died(oracle, file) for file in sorted(oracle.save_dir.glob(f"*{RUNNING}"))]
         terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
     if bugs:
         terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))
+
+
+def _died(oracle: Oracle, file: Path) -> dict[str, str]:
+    """The failure of a case that took down the process that judged it."""
+    command = oracle.replay_command(Exploration(saved=file))
+    return {"sentence": "the process died while it judged a case", "command": command, "optimizations": ""}
 
 
 def _as_property(oracle: Oracle, outcome: Exploration) -> str:

@@ -16,6 +16,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from pydantic.fields import FieldInfo
 
+from harness.forms import checked_stages
 from harness.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
 from harness.scenario import Layer, Setup
 from reference.types import (
@@ -258,8 +259,11 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
     check_weaker(getattr(layer, "weaker", {}), spec)
     whole = optimized_layer(config, attention)
     for name in (*own, "weaker"):
-        if hasattr(layer, name):
+        if hasattr(layer, name) and not (name == "forward" and getattr(type(layer), name, None) is type(whole).forward):
             setattr(whole, name, getattr(layer, name))  # forward of ours then calls stages of theirs
+    for name, stage in checked_stages(layer, config.index_topk).items():
+        if name in own:
+            setattr(whole, name, stage)
     return whole
 
 

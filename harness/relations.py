@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from harness.compare import Finding, Kind
-from harness.engine import Engine, Feed, LayerObservation
-from harness.layer_driver import LayerLoad
+from harness.engine import Engine, LayerObservation
+from harness.layer_driver import Feed, LayerLoad
 from harness.scenario import Capture, Scenario
 from harness.world import Batch
 from reference.types import AttentionCaches, AttentionOutputs, ForwardMode

@@ -17,13 +17,14 @@ import torch
 from harness.bounds import attention_bound, fraction_used, logits_bound
 from harness.compare import Finding, Kind, Neighbour
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation
+from harness.engine import Engine, LayerObservation
 from harness.entries import Entries, entries_of, scores_of
 from harness.exactness import check_exact, check_exact_index
 from harness.expected import LayerRows
+from harness.forms import wrong_form
 from harness.isolated import Selected
 from harness.layer import Pass, as_bytes
-from harness.layer_driver import LayerStep, dense_copy
+from harness.layer_driver import Feed, LayerStep, dense_copy
 from harness.protocol import Strictness
 from harness.selections import Selection
 from harness.watch import same_bits
@@ -143,7 +144,7 @@ class StageJudge:
             known = before[step] if step < len(before) and before[step].is_repeated_by(got, a_pass.rows) else None
             finding = (
                 self._compare_caches(got.caches, caches)
-                or self._compare_pass(got, rows, a_pass, seen.feed, known)
+                or self._compare_pass(got, rows, a_pass, seen, known)
                 or self._compare_unused(got, seen)
             )
             if finding is not None:
@@ -196,15 +197,16 @@ class StageJudge:
         return unit, f"RoPE element {(byte - rope) // 2}"
 
     def _compare_pass(
-        self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed, known: Judged | None
+        self, got: LayerStep, rows: LayerRows, a_pass: Pass, seen: LayerObservation, known: Judged | None
     ) -> Finding | None:
         """The first stage of a pass that is wrong, given the stage before it."""
+        feed = seen.feed
         total, self.tally = self.tally, LayerTally() if known is None else known.tally
         finding = None
         if known is None:
             want_logits = got.fed if got.fed is not None else self.expected.logits(rows)
             finding = (
-                self._compare_shapes(got, rows, a_pass)
+                self._compare_shapes(got, rows, self._rows_of(seen, a_pass))
                 or self._compare_logits(got, want_logits, rows, a_pass)
                 or self._compare_selection(got, want_logits, rows, a_pass, feed)
                 or self._compare_attention(got, want_logits, rows, a_pass, feed)
@@ -214,7 +216,13 @@ class StageJudge:
         self.tally = total
         return finding
 
-    def _compare_shapes(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
+    def _rows_of(self, seen: LayerObservation, a_pass: Pass) -> int:
+        """How many rows a pass has, in a graph those of padding included."""
+        if seen.bucket is None:
+            return a_pass.rows
+        return seen.bucket * self.engine.config.rows_per_request(seen.batch.mode)
+
+    def _compare_shapes(self, got: LayerStep, rows: LayerRows, count: int) -> Finding | None:
         topk = self.expected.reference.config.index_topk
         for name, dtype, shape in (
             ("logits", torch.float32, (rows.page_table_1.shape[1],)),
@@ -222,15 +230,9 @@ class StageJudge:
             ("out", torch.bfloat16, (self.config.num_heads, self.config.kv_lora_rank)),
             ("lse", torch.float32, (self.config.num_heads,)),
         ):
-            tensor = getattr(got.outputs, name)
-            if tensor.device.type != self.engine.device.type:
-                return Finding(Kind.DEVICE, name, str(tensor.device), str(self.engine.device))
-            if tensor.dtype is not dtype:
-                return Finding(Kind.DTYPE, name, str(tensor.dtype), str(dtype))
-            seen = tuple(tensor.shape)
-            if len(seen) != 1 + len(shape) or seen[1:] != shape or seen[0] < a_pass.rows:
-                rows_wanted = max(a_pass.rows, *seen[:1], 0)
-                return Finding(Kind.SHAPE, name, str(list(seen)), str([rows_wanted, *shape]))
+            finding = wrong_form(name, getattr(got.outputs, name), dtype, (count, *shape), self.engine.device)
+            if finding is not None:
+                return finding
         return None
 
     def _compare_logits(self, got: LayerStep, want: torch.Tensor, rows: LayerRows, a_pass: Pass) -> Finding | None:

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness.compare import Finding
-from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
 from harness.explore import OutOfTime, Subject, no_near_copies
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES
+from harness.layer_driver import Feed
 from harness.protocol import BackendError
 from harness.relations import Relations
 from harness.scenario import Scenario, ScenarioError

@@ -1,15 +1,15 @@
-"""What a layer is given must come back as it was: copies to compare with, and what a layer hands back."""
+"""What a layer is given must come back as it was: copies to compare it with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from harness import fields
 from harness.layer import as_bytes
-from reference.types import AttentionOutputs, Metadata
+from reference.types import Metadata
 
 
 class Modified(NamedTuple):
@@ -65,46 +65,3 @@ class WatchedMetadata:
                 return name
         changed = (name for name, kept in self._scalars.items() if getattr(self.metadata, name, None) is not kept)
         return next(changed, None)
-
-
-class WrongResult(Exception):
-    """A stage of a layer gave something that is not what it should be at all."""
-
-    def __init__(self, stage: str, got: object, expected: str) -> None:
-        super().__init__(f"{stage} gave {told(got)}, not {expected}")
-        self.stage = stage
-        self.got = told(got)
-        self.expected = expected
-
-
-def told(thing: object) -> str:
-    """What something is, for a report."""
-    if thing is None:
-        return "None"
-    if isinstance(thing, torch.Tensor):
-        return f"a tensor of shape {list(thing.shape)}"
-    if isinstance(thing, tuple | list):
-        return f"{type(thing).__name__} of {len(thing)}"
-    return type(thing).__name__
-
-
-def tensor_of(stage: str, result: Any) -> torch.Tensor:
-    """The one tensor that a stage gave. Raises WrongResult."""
-    if not isinstance(result, torch.Tensor):
-        raise WrongResult(stage, result, "a tensor")
-    return result
-
-
-def out_and_lse_of(stage: str, result: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What attention gave. Raises WrongResult."""
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        raise WrongResult(stage, result, "a tuple (out, lse)")
-    return tensor_of(f"out of {stage}", result[0]), tensor_of(f"lse of {stage}", result[1])
-
-
-def outputs_of(stage: str, result: Any) -> AttentionOutputs:
-    """What a whole layer gave. Raises WrongResult."""
-    names = ("logits", "indices", "out", "lse")
-    if not all(hasattr(result, name) for name in names):
-        raise WrongResult(stage, result, f"AttentionOutputs with {', '.join(names)}")
-    return AttentionOutputs(**{name: tensor_of(f"{name} of {stage}", getattr(result, name)) for name in names})

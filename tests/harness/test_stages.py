@@ -16,11 +16,11 @@ from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTE
 from harness.bounds import attention_bound
 from harness.compare import Finding, Kind
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES, as_bytes
-from harness.layer_driver import LayerStep, dense_copy
+from harness.layer_driver import Feed, LayerStep, dense_copy
 from harness.protocol import STAGES, Strictness, optimized_layer
 from harness.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
 from harness.selections import Numbers
