@@ -103,9 +103,9 @@ def _compare_field(
     name = field.name
     seen = got.tensors.get(name)
     if expected is None or seen is None:
-        if expected is None and seen is None:
+        if expected is None and seen is None and name not in got.odd:
             return None
-        kind = Kind.MISSING if seen is None else Kind.UNEXPECTED
+        kind = Kind.UNEXPECTED if expected is None else Kind.MISSING
         return Finding(kind, name, got.odd.get(name) or told(seen), told(expected))
     if name in got.moved:
         return Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")

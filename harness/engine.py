@@ -452,7 +452,7 @@ class Engine:
         bound.arena.fill_(self.sentinel)
         for step in bound.layer_steps:
             for tensor in vars(step.outputs).values():
-                as_bytes(tensor).fill_(NAN_BYTE)
+                as_bytes(tensor.view(-1)).fill_(NAN_BYTE)
         seen: set[int] = set()
         for metadata in bound.metadata:
             tensors = fields.tensors(metadata)

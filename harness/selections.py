@@ -135,6 +135,7 @@ class _Draw:
 
 def _nan(draw: _Draw) -> Bits:
     nothing = np.where(draw.values % 3 == 0, _NEGATIVE_INF, _NANS[(draw.values >> 8) % 4])
+    nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # one at least
     return draw.tied(draw.ordinary, nothing, nothing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,18 +19,20 @@ from harness.compare import Finding, Kind
 from harness.content import Regime
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
-from harness.judge import sentinels
+from harness.judge import Verdict, sentinels
 from harness.layer import POISON_BYTES, as_bytes
 from harness.layer_driver import Feed, LayerStep, dense_copy
 from harness.protocol import STAGES, Strictness, optimized_layer
+from harness.report import summary
 from harness.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
 from harness.selections import Numbers
 from harness.stages import LayerTally, StageJudge
-from reference import kv_cache
+from reference import attention, kv_cache
 from reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
 
 CPU = torch.device("cpu")
 TWO = (Join(seq_len=11), Join(seq_len=3))
+RANDOM_LAYER = {"regime": Regime.RANDOM}
 MADE_UP = len(Numbers)  # rows of logits that isolated top-k is given beside those of the case
 
 
@@ -511,6 +514,89 @@ def test_one_step_of_ordinary_numbers_is_judged_by_their_bound() -> None:
     tally = LayerTally()
     assert verified(Regime.RANDOM).judged(weaker=ONE_STEP, tally=tally) is None
     assert (tally.stages["out"].bounded, tally.stages["out"].weaker) == (4 * 2 * 64, 0)
+
+
+BOUND = dict.fromkeys(("logits", "out", "lse"), Strictness.BOUND)
+
+
+def test_bound_is_that_of_ordinary_numbers_and_is_counted_apart() -> None:
+    clean = verified(Regime.LATTICE)
+    for name in BOUND:
+        tally = LayerTally()
+        assert clean.judged(weaker={name: Strictness.BOUND}, tally=tally) is None
+        stage = tally.stages[name]
+        assert (stage.exact, stage.bounded, stage.declared) == (0, 0, "within the error bound")
+        assert stage.weaker == getattr(clean.layer.steps[0].outputs, name).numel()
+        others = (tally.stages[other] for other in BOUND if other != name)
+        assert all(other.weaker == 0 and not other.declared for other in others)
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_bound_forgives_what_its_numbers_allow_and_no_more(name: str) -> None:
+    clean = verified(Regime.LATTICE)
+    numbers = getattr(clean.layer.steps[0].outputs, name)[0].float().nan_to_num(neginf=0)
+    place = (0, *(int(i) for i in torch.unravel_index(numbers.abs().argmax(), numbers.shape)))
+    number = float(numbers[place[1:]])
+
+    def off(fraction: float) -> Callable[[LayerObservation], None]:
+        return put(name, place, number * (1 + fraction))
+
+    least = 2.0**-8 if name == "out" else 2.0**-22
+    assert clean.judged(off(least), weaker=BOUND) is None
+    if name != "lse":
+        assert clean.found(off(least)).field == name
+    finding = clean.found(off(0.5), weaker=BOUND)
+    assert (finding.kind, finding.field) == (Kind.BOUND, name)
+
+
+def test_what_is_declared_is_told() -> None:
+    layers = LayerTally()
+    layers.stage("out").count_weaker(1024, Strictness.BOUND)
+    layers.stage("out").worst = 0.5
+    layers.stage("indices").count_weaker(8, Strictness.SAME_SET)
+    told = summary(Verdict(layers=layers), [], 0)
+    assert re.search(r"│ out +│ 0 +│ 0 +│ 0.5 +│ 1,024 within the error bound +│", told)
+    assert re.search(r"│ indices +│ 0 +│ 0 +│ - +│ 8 the same tokens in any order, ties forgiven +│", told)
+
+
+# The scenario's other run
+
+
+def test_pass_that_gives_the_same_bits_again_is_as_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = verified(Regime.RANDOM, feed=Feed.ISOLATED)
+    first, again = LayerTally(), LayerTally()
+    judge = StageJudge(clean.engine, {}, first)
+    assert judge.compare(clean.layer, clean.metadata) is None
+    known = judge.judged
+    assert len(known) == 1
+
+    def unneeded(*_: object, **__: object) -> None:
+        raise AssertionError("computed once more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "unrounded", unneeded)
+        repeated = StageJudge(clean.engine, {}, again)
+        assert repeated.compare(clean.layer, clean.metadata, known) is None
+    assert again.stages == first.stages, "and is counted as often"
+    assert [judged.tally.stages for judged in repeated.judged] == [judged.tally.stages for judged in known]
+
+
+@pytest.mark.parametrize("name", ["logits", "indices", "out", "lse", "topk_indices", "topk_ragged"])
+def test_pass_that_gives_other_bits_is_judged_anew(name: str) -> None:
+    clean = seen(case(*TWO, Eager(mode=EXTEND, extend_lens=(2,)), layer=RANDOM_LAYER), Feed.ISOLATED)
+    judge = StageJudge(clean.engine, {}, LayerTally())
+    assert judge.compare(clean.layer, clean.metadata) is None
+    before = judge.judged
+
+    def compare(change: Callable[[LayerObservation], None]) -> Finding | None:
+        copy = dataclasses.replace(clean.layer, steps=tuple(_copied(step) for step in clean.layer.steps))
+        change(copy)
+        return StageJudge(clean.engine, {}, LayerTally()).compare(copy, clean.metadata, before)
+
+    assert compare(lambda layer: None) is None
+    finding = compare(put(name, (0,) * (3 if name == "out" else 2), 99))
+    assert finding is not None
+    assert finding.field == name
 
 
 # Ordinary numbers
