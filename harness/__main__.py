@@ -129,8 +129,8 @@ def survey(
     except (BackendError, ScenarioError, ValueError) as error:
         raise _unusable(str(error)) from None
     typer.echo(report.render(report.survey_table(found.records)))
-    if left_out := subject.not_judged(where):
-        typer.echo(report.not_judged(left_out))
+    if found.left_out:
+        typer.echo(report.not_judged(found.left_out))
     if found.cases < cases:
         typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {cases} cases")
     raise typer.Exit(0 if found.holds and not interrupted else 1 if not found.holds else INTERRUPTED)
@@ -152,6 +152,9 @@ def bugs(
     unknown = [name for name in only or () if name not in ZOO]
     if unknown:
         raise _unusable(f"--only {unknown[0]}: no such bug; --list names them all")
+    for option, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise _unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
     chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
     if listed:
         typer.echo(report.render(kill_report.listing(chosen)))

@@ -23,7 +23,7 @@ from harness.explore import PROFILES, SHARDS, DeviceLost, Exploration, Subject, 
 from harness.judge import OracleFailure, Verdict
 from harness.protocol import BackendError
 from harness.scenario import ScenarioError, load
-from harness.seeds import RUNNING
+from harness.seeds import left_by_the_dead
 from harness.stages import LayerTally, StageTally
 
 CORPUS = Path(__file__).parent.parent / "tests" / "cases"
@@ -286,15 +286,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 if name == PROPERTY and getattr(item, "when", "") == "call":
                     failures += _add_property(verdict, value)
                     judged = True
-    if judged:
-        seconds = time.monotonic() - config.stash[STARTED]
+    oracle = config.stash[ORACLE]
+    seconds = time.monotonic() - config.stash[STARTED]
+    failures += [_died(oracle, file) for file in left_by_the_dead(oracle.save_dir, time.time() - seconds)]
+    if judged or failures:
         terminalreporter.section("oracle")
-        oracle = config.stash[ORACLE]
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
-        failures += [_died(oracle, file) for file in sorted(oracle.save_dir.glob(f"*{RUNNING}"))]
         terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
     if bugs:
         terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))

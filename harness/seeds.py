@@ -55,6 +55,21 @@ def kept_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
                 folder.rmdir()  # fails if there is anything in it
 
 
+def left_by_the_dead(folder: Path, since: float) -> list[Path]:
+    """Cases in ``folder`` that took the process down which judged them, after the time ``since``."""
+
+    def is_dead(path: Path) -> bool:
+        try:
+            os.kill(int(path.name.removesuffix(RUNNING).rpartition(".")[2]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
+
+    return sorted(path for path in folder.glob(f"*{RUNNING}") if path.stat().st_mtime >= since and is_dead(path))
+
+
 class FailureFiles:
     """The files of one failure while it is being shrunk."""
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.compare import Finding
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
-from harness.explore import OutOfTime, Subject, no_near_copies
+from harness.explore import OutOfTime, Subject, no_near_copies, scale_of
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES
 from harness.layer_driver import Feed
@@ -85,6 +85,7 @@ class Survey:
         self.subject = subject
         self.device = device
         self.scale = subject.scale(device, with_layer=True)
+        self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
         self.records: defaultdict[str, Record] = defaultdict(Record)
         self.cases = 0
 

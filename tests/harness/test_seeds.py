@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from harness.explore import Subject, explore
 from harness.judge import OracleFailure, judge
 from harness.report import explain
 from harness.scenario import Scenario, from_json, load, to_json
-from harness.seeds import RUNNING, FailureFiles, digest, kept_while_judged, save
+from harness.seeds import RUNNING, FailureFiles, digest, kept_while_judged, left_by_the_dead, save
 from reference.types import ForwardMode
 
 ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
@@ -125,6 +128,19 @@ def test_case_is_kept_for_as_long_as_it_is_judged(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with kept_while_judged(ONE, tmp_path / "file"):
         pass  # where nothing can be written, judging goes on
+
+
+def test_only_what_a_dead_process_left_is_its_last_case(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    started = time.time() - 1
+    dead, alive, odd = (tmp_path / f"abc.{pid}{RUNNING}" for pid in (ended.pid, os.getpid(), "x"))
+    for path in (dead, alive, odd):
+        path.write_text(to_json(ONE))
+    assert left_by_the_dead(tmp_path, started) == [dead]
+    os.utime(dead, (started - 5, started - 5))
+    assert left_by_the_dead(tmp_path, started) == [], "that was another session"
+    assert left_by_the_dead(tmp_path / "absent", started) == []
 
 
 def test_finding_is_not_lost_where_it_cannot_be_saved(device: torch.device, tmp_path: Path) -> None:
