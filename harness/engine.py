@@ -427,6 +427,7 @@ class Engine:
         kept: dict[int, LayerStep] = {}
         rows = bs * self.config.rows_per_request(mode)
         if self.layer is not None:
+            self.layer.reserve()
             self.layer.load(LayerLoad((), dense_copy(self.cache_state.truth)))
 
         def forward() -> None:

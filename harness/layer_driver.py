@@ -67,8 +67,11 @@ class LayerDriver:
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
         self._static = [_poisoned_inputs(self.config, max_rows, device) for _ in range(num_steps)]
         self._loaded = [map_tensors(inputs, torch.clone) for inputs in self._static]
-        # What each pass of a graph leaves in the caches: a later one may write over it.
-        self._left = [new_caches(setup, self.config, setup.num_pages, device, poison) for _ in range(num_steps)]
+        self._left: list[AttentionCaches] = []
+
+    def reserve(self) -> None:
+        """Before a capture: memory for what each pass leaves in the caches, since a later one may write over it."""
+        self._left = self._left or [self.cached() for _ in self._static]
 
     def load(self, load: LayerLoad) -> None:
         """Put the caches and the static inputs as the engine has them before a replay. Rows of padding are NaN."""

@@ -243,7 +243,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _corpus(subject: Subject) -> list[tuple[Path, str | None]]:
     """The saved cases, and why one is not for ``subject``."""
-    return [(file, subject.misfit(load(file))) for file in sorted(CORPUS.glob("*.json"))]
+    try:
+        return [(file, subject.misfit(load(file))) for file in sorted(CORPUS.glob("*.json"))]
+    except ScenarioError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -67,7 +67,7 @@ def left_by_the_dead(folder: Path, since: float) -> list[Path]:
             pass
         return False
 
-    return sorted(path for path in folder.glob(f"*{RUNNING}") if path.stat().st_mtime >= since and is_dead(path))
+    return sorted(path for path in folder.glob(f"*{RUNNING}") if is_dead(path) and path.stat().st_mtime >= since)
 
 
 class FailureFiles:

@@ -63,5 +63,5 @@ class WatchedMetadata:
         for name, kept in self._kept.items():
             if name not in now or not (same_bits(now[name], kept) and same_bits(self._tensors[name], kept)):
                 return name
-        changed = (name for name, kept in self._scalars.items() if getattr(self.metadata, name, None) is not kept)
+        changed = (name for name, kept in self._scalars.items() if getattr(self.metadata, name, None) != kept)
         return next(changed, None)

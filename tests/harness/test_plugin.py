@@ -16,6 +16,7 @@ import torch
 from test_cli import WITH_LAYER
 from test_detection import accept_two_then_one, factory_of, one_replay
 
+from harness import plugin
 from harness.explore import SHARDS, Exploration, Subject
 from harness.judge import OracleFailure, Verdict, judge
 from harness.plugin import Oracle, _add_property, _as_property
@@ -342,6 +343,13 @@ def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> No
     assert "lacks LacksMethod.init_forward_metadata" in done.output
     assert "Traceback" not in done.output
     assert "harness/judge.py" not in done.output
+
+
+def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "CORPUS", tmp_path)
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
+        plugin._corpus(Subject(factory_of(planted.Clean)))
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:
