@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,13 @@ from harness import interpreter, report
 from harness.bugs import report as kill_report
 from harness.bugs.matrix import hunt_all
 from harness.bugs.zoo import ZOO
-from harness.judge import OracleFailure, judge
-from harness.protocol import BackendError, load_backend, load_layer, optimized_backend, optimized_layer, try_out
+from harness.explore import Subject
+from harness.judge import OracleFailure
+from harness.protocol import BackendError
 from harness.sanitize import CASES, Tool, obstacle
 from harness.sanitize import sanitize as run_sanitizer
 from harness.scenario import ScenarioError, load
-from harness.survey import survey_layer
+from harness.survey import INTERRUPTED, Survey, ended_by_a_signal, progress_of
 from harness.tiers import run_tiers
 
 app = typer.Typer(
@@ -63,19 +65,20 @@ def replay(
     where = _torch_device(device)
     try:
         cases = [(file, load(file)) for file in files]
-        factory = optimized_backend if backend is None else load_backend(backend)
-        layer_factory = optimized_layer if layer is None else load_layer(layer)[0]
-        try_out(factory, where)
+        subject = Subject.load(backend, layer, where)
+        for file, scenario in cases:
+            subject.check(scenario, file)
     except (ScenarioError, BackendError) as error:
         raise _unusable(str(error)) from None
     failed = False
     for file, scenario in cases:
         try:
-            verdict = judge(scenario, factory, where, None, layer_factory, graphs)
+            verdict = subject.judge(scenario, where, graphs=graphs)
         except OracleFailure as failure:
-            typer.echo(report.explain(failure, file, report.replay_command(file, backend, where.type, layer)))
+            command = report.replay_command(file, backend, where.type, layer, graphs)
+            typer.echo(report.explain(failure, file, command))
             failed = True
-        except BackendError as error:
+        except (BackendError, ScenarioError) as error:
             raise _unusable(str(error)) from None
         else:
             counts = f"{verdict.replays} replays, {verdict.eager_calls} eager calls on {where.type}"
@@ -108,16 +111,31 @@ def survey(
     cases: Annotated[int, typer.Option(min=1, help="How many cases to draw.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Where they are drawn from.")] = 0,
     device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+    budget: Annotated[float | None, typer.Option(min=0, help="End after so many seconds.", metavar="SECONDS")] = None,
 ) -> None:
-    """Tell every property that a layer holds and every one that it does not, instead of stopping at the first."""
+    """Tell every property that a layer holds and every one that it does not, instead of stopping at the first.
+
+    Interrupted or out of time it tells what it has. Exit 130 if interrupted with nothing broken so far.
+    """
     where = _torch_device(device)
+    deadline = None if budget is None else time.monotonic() + budget
+    interrupted = False
     try:
-        layer_factory, sizes = load_layer(layer)
-        findings = survey_layer(layer_factory, sizes, where, cases, seed)
-    except (BackendError, ValueError) as error:
+        subject = Subject.load(None, layer, where)
+        found = Survey(subject, where)
+        try:
+            with ended_by_a_signal(), progress_of(cases) as tell:
+                found.run(cases, seed, deadline, tell)
+        except KeyboardInterrupt:
+            interrupted = True
+    except (BackendError, ScenarioError, ValueError) as error:
         raise _unusable(str(error)) from None
-    typer.echo(report.render(report.survey_table(findings)))
-    raise typer.Exit(1 if any(record.broken for record in findings.values()) else 0)
+    typer.echo(report.render(report.survey_table(found.records)))
+    if found.left_out:
+        typer.echo(report.not_judged(found.left_out))
+    if found.cases < cases:
+        typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {cases} cases")
+    raise typer.Exit(0 if found.holds and not interrupted else 1 if not found.holds else INTERRUPTED)
 
 
 @app.command()
@@ -136,6 +154,9 @@ def bugs(
     unknown = [name for name in only or () if name not in ZOO]
     if unknown:
         raise _unusable(f"--only {unknown[0]}: no such bug; --list names them all")
+    for option, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise _unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
     chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
     if listed:
         typer.echo(report.render(kill_report.listing(chosen)))

@@ -71,6 +71,7 @@ _LEAST_NORMAL = 2.0**-126
 _FLUSHED = 2.0**-116
 _TILE = 16
 _SPLITS = 64
+_AT_ONCE = 1 << 23  # numbers of keys; launch after launch would cost a GPU more than the work
 
 
 class Sums(enum.Enum):
@@ -92,9 +93,16 @@ def attention_bound(
     rows, heads = q.shape[:2]
     out = torch.zeros(rows, heads, attention.kv_lora_rank, dtype=torch.float64, device=q.device)
     lse = torch.zeros(rows, heads, dtype=torch.float64, device=q.device)
+    by_count: dict[int, list[int]] = {}
     for row, row_keys in enumerate(keys):
-        if len(row_keys):
-            out[row], lse[row] = _attention_row(attention, q[row].double(), row_keys.double())
+        by_count.setdefault(len(row_keys), []).append(row)
+    for count, alike in by_count.items():
+        at_once = max(1, _AT_ONCE // max(1, count * attention.qk_head_dim))
+        for begin in range(0, len(alike) if count else 0, at_once):
+            part = alike[begin : begin + at_once]
+            out[part], lse[part] = _attention_rows(
+                attention, q[part].double(), torch.stack([keys[row] for row in part]).double()
+            )
     return out, lse
 
 
@@ -134,22 +142,22 @@ def fraction_used(got: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -
     return torch.where(same, 0.0, torch.where(hopeless, torch.inf, fraction))
 
 
-def _attention_row(
+def _attention_rows(
     attention: AttentionConfig, q: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row, q [H, D] and keys [n, D] in float64: [H, rank], [H]. Steps 1 to 6 of the module's text."""
-    n = len(keys)
+    """Rows of as many keys, q [R, H, D] and keys [R, n, D] in float64: [R, H, rank], [R, H]. Steps 1 to 6 above."""
+    n = keys.shape[1]
     rescalings = n / _TILE + _SPLITS
     gamma = _gamma(n + rescalings)
-    exponents, dx = _exponents(attention, q, keys)  # [H, n]
+    exponents, dx = _exponents(attention, q, keys)  # [R, H, n]
     p = torch.softmax(exponents * _LN2, dim=-1)
     b = torch.expm1(_LN2 * dx + _BF16 + (rescalings + 2) * 2.0**-21)
 
-    values = keys[:, : attention.kv_lora_rank]
-    exact, magnitude, weight_error = p @ values, p @ values.abs(), (p * b) @ values.abs()  # [H, rank]
-    flushed = _FLUSHED * (n + values.abs().sum(0))  # [rank]
+    values = keys[..., : attention.kv_lora_rank]
+    exact, magnitude, weight_error = p @ values, p @ values.abs(), (p * b) @ values.abs()  # [R, H, rank]
+    flushed = _FLUSHED * (n + values.abs().sum(-2, keepdim=True))  # [R, 1, rank]
     numerator = weight_error + gamma * (_reach(magnitude, exact) + weight_error) + flushed
-    total = (p * b).sum(-1, keepdim=True)  # [H, 1]
+    total = (p * b).sum(-1, keepdim=True)  # [R, H, 1]
     denominator = total + gamma * (1 + total) + _FLUSHED * n
     left = (1 - denominator).clamp(min=0)  # 0: nothing is promised, and what follows divides by it
     error = (numerator + exact.abs() * denominator) / left
@@ -161,11 +169,11 @@ def _attention_row(
 
 
 def _exponents(attention: AttentionConfig, q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact exponents x [H, n] in the exp2 domain, and the error dx [H, n] that is granted."""
-    dim = q.shape[1]
+    """Exact exponents x [R, H, n] in the exp2 domain, and the error dx [R, H, n] that is granted."""
+    dim = q.shape[-1]
     factor = attention.sm_scale / _LN2
-    scores, magnitudes = q @ keys.T, q.abs() @ keys.abs().T
-    flushed = _LEAST_NORMAL * (q.abs().sum(1)[:, None] + keys.abs().sum(1) + 2 * dim)
+    scores, magnitudes = q @ keys.mT, q.abs() @ keys.abs().mT
+    flushed = _LEAST_NORMAL * (q.abs().sum(-1, keepdim=True) + keys.abs().sum(-1)[..., None, :] + 2 * dim)
     ds = _gamma(dim) * _reach(magnitudes, scores) + flushed
     x = factor * scores
     largest = x.abs().amax(dim=-1, keepdim=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,66 +13,13 @@ from numpy.typing import NDArray
 from harness import fields
 from harness.engine import Observation, StepObservation
 from harness.fields import Axis, Field
+from harness.findings import Finding as Finding
+from harness.findings import Kind as Kind
+from harness.findings import Neighbour as Neighbour
+from harness.forms import told
 from reference.types import ForwardMode, Metadata
 
 TABLE_RADIUS = 3  # cells shown on either side of the first difference
-
-
-class Kind(enum.Enum):
-    """What is wrong, in the words of the report."""
-
-    VALUE = "wrong value"
-    BOUND = "beyond the error bound"
-    RELATION = "depends on what must not matter"
-    SHAPE = "wrong shape"
-    DTYPE = "wrong dtype"
-    DEVICE = "wrong device"
-    MISSING = "missing field"
-    UNEXPECTED = "field that this mode does not have"
-    HOST_SCALAR = "wrong host scalar"
-    ADDRESS = "buffer moved after capture"
-    GUARD = "write outside a buffer"
-    INPUT = "input modified"
-    CAPTURE = "capture rejected"
-    FROZEN = "frozen host value"
-    VARIANTS = "compiled anew for each size"
-    CRASH = "backend raised"
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """One cell near the first difference."""
-
-    place: str
-    got: str
-    expected: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One disagreement, as precise as it can be said.
-
-    differing, compared: how many live cells of this field and step differ, out of how many. place: the first of them.
-    how: in what run of the layer, or under what change, it shows.
-    """
-
-    kind: Kind
-    field: str
-    got: str
-    expected: str
-    step: int | None = None
-    place: str = ""
-    differing: int = 0
-    compared: int = 0
-    neighbours: tuple[Neighbour, ...] = ()
-    how: str = ""
-
-    def sentence(self) -> str:
-        where = [part for part in (f"step {self.step}" if self.step is not None else "", self.place) if part]
-        at = f" at {', '.join(where)}" if where else ""
-        count = f"; {self.differing} of {self.compared} live cells differ" if self.compared else ""
-        how = f" ({self.how})" if self.how else ""
-        return f"{self.kind.value}: {self.field}{at}{how}: got {self.got}, expected {self.expected}{count}"
 
 
 @dataclass
@@ -132,7 +78,8 @@ def _compare_step(
 ) -> Finding | None:
     for name in fields.HOST_SCALARS:
         scalar = got.host_scalars[name]
-        if not isinstance(scalar, int) or scalar != getattr(want, name):  # a tensor would make every use of it a sync
+        # A tensor would make every use of it a sync; a bool is no size.
+        if not isinstance(scalar, int) or isinstance(scalar, bool) or scalar != getattr(want, name):
             return Finding(Kind.HOST_SCALAR, name, repr(got.host_scalars[name]), repr(getattr(want, name)))
     expected = fields.tensors(want)
     lengths = expected["seqlens_expanded"].numpy()
@@ -156,10 +103,10 @@ def _compare_field(
     name = field.name
     seen = got.tensors.get(name)
     if expected is None or seen is None:
-        if expected is None and seen is None:
+        if expected is None and seen is None and name not in got.odd:
             return None
-        kind = Kind.MISSING if seen is None else Kind.UNEXPECTED
-        return Finding(kind, name, _presence(seen), _presence(expected))
+        kind = Kind.UNEXPECTED if expected is None else Kind.MISSING
+        return Finding(kind, name, got.odd.get(name) or told(seen), told(expected))
     if name in got.moved:
         return Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
     if got.devices[name].type != device.type:
@@ -219,10 +166,6 @@ def _neighbours(
     around = range(max(0, inner - TABLE_RADIUS), min(got.shape[-1], inner + TABLE_RADIUS + 1))
     cells = [(*outer, i) for i in around]
     return [Neighbour(labels.place(field, i), str(got[i]), str(want[i])) for i in cells if live[i]]
-
-
-def _presence(tensor: torch.Tensor | None) -> str:
-    return "None" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
 
 
 def _rows_per_request(seen: Observation) -> Sequence[int]:

@@ -8,10 +8,9 @@ numbers in the wrong place is seen as the attention kernel behind it would see i
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,16 +19,21 @@ from numpy.typing import NDArray
 from harness import fields
 from harness.driver import driver_for
 from harness.expected import ExpectedLayer, expected_metadata
+from harness.findings import Finding, Kind
+from harness.forms import WrongResult, told
 from harness.graph import CapturedGraph, CaptureError, graph_runner
 from harness.graph_audit import AuditTally
-from harness.layer import CacheState, as_bytes, map_tensors
-from harness.layer_driver import LayerDriver, LayerLoad, dense_copy, load_of
+from harness.isolated import Selected, Stages
+from harness.layer import CacheState, as_bytes
+from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy, load_of
 from harness.poison import NAN_BYTE, BandedInput, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
 from harness.protocol import BackendFactory, LayerFactory
 from harness.scenario import Capture, Eager, Event, Inputs, IntDtype, Replay, Scenario
+from harness.selections import Selection, selection
 from harness.stress import Delivery, busy_side_streams
+from harness.watch import Modified
 from harness.world import Batch, World, choose_bucket
-from reference.types import AttentionCaches, AttentionOutputs, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from reference.types import ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
 
@@ -38,7 +42,8 @@ INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
 class StepObservation:
     """Metadata of one step as a consumer sees it.
 
-    tensors: host copies by field name. moved: fields that are no longer where the graph reads them.
+    tensors: host copies by field name. moved: fields that are no longer where the graph reads them. odd: what there is
+    in the place of a tensor, if anything.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -46,6 +51,7 @@ class StepObservation:
     devices: dict[str, torch.device]
     host_scalars: dict[str, object]
     moved: tuple[str, ...] = ()
+    odd: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,28 +67,12 @@ class Observation:
     steps: tuple[StepObservation, ...]
 
 
-class Feed(enum.Enum):
-    """What the stages of a layer were given."""
-
-    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
-    CHAIN = "eager chain"  # likewise, without a graph
-    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """What one pass of the layer computed. Isolated stages also show top-k before each of its transforms."""
-
-    outputs: AttentionOutputs
-    positions: torch.Tensor | None = None
-    ragged: torch.Tensor | None = None
-
-
 @dataclass(frozen=True)
 class LayerObservation:
     """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
 
-    caches: dense, as the passes left them. again: a second replay, right after the one before it.
+    modified: what the layer was given, may not write to, and did. selected: what isolated top-k made of other logits.
+    again: a second replay, right after the one before it.
     """
 
     batch: Batch
@@ -91,7 +81,8 @@ class LayerObservation:
     bucket: int | None
     load: LayerLoad
     steps: tuple[LayerStep, ...]
-    caches: AttentionCaches
+    modified: Modified | None = None
+    selected: Selected | None = None
     again: bool = False
 
 
@@ -115,7 +106,20 @@ class BoundGraph:
     metadata: tuple[Metadata, ...]
     probes: tuple[dict[str, Probe], ...]
     arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
-    outputs: tuple[AttentionOutputs, ...]  # the graph's copies of what each pass of the layer computed
+    arena_behind: torch.Tensor  # the same fields once the layer has run; empty without one
+    layer_steps: tuple[LayerStep, ...]  # the graph's copies of what each pass of the layer computed
+
+    def modified_field(self) -> Modified | None:
+        """A field of the metadata that the layer has written to, or None."""
+        if not len(self.arena_behind) or torch.equal(self.arena, self.arena_behind):
+            return None
+        before, after = self.arena.cpu(), self.arena_behind.cpu()
+        return next(
+            Modified(step, name)
+            for step, probes in enumerate(self.probes)
+            for name, probe in probes.items()
+            if not torch.equal(probe.view(before), probe.view(after))
+        )
 
 
 class StaticInput:
@@ -213,6 +217,7 @@ class Engine:
     ) -> None:
         setup = scenario.setup
         self.setup = setup
+        self.seed = scenario.seed
         self.device = device
         self.sentinel = sentinel
         self.config = setup.backend_config()
@@ -244,6 +249,7 @@ class Engine:
         with GuardedAllocations(sentinel, device) as guard:
             self.backend = factory(self.config, self.req_to_token, scenario.optimizations)
             self.driver = driver_for(setup.drive, self.backend, self.config)
+            self._check_steps()
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self._guarded += guard.buffers
 
@@ -256,6 +262,7 @@ class Engine:
             self.layer = LayerDriver(setup, layer, device, poison, max_rows, setup.num_steps)
             self.cache_state = CacheState(setup, scenario.seed, poison, device)
             self.expected_layer = ExpectedLayer(self.config, attention)
+            self._selections = 0
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
         """Apply one event to the world and the backend; yield what each replay or eager call showed.
@@ -300,8 +307,7 @@ class Engine:
         padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
         _spoil_outputs(bound)
         bound.graph.replay()
-        outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
-        yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, outputs, self.layer.cached(), again=True)
+        yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, _shown_steps(bound), again=True)
 
     def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``."""
@@ -332,8 +338,9 @@ class Engine:
                 yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is not None:
             assert load is not None
-            outputs = tuple(LayerStep(copied(kept)) for kept in bound.outputs)
-            yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, outputs, self.layer.cached())
+            steps = _shown_steps(bound)
+            modified = self.layer.modified_input() or bound.modified_field()
+            yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, steps, modified)
 
     def call_eagerly(
         self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
@@ -342,7 +349,7 @@ class Engine:
         forward_batch = self.inputs.load(batch)
         with GuardedAllocations(self.sentinel, self.device) as guard, self._under_stress():
             self.driver.prepare_eagerly(forward_batch)
-        metadata = [step.forward_metadata for step in self.backend.attn_backends]
+        metadata = self._shown_metadata()
         self._overrun = self._overrun or overrun(guard.buffers)
         yield Observation(
             batch,
@@ -356,58 +363,46 @@ class Engine:
         if self.layer is not None:
             assert load is not None
             for feed in feeds:
-                with GuardedAllocations(self.sentinel, self.device) as guard:
-                    isolated = feed is Feed.ISOLATED
-                    outputs, caches = self._isolated(batch, load) if isolated else self._chained(load, metadata)
-                self._overrun = self._overrun or overrun(guard.buffers)
-                yield LayerObservation(batch, batch.size, feed, None, load, outputs, caches)
+                yield self._isolated(batch, load) if feed is Feed.ISOLATED else self._chained(batch, load, metadata)
 
-    def _isolated(self, batch: Batch, load: LayerLoad) -> tuple[tuple[LayerStep, ...], AttentionCaches]:
-        """Each stage of each pass, given what the reference says of the stage before; and what the first wrote."""
+    def _isolated(self, batch: Batch, load: LayerLoad) -> LayerObservation:
+        """Each stage of each pass, given what the reference says of the stage before; and top-k on other logits."""
         assert self.layer is not None
-        expected, layer = self.expected_layer, self.layer.layer
-        metadata = expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False)
+        stages = Stages(self.layer, self.expected_layer, self.sentinel)
+        steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False))
+        selected = stages.select(self._selection(), ragged=batch.mode is ForwardMode.EXTEND)
+        self._overrun = self._overrun or overrun(stages.guard.buffers)
+        return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected)
 
-        # 1. All passes write their keys.
-        self.layer.load_caches(load.caches)
-        for a_pass in load.passes:
-            layer.store_cache(self.layer.caches, map_tensors(a_pass.inputs, lambda tensor: tensor.to(self.device)))
-        stored = self.layer.cached()
+    def _selection(self) -> Selection:
+        """Others at every call, and in a scenario's other run."""
+        self._selections += 1
+        return selection(self.setup, self.seed, self.cache_state.poison, self._selections, self.sentinel)
 
-        # 2. The other stages, over caches as the reference writes them.
-        truth = dense_copy(load.caches)
-        steps = []
-        for a_pass, step_metadata in zip(load.passes, metadata, strict=True):
-            rows = expected.rows(a_pass, step_metadata, truth)
-            self.layer.load_caches(truth)
-            lengths, inputs = rows.seqlens_expanded, rows.inputs
-            logits = layer.indexer_logits(
-                inputs.index_q,
-                inputs.index_weights,
-                self.layer.caches.index_k,
-                rows.real_page_table,
-                lengths,
-                rows.page_table_1.shape[1],
-            )
-            logits = logits.clone()  # now, as everything below: the next call may use the same memory
-            fed = expected.logits(rows)
-            positions = layer.topk_indices(fed, lengths).clone()
-            indices = layer.topk_transform_paged(fed, lengths, rows.page_table_1).clone()
-            offset = rows.topk_indices_offset
-            ragged = None if offset is None else layer.topk_transform_ragged(fed, lengths, offset).clone()
-            out, lse = layer.sparse_mla(inputs.q, self.layer.caches.kv, expected.indices_with_holes(rows, fed))
-            steps.append(LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), positions, ragged))
-        return tuple(steps), stored
-
-    def _chained(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[tuple[LayerStep, ...], AttentionCaches]:
+    def _chained(self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata]) -> LayerObservation:
         """Every pass as a whole, on the backend's own metadata."""
         assert self.layer is not None
         self.layer.load_caches(load.caches)
-        steps = tuple(
-            LayerStep(copied(self.layer.forward_eagerly(a_pass, step_metadata)))
+        guard = GuardedAllocations(self.sentinel, self.device)
+        shown = [
+            self.layer.forward_eagerly(a_pass, step_metadata, guard)
             for a_pass, step_metadata in zip(load.passes, metadata, strict=True)
-        )
-        return steps, self.layer.cached()
+        ]
+        self._overrun = self._overrun or overrun(guard.buffers)
+        modified = next((modified for _, modified in shown if modified is not None), None)
+        steps = tuple(step for step, _ in shown)
+        return LayerObservation(batch, batch.size, Feed.CHAIN, None, load, steps, modified)
+
+    def _check_steps(self) -> None:
+        """Raises WrongResult unless there is a single-step backend for each step."""
+        seen, wanted = len(self.backend.attn_backends), self.config.speculative_num_steps
+        if seen != wanted:
+            raise WrongResult(Finding(Kind.SHAPE, "attn_backends", f"{seen} steps", f"{wanted} steps"))
+
+    def _shown_metadata(self) -> list[Metadata]:
+        """The metadata of each step, as the backend shows it now."""
+        self._check_steps()
+        return [getattr(step, "forward_metadata", None) for step in self.backend.attn_backends]  # type: ignore[misc]
 
     def place(self, req_to_token: NDArray[np.int32]) -> None:
         """Take over the page mapping of another engine's requests."""
@@ -423,7 +418,8 @@ class Engine:
         self._delivery.deliver()
         if self._pool.is_modified():
             return "req_to_token"
-        return self.inputs.modified() or (None if self.layer is None else self.layer.modified_input())
+        written = None if self.layer is None else self.layer.modified_input()  # by a capture, too
+        return self.inputs.modified() or (None if written is None else written.name)
 
     def _sync_req_to_token(self) -> None:
         self._pool.content[:, self._columns] = torch.from_numpy(self.world.req_to_token)
@@ -460,7 +456,7 @@ class Engine:
         self._delivery.deliver()
         with GuardedAllocations(self.sentinel, self.device) as guard:
             self.driver.bind(forward_batch)
-        metadata = tuple(step.forward_metadata for step in self.backend.attn_backends)
+        metadata = tuple(self._shown_metadata())
         self._check_guards(guard, metadata)
 
         # Lay the probes out in one arena, so that one transfer brings them to the host.
@@ -472,24 +468,29 @@ class Engine:
                 words += tensor.numel()
             probes.append(step_probes)
         arena = torch.empty(words, dtype=torch.int32, device=self.device)
+        behind = torch.empty(words if self.layer is not None else 0, dtype=torch.int32, device=self.device)
         read = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata).values()]
         write = [probe.view(arena) for step_probes in probes for probe in step_probes.values()]
 
-        kept: dict[int, AttentionOutputs] = {}
+        kept: dict[int, LayerStep] = {}
         rows = bs * self.config.rows_per_request(mode)
         if self.layer is not None:
+            self.layer.reserve()
             self.layer.load(LayerLoad((), dense_copy(self.cache_state.truth)))
 
         def forward() -> None:
             self.driver.prepare_in_graph(forward_batch)
-            torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
-            for step, step_metadata in enumerate(metadata if self.layer is not None else ()):
-                assert self.layer is not None
-                outputs = self.layer.forward(step, step_metadata, rows)
+            if read:  # a backend without any metadata is told so when it is looked at
+                torch._foreach_copy_(write, read)  # what attention would read, at the addresses it would read it from
+            if self.layer is None:
+                return
+            for step, step_metadata in enumerate(metadata):
+                shown = self.layer.forward(step, step_metadata, rows)
                 if step not in kept:  # the warm-up: these stay where they are
-                    kept[step] = copied(outputs)
-                for ours, theirs in zip(vars(kept[step]).values(), vars(outputs).values(), strict=True):
+                    kept[step] = LayerStep(copied(shown.outputs), shown.caches)
+                for ours, theirs in zip(vars(kept[step].outputs).values(), vars(shown.outputs).values(), strict=True):
                     ours.copy_(theirs)  # now: the next pass may use the same memory
+            torch._foreach_copy_([probe.view(behind) for step_probes in probes for probe in step_probes.values()], read)
 
         assert forward_batch.seq_lens_cpu is not None
         graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
@@ -497,7 +498,7 @@ class Engine:
         self.audit.add(audit.tally)
         if audit.fault is not None:
             raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
-        self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena, tuple(kept.values()))
+        self.graphs[mode, bs] = BoundGraph(graph, metadata, tuple(probes), arena, behind, tuple(kept.values()))
 
     def _poison(self, bound: BoundGraph) -> None:
         """Before a replay: nothing is left in the probes, nor in table cells that the graph's last batch had dead."""
@@ -509,7 +510,9 @@ class Engine:
             lengths = tensors.get("seqlens_expanded")
             for name, page_size in (("page_table_1", 1), ("real_page_table", self.setup.page_size)):
                 table = tensors.get(name)
-                if lengths is None or table is None or len(table) != len(lengths) or 0 in table.stride():
+                if lengths is None or table is None or {lengths.dtype, table.dtype} != {torch.int32}:
+                    continue
+                if len(table) != len(lengths) or 0 in table.stride():
                     continue  # not laid out as the contract says; the comparison will tell
                 if table.data_ptr() not in seen:  # steps may share one buffer
                     seen.add(table.data_ptr())
@@ -521,30 +524,32 @@ class Engine:
         if self.stress and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # nothing that a stream still does may reach into the next call
         return tuple(
-            self._observe(step.forward_metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
-            for step, probes in zip(self.backend.attn_backends, bound.probes, strict=True)
+            self._observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for metadata, probes in zip(self._shown_metadata(), bound.probes, strict=True)
         )
 
     def _observe(self, metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
         held = fields.tensors(metadata)
+        others = {name: thing for name, thing in fields.held(metadata).items() if name not in held}
         return StepObservation(
             tensors=seen,
             dtypes={name: tensor.dtype for name, tensor in held.items()},
             devices={name: tensor.device for name, tensor in held.items()},
             host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
             moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
+            odd={name: told(thing) for name, thing in others.items() if thing is not None},
         )
 
 
-def copied(outputs: AttentionOutputs) -> AttentionOutputs:
-    """A copy of all tensors, each in memory of its own."""
-    return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
+def _shown_steps(bound: BoundGraph) -> tuple[LayerStep, ...]:
+    """Copies of what a replayed graph's passes have left."""
+    return tuple(LayerStep(copied(kept.outputs), dense_copy(kept.caches)) for kept in bound.layer_steps)
 
 
 def _spoil_outputs(bound: BoundGraph) -> None:
-    for outputs in bound.outputs:
-        for tensor in vars(outputs).values():
-            as_bytes(tensor).fill_(NAN_BYTE)
+    for step in bound.layer_steps:
+        for tensor in vars(step.outputs).values():
+            as_bytes(tensor.view(-1)).fill_(NAN_BYTE)
 
 
 def _graph_mode(mode: ForwardMode) -> ForwardMode:

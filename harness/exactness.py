@@ -41,12 +41,9 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from harness.content import Regime
 from reference.types import FP8_MAX, AttentionConfig, KVCacheDtype
-
-Doubles = NDArray[np.float64]
 
 MAX_KEYS = 2048
 NEAR = 8
@@ -63,7 +60,7 @@ class NotExact(ValueError):
 
 
 def check_exact(attention: AttentionConfig, regime: Regime, q: torch.Tensor, keys: torch.Tensor) -> None:
-    """One row's queries q [H, qk_head_dim] bf16 over its selected keys [n, qk_head_dim] bf16.
+    """One row's queries q [H, qk_head_dim] bf16, on any device, over its selected keys [n, qk_head_dim] bf16.
 
     The keys may be as written or as the cache gives them back. Raises NotExact naming the first premise that fails.
     Those on scores are the regime's own: none below the largest in EQUAL, none far below in LATTICE.
@@ -76,7 +73,7 @@ def check_exact(attention: AttentionConfig, regime: Regime, q: torch.Tensor, key
         raise NotExact(f"{len(keys)} keys; at most {MAX_KEYS}")
     if len(keys) == 0:
         return
-    queries, numbers = _doubles(q), _doubles(keys)
+    queries, numbers = q.double(), keys.double()
     _check_values(numbers[:, : attention.kv_lora_rank])
     if attention.kv_cache_dtype is KVCacheDtype.FP8:
         _check_survives_fp8(numbers[:, : attention.kv_lora_rank], attention.quant_tile)
@@ -96,31 +93,31 @@ def check_exact_index(
     """
     if len(index_k) == 0:
         return
-    queries, weights, keys = _doubles(index_q), _doubles(index_weights), _doubles(index_k)
-    _check_powers_of_two(_doubles(scales), "key", "an index key's scale")
+    queries, weights, keys = index_q.double(), index_weights.double(), index_k.double()
+    _check_powers_of_two(scales.double(), "key", "an index key's scale")
     unit = _product_unit(queries, keys, "index query", "index key")
-    magnitudes = np.abs(queries) @ np.abs(keys).T  # [IH, n]
+    magnitudes = queries.abs() @ keys.abs().T  # [IH, n]
     _refuse(magnitudes > FP8_TENSOR_CORE_UNITS * unit, magnitudes, "head, key", f"a dot product exceeds 2^13 of {unit}")
     weight_unit = float(_units(weights, "index weight").min())
-    sums = np.abs(weights) @ np.maximum(queries @ keys.T, 0)  # [n]
+    sums = weights.abs() @ (queries @ keys.T).relu()  # [n]
     limit = FP32_UNITS * unit * weight_unit
     _refuse(sums > limit, sums, "key", f"a sum over heads exceeds 2^24 of {unit * weight_unit}")
 
 
-def _check_values(values: Doubles) -> None:
-    off_grid = values * VALUE_GRID != np.rint(values * VALUE_GRID)
+def _check_values(values: torch.Tensor) -> None:
+    off_grid = values * VALUE_GRID != torch.round(values * VALUE_GRID)
     _refuse(off_grid, values, "key, element", f"a value is no multiple of 1/{VALUE_GRID}")
-    _refuse(np.abs(values) > MAX_VALUE, values, "key, element", f"a value exceeds {MAX_VALUE}")
+    _refuse(values.abs() > MAX_VALUE, values, "key, element", f"a value exceeds {MAX_VALUE}")
 
 
-def _check_scores(regime: Regime, queries: Doubles, keys: Doubles) -> None:
+def _check_scores(regime: Regime, queries: torch.Tensor, keys: torch.Tensor) -> None:
     unit = _product_unit(queries, keys, "query", "key")
     if unit < 1:
         raise NotExact(f"a product of query and key is no integer but a multiple of {unit}")
-    magnitudes = np.abs(queries) @ np.abs(keys).T  # [H, n]
+    magnitudes = queries.abs() @ keys.abs().T  # [H, n]
     _refuse(magnitudes > FP32_UNITS, magnitudes, "head, key", "a score's terms exceed 2^24")
     scores = queries @ keys.T  # exact: integers below 2^24
-    below = scores.max(axis=1, keepdims=True) - scores
+    below = scores.amax(dim=1, keepdim=True) - scores
     match regime:
         case Regime.EQUAL:
             _refuse(below > 0, below, "head, key", "a score is below the largest")
@@ -131,44 +128,40 @@ def _check_scores(regime: Regime, queries: Doubles, keys: Doubles) -> None:
             _refuse(wrong, below, "head, key", f"a score is neither within {NEAR} of the largest nor {FAR} below it")
 
 
-def _check_survives_fp8(numbers: Doubles, tile: int) -> None:
+def _check_survives_fp8(numbers: torch.Tensor, tile: int) -> None:
     """[n, rank]: quantised, with a scale for each ``tile`` elements, and dequantised they are the same."""
     tiles = numbers.reshape(len(numbers), -1, tile)
-    amax = np.abs(tiles).max(axis=2)
-    scales = np.where(amax == 0, 1, np.float32(amax) / np.float32(FP8_MAX)).astype(np.float64)
+    amax = tiles.abs().amax(dim=2)
+    scales = torch.where(amax == 0, 1.0, (amax / FP8_MAX).float().double())
     _check_powers_of_two(scales, "key, tile", "a tile's scale")
     scaled = (tiles / scales[..., None]).reshape(numbers.shape)
-    cached = torch.from_numpy(scaled).float().to(torch.float8_e4m3fn).double().numpy()
+    cached = scaled.float().to(torch.float8_e4m3fn).double()
     _refuse(cached != scaled, numbers, "key, element", "the FP8 cache rounds a value")
 
 
-def _check_powers_of_two(scales: Doubles, axes: str, what: str) -> None:
-    mantissas, _ = np.frexp(scales)
+def _check_powers_of_two(scales: torch.Tensor, axes: str, what: str) -> None:
+    mantissas, _ = torch.frexp(scales)
     _refuse(mantissas != 0.5, scales, axes, f"{what} is no power of two")
 
 
-def _product_unit(queries: Doubles, keys: Doubles, query_name: str, key_name: str) -> float:
+def _product_unit(queries: torch.Tensor, keys: torch.Tensor, query_name: str, key_name: str) -> float:
     """Largest power of two that divides every product q_hd k_jd; infinity if they are all 0."""
     return float((_units(queries, query_name) * _units(keys, key_name)).min())
 
 
-def _units(numbers: Doubles, what: str) -> Doubles:
+def _units(numbers: torch.Tensor, what: str) -> torch.Tensor:
     """[n, d] -> [d]: largest power of two dividing the column; infinity if it is 0. One column if [n]."""
-    columns = numbers if numbers.ndim == 2 else numbers[:, None]
-    scaled = np.abs(columns) * 2.0**_FINEST
-    wrong = ~(scaled < 2.0**62) | (scaled != np.rint(scaled))
+    columns = numbers if numbers.dim() == 2 else numbers[:, None]
+    scaled = columns.abs() * 2.0**_FINEST
+    wrong = ~(scaled < 2.0**62) | (scaled != torch.round(scaled))
     _refuse(wrong, columns, "row, column", f"a number of the {what} is out of range or too fine")
-    whole = np.bitwise_or.reduce(scaled.astype(np.int64), axis=0)
-    return np.where(whole == 0, np.inf, (whole & -whole) * 2.0**-_FINEST)
+    whole = scaled.long()
+    return torch.where(whole == 0, torch.inf, (whole & -whole) * 2.0**-_FINEST).amin(dim=0)
 
 
-def _refuse(wrong: NDArray[np.bool_], numbers: Doubles, axes: str, premise: str) -> None:
+def _refuse(wrong: torch.Tensor, numbers: torch.Tensor, axes: str, premise: str) -> None:
     """Raise NotExact for the first place that is wrong, if any."""
-    if not wrong.any():
+    if not bool(wrong.any()):
         return
-    place = tuple(int(i) for i in np.argwhere(wrong)[0])
-    raise NotExact(f"{premise}: {numbers[place]:g} at ({axes}) = {', '.join(map(str, place))}")
-
-
-def _doubles(tensor: torch.Tensor) -> Doubles:
-    return np.asarray(tensor.detach().to("cpu").to(torch.float64).numpy())
+    place = tuple(int(i) for i in wrong.nonzero()[0])
+    raise NotExact(f"{premise}: {float(numbers[place]):g} at ({axes}) = {', '.join(map(str, place))}")

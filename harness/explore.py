@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 from harness.compare import Finding, Kind
 from harness.judge import OracleFailure, Verdict, judge
+from harness.limits import EVERYTHING, Limits
 from harness.minimise import MOST_TRIALS, minimise
-from harness.protocol import BackendFactory, LayerFactory, optimized_layer
+from harness.protocol import (
+    BackendError,
+    BackendFactory,
+    LayerFactory,
+    limits_of_backend,
+    load_backend,
+    load_layer,
+    optimized_backend,
+    optimized_layer,
+    try_out,
+    try_out_layer,
+)
 from harness.scenario import Scenario
-from harness.seeds import FailureFiles
-from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, restricted, scenarios
+from harness.seeds import FailureFiles, kept_while_judged
+from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
 
 
 @dataclass(frozen=True)
@@ -46,22 +57,69 @@ SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progr
 SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LARGE, ("cuda", True): LARGE_LAYER}
 
 
+FAR_MEMORY = 48 << 30  # bytes of a GPU below which no far caches are drawn: three engines may hold some at once
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What is judged. ``layer_sizes``: all that its layer is made for; see ``harness.strategies.restricted``."""
+    """What is judged, and what it says it is made for. layer_limits: of the layer, where there is one."""
 
     backend: BackendFactory
     layer: LayerFactory = optimized_layer
-    layer_sizes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    limits: Limits = EVERYTHING
+    layer_limits: Limits = EVERYTHING
 
-    def judge(self, scenario: Scenario, device: torch.device, verdict: Verdict | None = None) -> Verdict:
-        return judge(scenario, self.backend, device, verdict, self.layer)
+    @staticmethod
+    def load(backend: str | None, layer: str | None, device: torch.device) -> Subject:
+        """What ``module:attribute`` names, or ``optimized/``. Raises BackendError if it cannot be judged at all."""
+        subject = Subject(optimized_backend)
+        if backend is not None:
+            subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
+        try_out(subject.backend, device, subject.limits)
+        if layer is not None:
+            layer_factory, layer_limits = load_layer(layer)
+            try_out_layer(layer_factory, layer_limits)
+            subject = replace(subject, layer=layer_factory, layer_limits=layer_limits)
+        return subject
 
-    def fits(self, scenario: Scenario) -> bool:
-        """Whether the layer is made for the sizes of ``scenario``; without a layer, all are."""
-        layer = scenario.setup.layer
-        known = {**dict(scenario.setup), **dict(layer)} if layer is not None else {}
-        return layer is None or all(known[name] in allowed for name, allowed in self.layer_sizes.items())
+    def judge(
+        self, scenario: Scenario, device: torch.device, verdict: Verdict | None = None, graphs: bool = True
+    ) -> Verdict:
+        return judge(scenario, self.backend, device, verdict, self.layer, graphs)
+
+    def misfit(self, scenario: Scenario) -> str | None:
+        """What of ``scenario`` the backend, or the layer if there is one, is not made for; or None."""
+        return self.all_limits(with_layer=scenario.setup.layer is not None).misfit(scenario)
+
+    def check(self, scenario: Scenario, file: Path) -> None:
+        """Raises BackendError if ``scenario``, of a file, is not what it is made for."""
+        misfit = self.misfit(scenario)
+        if misfit is not None:
+            raise BackendError(f"{file}: {misfit} is not among the sizes and modes that are declared")
+
+    def all_limits(self, with_layer: bool) -> Limits:
+        return self.limits & self.layer_limits if with_layer else self.limits
+
+    def scale(self, device: torch.device, with_layer: bool) -> Scale:
+        """What is drawn for it. Raises ValueError if nothing is."""
+        return restricted(scale_of(device, with_layer), self.all_limits(with_layer))
+
+    def not_judged(self, device: torch.device) -> list[str]:
+        """What is left out of all that could be drawn."""
+        alone = self.limits.excluded(scale_of(device, with_layer=False).drawn())
+        behind = self.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
+        told = [*alone, *(f"{told} (with a layer)" for told in behind if told not in alone)]
+        if True not in scale_of(device, with_layer=True).far_slots:
+            told.append(f"far_slots True (the GPU has less than {FAR_MEMORY >> 30} GiB)")
+        return told
+
+
+def scale_of(device: torch.device, with_layer: bool) -> Scale:
+    """What is drawn on a device; on a GPU with little memory no far caches."""
+    scale = SCALES[device.type, with_layer]
+    if with_layer and device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < FAR_MEMORY:
+        return replace(scale, far_slots=(False,))
+    return scale
 
 
 class DeviceLost(BaseException):
@@ -82,20 +140,22 @@ def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
     return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
 
 
-class _OutOfTime(BaseException):
+class OutOfTime(BaseException):
     """Ends a search. Not an Exception: Hypothesis would take it for a failure of the scenario at hand."""
 
 
 @dataclass
 class Exploration:
-    """Outcome of one search. ``failure`` is the smallest failing case found, in the files ``saved``.
+    """Outcome of one search. ``failure`` is the smallest failing case found, in the file ``saved``.
 
-    lost: whether that failure left the device unusable for the process that judged it.
+    unsaved: why it could not be saved, if so. lost: whether that failure left the device unusable for the process that
+    judged it.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
     failure: OracleFailure | None = None
     saved: Path | None = None
+    unsaved: str = ""
     flaky: bool = False
     lost: bool = False
 
@@ -121,20 +181,27 @@ def explore(
     """
     outcome = Exploration()
     files = FailureFiles(save_dir)
-    scale = SCALES[device.type, with_layer]
+    scale = subject.scale(device, with_layer)
     if with_layer:
-        scale = restricted(scale, subject.layer_sizes)
         most_shrinking = most_shrinking or MOST_TRIALS // 4
+
+    def keep(failure: OracleFailure) -> None:
+        outcome.failure = failure
+        try:
+            files.record(failure.scenario, failure.finding.sentence())
+            outcome.saved = files.minimal
+        except OSError as error:  # a full disk must not cost the finding
+            outcome.saved, outcome.unsaved = None, f"{save_dir}: {error.strerror or error}"
 
     def judge_one(scenario: Scenario) -> None:
         if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
-            raise _OutOfTime
+            raise OutOfTime
         try:
-            # What shrinking tries is not coverage.
-            subject.judge(scenario, device, outcome.verdict if outcome.failure is None else None)
+            with kept_while_judged(scenario, save_dir):
+                # What shrinking tries is not coverage.
+                subject.judge(scenario, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
-            files.record(scenario, failure.finding.sentence())
-            outcome.failure, outcome.saved = failure, files.minimal
+            keep(failure)
             if has_lost_the_device(failure.finding, device):
                 raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
             raise
@@ -151,12 +218,12 @@ def explore(
         with no_near_copies():
             hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
-        outcome.failure = minimised(failure, subject, device, most_shrinking or MOST_TRIALS)
-        files.record(outcome.failure.scenario, outcome.failure.finding.sentence())
-    except _OutOfTime:
+        keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS))
+    except OutOfTime:
         pass
     except Flaky:  # it failed once and passed when repeated: a race, or state that survives between backends
-        outcome.flaky, outcome.saved = True, files.raw
+        outcome.flaky = True
+        outcome.saved = None if outcome.unsaved else files.raw
     return outcome
 
 
@@ -166,7 +233,7 @@ def minimised(failure: OracleFailure, subject: Subject, device: torch.device, mo
 
     def still_fails(scenario: Scenario) -> bool:
         nonlocal smallest
-        if not subject.fits(scenario):
+        if subject.misfit(scenario) is not None:
             return False
         try:
             subject.judge(scenario, device)
@@ -186,7 +253,11 @@ def no_near_copies() -> Iterator[None]:
 
     Scenarios are full of parts of one kind (joins, replays), so five in six would be such copies, each as costly to
     judge as a new case. There is no setting for it; a Hypothesis without the method is left as it is.
+    Raises BackendError if there is no scenario to draw.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConjectureRunner, "generate_mutations_from", lambda runner, data: None, raising=False)
-        yield
+        try:
+            yield
+        except Unsatisfiable:
+            raise BackendError("no case that is drawn here has all of the sizes that are declared at once") from None

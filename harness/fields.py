@@ -57,14 +57,14 @@ FIELDS = (
 HOST_SCALARS = ("page_size", "max_seq_len_q", "max_seq_len_k")
 
 
+def held(metadata: Metadata) -> dict[str, object]:
+    """What a backend has as its ``metadata``, by field name; it may be anything."""
+    start_end: object = getattr(metadata, "indexer_k_start_end", None)
+    pair = start_end if isinstance(start_end, tuple | list) and len(start_end) == 2 else (start_end, start_end)
+    halves = dict(zip(("indexer_k_start", "indexer_k_end"), pair, strict=True))
+    return {field.name: halves.get(field.name, getattr(metadata, field.name, None)) for field in FIELDS}
+
+
 def tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
     """The tensors of ``metadata`` by field name; those it does not have are left out."""
-    found: dict[str, torch.Tensor] = {}
-    start_end = metadata.indexer_k_start_end
-    if start_end is not None:
-        found["indexer_k_start"], found["indexer_k_end"] = start_end
-    for field in FIELDS:
-        tensor = getattr(metadata, field.name, None)
-        if isinstance(tensor, torch.Tensor):
-            found[field.name] = tensor
-    return found
+    return {name: thing for name, thing in held(metadata).items() if isinstance(thing, torch.Tensor)}

@@ -6,7 +6,7 @@ import functools
 import gc
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,18 +15,20 @@ from harness import interpreter
 from harness.boundary import classes_of
 from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
+from harness.forms import WrongResult
 from harness.frozen import frozen_value
 from harness.graph import CaptureError
 from harness.graph_audit import AuditTally
 from harness.invariants import diagnosed
 from harness.layer import POISON_BYTES
+from harness.layer_driver import Feed
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
 from harness.relations import Relation, Relations, differs
-from harness.scenario import Eager, Scenario, Setup
-from harness.stages import LayerTally, StageJudge
+from harness.scenario import Eager, Scenario, ScenarioError, Setup
+from harness.stages import Judged, LayerTally, StageJudge
 from harness.variants import Growth, VariantCounter
 from harness.world import Batch
 from reference.types import Metadata
@@ -83,11 +85,11 @@ def judge(
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
     graphs: False runs eagerly what the scenario would replay. Adds to ``verdict`` if one is given, and returns it.
-    BackendError passes through: nothing was judged then.
+    BackendError and ScenarioError pass through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     if scenario.setup.layer is not None and scenario.setup.layer.far_slots:
-        gc.collect()  # engines are in cycles, and gigabytes of addresses are a lot to leave to chance
+        gc.collect()  # engines are in cycles, and far caches hold a page of memory for each of their rows
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
         stress = other is not None  # in the second run
@@ -130,7 +132,7 @@ class _Run:
         self.build = build
         self.device = device
         self.verdict = verdict
-        self.calls: list[LayerObservation] = []
+        self.calls: list[list[Judged]] = []  # of the layer: what each pass of each call computed
         self._is_first = other is None
         self._counter, self._growth = VariantCounter(), Growth()
         self._others = iter(other.calls if other is not None else ())
@@ -149,12 +151,14 @@ class _Run:
             self.verdict.audit.add(engine.audit)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        except (OracleFailure, BackendError):
+        except (OracleFailure, BackendError, ScenarioError):
             raise
+        except WrongResult as error:
+            raise OracleFailure(self.scenario, error.finding, number) from error
         except CaptureError as error:
             finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
             raise OracleFailure(self.scenario, finding, number) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
             raise OracleFailure(self.scenario, finding, number) from error
 
@@ -187,14 +191,15 @@ class _Run:
         if seen.again:
             layers.count(Relation.REPEATED)
             return _differing(self.calls[-1], seen, Relation.REPEATED)
-        finding = self._stages(engine).compare(seen, metadata)
+        twin = next(self._others, None)
+        stages = self._stages(engine)
+        finding = stages.compare(seen, metadata, twin or ())
         if finding is not None:
             return finding
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
 
-        self.calls.append(seen)
-        twin = next(self._others, None)
+        self.calls.append(stages.judged)
         if twin is not None:
             layers.count(Relation.POISONED)
             finding = _differing(twin, seen, Relation.POISONED)
@@ -219,10 +224,10 @@ class _Run:
         return Relations(self.scenario, self.build)
 
 
-def _differing(first: LayerObservation, second: LayerObservation, relation: Relation) -> Finding | None:
-    """The first bit of a real row that two observations of the same work do not share."""
-    for step, (before, now) in enumerate(zip(first.steps, second.steps, strict=True)):
-        finding = differs(before, now, list(range(second.load.passes[step].rows)))
+def _differing(first: Sequence[Judged], second: LayerObservation, relation: Relation) -> Finding | None:
+    """The first bit of a real row that two calls of the same work do not share."""
+    for step, (before, now) in enumerate(zip(first, second.steps, strict=True)):
+        finding = differs(before.outputs, now.outputs, list(range(second.load.passes[step].rows)))
         if finding is not None:
             return replace(finding, step=step, how=relation.value)
     return None
@@ -238,11 +243,14 @@ def _intact(engine: Engine) -> Finding | None:
     return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:200]
+    except Exception:  # an exception of the backend's own that cannot even tell what it is
+        return "no text"
 
 
-def _origin(error: Exception) -> str:
+def _origin(error: BaseException) -> str:
     """Where the exception came from: the innermost frame that is not a library's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ import torch
 
 from harness import interpreter, report
 from harness.compare import Tally
-from harness.explore import PROFILES, SCALES, SHARDS, Exploration, Subject
+from harness.explore import PROFILES, SHARDS, Exploration, Subject
 from harness.graph_audit import AuditTally
 from harness.judge import Verdict
-from harness.protocol import BackendError, try_out
+from harness.protocol import BackendError
 from harness.recovery import Recovery, SubjectSpec
 from harness.scenario import ScenarioError, load
-from harness.seeds import CORPUS
+from harness.seeds import CORPUS, left_by_the_dead
 from harness.stages import LayerTally, StageTally
-from harness.strategies import restricted
 
 ENTROPY = "oracle_entropy"
 BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
@@ -129,14 +128,15 @@ class Oracle:
 
     def told(self, outcome: Exploration) -> str | None:
         """The report of a failed outcome, or None."""
-        if outcome.failure is None or outcome.saved is None:
+        if outcome.failure is None:
             return None
-        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome.saved))
+        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
         lost = "THE GPU FAULTED: what is left of this process's cases is judged in a process of its own.\n"
         return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
 
-    def replay_command(self, saved: Path) -> str:
+    def replay_command(self, outcome: Exploration) -> str:
+        saved = outcome.saved or Path("CASE.json")
         return report.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
 
 
@@ -152,17 +152,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
-        subject = SubjectSpec(spec, layer_spec).build()
-        try_out(subject.backend, device)
-        restricted(SCALES[device.type, True], subject.layer_sizes)
-        for file in config.getoption("--oracle-replay"):
-            if not subject.fits(load(Path(file))):
-                raise BackendError(f"{file}: not of the sizes that layer '{layer_spec}' declares")
+        subject = Subject.load(spec, layer_spec, device)
+        replayed = [Path(file) for file in config.getoption("--oracle-replay")]
+        for file in replayed:
+            subject.check(load(file), file)
+        for with_layer in (False, True) if not replayed else ():
+            subject.scale(device, with_layer)
+        save_dir = _writable_folder(config.getoption("--oracle-save"))
     except (BackendError, ScenarioError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
-    save_dir = Path(config.getoption("--oracle-save"))
-    if save_dir.exists() and not save_dir.is_dir():
-        raise pytest.UsageError(f"--oracle-save {save_dir}: is a file; name a directory")
     budget = config.getoption("--oracle-budget")
     profile = config.getoption("--oracle-profile")
     config.stash[ORACLE] = Oracle(
@@ -176,6 +174,20 @@ def pytest_configure(config: pytest.Config) -> None:
         entropy=_entropy(config, PROFILES[profile].fresh),
     )
     config.stash[STARTED] = time.monotonic()
+
+
+def _writable_folder(name: str) -> Path:
+    """The folder ``name``, which need not exist. Raises ValueError where nothing could be saved in it."""
+    folder = Path(name)
+    try:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise ValueError(f"--oracle-save {name}: {error.strerror}") from None
+    if not there.is_dir():
+        raise ValueError(f"--oracle-save {name}: {there} is a file; name a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--oracle-save {name}: nothing can be written in {there}; name another directory")
+    return folder
 
 
 def _entropy(config: pytest.Config, fresh: bool) -> int:
@@ -226,10 +238,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
     if "saved_case" in metafunc.fixturenames:
         subject = metafunc.config.stash[ORACLE].subject
-        files = replayed or [file for file in sorted(CORPUS.glob("*.json")) if subject.fits(load(file))]
+        files = replayed or [file for file, misfit in _corpus(subject) if misfit is None]
         metafunc.parametrize("saved_case", files, ids=[file.stem for file in files])
     if "shard" in metafunc.fixturenames:
         metafunc.parametrize("shard", range(SHARDS))
+
+
+def _corpus(subject: Subject) -> list[tuple[Path, str | None]]:
+    """The saved cases, and why one is not for ``subject``."""
+    try:
+        return [(file, subject.misfit(load(file))) for file in sorted(CORPUS.glob("*.json"))]
+    except ScenarioError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -245,6 +265,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_unconfigure(config: pytest.Config) -> None:
     if ORACLE in config.stash:
         config.stash[ORACLE].recovery.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What cannot be judged is one line."""
+    try:
+        return (yield)
+    except (BackendError, ScenarioError) as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -266,22 +295,34 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 if name == PROPERTY and getattr(item, "when", "") == "call":
                     failures += _add_property(verdict, value)
                     judged = True
-    if judged:
-        seconds = time.monotonic() - config.stash[STARTED]
+    oracle = config.stash[ORACLE]
+    seconds = time.monotonic() - config.stash[STARTED]
+    failures += [_died(oracle, file) for file in left_by_the_dead(oracle.save_dir, time.time() - seconds)]
+    if judged or failures:
         terminalreporter.section("oracle")
-        terminalreporter.write_line(report.summary(verdict, failures, seconds))
+        left_out = oracle.subject.not_judged(oracle.device)
+        if not config.getoption("--oracle-replay"):
+            saved = [file.stem for file, misfit in _corpus(oracle.subject) if misfit is not None]
+            left_out += [f"saved cases {', '.join(saved)}"] if saved else []
+        terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
     if bugs:
         terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))
+
+
+def _died(oracle: Oracle, file: Path) -> dict[str, str]:
+    """The failure of a case that took down the process that judged it."""
+    command = oracle.replay_command(Exploration(saved=file))
+    return {"sentence": "the process died while it judged a case", "command": command, "optimizations": ""}
 
 
 def _as_property(oracle: Oracle, outcome: Exploration) -> str:
     verdict = outcome.verdict
     failures = []
-    if outcome.failure is not None and outcome.saved is not None:
+    if outcome.failure is not None:
         failures.append(
             {
                 "sentence": outcome.failure.finding.sentence(),
-                "command": oracle.replay_command(outcome.saved),
+                "command": oracle.replay_command(outcome),
                 "optimizations": " ".join(outcome.failure.scenario.optimizations),
             }
         )
@@ -297,7 +338,7 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     cases, replays, eager_calls, compared, cells = data["counts"]
     layers = data["layers"]
     stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
-    tally = LayerTally(stages, layers["relations"], layers["replays"])
+    tally = LayerTally(stages, layers["relations"], layers["replays"], layers["selections"])
     audit = AuditTally(**data["audit"])
     verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import enum
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast, runtime_checkable
 
 import torch
+from pydantic.fields import FieldInfo
 
+from harness.forms import checked_stages
+from harness.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
+from harness.scenario import Layer, Setup
 from reference.types import (
     AttentionCaches,
     AttentionConfig,
@@ -140,17 +146,34 @@ class SparseAttention(Protocol):
         """One forward pass of the R rows that ``metadata`` describes."""
 
 
+STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
+"""What is compared of a layer, in order."""
+
+
 class Strictness(enum.Enum):
     """How a stage of a layer is compared. A layer that cannot be bit-exact declares a weaker way, by stage.
 
-    It does so in an attribute ``weaker``, a mapping of stage names (``harness.stages.STAGES``) to these; the report
+    It does so in an attribute ``weaker``, a mapping of stage names (``STAGES``) to these; the report
     names every stage that was compared so.
     """
 
     EXACT = "bit-exact"
-    BOUND = "within the error bound"
+    BOUND = "within the error bound"  # of ordinary numbers, on exact content too
     SAME_SET = "the same tokens in any order, ties forgiven"
     ONE_STEP = "within one step of bf16"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that can be compared so."""
+        match self:
+            case Strictness.SAME_SET:
+                return "topk_indices", "indices", "topk_ragged"
+            case Strictness.ONE_STEP:
+                return ("out",)
+            case Strictness.BOUND:
+                return "logits", "out", "lse"
+            case Strictness.EXACT:
+                return STAGES
 
 
 LayerFactory = Callable[[BackendConfig, AttentionConfig], SparseAttention]
@@ -190,32 +213,70 @@ def load_backend(spec: str) -> BackendFactory:
     return factory
 
 
-def load_layer(spec: str) -> tuple[LayerFactory, Mapping[str, Sequence[Any]]]:
-    """The factory behind ``module:attribute``, which is called with (config, attention), and the sizes it is made for.
+def limits_of_backend(spec: str) -> Limits:
+    """What the callable behind ``module:attribute`` is made for, by its attributes ``sizes`` and ``modes``.
+
+    sizes: fields of ``harness.scenario.Setup`` and ``Inputs`` -> allowed values. modes: forward modes that it knows.
+    Raises BackendError if they are malformed, or there is no such callable.
+    """
+    return _declared(_load(spec, "backend", "config, req_to_token"), f"backend '{spec}'", BACKEND_FIELDS, "no backend")
+
+
+def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
+    """The factory behind ``module:attribute``, which is called with (config, attention), and what it is made for.
 
     It may build any object with one or more of the methods of ``SparseAttention``; those that it lacks are taken from
-    ``optimized/``. An attribute ``sizes`` of the callable (fields of ``harness.scenario.Layer`` or ``Setup`` -> allowed
-    values) restricts what is drawn. Raises BackendError if there is no such thing to call.
+    ``optimized/``. Attributes ``sizes`` and ``modes`` of the callable are as those of a backend; sizes may also name
+    fields of ``harness.scenario.Layer``. Raises BackendError if there is no such thing to call.
     """
-    build = cast("Callable[[BackendConfig, AttentionConfig], object]", _load(spec, "layer", "config, attention"))
+    found = _load(spec, "layer", "config, attention")
+    build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
 
     def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
         return completed(build(config, attention), config, attention, spec)
 
-    return factory, getattr(build, "sizes", {})
+    return factory, _declared(found, f"layer '{spec}'", LAYER_FIELDS, "neither a layer nor its setup")
+
+
+def _declared(found: object, who: str, fields: Mapping[str, FieldInfo], nobody: str) -> Limits:
+    try:
+        return declared(found, fields, nobody)
+    except ValueError as error:
+        raise BackendError(f"{who}: {error}") from None
 
 
 def completed(layer: object, config: BackendConfig, attention: AttentionConfig, spec: str) -> SparseAttention:
-    """``layer`` with what it lacks taken from ``optimized/``. Raises BackendError if it has no stage at all."""
+    """``layer`` with what it lacks taken from ``optimized/``.
+
+    Raises BackendError if it has no stage at all, or one that cannot be called, or declares what cannot be.
+    """
     names = [name for name in vars(SparseAttention) if not name.startswith("_")]
     own = [name for name in names if hasattr(layer, name)]
     if not own:
         raise BackendError(f"layer '{spec}': {type(layer).__name__} has none of the methods {', '.join(names)}")
+    if useless := [name for name in own if not callable(getattr(layer, name))]:
+        raise BackendError(f"layer '{spec}': {type(layer).__name__}.{useless[0]} is no method")
+    check_weaker(getattr(layer, "weaker", {}), spec)
     whole = optimized_layer(config, attention)
     for name in (*own, "weaker"):
-        if hasattr(layer, name):
+        if hasattr(layer, name) and not (name == "forward" and getattr(type(layer), name, None) is type(whole).forward):
             setattr(whole, name, getattr(layer, name))  # forward of ours then calls stages of theirs
+    for name, stage in checked_stages(layer, config.index_topk).items():
+        if name in own:
+            setattr(whole, name, stage)
     return whole
+
+
+def check_weaker(weaker: object, spec: str) -> None:
+    """Raises BackendError if ``weaker`` is not a mapping of stages to a strictness that they can be compared in."""
+    if not isinstance(weaker, Mapping):
+        raise BackendError(f"layer '{spec}': weaker must map stages to a Strictness; it is a {type(weaker).__name__}")
+    for stage, strictness in weaker.items():
+        if not isinstance(strictness, Strictness):
+            raise BackendError(f"layer '{spec}': weaker: '{stage}' must be a harness.protocol.Strictness")
+        if stage not in strictness.stages:
+            fitting = ", ".join(strictness.stages)
+            raise BackendError(f"layer '{spec}': weaker: '{stage}' cannot be {strictness.name}; it fits {fitting}")
 
 
 def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
@@ -223,43 +284,78 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
     if not colon or not module_name or not attribute:
         raise BackendError(f"{what} '{spec}' is not of the form module:attribute")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
-    except AttributeError:
-        raise BackendError(f"{what} '{spec}': module {module_name} has no attribute {attribute}") from None
-    except Exception as error:  # whatever the module does when imported
+    except (Exception, SystemExit) as error:  # whatever the module does when imported
         reason = " ".join(str(error).split())
         raise BackendError(
             f"{what} '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
         ) from error
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        raise BackendError(f"{what} '{spec}': module {module_name} has no attribute {attribute}") from None
     if not callable(found):
         raise BackendError(f"{what} '{spec}' is not callable; name a class or function of ({arguments})")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return cast("Callable[..., object]", found)  # it does not say what it takes
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise BackendError(f"{what} '{spec}' cannot be called with ({arguments}): {error}") from None
     return cast("Callable[..., object]", found)
 
 
 def checked(backend: object, spec: str) -> MultiStepBackend:
     """``backend``, if it has every method the engine calls. Raises BackendError naming the first it lacks."""
-    steps: object = getattr(backend, "attn_backends", None)
     lacking = [f"{type(backend).__name__}.{name}" for name in _methods(MultiStepBackend) if not hasattr(backend, name)]
-    for step in steps if isinstance(steps, Sequence) else ():
+    steps: object = getattr(backend, "attn_backends", ())
+    if not isinstance(steps, Sequence):
+        kind = type(steps).__name__
+        raise BackendError(f"backend '{spec}': attn_backends must be a list of single-step backends, not {kind}")
+    for step in steps:
         lacking += [f"{type(step).__name__}.{name}" for name in _methods(SingleStepBackend) if not hasattr(step, name)]
     if lacking:
         raise BackendError(f"backend '{spec}' lacks {lacking[0]}; harness/protocol.py says what it must do")
     return cast(MultiStepBackend, backend)
 
 
-def try_out(factory: BackendFactory, device: torch.device) -> None:
+def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVERYTHING) -> None:
     """Build a tiny backend, so that one that lacks a method is refused before anything is judged.
 
     Whatever else goes wrong in building it is left for the judge to report, with a case that replays it.
     """
-    config = BackendConfig(1, 8, 4, 1, 1)
+    config = _smallest(limits)
+    pool = torch.zeros(1, config.max_context_len, dtype=torch.int32, device=device)
+    with _left_to_the_judge():
+        factory(config, pool, ())
+
+
+def try_out_layer(factory: LayerFactory, limits: Limits) -> None:
+    """Build a tiny layer, likewise."""
+    layer = Layer(**{name: values[0] for name, values in limits.sizes.items() if name in Layer.model_fields})
+    with _left_to_the_judge():
+        factory(_smallest(limits), layer.attention_config())
+
+
+def _smallest(limits: Limits) -> BackendConfig:
+    """A configuration within ``limits``."""
+    sizes = {"page_size": 1, "max_context_len": 20, "index_topk": 4, "num_steps": 1, "num_draft_tokens": 1}
+    allowed = {name: values[0] for name, values in limits.sizes.items() if name in Setup.model_fields}
+    return Setup.model_construct(**{**sizes, **allowed}).backend_config()
+
+
+@contextmanager
+def _left_to_the_judge() -> Iterator[None]:
     try:
-        factory(config, torch.zeros(1, 8, dtype=torch.int32, device=device), ())
-    except Exception as error:
-        if isinstance(error, BackendError):
-            raise
+        yield
+    except BackendError:
+        raise
+    except (Exception, SystemExit):
+        pass
 
 
 def _methods(protocol: type) -> list[str]:

@@ -17,7 +17,6 @@ from harness.children import Child, ChildDied
 from harness.explore import DeviceLost, Exploration, Subject, explore, has_lost_the_device, minimised
 from harness.judge import OracleFailure
 from harness.minimise import minimise
-from harness.protocol import load_backend, load_layer, optimized_backend, optimized_layer
 from harness.scenario import Scenario
 from harness.seeds import save
 
@@ -35,11 +34,9 @@ class SubjectSpec:
     backend: str | None = None
     layer: str | None = None
 
-    def build(self) -> Subject:
+    def build(self, device: torch.device) -> Subject:
         """Raises BackendError if there is no such backend or layer."""
-        factory = optimized_backend if self.backend is None else load_backend(self.backend)
-        layer, sizes = (optimized_layer, {}) if self.layer is None else load_layer(self.layer)
-        return Subject(factory, layer, sizes)
+        return Subject.load(self.backend, self.layer, device)
 
 
 class Recovery:
@@ -153,13 +150,16 @@ def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Explor
 def _there(
     spec: SubjectSpec, device: str, function: Callable[..., T], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> T:
-    return function(spec.build(), torch.device(device), *arguments, **options)
+    where = torch.device(device)
+    return function(spec.build(where), where, *arguments, **options)
 
 
 def _failure_there(spec: SubjectSpec, device: str, scenario: Scenario) -> OracleFailure | None:
-    subject = spec.build()
-    return _judge(subject, torch.device(device), scenario).failure if subject.fits(scenario) else None
+    where = torch.device(device)
+    subject = spec.build(where)
+    return _judge(subject, where, scenario).failure if subject.misfit(scenario) is None else None
 
 
 def _minimised_there(spec: SubjectSpec, failure: OracleFailure) -> OracleFailure:
-    return minimised(failure, spec.build(), torch.device("cpu"), MOST_TRIALS_ON_CPU)
+    where = torch.device("cpu")
+    return minimised(failure, spec.build(where), where, MOST_TRIALS_ON_CPU)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from harness.compare import Finding, Kind
-from harness.engine import Engine, Feed, LayerObservation, LayerStep
-from harness.layer_driver import LayerLoad
+from harness.engine import Engine, LayerObservation
+from harness.layer_driver import Feed, LayerLoad
 from harness.scenario import Capture, Scenario
 from harness.world import Batch
-from reference.types import AttentionCaches, ForwardMode
+from reference.types import AttentionCaches, AttentionOutputs, ForwardMode
 
 
 class Relation(enum.StrEnum):
@@ -151,22 +151,22 @@ class Relations:
         for step, (first, second) in enumerate(zip(seen.steps, again.steps, strict=True)):
             a_pass = seen.load.passes[step]
             rows = [row for request in variation.order for row in range(a_pass.rows) if a_pass.requests[row] == request]
-            finding = differs(first, second, rows, variation.original_slot)
+            finding = differs(first.outputs, second.outputs, rows, variation.original_slot)
             if finding is not None:
                 return replace(finding, step=step, how=relation.value)
         return None
 
 
 def differs(
-    first: LayerStep,
-    second: LayerStep,
+    first: AttentionOutputs,
+    second: AttentionOutputs,
     rows: list[int],
     original_slot: Callable[[torch.Tensor], torch.Tensor] = lambda slots: slots,
 ) -> Finding | None:
     """The first stage whose bits differ between ``rows`` of ``first`` and the first rows of ``second``, or None."""
     for name in ("logits", "indices", "out", "lse"):
-        want = getattr(first.outputs, name)[rows]
-        got = getattr(second.outputs, name)[: len(rows)]
+        want = getattr(first, name)[rows]
+        got = getattr(second, name)[: len(rows)]
         if name == "indices":
             got = original_slot(got)
         if want.shape != got.shape:  # eager logits are as wide as the longest request

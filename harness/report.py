@@ -14,6 +14,7 @@ from rich.table import Table
 from harness.boundary import ALL_CLASSES
 from harness.graph_audit import AuditTally
 from harness.judge import OracleFailure, Verdict
+from harness.protocol import STAGES, Strictness
 from harness.scenario import (
     Accept,
     Capture,
@@ -28,8 +29,9 @@ from harness.scenario import (
     Replay,
     Scenario,
     Setup,
+    to_json,
 )
-from harness.stages import STAGES, LayerTally
+from harness.stages import LayerTally
 from harness.survey import Record
 from harness.tiers import TierOutcome
 from harness.world import Batch, World, choose_bucket
@@ -38,8 +40,11 @@ from reference.types import ForwardMode, StepSemantics
 WIDTH = 120
 
 
-def explain(failure: OracleFailure, saved: Path, command: str) -> str:
-    """The failure in reading order: verdict, cells around it, the story, the saved case, how to replay it."""
+def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: str = "") -> str:
+    """The failure in reading order: verdict, cells around it, the story, the saved case, how to replay it.
+
+    unsaved: why there is no saved case; it stands in the report then.
+    """
     finding = failure.finding
     parts = [f"ORACLE FAILURE  {finding.sentence()}"]
     if finding.neighbours:
@@ -50,17 +55,20 @@ def explain(failure: OracleFailure, saved: Path, command: str) -> str:
             table.add_row(cell.place, cell.got, cell.expected, "" if cell.got == cell.expected else "<- differs")
         parts.append(render(table))
     parts.append(tell(failure.scenario, failure.event))
-    parts.append(f"saved:  {saved}\nreplay: {command}")
+    kept = str(saved) if saved is not None else f"nowhere, {unsaved}; as CASE.json it is\n{to_json(failure.scenario)}"
+    parts.append(f"saved:  {kept}\nreplay: {command}")
     return "\n\n".join(parts)
 
 
-def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None) -> str:
-    """The one line that replays a saved case where it was found."""
+def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None, graphs: bool = True) -> str:
+    """The one line that replays a saved case where, and as, it was found."""
     words = ["python", "-m", "harness", "replay", str(saved), "--device", device]
     if backend is not None:
         words += ["--backend", backend]
     if layer is not None:
         words += ["--layer", layer]
+    if not graphs:
+        words.append("--no-graphs")
     return shlex.join(words)
 
 
@@ -78,8 +86,8 @@ def tell(scenario: Scenario, failing_event: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float) -> str:
-    """The table that ends a run."""
+def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float, left_out: Sequence[str] = ()) -> str:
+    """The table that ends a run. left_out: what backend and layer are not made for."""
     covered = [name for name in ALL_CLASSES if verdict.boundary_classes[name]]
     totals = Table("cases", "replays", "eager calls", "fields compared", "cells compared", "classes", "seconds")
     totals.add_row(
@@ -108,10 +116,17 @@ def summary(verdict: Verdict, failures: Sequence[dict[str, str]], seconds: float
 
     classes = [f"{name} {verdict.boundary_classes[name]}" for name in ALL_CLASSES if name not in switches]
     parts.append(_wrapped("boundary classes visited (cases): ", classes))
+    if left_out:
+        parts.append(not_judged(left_out))
     parts += _listed_failures(failures)
     word = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
     parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {word}")
     return "\n".join(parts)
+
+
+def not_judged(left_out: Sequence[str]) -> str:
+    """One line."""
+    return f"not judged: {'; '.join(left_out)}"
 
 
 def bugs_line(killed: int, planted: int) -> str:
@@ -124,14 +139,19 @@ def _stages(layers: LayerTally) -> Table:
     table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")
     for name in (name for name in STAGES if name in layers.stages):
         stage = layers.stages[name]
-        worst = f"{stage.worst:.2g}" if stage.bounded else "-"
-        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, f"{stage.weaker:,}")
+        worst = f"{stage.worst:.2g}" if stage.bounded or stage.declared == Strictness.BOUND.value else "-"
+        weaker = f"{stage.weaker:,} {stage.declared}".rstrip()
+        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, weaker)
     return table
 
 
 def _relations(layers: LayerTally) -> str:
     told = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
-    return _wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
+    text = _wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
+    if layers.selections:
+        rows = [f"{name} {count:,}" for name, count in layers.selections.items()]
+        text += "\n" + _wrapped("layer: top-k also of rows of made-up logits: ", rows)
+    return text
 
 
 def _audited(audit: AuditTally) -> str:

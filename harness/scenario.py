@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import json
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from harness.content import Regime, most_coded_slots
 from optimized.optimizations import Optimizations
@@ -263,6 +264,11 @@ class Eager(_Record):
 Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Field(discriminator="event")]
 
 
+def _an_int(version: object) -> object:
+    """Literal[1] would take True and 1.0."""
+    return version if type(version) is int else repr(version)
+
+
 class Scenario(_Record):
     """What happens to one backend from its construction on.
 
@@ -270,7 +276,7 @@ class Scenario(_Record):
     note: free text for the reader, such as where the case came from.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Annotated[Literal[1], BeforeValidator(_an_int)] = SCHEMA_VERSION
     note: str = ""
     setup: Setup
     optimizations: tuple[str, ...] = ()
@@ -335,16 +341,31 @@ def to_json(scenario: Scenario) -> str:
 def from_json(text: str, source: str = "scenario") -> Scenario:
     """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
     try:
-        return Scenario.model_validate_json(text)
+        scenario = Scenario.model_validate_json(text, strict=True)  # true is no 1, and "4" no 4
+        json.loads(text, object_pairs_hook=_each_name_once)
+    except _Twice as error:
+        raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise ScenarioError(f"{source}: {_shown(place)}: {_shown(message)}{more}") from None
+        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
+    return scenario
 
 
-def _shown(text: str, most: int = 200) -> str:
+class _Twice(Exception):
+    """A name that an object of a file has twice, of which one would be lost."""
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> None:
+    names = Counter(name for name, _ in pairs)
+    for name, count in names.items():
+        if count > 1:
+            raise _Twice(name)
+
+
+def one_line(text: str, most: int = 200) -> str:
     """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[:most] + "..."

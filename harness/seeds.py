@@ -1,13 +1,16 @@
 """Saved failures: small JSON files that replay anywhere. A kill at any moment loses none.
 
 Each failure has up to two files named after the digest of the case as it was found: ``<digest>.raw.json``, written
-before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking gets further.
+before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking gets further. The case at hand is in
+``<digest>.<process>.running.json``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.scenario import Scenario, to_json
@@ -34,6 +37,41 @@ def save(scenario: Scenario, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+RUNNING = ".running.json"
+
+
+@contextmanager
+def kept_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
+    """Keep a case in ``folder`` for as long as it is judged: if that takes the process down, it is what is left."""
+    path = folder / f"{digest(scenario)}.{os.getpid()}{RUNNING}"
+    made = not folder.exists()
+    with suppress(OSError):  # where nothing can be written, a finding will say so
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(scenario), encoding="utf-8")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            if made:
+                folder.rmdir()  # fails if there is anything in it
+
+
+def left_by_the_dead(folder: Path, since: float) -> list[Path]:
+    """Cases in ``folder`` that took the process down which judged them, after the time ``since``."""
+
+    def is_dead(path: Path) -> bool:
+        try:
+            os.kill(int(path.name.removesuffix(RUNNING).rpartition(".")[2]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
+
+    return sorted(path for path in folder.glob(f"*{RUNNING}") if is_dead(path) and path.stat().st_mtime >= since)
 
 
 class FailureFiles:

@@ -10,49 +10,68 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from harness.bounds import attention_bound, fraction_used, logits_bound
 from harness.compare import Finding, Kind, Neighbour
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, LayerStep
+from harness.engine import Engine, LayerObservation
+from harness.entries import Entries, entries_of, scores_of
 from harness.exactness import check_exact, check_exact_index
 from harness.expected import LayerRows
+from harness.forms import wrong_form
+from harness.isolated import Selected
 from harness.layer import Pass, as_bytes
-from harness.layer_driver import dense_copy
+from harness.layer_driver import Feed, LayerStep, dense_copy
 from harness.protocol import Strictness
+from harness.selections import Selection
+from harness.watch import same_bits
 from reference import attention, kv_cache
-from reference.types import AttentionCaches, ForwardMode, KVCacheDtype, Metadata
+from reference.topk import topk_indices, transform_paged, transform_ragged
+from reference.types import AttentionCaches, AttentionOutputs, ForwardMode, KVCacheDtype, Metadata
 
-STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
 NEIGHBOURS = 3  # cells shown on either side of the first difference
 MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one row a pass is checked for exactness
 
 
 @dataclass
 class StageTally:
-    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used."""
+    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used.
+
+    declared: the value of the ``Strictness`` in which the ``weaker`` ones were compared.
+    """
 
     exact: int = 0
     bounded: int = 0
     weaker: int = 0
     worst: float = 0.0
+    declared: str = ""
+
+    def count_weaker(self, count: int, declared: Strictness) -> None:
+        self.weaker += count
+        self.declared = declared.value
 
     def add(self, other: StageTally) -> None:
         self.exact += other.exact
         self.bounded += other.bounded
         self.weaker += other.weaker
         self.worst = max(self.worst, other.worst)
+        self.declared = self.declared or other.declared
 
 
 @dataclass
 class LayerTally:
-    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer."""
+    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer.
+
+    selections: how many rows of made-up logits top-k was given, by kind.
+    """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
     relations: dict[str, int] = field(default_factory=dict)
     replays: int = 0
+    selections: dict[str, int] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageTally:
         return self.stages.setdefault(name, StageTally())
@@ -65,7 +84,31 @@ class LayerTally:
             self.stage(name).add(tally)
         for name, count in other.relations.items():
             self.relations[name] = self.relations.get(name, 0) + count
+        for name, count in other.selections.items():
+            self.selections[name] = self.selections.get(name, 0) + count
         self.replays += other.replays
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pass of the layer that is right, and what was counted of it."""
+
+    outputs: AttentionOutputs
+    positions: torch.Tensor | None
+    ragged: torch.Tensor | None
+    tally: LayerTally
+
+    def is_repeated_by(self, step: LayerStep, rows: int) -> bool:
+        """Whether ``step`` gave the same bits in all of its ``rows``."""
+        pairs = [(getattr(self.outputs, name), tensor) for name, tensor in vars(step.outputs).items()]
+        pairs += [(self.positions, step.positions), (self.ragged, step.ragged)]
+        return all(_same_rows(one, other, rows) for one, other in pairs)
+
+
+def _same_rows(one: torch.Tensor | None, other: torch.Tensor | None, rows: int) -> bool:
+    if one is None or other is None or not (one.dim() and other.dim()):
+        return one is other
+    return same_bits(one[:rows], other[:rows])
 
 
 class StageJudge:
@@ -79,34 +122,41 @@ class StageJudge:
         self.content = engine.cache_state.content
         self.weaker = weaker
         self.tally = tally
+        self.judged: list[Judged] = []  # the passes of the call that was compared last, as far as they are right
 
-    def compare(self, seen: LayerObservation, metadata: Sequence[Metadata]) -> Finding | None:
-        """The first disagreement in stage and step order, or None."""
-        # 1. What the passes had to write, and what each of them found in the caches.
-        caches = dense_copy(seen.load.caches)
-        moments = []
-        for a_pass, step_metadata in zip(seen.load.passes, metadata, strict=True):
-            rows = self.expected.rows(a_pass, step_metadata, caches)
-            moments.append(dataclasses.replace(rows, caches=dense_copy(caches)))
-        finding = self._compare_caches(seen, caches)
-        if finding is not None:
-            return dataclasses.replace(finding, how=seen.feed.value)
+    def compare(
+        self, seen: LayerObservation, metadata: Sequence[Metadata], before: Sequence[Judged] = ()
+    ) -> Finding | None:
+        """The first disagreement in stage and step order, or None.
 
-        # 2. The other stages of each pass.
-        for step, (got, rows, a_pass) in enumerate(zip(seen.steps, moments, seen.load.passes, strict=True)):
-            finding = self._compare_pass(got, rows, a_pass, seen.feed) or self._compare_unused(
-                got, metadata[step], seen
+        before: the passes of the same call in the scenario's other run. One that gave the same bits is as right now:
+        inputs, caches and metadata are the same where anything may look at them.
+        """
+        self.judged = []
+        if seen.modified is not None:
+            step, name = seen.modified
+            how = seen.feed.value
+            return Finding(Kind.INPUT, name, "changed content", "the content that it was given", step, how=how)
+
+        caches = dense_copy(seen.load.caches)  # as each pass in turn must leave them
+        for step, (got, a_pass) in enumerate(zip(seen.steps, seen.load.passes, strict=True)):
+            rows = self.expected.rows(a_pass, metadata[step], caches)
+            known = before[step] if step < len(before) and before[step].is_repeated_by(got, a_pass.rows) else None
+            finding = (
+                self._compare_caches(got.caches, caches)
+                or self._compare_pass(got, rows, a_pass, seen, known)
+                or self._compare_unused(got, seen)
             )
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
-        return None
+        return None if seen.selected is None else self._compare_selected(seen.selected)
 
-    def _compare_caches(self, seen: LayerObservation, expected: AttentionCaches) -> Finding | None:
+    def _compare_caches(self, seen: AttentionCaches, expected: AttentionCaches) -> Finding | None:
         """Every byte but those of the dummy page: that what was to be written is there, and nothing else."""
         page_size = self.engine.setup.page_size
         for name, got, want, skipped in (
-            ("kv_cache", seen.caches.kv.flatten(1), expected.kv.flatten(1), page_size),
-            ("index_k_cache", seen.caches.index_k, expected.index_k, 1),
+            ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), page_size),
+            ("index_k_cache", seen.index_k, expected.index_k, 1),
         ):
             got_bytes, want_bytes = as_bytes(got)[skipped:], as_bytes(want)[skipped:]
             self.tally.stage(name).exact += want_bytes.numel()
@@ -146,16 +196,33 @@ class StageJudge:
             return unit, f"scale {(byte - config.kv_lora_rank) // 4}"
         return unit, f"RoPE element {(byte - rope) // 2}"
 
-    def _compare_pass(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+    def _compare_pass(
+        self, got: LayerStep, rows: LayerRows, a_pass: Pass, seen: LayerObservation, known: Judged | None
+    ) -> Finding | None:
         """The first stage of a pass that is wrong, given the stage before it."""
-        return (
-            self._compare_shapes(got, rows, a_pass)
-            or self._compare_logits(got, rows, a_pass)
-            or self._compare_selection(got, rows, a_pass, feed)
-            or self._compare_attention(got, rows, a_pass, feed)
-        )
+        feed = seen.feed
+        total, self.tally = self.tally, LayerTally() if known is None else known.tally
+        finding = None
+        if known is None:
+            want_logits = got.fed if got.fed is not None else self.expected.logits(rows)
+            finding = (
+                self._compare_shapes(got, rows, self._rows_of(seen, a_pass))
+                or self._compare_logits(got, want_logits, rows, a_pass)
+                or self._compare_selection(got, want_logits, rows, a_pass, feed)
+                or self._compare_attention(got, want_logits, rows, a_pass, feed)
+            )
+        self.judged.append(Judged(got.outputs, got.positions, got.ragged, self.tally))
+        total.add(self.tally)
+        self.tally = total
+        return finding
 
-    def _compare_shapes(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
+    def _rows_of(self, seen: LayerObservation, a_pass: Pass) -> int:
+        """How many rows a pass has, in a graph those of padding included."""
+        if seen.bucket is None:
+            return a_pass.rows
+        return seen.bucket * self.engine.config.rows_per_request(seen.batch.mode)
+
+    def _compare_shapes(self, got: LayerStep, rows: LayerRows, count: int) -> Finding | None:
         topk = self.expected.reference.config.index_topk
         for name, dtype, shape in (
             ("logits", torch.float32, (rows.page_table_1.shape[1],)),
@@ -163,111 +230,122 @@ class StageJudge:
             ("out", torch.bfloat16, (self.config.num_heads, self.config.kv_lora_rank)),
             ("lse", torch.float32, (self.config.num_heads,)),
         ):
-            tensor = getattr(got.outputs, name)
-            if tensor.dtype is not dtype:
-                return Finding(Kind.DTYPE, name, str(tensor.dtype), str(dtype))
-            if tuple(tensor.shape[1:]) != shape or len(tensor) < a_pass.rows:
-                want = [len(tensor) if len(tensor) >= a_pass.rows else a_pass.rows, *shape]
-                return Finding(Kind.SHAPE, name, str(list(tensor.shape)), str(want))
+            finding = wrong_form(name, getattr(got.outputs, name), dtype, (count, *shape), self.engine.device)
+            if finding is not None:
+                return finding
         return None
 
-    def _compare_logits(self, got: LayerStep, rows: LayerRows, a_pass: Pass) -> Finding | None:
-        want = self.expected.logits(rows)
-        bound = None
-        if not self.content.regime.is_exact:
-            bound = torch.zeros_like(want, dtype=torch.float64)
+    def _compare_logits(self, got: LayerStep, want: torch.Tensor, rows: LayerRows, a_pass: Pass) -> Finding | None:
+        bound = torch.zeros_like(want, dtype=torch.float64) if self._is_bounded("logits") else None
         for row, length in enumerate(a_pass.seqlens):
             values, scales = self._index_keys(rows, row, length)
             query, weights = rows.inputs.index_q[row], rows.inputs.index_weights[row]
             if bound is not None:
                 bound[row, :length] = logits_bound(self.config, query[None], weights[None], values, scales)[0]
-            elif self._is_checked(a_pass, row, values.numel() * self.config.index_n_heads):
+            if self.content.regime.is_exact and self._is_checked(
+                a_pass, row, values.numel() * self.config.index_n_heads
+            ):
                 check_exact_index(self.config, query, weights, values, scales)
         return self._compare_numbers("logits", got.outputs.logits[: a_pass.rows], want, bound, a_pass, "token")
 
-    def _compare_selection(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
+    def _compare_selection(
+        self, got: LayerStep, want_logits: torch.Tensor, rows: LayerRows, a_pass: Pass, feed: Feed
+    ) -> Finding | None:
         """Top-k, by itself and with each transform. In a chain it selects by the layer's own logits."""
-        logits = got.outputs.logits[: a_pass.rows] if feed is not Feed.ISOLATED else self.expected.logits(rows)
+        logits = want_logits if feed is Feed.ISOLATED else got.outputs.logits[: a_pass.rows]
         stages = [("indices", got.outputs.indices, self.expected.indices)]
         if got.positions is not None:
             stages.insert(0, ("topk_indices", got.positions, self.expected.positions))
         if got.ragged is not None:
             stages.append(("topk_ragged", got.ragged, self.expected.ragged))
         for name, seen, expect in stages:
-            want = expect(rows, logits)
-            finding = self._compare_integers(name, seen[: a_pass.rows], want, rows, logits, a_pass)
+            finding = self._compare_entries(
+                Entries(
+                    name,
+                    seen[: a_pass.rows] if seen.dim() else seen,
+                    expect(rows, logits),
+                    scores=partial(scores_of, name, rows, logits),
+                    row_name=partial(self._row, a_pass),
+                    entry_name=self._slot_of_row if name == "indices" else _number_of_row,
+                )
+            )
             if finding is not None:
                 return finding
         return None
 
-    def _compare_integers(
-        self, name: str, got: torch.Tensor, want: torch.Tensor, rows: LayerRows, logits: torch.Tensor, a_pass: Pass
-    ) -> Finding | None:
-        tally = self.tally.stage(name)
-        if got.shape != want.shape or got.dtype is not want.dtype:
-            return Finding(Kind.SHAPE, name, f"{got.dtype} {list(got.shape)}", f"{want.dtype} {list(want.shape)}")
-        wrong = got != want
-        if self.weaker.get(name) is Strictness.SAME_SET:
-            tally.weaker += want.numel()
-            for row in range(len(want)):
-                if _equally_good(got[row], want[row], self._scores_by_entry(name, rows, logits, row)):
-                    wrong[row] = False
+    def _compare_selected(self, seen: Selected) -> Finding | None:
+        """Top-k by itself, of made-up logits."""
+        given, topk = seen.given, self.expected.reference.config.index_topk
+        logits, lengths, offset = given.logits, given.seqlens_expanded, given.topk_indices_offset
+        positions = topk_indices(logits, lengths, topk)
+        for name, got, want in (
+            ("topk_indices", seen.positions, positions),
+            ("indices", seen.indices, transform_paged(positions, given.page_table_1)),
+            ("topk_ragged", seen.ragged, transform_ragged(positions, offset)),
+        ):
+            if got is None:
+                continue
+            finding = self._compare_entries(
+                Entries(
+                    name,
+                    got,
+                    want.to(self.engine.device),
+                    scores=partial(scores_of, name, given, logits),
+                    row_name=partial(_row_of_selection, given),
+                    entry_name=partial(_entry_of_selection, name, given),
+                )
+            )
+            if finding is not None:
+                return dataclasses.replace(finding, how=Feed.ISOLATED.value)
+        for kind in given.kinds:
+            self.tally.selections[kind.value] = self.tally.selections.get(kind.value, 0) + 1
+        return None
+
+    def _compare_entries(self, entries: Entries) -> Finding | None:
+        """Bit by bit, or as the layer declares."""
+        finding = entries.wrong_form()
+        if finding is not None:
+            return finding
+        tally, declared = self.tally.stage(entries.name), self.weaker.get(entries.name)
+        if declared is Strictness.SAME_SET:
+            tally.count_weaker(entries.want.numel(), declared)
         else:
-            tally.exact += want.numel()
-        if not bool(wrong.any()):
-            return None
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        near = range(max(0, column - NEIGHBOURS), min(want.shape[1], column + NEIGHBOURS + 1))
-        told = self._slot if name == "indices" else str
-        at = self._row(a_pass, row)
-        return Finding(
-            Kind.VALUE,
-            name,
-            told(int(got[row, column])),
-            told(int(want[row, column])),
-            place=f"{at}, entry {column}",
-            differing=int(wrong.sum()),
-            compared=want.numel(),
-            neighbours=tuple(
-                Neighbour(f"{at}, entry {i}", str(int(got[row, i])), str(int(want[row, i]))) for i in near
-            ),
-        )
+            tally.exact += entries.want.numel()
+        return entries.first_wrong(as_sets=declared is Strictness.SAME_SET)
 
-    def _scores_by_entry(self, name: str, rows: LayerRows, logits: torch.Tensor, row: int) -> dict[int, float]:
-        """What each entry that a row may select scores: a position, a slot, or a place in the concatenated KV."""
-        length = int(rows.seqlens_expanded[row])
-        scores = logits[row, :length].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf).tolist()
-        match name:
-            case "indices":
-                entries = rows.page_table_1[row, :length].tolist()
-            case "topk_ragged":
-                assert rows.topk_indices_offset is not None
-                first = int(rows.topk_indices_offset[row])
-                entries = list(range(first, first + length))
-            case _:
-                entries = list(range(length))
-        return dict(zip(entries, scores, strict=True))
-
-    def _compare_attention(self, got: LayerStep, rows: LayerRows, a_pass: Pass, feed: Feed) -> Finding | None:
-        count = a_pass.rows
+    def _compare_attention(
+        self, got: LayerStep, want_logits: torch.Tensor, rows: LayerRows, a_pass: Pass, feed: Feed
+    ) -> Finding | None:
+        count, q, cache = a_pass.rows, rows.inputs.q, rows.caches.kv
         indices = got.outputs.indices[:count]
         if feed is Feed.ISOLATED:
-            indices = self.expected.indices_with_holes(rows, self.expected.logits(rows))
-        keys = [kv_cache.load_kv(self.config, rows.caches.kv, row[row >= 0]) for row in indices]
-        exact_out, exact_lse = attention.unrounded(self.config, rows.inputs.q, rows.caches.kv, indices)
-        out, _ = self.expected.attention(rows, indices)
+            indices = self.expected.indices_with_holes(rows, want_logits)
+        out, lse = attention.unrounded(self.config, q, cache, indices)
+        out_bound, lse_bound = None, None
+        if self._is_bounded("out") or self._is_bounded("lse"):
+            keys = [kv_cache.load_kv(self.config, cache, row[row >= 0]) for row in indices]
+            out_bound, lse_bound = attention_bound(self.config, q, keys)
         if self.content.regime.is_exact:
-            for row, row_keys in enumerate(keys):
-                if self._is_checked(a_pass, row, row_keys.numel() * self.config.num_heads):
-                    check_exact(self.config, self.content.regime, rows.inputs.q[row], row_keys)
-            finding = self._compare_numbers("out", got.outputs.out[:count], out, None, a_pass, "head")
+            self._check_exact(q, cache, indices, a_pass)
+        if not self._is_bounded("out"):
+            out, out_bound = out.to(torch.float32).to(torch.bfloat16), None
+        if lse_bound is None or not self._is_bounded("lse"):
             # Weights and their sum are exact: what is left is a logarithm, a product and a sum.
-            counts = torch.tensor([max(1, len(row_keys)) for row_keys in keys], dtype=torch.float64)
-            lse_bound = 2.0**-21 * (exact_lse.abs() + 2 * counts.log()[:, None].to(exact_lse.device) + 1)
-        else:
-            out_bound, lse_bound = attention_bound(self.config, rows.inputs.q, keys)
-            finding = self._compare_numbers("out", got.outputs.out[:count], exact_out, out_bound, a_pass, "head")
-        return finding or self._compare_numbers("lse", got.outputs.lse[:count], exact_lse, lse_bound, a_pass, "head")
+            counts = (indices >= 0).sum(1, keepdim=True).clamp(min=1)
+            lse_bound = 2.0**-21 * (lse.abs() + 2 * counts.double().log() + 1)
+        finding = self._compare_numbers("out", got.outputs.out[:count], out, out_bound, a_pass, "head")
+        return finding or self._compare_numbers("lse", got.outputs.lse[:count], lse, lse_bound, a_pass, "head")
+
+    def _check_exact(self, q: torch.Tensor, cache: torch.Tensor, indices: torch.Tensor, a_pass: Pass) -> None:
+        """That the content of the rows is as exact as it is meant to be."""
+        for row, slots in enumerate(indices):
+            keys = slots[slots >= 0]
+            if self._is_checked(a_pass, row, len(keys) * self.config.qk_head_dim * self.config.num_heads):
+                check_exact(self.config, self.content.regime, q[row], kv_cache.load_kv(self.config, cache, keys))
+
+    def _is_bounded(self, name: str) -> bool:
+        """Whether the numbers of a stage need only stay within the error bound of ordinary ones."""
+        return not self.content.regime.is_exact or self.weaker.get(name) is Strictness.BOUND
 
     def _is_checked(self, a_pass: Pass, row: int, numbers: int) -> bool:
         """Whether a row's inputs are checked against the premises of exactness. All are, unless that takes long."""
@@ -283,17 +361,20 @@ class StageJudge:
         axis: str,
     ) -> Finding | None:
         """By value if there is no bound: zeros of either sign are equal, and so are NaN."""
-        tally = self.tally.stage(name)
+        tally, declared = self.tally.stage(name), self.weaker.get(name)
         kind = Kind.VALUE
         if bound is not None:
             fraction = fraction_used(got, want, bound)
             wrong = ~(fraction <= 1)
-            tally.bounded += want.numel()
             tally.worst = max(tally.worst, float(fraction[~wrong].max()) if bool((~wrong).any()) else 0.0)
             kind = Kind.BOUND
-        elif self.weaker.get(name) is Strictness.ONE_STEP:
+            if self.content.regime.is_exact and declared is Strictness.BOUND:
+                tally.count_weaker(want.numel(), declared)
+            else:
+                tally.bounded += want.numel()
+        elif declared is Strictness.ONE_STEP:
             wrong = _bf16_steps(got, want) > 1
-            tally.weaker += want.numel()
+            tally.count_weaker(want.numel(), declared)
         else:
             wrong = ~((got == want) | (got.isnan() & want.isnan()))
             tally.exact += want.numel()
@@ -317,7 +398,7 @@ class StageJudge:
         cells = [(i, float(got[(*outer, i)]), float(want[(*outer, i)])) for i in near]
         return [Neighbour(f"{place} {i}", f"{a:.9g}", f"{b:.9g}") for i, a, b in cells]
 
-    def _compare_unused(self, got: LayerStep, metadata: Metadata, seen: LayerObservation) -> Finding | None:
+    def _compare_unused(self, got: LayerStep, seen: LayerObservation) -> Finding | None:
         """Rows that a graph reserves and the batch does not use see no key: no slot, output 0, lse -inf."""
         live = int(sum(seen.batch.accept_lengths)) if seen.batch.mode is ForwardMode.DRAFT_EXTEND else None
         if seen.feed is not Feed.GRAPH or live is None:
@@ -348,6 +429,9 @@ class StageJudge:
                 return f"slot {slot} (running request {number}, position {position})"
         return f"slot {slot} (nobody's)"
 
+    def _slot_of_row(self, row: int, slot: int) -> str:
+        return self._slot(slot)
+
     def _origin(self, value: torch.Tensor) -> str:
         """Which slot an output was read from, where one key has all the weight."""
         origin = self.content.decode(value)
@@ -360,13 +444,22 @@ class StageJudge:
         return values.to(torch.float8_e4m3fn), scales
 
 
-def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, float]) -> bool:
-    """Whether a row selected as many different entries as it should, of the same scores."""
-    chosen = [entry for entry in got.tolist() if entry != -1]
-    best = [entry for entry in want.tolist() if entry != -1]
-    if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
-        return False
-    return sorted(scores[entry] for entry in chosen) == sorted(scores[entry] for entry in best)
+def _number_of_row(row: int, entry: int) -> str:
+    return str(entry)
+
+
+def _row_of_selection(given: Selection, row: int) -> str:
+    return f"row {row} (made-up logits: {given.kinds[row].value}, length {int(given.seqlens_expanded[row])})"
+
+
+def _entry_of_selection(name: str, given: Selection, row: int, entry: int) -> str:
+    """An entry, and the logit that it was selected for."""
+    entries = entries_of(name, given, row)
+    if entry not in entries:
+        return str(entry)
+    position = entries.index(entry)
+    at = "" if name == "topk_indices" else f"position {position}, "
+    return f"{entry} ({at}logit {float(given.logits[row, position]):.9g})"
 
 
 def _bf16_steps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,15 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 
-from harness.content import Regime
+from harness.content import Regime, most_coded_slots
+from harness.limits import EVERYTHING, Limits, Sizes, shown, within
 from harness.scenario import (
     GRAPH_MODES,
     Accept,
@@ -33,10 +35,7 @@ from harness.scenario import (
     Setup,
 )
 from optimized.optimizations import OPTIMIZATION_NAMES
-from reference.types import ForwardMode, KVCacheDtype, StepSemantics
-
-Sizes = Mapping[str, Sequence[Any]]
-"""The values that fields of ``Layer`` or ``Setup`` may take."""
+from reference.types import KVCacheDtype, StepSemantics
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,41 @@ class Scale:
     page_sizes: tuple[int, ...] = (1, 16, 32, 64)
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
+    num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
+    far_slots: tuple[bool, ...] = (False,) * 5 + (True,)  # rarely: on a GPU they take gigabytes
+    limits: Limits = EVERYTHING
+
+    def drawn(self) -> Sizes:
+        """What is drawn of each field, on its own, that ``limits`` can name."""
+        both = (False, True)
+        sizes: dict[str, tuple[Any, ...]] = {
+            "page_size": self.page_sizes,
+            "max_context_len": self.max_context_lens,
+            "index_topk": self.index_topks,
+            "num_steps": self.num_steps,
+            "num_draft_tokens": self.num_draft_tokens,
+            "step_semantics": tuple(StepSemantics),
+            "paged_mqa_num_sms": self.parts,
+            "flashmla_num_sm_parts": self.parts,
+            "pool_size": tuple(range(1, self.max_requests + 3)),
+            "page_layout": tuple(PageLayout),
+            "drive": tuple(Drive),
+            "seq_lens": (IntDtype.INT64, IntDtype.INT32),
+            "req_pool_indices": (IntDtype.INT64, IntDtype.INT32),
+            "accept_length": (IntDtype.INT32, IntDtype.INT64),
+            "strided": both,
+            "wide_req_to_token": both,
+        }
+        for layer in self.layers:
+            for name, choices in layer.items():
+                sizes[name] = (*sizes.get(name, ()), *(c for c in choices if c not in sizes.get(name, ())))
+        if self.layers:
+            sizes |= {
+                "kv_cache_dtype": tuple(KVCacheDtype),
+                "regime": tuple(Regime),
+                "far_slots": tuple(sorted(set(self.far_slots))),
+            }
+        return sizes
 
 
 SMALL = Scale(
@@ -118,36 +152,24 @@ LARGE_LAYER = Scale(
     num_steps=(1, 2, 4),
 )
 
-_RARELY = (False,) * 5 + (True,)
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
 
 
-def restricted(scale: Scale, sizes: Sizes) -> Scale:
-    """``scale`` with nothing drawn but ``sizes``, for a layer that is made for those alone.
-
-    Raises ValueError if nothing is left to draw, or there is no such size.
-    """
-    if unknown := sorted(set(sizes) - {*Layer.model_fields, *Setup.model_fields}):
-        raise ValueError(f"sizes: neither a layer nor its setup has '{unknown[0]}'")
-
-    def allowed(name: str, choices: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(choice for choice in choices if choice in sizes.get(name, choices))
-
-    alternatives = ({name: allowed(name, choices) for name, choices in layer.items()} for layer in scale.layers)
-    left = replace(
-        scale,
-        layers=tuple({**layer, **_only(sizes)} for layer in alternatives if all(layer.values())),
-        page_sizes=allowed("page_size", scale.page_sizes),
-        index_topks=allowed("index_topk", scale.index_topks),
-    )
-    if not (left.layers and left.page_sizes and left.index_topks):
-        raise ValueError(f"none of the sizes that are drawn fit {dict(sizes)}")
-    return left
-
-
-def _only(sizes: Sizes) -> Sizes:
-    """Restrictions on what is not a size of the scale: what caches and content are drawn."""
-    return {name: sizes[name] for name in ("kv_cache_dtype", "regime", "far_slots") if name in sizes}
+def restricted(scale: Scale, limits: Limits) -> Scale:
+    """``scale`` with nothing drawn beyond ``limits``. Raises ValueError, in one line, if that leaves nothing."""
+    for name, choices in scale.drawn().items():
+        if not limits.of(name, choices):
+            allowed, drawn = (", ".join(map(shown, values)) for values in (limits.sizes[name], choices))
+            raise ValueError(
+                f"none of the sizes that are drawn here fits: {name} may be {allowed}, and is one of {drawn}"
+            )
+    layers = tuple({name: limits.of(name, choices) for name, choices in layer.items()} for layer in scale.layers)
+    left = tuple(layer for layer in layers if all(layer.values()))
+    if scale.layers and not left:
+        raise ValueError(f"no layer that is drawn here has all of the sizes {dict(limits.sizes)} at once")
+    if not limits.modes:
+        raise ValueError("backend and layer have no mode in common")
+    return replace(scale, layers=left, limits=limits)
 
 
 @st.composite
@@ -155,9 +177,9 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
     """A layer of the scale's sizes, of any cache and content."""
     if not scale.layers:
         return None
-    anything: Sizes = {"regime": tuple(Regime), "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": _RARELY}
+    anything: Sizes = {"regime": tuple(Regime), "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
-    return Layer(**{name: draw(st.sampled_from(tuple(choices))) for name, choices in sizes.items()})
+    return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})
 
 
 @st.composite
@@ -174,32 +196,63 @@ def optimizations(draw: st.DrawFn, semantics: StepSemantics) -> tuple[str, ...]:
 
 @st.composite
 def setups(draw: st.DrawFn, scale: Scale) -> Setup:
-    max_context_len = draw(st.sampled_from(scale.max_context_lens))
-    num_steps = draw(st.sampled_from(scale.num_steps))
+    drawn, limits = scale.drawn(), scale.limits
+
+    def pick(name: str, choices: Sequence[Any] = (), freely: st.SearchStrategy[Any] | None = None) -> Any:
+        """One of ``choices``, or of all that are drawn of a field, that the limits allow; else as ``freely`` has it."""
+        if freely is not None and name not in limits.sizes:
+            return draw(freely)
+        return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
+
+    max_context_len = pick("max_context_len")
+    num_steps = pick("num_steps")
     # Every step writes every row: what the interpreter does one store at a time must stay few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
-    num_draft_tokens = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= max(2, most_rows)]))
-    return Setup(
-        page_size=draw(st.sampled_from(scale.page_sizes)),
+    num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
+    index_topks = limits.of("index_topk", scale.index_topks)
+    setup = Setup(
+        page_size=pick("page_size"),
         max_context_len=max_context_len,
-        index_topk=draw(st.sampled_from(_not_wasted(scale.index_topks, max_context_len))),
+        index_topk=pick("index_topk", _not_wasted(index_topks, max_context_len)),
         num_steps=num_steps,
         num_draft_tokens=num_draft_tokens,
-        step_semantics=draw(st.sampled_from(StepSemantics)),
-        paged_mqa_num_sms=draw(st.sampled_from(scale.parts)),
-        flashmla_num_sm_parts=draw(st.sampled_from(scale.parts)),
-        pool_size=draw(st.integers(1, scale.max_requests + 2)),
-        page_layout=draw(st.sampled_from(PageLayout)),
-        drive=draw(st.sampled_from(Drive)),
+        step_semantics=pick("step_semantics"),
+        paged_mqa_num_sms=pick("paged_mqa_num_sms"),
+        flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
+        pool_size=pick("pool_size", freely=st.integers(1, max(drawn["pool_size"]))),
+        page_layout=pick("page_layout"),
+        drive=pick("drive"),
         inputs=Inputs(
-            seq_lens=draw(st.sampled_from((IntDtype.INT64, IntDtype.INT32))),
-            req_pool_indices=draw(st.sampled_from((IntDtype.INT64, IntDtype.INT32))),
-            accept_length=draw(st.sampled_from((IntDtype.INT32, IntDtype.INT64))),
-            strided=draw(st.booleans()),
-            wide_req_to_token=draw(st.booleans()),
+            seq_lens=pick("seq_lens"),
+            req_pool_indices=pick("req_pool_indices"),
+            accept_length=pick("accept_length"),
+            strided=pick("strided", freely=st.booleans()),
+            wide_req_to_token=pick("wide_req_to_token", freely=st.booleans()),
         ),
         layer=draw(layers(scale)),
     )
+    return _with_codes_for_all(_from_the_far_end(setup, limits), limits)
+
+
+def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:
+    """Far caches are far at their end: requests get the last pages first."""
+    low = setup.page_layout in (PageLayout.CONTIGUOUS, PageLayout.INTERLEAVED)
+    if setup.layer is None or not setup.layer.far_slots or not low:
+        return setup
+    layouts = limits.of("page_layout", (PageLayout.DESCENDING, PageLayout.SHUFFLED, setup.page_layout))
+    return setup.model_copy(update={"page_layout": layouts[0]})
+
+
+def _with_codes_for_all(setup: Setup, limits: Limits) -> Setup:
+    """The pool no larger than content can tell slots apart."""
+    if setup.layer is None or setup.layer.regime is not Regime.DOMINATING:
+        return setup
+    most = most_coded_slots(setup.layer.attention_config())
+    for pool_size in (setup.pool_size, *limits.of("pool_size", range(setup.pool_size - 1, 0, -1))):
+        smaller = setup.model_copy(update={"pool_size": pool_size})
+        if smaller.num_pages * smaller.page_size <= most:
+            return smaller
+    return reject()
 
 
 def _not_wasted(index_topks: Sequence[int], max_context_len: int) -> list[int]:
@@ -228,7 +281,8 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     """Captures first, as a server warms up; then requests come, draft, verify and go; sometimes a later capture."""
     most = min(scale.max_requests, setup.pool_size)
     bucket = st.integers(1, most)
-    modes = draw(st.lists(st.sampled_from(GRAPH_MODES), min_size=1, max_size=2, unique=True))
+    graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
+    modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
     captures = {mode: tuple(sorted(draw(st.sets(bucket, min_size=1, max_size=2)))) for mode in modes}
     drawn: list[Event] = [Capture(mode=mode, buckets=buckets) for mode, buckets in captures.items()]
 
@@ -240,9 +294,10 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
         prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
         prefix_pages=st.integers(1, 3),
     )
+    graph_mode = st.sampled_from(modes or GRAPH_MODES)
     replays = st.builds(
         Replay,
-        mode=st.sampled_from(modes),
+        mode=graph_mode,
         bucket=st.one_of(st.none(), bucket),
         mirror=mirrors,
         order=orders,
@@ -252,7 +307,7 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     finishes = st.builds(Finish, request=st.integers(0, most - 1))
     eager_calls = st.builds(
         Eager,
-        mode=st.sampled_from(ForwardMode),
+        mode=st.sampled_from(scale.limits.modes),
         mirror=mirrors,
         order=orders,
         extend_lens=st.lists(seq_lens(setup), min_size=1, max_size=most).map(tuple),
@@ -260,10 +315,10 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     remaps = st.builds(
         Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
     )
-    late_captures = st.builds(Capture, mode=st.sampled_from(modes), buckets=st.tuples(bucket))
+    late_captures = st.builds(Capture, mode=graph_mode, buckets=st.tuples(bucket))
     weighted: tuple[tuple[st.SearchStrategy[Any], int], ...] = (
-        *((replays, 11), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 2)),
-        *((remaps, 1), (late_captures, 1)),
+        *((replays, 11 if modes else 0), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 2 if modes else 13)),
+        *((remaps, 1), (late_captures, 1 if modes else 0)),
     )
     kinds = st.sampled_from([kind for kind, weight in weighted for _ in range(weight)])  # one_of would not weigh
 
@@ -277,9 +332,10 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
 def scenarios(draw: st.DrawFn, scale: Scale = SMALL, switches: bool = True) -> Scenario:
     """Whole scenarios. ``switches``: draw the optimisations of ``optimized/`` too."""
     setup = draw(setups(scale))
-    return Scenario(
+    scenario = Scenario(
         setup=setup,
         optimizations=draw(optimizations(setup.step_semantics)) if switches else (),
         seed=draw(st.integers(0, 2**32 - 1)),
         events=draw(events(setup, scale)),
     )
+    return within(scenario, scale.limits)

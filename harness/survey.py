@@ -2,100 +2,167 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness.compare import Finding
-from harness.engine import Engine, Feed, LayerObservation, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
-from harness.explore import SCALES, no_near_copies
+from harness.explore import OutOfTime, Subject, no_near_copies, scale_of
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES
-from harness.protocol import BackendError, LayerFactory, optimized_backend
+from harness.layer_driver import Feed
+from harness.protocol import BackendError
 from harness.relations import Relations
-from harness.scenario import Scenario
+from harness.scenario import Scenario, ScenarioError
 from harness.stages import LayerTally, StageJudge
-from harness.strategies import restricted, scenarios
+from harness.strategies import scenarios
+
+RUNS = "runs every call"
+INTERRUPTED = 130  # exit code, as a shell has it of what Ctrl-C ends
 
 
-@dataclass
+@contextmanager
+def ended_by_a_signal() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: raise KeyboardInterrupt."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def progress_of(cases: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of ``cases`` are done, on a terminal's stderr; the function that is given tells it."""
+    columns = (TextColumn("surveying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=cases)
+        yield lambda done: progress.update(task, completed=done)
+
+
 class Record:
     """How often a property was checked, how often it did not hold, and the first time that it did not."""
 
-    checked: int = 0
-    broken: int = 0
-    example: str = ""
+    def __init__(self) -> None:
+        self.checked = 0
+        self.broken = 0
+        self.example = ""
 
     def note(self, finding: Finding | None) -> None:
+        self.add("" if finding is None else finding.sentence())
+
+    def add(self, fault: str) -> None:
+        """Count one check, and the ``fault`` that it found, if any."""
         self.checked += 1
-        if finding is not None:
-            self.broken += 1
-            self.example = self.example or finding.sentence()
+        self.broken += bool(fault)
+        self.example = self.example or fault
 
 
-def survey_layer(
-    layer_factory: LayerFactory, sizes: Mapping[str, Sequence[Any]], device: torch.device, cases: int, seed: int
-) -> dict[str, Record]:
-    """Records by property, from ``cases`` scenarios of the sizes that the layer is made for.
+class Survey:
+    """Records by property, as scenarios of the sizes that the layer is made for are drawn. Metadata is not judged.
 
-    Its metadata is that of ``optimized/``. Raises BackendError if it cannot be judged at all, and ValueError if nothing
-    that is drawn is of its sizes.
+    What has been found by then is in ``records``, and how many cases it took in ``cases``, however ``run`` ends.
     """
-    records: dict[str, Record] = defaultdict(Record)
 
-    def survey_one(scenario: Scenario) -> None:
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        """Raises ValueError if nothing that is drawn is of its sizes."""
+        self.subject = subject
+        self.device = device
+        self.scale = subject.scale(device, with_layer=True)
+        self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
+        self.records: defaultdict[str, Record] = defaultdict(Record)
+        self.cases = 0
+
+    @property
+    def holds(self) -> bool:
+        return not any(record.broken for record in self.records.values())
+
+    def run(
+        self,
+        cases: int,
+        seed: int,
+        deadline: float | None = None,
+        tell: Callable[[int], None] = lambda cases: None,
+    ) -> None:
+        """Try ``cases`` scenarios drawn from ``seed``, and ``tell`` after each how many that were.
+
+        deadline: value of ``time.monotonic()`` at which it ends, in the middle of a case if need be.
+        Raises BackendError if the layer cannot be judged at all.
+        """
+
+        def survey_one(scenario: Scenario) -> None:
+            self._survey(scenario, deadline)
+            self.cases += 1
+            tell(self.cases)
+
+        search = settings(
+            max_examples=cases,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )(given(scenarios(self.scale))(survey_one))
+        try:
+            with no_near_copies():
+                hypothesis.seed(seed)(search)()
+        except OutOfTime:
+            pass
+
+    def _survey(self, scenario: Scenario, deadline: float | None) -> None:
+        def in_time() -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise OutOfTime
+
         def build(scenario: Scenario) -> Engine:
+            in_time()
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
-            return Engine(scenario, optimized_backend, layer_factory, device, sentinel, poison)
+            return Engine(scenario, self.subject.backend, self.subject.layer, self.device, sentinel, poison)
 
         try:
-            _survey_calls(scenario, build, records)
-        except BackendError:
+            self._survey_calls(scenario, build, in_time)
+        except (BackendError, ScenarioError):
             raise
-        except Exception as error:  # whatever a layer does
-            raised = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-            records["runs every call"].checked += 1
-            records["runs every call"].broken += 1
-            records["runs every call"].example = records["runs every call"].example or raised
+        except (Exception, SystemExit) as error:  # whatever a layer does
+            self.records[RUNS].add(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
         else:
-            records["runs every call"].checked += 1
+            self.records[RUNS].add("")
 
-    scale = restricted(SCALES[device.type, True], sizes)
-    search = settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )(given(scenarios(scale))(survey_one))
-    with no_near_copies():
-        hypothesis.seed(seed)(search)()
-    return dict(records)
-
-
-def _survey_calls(scenario: Scenario, build: Any, records: dict[str, Record]) -> None:
-    engine = build(scenario)
-    assert engine.layer is not None
-    relations = Relations(scenario, build)
-    regime = engine.cache_state.content.regime
-    judge = StageJudge(engine, getattr(engine.layer.layer, "weaker", {}), LayerTally())
-    for event in scenario.events:
-        metadata = []
-        for seen in engine.run(event):
-            if isinstance(seen, Observation):
-                metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                continue
-            assert isinstance(seen, LayerObservation)
-            if seen.again:
-                continue
-            records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
-            if seen.feed is Feed.ISOLATED or regime.is_exact:
-                continue
-            for relation, finding in relations.check_all(engine, seen):
-                records[f"same bits: {relation.value}"].note(finding)
+    def _survey_calls(
+        self, scenario: Scenario, build: Callable[[Scenario], Engine], in_time: Callable[[], None]
+    ) -> None:
+        engine = build(scenario)
+        assert engine.layer is not None
+        relations = Relations(scenario, build)
+        regime = engine.cache_state.content.regime
+        judge = StageJudge(engine, getattr(engine.layer.layer, "weaker", {}), LayerTally())
+        for event in scenario.events:
+            metadata = []
+            for seen in engine.run(event):
+                in_time()
+                if isinstance(seen, Observation):
+                    metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
+                    continue
+                assert isinstance(seen, LayerObservation)
+                if seen.again:
+                    continue
+                self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
+                if seen.feed is Feed.ISOLATED or regime.is_exact:
+                    continue
+                for relation, finding in relations.check_all(engine, seen):
+                    self.records[f"same bits: {relation.value}"].note(finding)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from harness.strategies import Sizes
+from harness.limits import Sizes
 from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from harness.limits import Sizes
 from harness.protocol import Strictness
-from harness.strategies import Sizes
 from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 FOLDER = "ORACLE_SGL_KERNEL"

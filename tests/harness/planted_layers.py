@@ -956,7 +956,7 @@ class IndexerInFloat32(Indexer):
         return (w.float()[:, None] * torch.relu(q.float() @ keys.float().T) * scales.float()).sum(0)
 
 
-# Wrong where the judge does not look
+# Top-k of numbers that an indexer hardly ever gives
 
 
 class OrdersNaNFirst(Select):
@@ -966,11 +966,18 @@ class OrdersNaNFirst(Select):
         return torch.where(scores.isnan(), torch.inf, scores) + 0.0
 
 
+class OrdersNaNLast(Select):
+    """NaN counts as less than -inf."""
+
+    def order(self, scores: torch.Tensor) -> torch.Tensor:
+        return torch.where(scores.isnan(), -torch.inf, scores.double().clamp(min=-1e300)) + 0.0
+
+
 class OrdersZerosBySign(Select):
     """-0.0 comes behind 0.0."""
 
     def order(self, scores: torch.Tensor) -> torch.Tensor:
-        bits = scores.contiguous().view(torch.int32)
+        bits = torch.where(scores.isnan(), -torch.inf, scores).view(torch.int32)
         return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits).double()
 
 
@@ -982,12 +989,114 @@ class IgnoresLowBits(Select):
         return (bits >> 8 << 8).view(torch.float32)
 
 
+class FlushesDenormals(Select):
+    """Denormals count as 0."""
+
+    def order(self, scores: torch.Tensor) -> torch.Tensor:
+        return torch.where(scores.abs() < torch.finfo(torch.float32).tiny, 0, super().order(scores))
+
+
+class TakesInfinityForNothing(Select):
+    """An infinity of either sign is what no token has."""
+
+    def order(self, scores: torch.Tensor) -> torch.Tensor:
+        return torch.where(scores.isinf(), -torch.inf, super().order(scores))
+
+
 class CompetesWithBeyond(Select):
     """Columns beyond the row compete with it, and what they win is left out."""
 
     def choose(self, logits: torch.Tensor, length: int) -> torch.Tensor:
         chosen = super().choose(logits, len(logits))
         return chosen[chosen < length]
+
+
+class DropsNaNOfShortRows(Select):
+    """A short row leaves out its tokens that have no score."""
+
+    def choose(self, logits: torch.Tensor, length: int) -> torch.Tensor:
+        chosen = super().choose(logits, length)
+        return chosen[~logits[chosen].isnan()] if length <= self.config.index_topk else chosen
+
+
+# Writes to what it is given
+
+
+class ScalesKeysInPlace(Store):
+    """Keys are scaled where they lie, and left so."""
+
+    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+        super().store_cache(caches, inputs)
+        inputs.k.mul_(2)
+
+
+class ClearsIndexKeys(Indexer):
+    """What no token has is taken out of the cache for good."""
+
+    def keys(self, cache: torch.Tensor, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = super().keys(cache, pages, length)
+        cache[0] = 0
+        return found
+
+
+class MasksLogitsInPlace(Select):
+    """Columns beyond the row are made -inf in the caller's memory."""
+
+    def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
+        for row, length in enumerate(seqlens_expanded.tolist()):
+            logits[row, length:] = -torch.inf
+        return super().topk_indices(logits, seqlens_expanded)
+
+
+class MasksTableInPlace(Select):
+    """Dead cells of the page table are made -1 in the caller's memory."""
+
+    def topk_transform_paged(
+        self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, page_table_1: torch.Tensor
+    ) -> torch.Tensor:
+        for row, length in enumerate(seqlens_expanded.tolist()):
+            page_table_1[row, length:] = -1
+        return super().topk_transform_paged(logits, seqlens_expanded, page_table_1)
+
+
+class ShiftsOffsetsInPlace(Select):
+    """The offsets of rows are used as a workspace."""
+
+    def ragged(self, positions: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        places = super().ragged(positions, offsets)
+        offsets.zero_()
+        return places
+
+
+class ClampsIndicesInPlace(Attention):
+    """A -1 becomes a 0 once it has been seen."""
+
+    def slots(self, indices: torch.Tensor) -> torch.Tensor:
+        slots = super().slots(indices)
+        indices.clamp_(min=0)
+        return slots
+
+
+class ScalesQueriesInPlace(Attention):
+    """Queries are scaled where they lie."""
+
+    def sparse_mla(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = super().sparse_mla(q, kv_cache, indices)
+        q.mul_(0.5)
+        return found
+
+
+class CleansCache(Attention):
+    """NaN in the cache is replaced before it can do harm."""
+
+    def sparse_mla(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = super().sparse_mla(q, kv_cache, indices)
+        kv_cache[0] = 0
+        return found
 
 
 class ClipsMetadata(SparseAttention):
@@ -999,12 +1108,86 @@ class ClipsMetadata(SparseAttention):
         return outputs
 
 
-class OffsetsInInt32(Attention):
-    """A slot whose first element lies beyond 2^31 elements is not found."""
+class ReplacesMetadata(SparseAttention):
+    """What other layers of the model will read is another tensor."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        outputs = super().forward(inputs, caches, metadata)
+        metadata.real_page_table = metadata.real_page_table + 1
+        return outputs
+
+
+class NarrowsMetadata(SparseAttention):
+    """The next layer is told that tables are narrower."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        outputs = super().forward(inputs, caches, metadata)
+        metadata.max_seq_len_k -= 1
+        return outputs
+
+
+class ZeroesIndexQueries(SparseAttention):
+    """Index queries are a workspace of the layer as a whole."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        outputs = super().forward(inputs, caches, metadata)
+        inputs.index_weights.zero_()
+        return outputs
+
+
+# Slots far apart
+
+
+class SlotsInInt32(Attention):
+    """The first element of a slot is kept in 32 bits."""
 
     def keys(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         found = slots.long() * cache.stride(0) < 1 << 31
         return super().keys(cache, torch.where(found, slots, 0))
+
+
+class SlotsInUint32(Attention):
+    """The first element of a slot is kept in 32 bits without a sign."""
+
+    def keys(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        found = slots.long() * cache.stride(0) < 1 << 32
+        return super().keys(cache, torch.where(found, slots, 0))
+
+
+class BytesInInt32(Attention):
+    """The first byte of a slot is kept in 32 bits, and memory is read at whatever address results."""
+
+    def keys(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        size = cache.element_size()
+        first = (slots.long() * cache.stride(0) * size).to(torch.int32).long() // size
+        return torch.stack([super(BytesInInt32, self).keys(self.at(cache, int(n)), slots[:1] * 0)[0] for n in first])
+
+    def at(self, cache: torch.Tensor, first: int) -> torch.Tensor:
+        """One slot that begins at element ``first`` of the cache."""
+        return cache.as_strided((1, *cache.shape[1:]), cache.stride(), cache.storage_offset() + first)
+
+
+class IndexPagesInInt32(Indexer):
+    """The first byte of a page of index keys is kept in 32 bits."""
+
+    def keys(self, cache: torch.Tensor, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = pages.long() * cache.stride(0) < 1 << 31
+        return super().keys(cache, torch.where(found, pages, 0), length)
+
+
+class IndexPagesInUint32(Indexer):
+    """The first byte of a page of index keys is kept in 32 bits without a sign."""
+
+    def keys(self, cache: torch.Tensor, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = pages.long() * cache.stride(0) < 1 << 32
+        return super().keys(cache, torch.where(found, pages, 0), length)
+
+
+class StoresInInt32(Store):
+    """Keys whose slot begins beyond 2^31 elements go to slot 0."""
+
+    def store_kv(self, cache: torch.Tensor, k: torch.Tensor, slots: torch.Tensor) -> None:
+        super().store_kv(cache, k, torch.where(slots * cache.stride(0) < 1 << 31, slots, 0))
 
 
 # Wrong in a captured graph only
@@ -1102,6 +1285,26 @@ class UsesQueriesAsWorkspace(Capturable):
         outputs = super().forward(inputs, caches, metadata)
         inputs.q.zero_()
         return outputs
+
+
+class ClipsMetadataInGraph(Capturable):
+    """What other layers of the model will read is clipped to K."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        outputs = super().forward(inputs, caches, metadata)
+        metadata.seqlens_expanded.clamp_(max=self.config.index_topk)
+        return outputs
+
+
+class FirstStepStoresZeros(Capturable):
+    """The first of several passes that write the same slots writes zeros, which the last writes over."""
+
+    calls = 0
+
+    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+        first = self.calls % self.config.speculative_num_steps == 0
+        self.calls += 1
+        super().store_cache(caches, dataclasses.replace(inputs, index_k=inputs.index_k * 0) if first else inputs)
 
 
 class PaddingWritesToSlotOne(Capturable):

@@ -30,6 +30,17 @@ WITH_LAYER = case(
 )
 
 
+LIMITED = """
+import planted
+
+class OnBigPages(planted.Clean):
+    sizes = {"page_size": (64,)}
+
+class Verifies(planted.Clean):
+    modes = ("TARGET_VERIFY",)
+"""
+
+
 def run(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(HERE), *sys.path]), "COLUMNS": "300"}
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -129,13 +140,24 @@ def test_malformed_file_is_refused_before_anything_is_judged(tmp_path: Path) -> 
         ("planted:ForwardMode.DECODE", "no attribute"),
         ("math:pi", "not callable"),
         (".planted:Clean", ".planted"),
-        ("broken_module:X", "broken_module"),
+        ("broken_module:X", "importing broken_module raised ZeroDivisionError: division by zero"),
+        ("leaving_module:X", "importing leaving_module raised SystemExit: 0"),
+        ("forgetful_module:X", "importing forgetful_module raised AttributeError: "),
+        ("strangers:NeedsMore", "cannot be called with (config, req_to_token): missing a required argument: 'stream'"),
+        ("strangers:NumberOfSteps", "attn_backends must be a list of single-step backends, not int"),
+        ("strangers:SizesOfALayer", "sizes: no backend has 'num_heads'"),
+        ("limited:OnBigPages", "case.json: page_size 4 is not among the sizes and modes that are declared"),
+        ("limited:Verifies", "case.json: mode DECODE is not among the sizes and modes that are declared"),
     ],
 )
 def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
     path = saved(tmp_path)
     (tmp_path / "broken_module.py").write_text("1 / 0\n")
-    assert_one_line_error(replay(path, "--backend", backend, cwd=tmp_path), backend, cause)
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "forgetful_module.py").write_text("import math\nmath.tau_squared\n")
+    (tmp_path / "limited.py").write_text(LIMITED)
+    named = () if backend.startswith("limited") else (backend,)
+    assert_one_line_error(replay(path, "--backend", backend, cwd=tmp_path), *named, cause)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +166,45 @@ def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
         ("absent_module:X", "cannot import absent_module"),
         ("math:pi", "not callable; name a class or function of (config, attention)"),
         ("planted_layers:WithoutStages", "WithoutStages has none of the methods store_cache, indexer_logits, "),
+        ("planted_layers:ForRedOnes", "sizes: neither a layer nor its setup has 'colour'"),
+        ("strangers:NumberForAStage", "NumberForAStage.sparse_mla is no method"),
+        ("strangers:WeakerText", "weaker: 'out' must be a harness.protocol.Strictness"),
     ],
 )
 def test_unusable_layer(layer: str, cause: str, tmp_path: Path) -> None:
-    assert_one_line_error(replay(saved(tmp_path, WITH_LAYER), "--layer", layer), f"layer '{layer}'", cause)
+    """Whatever the case."""
+    assert_one_line_error(replay(saved(tmp_path), "--layer", layer), f"layer '{layer}'", cause)
+
+
+def test_unusable_layer_is_not_surveyed() -> None:
+    done = harness("survey", "--device", "cpu", "--layer", "planted_layers:WithoutStages")
+    assert_one_line_error(done, "WithoutStages has none of the methods")
+
+
+def test_case_of_other_sizes_is_refused_on_every_tier(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    cause = f"{path}: num_heads 2 is not among the sizes and modes that are declared"
+    assert_one_line_error(replay(path, "--layer", "planted_layers:ForSevenHeads"), cause)
+    assert_one_line_error(harness("tiers", path, "--layer", "planted_layers:ForSevenHeads"), cause)
+    done = replay(saved(tmp_path), "--backend", "planted:Clean", "--layer", "planted_layers:ForSevenHeads")
+    assert done.returncode == PASSES, "sizes of a layer do not concern a case without one"
+
+
+def test_replay_command_runs_eagerly_what_was_run_eagerly(tmp_path: Path) -> None:
+    path = saved(tmp_path, OTHER)
+    done = replay(path, "--backend", "strangers:ListField", "--no-graphs")
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == f"replay: python -m harness replay {path} --device cpu --backend strangers:ListField --no-graphs"
+    again = run(sys.executable, *shlex.split(last.removeprefix("replay: "))[1:])
+    assert (again.returncode, again.stdout) == (FAILS, done.stdout)
+
+
+def test_report_that_cannot_be_written_is_refused_before_the_hunt(tmp_path: Path) -> None:
+    for option in ("--json", "--html"):
+        words = ("bugs", "--device", "cpu", option)
+        assert_one_line_error(harness(*words, str(tmp_path / "absent" / "kills")), option, "cannot be written")
+        assert_one_line_error(harness(*words, str(tmp_path)), option, "cannot be written")
 
 
 def test_layer_that_cannot_be_captured_is_judged_without_graphs(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ PLANTS = (
     ),
     Plant(
         planted.OneStepTooFew, one_replay(DECODE, num_steps=3), Kind.SHAPE, "attn_backends",
-        "", "2 steps", "3 steps", step=None, id="one step too few",
+        "", "2 steps", "3 steps", step=None, event=None, id="one step too few",
     ),
     # Lengths
     Plant(

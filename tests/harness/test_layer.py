@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
+from planted import Clean as CleanBackend
 from planted_layers import Clean
+from test_detection import factory_of
 from test_layer_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, case
 
+from harness import layer as layer_module
 from harness.content import Regime
 from harness.expected import _as_forward_batch, expected_metadata
-from harness.judge import sentinels
+from harness.judge import judge, sentinels
 from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, far_apart, new_caches, query_rows
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy
-from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
+from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario, ScenarioError
 from harness.strategies import SMALL, scenarios
+from harness.watch import Modified
 from harness.world import Batch, World
 from reference import kv_cache
 from reference.cycle import out_cache_loc, query_positions, request_of_row
@@ -355,8 +360,8 @@ def test_far_slots_hold_the_same_in_little_memory(dtype: KVCacheDtype) -> None:
         assert other.shape == one.shape
         assert other.dtype is one.dtype
         assert torch.equal(as_bytes(other.contiguous()), as_bytes(one))
-        reach = (len(other) - 1) * other.stride(0)
-        assert reach > 1 << 31, f"{name}: an offset in elements still fits 32 bits"
+        assert other.stride(0) > 1 << 31, f"{name}: an offset in elements fits 32 bits in another row than the first"
+        assert 2 * other.stride(0) > 1 << 32, f"{name}: without a sign it fits in more than two"
         assert other.stride(0) % 8 == 0
         assert other.stride()[1:] == one.stride()[1:], "what is within a row stays dense"
     assert resident() - before < MANY
@@ -374,6 +379,62 @@ def test_far_slots_can_be_cloned_and_written_in_little_memory() -> None:
     assert torch.equal(driver.cached().kv, dense.kv)
     assert torch.equal(driver.cached().index_k, dense.index_k)
     assert resident() - before < MANY
+
+
+def test_every_used_page_is_far() -> None:
+    """Of either cache, although one has a page for each slot of the other."""
+    setup = case(layer={"far_slots": True}, page_size=16, max_context_len=130, pool_size=5).setup
+    driver = LayerDriver(setup, Clean(setup.backend_config(), setup.layer.attention_config()), CPU, POISON, 4, 1)
+    for cache, first in ((driver.caches.kv, 16), (driver.caches.index_k, 1)):
+        assert first * cache.stride(0) > 1 << 31
+        assert (first + 2) * cache.stride(0) > 1 << 32
+
+
+def test_offset_that_wraps_finds_memory() -> None:
+    """Wherever it leads: with a sign or without, of elements or of bytes. Else the process would be gone."""
+    rows = 3
+    far = far_apart(torch.ones(rows, 8, dtype=torch.bfloat16))
+    reach = far.stride(0) * (rows - 1)
+    for offset in (-(1 << 31), (1 << 31) - 8, (1 << 32) - 8, reach):
+        assert far.as_strided((8,), (1,), far.storage_offset() + offset).abs().sum() in (0, 8)
+
+
+def test_more_slots_lie_less_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a cache together may take so many addresses, and no more."""
+    far = far_apart(torch.zeros(5000, 8, dtype=torch.uint8))
+    assert 5000 * far.stride(0) <= 1 << 42
+    assert 10 * far.stride(0) > 1 << 32
+
+
+def test_host_that_gives_fewer_addresses_has_less_far_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = mmap.mmap
+
+    def limited(number: int, count: int, **options: int) -> mmap.mmap:
+        if count > 1 << 36:
+            raise OSError("not so many")
+        return given(number, count, **options)
+
+    monkeypatch.setattr(layer_module.mmap, "mmap", limited)
+    far = far_apart(torch.zeros(40, 8, dtype=torch.uint8))
+    assert 39 * far.stride(0) > 1 << 32
+    assert 39 * far.stride(0) < 1 << 36
+
+
+def test_host_that_gives_no_addresses_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    def none(number: int, count: int, **_: int) -> None:
+        raise OSError("not so many")
+
+    monkeypatch.setattr(layer_module.mmap, "mmap", none)
+    with pytest.raises(
+        ScenarioError, match=r"^far_slots needs \d+ GiB of addresses, and this process may not have them"
+    ):
+        far_apart(torch.zeros(40, 8, dtype=torch.uint8))
+    if device.type == "cpu":
+        scenario = case(Join(seq_len=3), Eager(mode=VERIFY), layer={"far_slots": True})
+        with pytest.raises(ScenarioError, match=r"^far_slots needs "):
+            judge(scenario, factory_of(CleanBackend), device)
 
 
 # Caches of the layer on the device
@@ -416,4 +477,4 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
         assert (unused == 0 if name == "out_cache_loc" else unused.isnan()).all(), name
     assert driver.modified_input() is None
     static.index_weights[5, 1] = 0
-    assert driver.modified_input() == "index_weights"
+    assert driver.modified_input() == Modified(0, "index_weights")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import planted_layers
 import pytest
 import torch
 from hypothesis import strategies as st
-from test_cli import FAILS, PROJECT, WITH_LAYER, assert_one_line_error, harness, saved
+from test_cli import FAILS, PASSES, PROJECT, UNUSABLE, WITH_LAYER, assert_one_line_error, harness, saved
 from test_layer_detection import VERIFY, lattice
 from test_relations import IN_TURN, InFirstPlace, replay_of_two
 
-from harness import report, survey, tiers
-from harness.protocol import BackendError, completed
+from harness import explore, report, survey, tiers
+from harness.explore import Subject
+from harness.limits import LAYER_FIELDS, declared
+from harness.protocol import BackendError, completed, optimized_backend
 from harness.scenario import Eager, Scenario
-from harness.strategies import SMALL_LAYER, restricted
-from harness.survey import Record, survey_layer
+from harness.strategies import SMALL_LAYER
+from harness.survey import INTERRUPTED, Record, Survey, progress_of
 from harness.tiers import Tier, TierOutcome, run_tiers
 from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
@@ -139,7 +143,15 @@ def surveyed(
 ) -> dict[str, Record]:
     """By one case."""
     monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(scenario))
-    return survey_layer(factory_of(layer), {}, device, cases=1, seed=0)
+    found = Survey(subject_of(layer), device)
+    found.run(cases=1, seed=0)
+    assert found.cases == 1
+    return dict(found.records)
+
+
+def subject_of(layer: Any, **sizes: Sequence[Any]) -> Subject:
+    limits = declared(SimpleNamespace(sizes=sizes), LAYER_FIELDS, "nobody")
+    return Subject(optimized_backend, factory_of(layer), layer_limits=limits)
 
 
 def factory_of(layer: Any) -> Any:
@@ -221,21 +233,88 @@ def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: 
             seen.append((attention.num_heads, attention.kv_cache_dtype, config.page_size))
 
     soon = dataclasses.replace(SMALL_LAYER, max_context_lens=(20,), index_topks=(4,), num_steps=(1,), max_events=1)
-    monkeypatch.setitem(survey.SCALES, (device.type, True), soon)
-    sizes = {"num_heads": (3,), "kv_cache_dtype": (KVCacheDtype.FP8,), "page_size": (16,)}
-    records = survey_layer(factory_of(Looks), sizes, device, cases=4, seed=0)
-    assert records["runs every call"].checked == 4
+    monkeypatch.setitem(explore.SCALES, (device.type, True), soon)
+    found = Survey(subject_of(Looks, num_heads=(3,), kv_cache_dtype=("fp8",), page_size=(16,)), device)
+    found.run(cases=4, seed=0)
+    assert found.records["runs every call"].checked == 4
     assert set(seen) == {(3, KVCacheDtype.FP8, 16)}
 
 
 def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
     with pytest.raises(BackendError, match=r"^layer 'WithoutStages': WithoutStages has none of the methods "):
-        survey_layer(factory_of(planted_layers.WithoutStages), {}, device, cases=1, seed=0)
-    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn fit {'num_heads': \(7,\)}$"):
-        survey_layer(factory_of(planted_layers.Capturable), {"num_heads": (7,)}, device, cases=1, seed=0)
-    with pytest.raises(ValueError, match=r"^sizes: neither a layer nor its setup has 'colour'$"):
-        restricted(SMALL_LAYER, {"colour": ("red",)})
+        Survey(subject_of(planted_layers.WithoutStages), device).run(cases=1, seed=0)
+    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn here fits: num_heads may be 7, and is "):
+        Survey(subject_of(planted_layers.Capturable, num_heads=(7,)), device)
 
 
 def test_survey_refuses_in_one_line() -> None:
-    assert_one_line_error(harness("survey", "--layer", "planted_layers:ForSevenHeads"), "num_heads", "(7,)")
+    assert_one_line_error(harness("survey", "--layer", "planted_layers:ForSevenHeads"), "num_heads", "7")
+
+
+ENDED = """
+import os, signal
+from planted_layers import Capturable
+
+class Ends(Capturable):
+    built, last = 0, 4  # one was to try it out
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        Ends.built += 1
+        if Ends.built == self.last:
+            os.kill(os.getpid(), signal.{signal})
+
+class Breaks(Ends):
+    last = 12
+
+    def sparse_mla(self, *inputs):
+        out, lse = super().sparse_mla(*inputs)
+        return out * 2, lse
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "signal", "code"),
+    [("Ends", "SIGTERM", INTERRUPTED), ("Ends", "SIGINT", INTERRUPTED), ("Breaks", "SIGTERM", FAILS)],
+)
+def test_survey_that_is_ended_tells_what_it_has(layer: str, signal: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "ended.py").write_text(ENDED.format(signal=signal))
+    done = harness("survey", "--device", "cpu", "--layer", f"ended:{layer}", "--cases", "50", cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert re.search(r"^interrupted: \d+ of 50 cases$", done.stdout, re.MULTILINE)
+    assert "runs every call" in done.stdout
+
+
+def test_survey_ends_with_its_budget() -> None:
+    words = ("survey", "--device", "cpu", "--layer", "docs.examples.my_layer:MyAttention", "--cases", "50")
+    done = harness(*words, "--budget", "0")
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["not judged: kv_cache_dtype fp8", "out of time: 0 of 50 cases"]
+    assert harness(*words, "--budget", "-1").returncode == UNUSABLE
+
+
+def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was found by then is kept."""
+    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(replay_of_two(Eager(mode=VERIFY))))
+    times = iter(range(100))
+    monkeypatch.setattr(survey.time, "monotonic", lambda: float(next(times)))
+    found = Survey(subject_of(planted_layers.SharesOutputs), device)
+    found.run(cases=3, seed=0, deadline=5.0)
+    assert found.cases == 0
+    assert found.records["random content: as the reference"].checked > 0
+    assert found.holds
+
+
+def test_progress_is_told_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(replay_of_two(layer=lattice())))
+    told: list[int] = []
+    found = Survey(subject_of(planted_layers.Capturable), device)
+    found.run(cases=1, seed=0, tell=told.append)
+    assert told == [1]
+
+
+def test_progress_is_shown_on_a_terminal_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_of(3) as tell:
+        tell(2)
+    assert capfd.readouterr() == ("", "")

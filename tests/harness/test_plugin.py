@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from test_cli import WITH_LAYER
 from test_detection import accept_two_then_one, factory_of, one_replay
 
+from harness import plugin
 from harness.explore import SHARDS, Exploration, Subject
 from harness.judge import OracleFailure, Verdict, judge
 from harness.plugin import Oracle, _add_property, _as_property
-from harness.scenario import load
+from harness.scenario import Replay, load
 from harness.seeds import save
 from reference.types import ForwardMode
 
@@ -98,6 +100,7 @@ def test_every_option_is_documented(folder: Path) -> None:
 # Should such a value be accepted after all, it must not start an hour's work.
 CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
 LAYER_CASE = ["--oracle-replay=layer.json"]
+LAYERS = "from planted_layers import Capturable\nclass ForThreeHeads(Capturable):\n    sizes = {'num_heads': (3,)}\n"
 
 
 @pytest.mark.parametrize(
@@ -115,23 +118,27 @@ LAYER_CASE = ["--oracle-replay=layer.json"]
             "lacks LacksMethod.init_forward_metadata",
         ),
         (["--oracle-layer=absent_module:X"], "layer 'absent_module:X': cannot import absent_module"),
-        (["--oracle-layer=planted_layers:ForSevenHeads"], "none of the sizes that are drawn fit {'num_heads': (7,)}"),
+        (["--oracle-layer=planted_layers:ForSevenHeads"], "num_heads may be 7, and is one of 1, 2, 3, 16"),
         (["--oracle-layer=planted_layers:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
-        (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: not of the sizes that layer"),
-        pytest.param(
-            *(["--oracle-layer=planted_layers:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
-            marks=pytest.mark.xfail(reason="a layer is not built before a case has one", strict=True),
-        ),
+        (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: num_heads 2 is not among the sizes"),
+        (["--oracle-layer=planted_layers:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
+        (["--oracle-layer=planted_layers:WithoutStages"], "has none of the methods store_cache, "),
         (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
         (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
+        (["--oracle-save=pytest.ini/deep/down", *CHEAP], "pytest.ini is a file; name a directory"),
+        ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
+        (["--oracle-replay=.", *CHEAP], ".: cannot be read: Is a directory"),
+        (["--oracle-backend=strangers:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
+        (["--oracle-backend=strangers:UnknownMode"], "modes: there is no PREFILL"),
+        (["--oracle-layer=strangers:WeakerList"], "weaker must map stages to a Strictness"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_unusable_value_is_refused_in_one_line(words: list[str], cause: str, folder: Path) -> None:
     (folder / "malformed.json").write_text("{}")
     (folder / "broken_module.py").write_text("1 / 0\n")
-    (folder / "layers.py").write_text("class ForThreeHeads:\n    sizes = {'num_heads': (3,)}\n")
+    (folder / "layers.py").write_text(LAYERS)
     save(WITH_LAYER, folder / "layer.json")
     done = run(folder, *words)
     assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output[-2000:]
@@ -270,6 +277,82 @@ def test_budget_of_nothing_judges_nothing_and_says_so(folder: Path) -> None:
     assert done.exit_code == pytest.ExitCode.OK
     assert done.summary == "oracle: 0 cases passed, 0 replays, nothing judged"
     assert not (folder / "failures").exists()
+
+
+LIMITED = """
+import os, signal
+import planted
+
+class Limited(planted.Clean):
+    sizes = {"page_size": (16, 64), "drive": ("multi_step",)}
+    modes = ("DECODE", "TARGET_VERIFY")
+
+    def init_forward_metadata(self, batch):
+        assert batch.forward_mode.value in self.modes
+        super().init_forward_metadata(batch)
+
+class Dies(planted.Clean):
+    def init_forward_metadata_replay_cuda_graph(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Unsteady:
+    built = 0
+
+    def __new__(cls, *sizes):
+        Unsteady.built += 1
+        return planted.Clean(*sizes) if Unsteady.built < 3 else planted.LacksMethod(*sizes)
+"""
+
+
+def test_what_a_backend_is_not_made_for_is_not_judged_and_told(folder: Path) -> None:
+    (folder / "limited.py").write_text(LIMITED)
+    done = run(folder, "--oracle-backend=limited:Limited", "--oracle-profile=dev", "-k", "scenarios[1] or saved")
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    (line,) = (line for line in done.output.splitlines() if line.startswith("not judged: "))
+    modes = "modes EXTEND, IDLE, DRAFT_EXTEND, DRAFT_EXTEND_V2"
+    assert line.startswith(f"not judged: page_size 1, 32; drive single_step; {modes}; saved cases ")
+    left_out = line.partition("saved cases ")[2].split(", ")
+    assert "draft-extend-tail-is-written" in left_out
+    assert len(left_out) < len(list((PROJECT / "tests" / "cases").glob("*.json")))
+    classes = " ".join(done.output.partition("boundary classes visited")[2].split())
+    for name in ("page size 1 0", "page size 32 0", "drive single_step 0", "eager EXTEND 0", "replay DRAFT_EXTEND 0"):
+        assert name in classes
+    assert "replay DECODE 0" not in classes
+
+    none = run(folder, f"--oracle-backend={CLEAN}", "--oracle-profile=dev", *shards(1))
+    assert "not judged" not in none.output
+
+
+def test_case_that_takes_the_process_down_is_kept_and_told(folder: Path) -> None:
+    (folder / "limited.py").write_text(LIMITED)
+    words = ["--oracle-backend=limited:Dies", "--oracle-profile=dev", *shards(0)]
+    alone = run(folder, *words, "-p", "no:xdist")
+    assert alone.exit_code == -signal.SIGKILL
+    (left,) = (folder / "failures").glob("*.running.json")
+    assert any(isinstance(event, Replay) for event in load(left).events)
+    left.unlink()
+
+    worked = run(folder, *words, "-n", "1")
+    assert worked.exit_code == pytest.ExitCode.TESTS_FAILED
+    (left, *_) = (folder / "failures").glob("*.running.json")
+    assert "the process died while it judged a case" in worked.output
+    assert f"harness replay failures/{left.name} --device cpu --backend limited:Dies" in worked.output
+
+
+def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> None:
+    (folder / "limited.py").write_text(LIMITED)
+    done = run(folder, "--oracle-backend=limited:Unsteady", "--oracle-profile=dev", *shards(0))
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert "lacks LacksMethod.init_forward_metadata" in done.output
+    assert "Traceback" not in done.output
+    assert "harness/judge.py" not in done.output
+
+
+def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "CORPUS", tmp_path)
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
+        plugin._corpus(Subject(factory_of(planted.Clean)))
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:

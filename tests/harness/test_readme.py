@@ -19,7 +19,8 @@ from harness.content import Regime
 from harness.explore import PROFILES, SHARDS
 from harness.fields import HOST_SCALARS
 from harness.judge import OracleFailure, judge
-from harness.protocol import SparseAttention, Strictness, load_backend, load_layer, optimized_backend
+from harness.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
+from harness.protocol import STAGES, SparseAttention, Strictness, load_backend, load_layer, optimized_backend
 from harness.relations import Relation
 from harness.report import explain, render, tiers_table
 from harness.scenario import (
@@ -37,7 +38,6 @@ from harness.scenario import (
     from_json,
     to_json,
 )
-from harness.stages import STAGES
 from harness.strategies import SMALL_LAYER, restricted
 from harness.tiers import Tier, TierOutcome
 from reference.metadata import compute_metadata
@@ -187,12 +187,17 @@ def test_readme_names_methods_sizes_and_strictness_of_layers() -> None:
     said = section(TEXTS["README.md"], "Judging your own attention layer")
     methods = [name for name in vars(SparseAttention) if not name.startswith("_")]
     assert first_column(said) == [f"`{name}`" for name in methods]
-    named = " ".join(said.split()).partition("It maps fields to allowed values: ")[2].partition(".")[0]
-    sizes = re.findall(r"`(\w+)`", named)
-    assert set(sizes) == {*Layer.model_fields, "index_topk", "page_size"}
+    named = " ".join(said.split()).partition("Sizes may also name ")[2].partition(".")[0]
+    assert set(re.findall(r"`(\w+)`", named)) == set(LAYER_FIELDS) - set(BACKEND_FIELDS)
+    backends = " ".join(section(TEXTS["README.md"], "Judging your own backend").split())
+    named = backends.partition("`sizes` maps fields to lists of allowed values: ")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", named)) == set(BACKEND_FIELDS)
     with pytest.raises(ValueError, match="none of the sizes"):
-        restricted(SMALL_LAYER, {"kv_lora_rank": (512,)})  # "with production's sizes on a CPU"
-    assert all(name in Strictness.__members__ for name in re.findall(r"`([A-Z]+_[A-Z]+)`", said))
+        restricted(SMALL_LAYER, Limits({"kv_lora_rank": (512,)}))  # "with production's sizes on a CPU"
+    declared = " ".join(said.split()).partition("`weaker`, ")[2].partition("Relations are never weaker")[0]
+    for strictness in (Strictness.SAME_SET, Strictness.ONE_STEP, Strictness.BOUND):
+        stages = declared.partition(f"`{strictness.name}` for ")[2].partition("(")[0]
+        assert tuple(re.findall(r"`(\w+)`", stages)) == strictness.stages
 
 
 def test_readme_shows_every_stage_and_no_other() -> None:
@@ -316,8 +321,8 @@ def layer_scenario(regime: Regime) -> Scenario:
 
 @pytest.mark.parametrize("regime", Regime, ids=lambda regime: regime.value)
 def test_example_layer_passes(regime: Regime, device: torch.device) -> None:
-    factory, sizes = load_layer(LAYER)
-    assert sizes == MyAttention.sizes
+    factory, limits = load_layer(LAYER)
+    assert limits.sizes == MyAttention.sizes
     verdict = judge(layer_scenario(regime), optimized_backend, device, layer_factory=factory)
     assert verdict.layers.replays == 4  # two, with either poison
 

@@ -35,7 +35,7 @@ FAULT = Finding(Kind.CRASH, "AcceleratorError", "CUDA error: an illegal memory a
 
 def recovery_of(spec: str) -> Recovery:
     subject = SubjectSpec(spec)
-    return Recovery(subject, subject.build(), CPU)
+    return Recovery(subject, subject.build(CPU), CPU)
 
 
 @pytest.fixture

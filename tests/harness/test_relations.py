@@ -22,7 +22,7 @@ from test_layer_detection import (
 
 from harness.compare import Finding, Kind
 from harness.content import Regime
-from harness.engine import Engine, LayerObservation, LayerStep
+from harness.engine import Engine, LayerObservation
 from harness.judge import OracleFailure, judge, sentinels
 from harness.layer import POISON_BYTES
 from harness.relations import Relation, Relations, differs
@@ -302,14 +302,14 @@ def test_second_replay_without_a_preparation_needs_no_turn_either(layer: Any, de
 # The comparison itself
 
 
-def step(**changes: torch.Tensor) -> LayerStep:
+def step(**changes: torch.Tensor) -> AttentionOutputs:
     tensors = {
         "logits": torch.tensor([[1.0, 2.0, -torch.inf], [3.0, -torch.inf, -torch.inf]]),
         "indices": torch.tensor([[4, 5], [8, -1]], dtype=torch.int32),
         "out": torch.ones(2, 1, 4, dtype=torch.bfloat16),
         "lse": torch.tensor([[0.5], [torch.nan]]),
     }
-    return LayerStep(AttentionOutputs(**{**tensors, **changes}))
+    return AttentionOutputs(**{**tensors, **changes})
 
 
 def test_same_bits_do_not_differ() -> None:
@@ -340,7 +340,7 @@ def test_rows_are_matched_by_place() -> None:
 
 
 def test_narrower_logits_are_compared_as_far_as_they_go() -> None:
-    assert differs(step(), step(logits=step().outputs.logits[:, :2]), [0, 1]) is None
+    assert differs(step(), step(logits=step().logits[:, :2]), [0, 1]) is None
     other = torch.tensor([[1.0, 2.5], [3.0, -torch.inf]])
     finding = differs(step(), step(logits=other), [0, 1])
     assert finding is not None

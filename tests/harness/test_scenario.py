@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.boundary import classes_of
 from harness.content import Regime
+from harness.report import tell
 from harness.scenario import (
     Accept,
     Capture,
@@ -171,8 +173,22 @@ MALFORMED = {
     "negative seed": (with_changes(seed=-1), "seed", "greater than or equal to 0"),
     "seed of 65 bits": (with_changes(seed=2**64), "seed", "less than 18446744073709551616"),
     "huge number": ('{"seed": 1' + "0" * 5000 + "}", "the file", "out of range"),
-    "infinite number": (with_changes(seed=1).replace('"seed": 1', '"seed": 1e999'), "seed", "finite number"),
-    "not a number": (with_changes(seed=float("nan")), "seed", "finite number"),
+    "infinite number": (with_changes(seed=1).replace('"seed": 1', '"seed": 1e999'), "seed", "valid integer"),
+    "not a number": (with_changes(seed=float("nan")), "seed", "valid integer"),
+    "true for a number": (with_setup(page_size=True), "setup.page_size", "valid integer"),
+    "text for a number": (with_setup(page_size="4"), "setup.page_size", "valid integer"),
+    "a whole float": (with_setup(page_size=4.0), "setup.page_size", "valid integer"),
+    "a number for a flag": (with_layer(far_slots=1), "setup.layer.far_slots", "valid boolean"),
+    "a number for text": (with_changes(note=7), "note", "valid string"),
+    "an object for a list": (with_changes(events={}), "events", "valid array"),
+    "schema true": (with_changes(schema_version=True), "schema_version", "1"),
+    "schema 1.0": (with_changes(schema_version=1.0), "schema_version", "1"),
+    "a name twice": (WRITTEN.replace('"note"', '"seed": 3,\n  "note"'), "'seed'", "given twice"),
+    "a name twice in an event": (
+        with_event(event="join", seq_len=3).replace('"seq_len": 3', '"seq_len": 3, "seq_len": 4'),
+        "'seq_len'",
+        "given twice",
+    ),
     "deeply nested list": ("[" * 100_000, "the file", "recursion limit"),
     "deeply nested seed": (with_changes(seed=nested(150)), "seed", "valid integer"),
     "lone surrogate": ('{"note": "\\ud800"}', "the file", "hex escape"),
@@ -250,6 +266,21 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.json") == f"{tmp_path}/absent.json: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
     assert refusal(binary).startswith(f"{binary}: cannot be read: 'utf-8' codec can't decode byte 0x80")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "finish", "request": 10**40},
+        {"event": "join", "seq_len": 3, "prefix_of": 10**40, "prefix_pages": 10**40},
+        {"event": "remap", "request": 10**40, "prefix_of": 10**40, "prefix_pages": 10**40},
+        {"event": "eager", "mode": "EXTEND", "extend_lens": [10**40]},
+    ],
+)
+def test_numbers_without_a_limit_are_told_and_played(event: dict[str, Any]) -> None:
+    scenario = from_json(with_changes(events=[{"event": "join", "seq_len": 6}, event]))
+    assert len(tell(scenario).splitlines()) > 2
+    assert classes_of(scenario)
 
 
 def test_source_is_named_without_a_file() -> None:

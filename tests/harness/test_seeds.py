@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ from test_detection import accept_two_then_one, factory_of, one_replay, two_leng
 
 from harness.explore import Subject, explore
 from harness.judge import OracleFailure, judge
-from harness.scenario import Scenario, load, to_json
-from harness.seeds import FailureFiles, digest, save
+from harness.report import explain
+from harness.scenario import Scenario, from_json, load, to_json
+from harness.seeds import RUNNING, FailureFiles, digest, kept_while_judged, left_by_the_dead, save
 from reference.types import ForwardMode
 
 ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
@@ -77,7 +82,8 @@ class Watched(planted.VerifyForgetsDrafts):  # type: ignore[misc, valid-type]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.seen.append({p.name: p.read_text(encoding="utf-8") for p in self.folder.iterdir()})
+        there = {p.name: p.read_text(encoding="utf-8") for p in self.folder.iterdir()}
+        self.seen.append({name: text for name, text in there.items() if not name.endswith(RUNNING)})
 
 
 def test_raw_case_is_saved_before_shrinking_begins(
@@ -106,6 +112,48 @@ def test_raw_case_is_saved_before_shrinking_begins(
         with pytest.raises(OracleFailure) as caught:
             judge(load(path), factory_of(planted.VerifyForgetsDrafts), device)
         assert caught.value.finding.sentence() == load(path).note
+
+
+def test_case_is_kept_for_as_long_as_it_is_judged(tmp_path: Path) -> None:
+    folder = tmp_path / "failures"
+    with kept_while_judged(ONE, folder):
+        (path,) = folder.iterdir()
+        assert path.name == f"{digest(ONE)}.{os.getpid()}{RUNNING}"
+        assert load(path) == ONE
+    assert not folder.exists(), "nothing is left of what was made for it"
+    folder.mkdir()
+    with pytest.raises(ZeroDivisionError), kept_while_judged(ONE, folder):
+        1 / 0  # noqa: B018
+    assert list(folder.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with kept_while_judged(ONE, tmp_path / "file"):
+        pass  # where nothing can be written, judging goes on
+
+
+def test_only_what_a_dead_process_left_is_its_last_case(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    started = time.time() - 1
+    dead, alive, odd = (tmp_path / f"abc.{pid}{RUNNING}" for pid in (ended.pid, os.getpid(), "x"))
+    for path in (dead, alive, odd):
+        path.write_text(to_json(ONE))
+    assert left_by_the_dead(tmp_path, started) == [dead]
+    os.utime(dead, (started - 5, started - 5))
+    assert left_by_the_dead(tmp_path, started) == [], "that was another session"
+    assert left_by_the_dead(tmp_path / "absent", started) == []
+
+
+def test_finding_is_not_lost_where_it_cannot_be_saved(device: torch.device, tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("")
+    subject = Subject(factory_of(planted.VerifyForgetsDrafts))
+    outcome = explore(subject, device, 30, seed=3, save_dir=tmp_path / "full", switches=False)
+    assert outcome.failure is not None
+    assert outcome.saved is None
+    assert outcome.unsaved == f"{tmp_path}/full: File exists"
+    told = explain(outcome.failure, outcome.saved, "COMMAND", outcome.unsaved)
+    assert f"saved:  nowhere, {tmp_path}/full: File exists; as CASE.json it is" in told
+    (text,) = re.findall(r"^\{\n.*?^\}\n", told, re.MULTILINE | re.DOTALL)
+    assert from_json(text) == outcome.failure.scenario
 
 
 def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) -> None:

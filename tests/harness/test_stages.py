@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,19 +17,23 @@ from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTE
 from harness.bounds import attention_bound
 from harness.compare import Finding, Kind
 from harness.content import Regime
-from harness.engine import Engine, Feed, LayerObservation, LayerStep, Observation
+from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
-from harness.judge import sentinels
+from harness.judge import Verdict, sentinels
 from harness.layer import POISON_BYTES, as_bytes
-from harness.layer_driver import dense_copy
-from harness.protocol import Strictness, optimized_layer
+from harness.layer_driver import Feed, LayerStep, dense_copy
+from harness.protocol import STAGES, Strictness, optimized_layer
+from harness.report import summary
 from harness.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
-from harness.stages import STAGES, LayerTally, StageJudge
-from reference import kv_cache
+from harness.selections import Numbers
+from harness.stages import LayerTally, StageJudge
+from reference import attention, kv_cache
 from reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
 
 CPU = torch.device("cpu")
 TWO = (Join(seq_len=11), Join(seq_len=3))
+RANDOM_LAYER = {"regime": Regime.RANDOM}
+MADE_UP = len(Numbers)  # rows of logits that isolated top-k is given beside those of the case
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,7 @@ class Seen:
         tally: LayerTally | None = None,
     ) -> Finding | None:
         """What is found when ``change`` has been made to a copy of the observation."""
-        copy = dataclasses.replace(
-            self.layer,
-            steps=tuple(_copied(step) for step in self.layer.steps),
-            caches=dense_copy(self.layer.caches),
-        )
+        copy = dataclasses.replace(self.layer, steps=tuple(_copied(step) for step in self.layer.steps))
         change(copy)
         judge = StageJudge(self.engine, weaker or {}, LayerTally() if tally is None else tally)
         return judge.compare(copy, self.metadata)
@@ -64,7 +65,7 @@ class Seen:
 def _copied(step: LayerStep) -> LayerStep:
     outputs = AttentionOutputs(**{name: tensor.clone() for name, tensor in vars(step.outputs).items()})
     others = [None if tensor is None else tensor.clone() for tensor in (step.positions, step.ragged)]
-    return LayerStep(outputs, *others)
+    return LayerStep(outputs, dense_copy(step.caches), *others)
 
 
 def seen(scenario: Scenario, feed: Feed = Feed.CHAIN) -> Seen:
@@ -132,8 +133,8 @@ def test_numbers_are_counted_by_how_they_are_compared() -> None:
         "kv_cache": ((slots - 4) * 80 * 2, 0, 0),
         "index_k_cache": ((slots - 4) * 36, 0, 0),
         "logits": (4 * 13, 0, 0),
-        "topk_indices": (4 * 4, 0, 0),
-        "indices": (4 * 4, 0, 0),
+        "topk_indices": ((4 + MADE_UP) * 4, 0, 0),
+        "indices": ((4 + MADE_UP) * 4, 0, 0),
         "out": (4 * 2 * 64, 0, 0),
         "lse": (0, 4 * 2, 0),
     }
@@ -159,13 +160,13 @@ def test_numbers_are_counted_by_how_they_are_compared() -> None:
 def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str) -> None:
     clean = verified(dtype=dtype)
     slot = int(clean.layer.load.passes[0].inputs.out_cache_loc[3])
-    before = int(as_bytes(clean.layer.caches.kv)[slot, 0, byte])
+    before = int(as_bytes(clean.layer.steps[0].caches.kv)[slot, 0, byte])
 
     def change(layer: LayerObservation) -> None:
-        as_bytes(layer.caches.kv)[slot, 0, byte] = before ^ 1
+        as_bytes(layer.steps[0].caches.kv)[slot, 0, byte] = before ^ 1
 
     finding = clean.found(change)
-    assert (finding.kind, finding.field, finding.how, finding.step) == (Kind.VALUE, "kv_cache", "eager chain", None)
+    assert (finding.kind, finding.field, finding.how, finding.step) == (Kind.VALUE, "kv_cache", "eager chain", 0)
     assert finding.place == f"slot {slot} (running request 1, position 4), {part}"
     assert (finding.got, finding.expected) == (f"byte {before ^ 1:#04x}", f"byte {before:#04x}")
     assert finding.differing == 1
@@ -183,24 +184,28 @@ def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str)
 )
 def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
     """Page 3: 4 keys of 32 bytes, then 4 scales of 4."""
-    finding = verified().found(lambda layer: layer.caches.index_k[3].__setitem__(byte, 0x55))
+    finding = verified().found(lambda layer: layer.steps[0].caches.index_k[3].__setitem__(byte, 0x55))
     assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
 
 
 def test_write_into_a_page_of_nobody_is_told() -> None:
-    finding = verified().found(lambda layer: layer.caches.kv[-1].fill_(1))
+    finding = verified().found(lambda layer: layer.steps[0].caches.kv[-1].fill_(1))
     assert finding.place == "slot 71 (nobody's), latent element 0"
     assert finding.differing == 160
 
 
 def test_dummy_page_is_left_out() -> None:
     def change(layer: LayerObservation) -> None:
-        layer.caches.kv[:4] = 1
-        layer.caches.index_k[0] = 1
+        layer.steps[0].caches.kv[:4] = 1
+        layer.steps[0].caches.index_k[0] = 1
 
     assert verified().judged(change) is None
-    assert verified().found(lambda layer: layer.caches.kv[4].fill_(1)).place.startswith("slot 4 (running request 0, ")
-    assert verified().found(lambda layer: layer.caches.index_k[1].fill_(1)).field == "index_k_cache"
+    assert (
+        verified()
+        .found(lambda layer: layer.steps[0].caches.kv[4].fill_(1))
+        .place.startswith("slot 4 (running request 0, ")
+    )
+    assert verified().found(lambda layer: layer.steps[0].caches.index_k[1].fill_(1)).field == "index_k_cache"
 
 
 def test_logit_is_told_by_row_and_token() -> None:
@@ -273,7 +278,7 @@ def test_place_in_the_concatenated_keys_is_compared() -> None:
 
 def test_output_is_told_by_the_slot_whose_value_it_is() -> None:
     clean = verified()
-    keys = kv_cache.load_kv(clean.engine.cache_state.config, clean.layer.caches.kv, torch.tensor([6]))
+    keys = kv_cache.load_kv(clean.engine.cache_state.config, clean.layer.steps[0].caches.kv, torch.tensor([6]))
     out = clean.layer.steps[0].outputs.out
     right = clean.engine.cache_state.content.decode(out[2, 1])
     assert right is not None
@@ -320,8 +325,8 @@ def test_first_stage_that_is_wrong_is_named() -> None:
         ("out", put("out", (0, 0, 0), 99)),
         ("indices", put("indices", (0, 0), 1)),
         ("logits", put("logits", (0, 0), -99)),
-        ("index_k_cache", lambda layer: layer.caches.index_k[4].fill_(0)),
-        ("kv_cache", lambda layer: layer.caches.kv[-1].fill_(0)),
+        ("index_k_cache", lambda layer: layer.steps[0].caches.index_k[4].fill_(0)),
+        ("kv_cache", lambda layer: layer.steps[0].caches.kv[-1].fill_(0)),
     ]
     for number, (name, _) in enumerate(broken):
 
@@ -412,7 +417,7 @@ def test_same_set_forgives_the_order(name: str) -> None:
     tally = LayerTally()
     assert clean.judged(reverse, weaker={name: Strictness.SAME_SET}, tally=tally) is None
     stage = tally.stages[name]
-    assert (stage.exact, stage.weaker) == (0, 4 * 4)
+    assert (stage.exact, stage.weaker) == (0, (4 + (0 if name == "indices" else MADE_UP)) * 4)
     others = (other for other in SAME_SET if other != name)
     assert all(tally.stages[other].weaker == 0 for other in others), "what is not declared stays strict"
 
@@ -511,6 +516,89 @@ def test_one_step_of_ordinary_numbers_is_judged_by_their_bound() -> None:
     assert (tally.stages["out"].bounded, tally.stages["out"].weaker) == (4 * 2 * 64, 0)
 
 
+BOUND = dict.fromkeys(("logits", "out", "lse"), Strictness.BOUND)
+
+
+def test_bound_is_that_of_ordinary_numbers_and_is_counted_apart() -> None:
+    clean = verified(Regime.LATTICE)
+    for name in BOUND:
+        tally = LayerTally()
+        assert clean.judged(weaker={name: Strictness.BOUND}, tally=tally) is None
+        stage = tally.stages[name]
+        assert (stage.exact, stage.bounded, stage.declared) == (0, 0, "within the error bound")
+        assert stage.weaker == getattr(clean.layer.steps[0].outputs, name).numel()
+        others = (tally.stages[other] for other in BOUND if other != name)
+        assert all(other.weaker == 0 and not other.declared for other in others)
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_bound_forgives_what_its_numbers_allow_and_no_more(name: str) -> None:
+    clean = verified(Regime.LATTICE)
+    numbers = getattr(clean.layer.steps[0].outputs, name)[0].float().nan_to_num(neginf=0)
+    place = (0, *(int(i) for i in torch.unravel_index(numbers.abs().argmax(), numbers.shape)))
+    number = float(numbers[place[1:]])
+
+    def off(fraction: float) -> Callable[[LayerObservation], None]:
+        return put(name, place, number * (1 + fraction))
+
+    least = 2.0**-8 if name == "out" else 2.0**-22
+    assert clean.judged(off(least), weaker=BOUND) is None
+    if name != "lse":
+        assert clean.found(off(least)).field == name
+    finding = clean.found(off(0.5), weaker=BOUND)
+    assert (finding.kind, finding.field) == (Kind.BOUND, name)
+
+
+def test_what_is_declared_is_told() -> None:
+    layers = LayerTally()
+    layers.stage("out").count_weaker(1024, Strictness.BOUND)
+    layers.stage("out").worst = 0.5
+    layers.stage("indices").count_weaker(8, Strictness.SAME_SET)
+    told = summary(Verdict(layers=layers), [], 0)
+    assert re.search(r"│ out +│ 0 +│ 0 +│ 0.5 +│ 1,024 within the error bound +│", told)
+    assert re.search(r"│ indices +│ 0 +│ 0 +│ - +│ 8 the same tokens in any order, ties forgiven +│", told)
+
+
+# The scenario's other run
+
+
+def test_pass_that_gives_the_same_bits_again_is_as_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = verified(Regime.RANDOM, feed=Feed.ISOLATED)
+    first, again = LayerTally(), LayerTally()
+    judge = StageJudge(clean.engine, {}, first)
+    assert judge.compare(clean.layer, clean.metadata) is None
+    known = judge.judged
+    assert len(known) == 1
+
+    def unneeded(*_: object, **__: object) -> None:
+        raise AssertionError("computed once more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "unrounded", unneeded)
+        repeated = StageJudge(clean.engine, {}, again)
+        assert repeated.compare(clean.layer, clean.metadata, known) is None
+    assert again.stages == first.stages, "and is counted as often"
+    assert [judged.tally.stages for judged in repeated.judged] == [judged.tally.stages for judged in known]
+
+
+@pytest.mark.parametrize("name", ["logits", "indices", "out", "lse", "topk_indices", "topk_ragged"])
+def test_pass_that_gives_other_bits_is_judged_anew(name: str) -> None:
+    clean = seen(case(*TWO, Eager(mode=EXTEND, extend_lens=(2,)), layer=RANDOM_LAYER), Feed.ISOLATED)
+    judge = StageJudge(clean.engine, {}, LayerTally())
+    assert judge.compare(clean.layer, clean.metadata) is None
+    before = judge.judged
+
+    def compare(change: Callable[[LayerObservation], None]) -> Finding | None:
+        copy = dataclasses.replace(clean.layer, steps=tuple(_copied(step) for step in clean.layer.steps))
+        change(copy)
+        return StageJudge(clean.engine, {}, LayerTally()).compare(copy, clean.metadata, before)
+
+    assert compare(lambda layer: None) is None
+    finding = compare(put(name, (0,) * (3 if name == "out" else 2), 99))
+    assert finding is not None
+    assert finding.field == name
+
+
 # Ordinary numbers
 
 
@@ -560,7 +648,7 @@ def test_tallies_add_up() -> None:
         tally.replays = 4
     other.stage("lse").exact = 7
     one.add(other)
-    assert vars(one.stages["out"]) == {"exact": 2, "bounded": 4, "weaker": 6, "worst": 0.5}
+    assert vars(one.stages["out"]) == {"exact": 2, "bounded": 4, "weaker": 6, "worst": 0.5, "declared": ""}
     assert one.stages["lse"].exact == 7
     assert (one.relations, one.replays) == ({"again": 2}, 8)
 

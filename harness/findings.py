@@ -1,0 +1,64 @@
+"""What is found wrong: records, of which a report makes text last."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Kind(enum.Enum):
+    """What is wrong, in the words of the report."""
+
+    VALUE = "wrong value"
+    BOUND = "beyond the error bound"
+    RELATION = "depends on what must not matter"
+    RESULT = "wrong result"
+    SHAPE = "wrong shape"
+    DTYPE = "wrong dtype"
+    DEVICE = "wrong device"
+    MISSING = "missing field"
+    UNEXPECTED = "field that this mode does not have"
+    HOST_SCALAR = "wrong host scalar"
+    ADDRESS = "buffer moved after capture"
+    GUARD = "write outside a buffer"
+    INPUT = "input modified"
+    CAPTURE = "capture rejected"
+    FROZEN = "frozen host value"
+    VARIANTS = "compiled anew for each size"
+    CRASH = "backend raised"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One cell near the first difference."""
+
+    place: str
+    got: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One disagreement, as precise as it can be said.
+
+    differing, compared: how many live cells of this field and step differ, out of how many. place: the first of them.
+    how: in what run of the layer, or under what change, it shows.
+    """
+
+    kind: Kind
+    field: str
+    got: str
+    expected: str
+    step: int | None = None
+    place: str = ""
+    differing: int = 0
+    compared: int = 0
+    neighbours: tuple[Neighbour, ...] = ()
+    how: str = ""
+
+    def sentence(self) -> str:
+        where = [part for part in (f"step {self.step}" if self.step is not None else "", self.place) if part]
+        at = f" at {', '.join(where)}" if where else ""
+        count = f"; {self.differing} of {self.compared} live cells differ" if self.compared else ""
+        how = f" ({self.how})" if self.how else ""
+        return f"{self.kind.value}: {self.field}{at}{how}: got {self.got}, expected {self.expected}{count}"
