@@ -20,7 +20,7 @@ from harness import fields
 from harness.driver import driver_for
 from harness.expected import ExpectedLayer, expected_metadata
 from harness.graph import CapturedGraph, CaptureError, graph_runner
-from harness.layer import CacheState, as_bytes, map_tensors
+from harness.layer import CacheState, as_bytes, far_apart, map_tensors
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy, load_of
 from harness.poison import NAN_BYTE, GuardedAllocations, GuardedBuffer, fill_dead_cells, overrun
 from harness.protocol import BackendFactory, LayerFactory
@@ -118,10 +118,9 @@ class StaticInput:
     """One input tensor at a fixed address, and a host copy of all memory around it."""
 
     def __init__(
-        self, name: str, dtype: IntDtype, capacity: int, strided: bool, sentinel: int, device: torch.device
+        self, name: str, dtype: IntDtype, capacity: int, columns: int, sentinel: int, device: torch.device
     ) -> None:
         self.name = name
-        columns = 3 if strided else 1  # a strided input is the middle column of three
         self._expected = torch.full((capacity, columns), sentinel, dtype=INT_DTYPES[dtype])
         self._base = self._expected.to(device, copy=True)
         self._column = columns // 2
@@ -141,14 +140,15 @@ class StaticInputs:
     """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did."""
 
     def __init__(self, inputs: Inputs, capacity: int, sentinel: int, device: torch.device) -> None:
-        self.device = device
-        self.seq_lens = StaticInput("seq_lens", inputs.seq_lens, capacity, inputs.strided, sentinel, device)
-        self.req_pool_indices = StaticInput(
-            "req_pool_indices", inputs.req_pool_indices, capacity, inputs.strided, sentinel, device
-        )
-        self.accept_length = StaticInput(
-            "accept_length", inputs.accept_length, capacity, inputs.strided, sentinel, device
-        )
+        def static(name: str, dtype: IntDtype, columns: int) -> StaticInput:
+            return StaticInput(name, dtype, capacity, columns if inputs.strided else 1, sentinel, device)
+
+        # A strided input is a column of several, of another number for each: no stride may stand for another.
+        self.seq_lens = static("seq_lens", inputs.seq_lens, 3)
+        self.req_pool_indices = static("req_pool_indices", inputs.req_pool_indices, 2)
+        self.accept_length = static("accept_length", inputs.accept_length, 4)
+        self.extend_seq_lens = static("extend_seq_lens", inputs.accept_length, 5)
+        self.extend_prefix_lens = static("extend_prefix_lens", inputs.accept_length, 6)
 
     def load(self, batch: Batch) -> ForwardBatch:
         """Write the batch into the static tensors and return it as the engine hands it to a backend."""
@@ -164,26 +164,21 @@ class StaticInputs:
             seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
             spec_info=SpecInfo(accept_length) if drafts else None,
         )
-        return with_extend_lens(forward_batch, batch, self.device)
+        if batch.mode is not ForwardMode.EXTEND:
+            return forward_batch
+        prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
+        return dataclasses.replace(
+            forward_batch,
+            extend_seq_lens=self.extend_seq_lens.write(batch.extend_lens),
+            extend_prefix_lens=self.extend_prefix_lens.write(prefix_lens),
+            extend_seq_lens_cpu=batch.extend_lens,
+            extend_prefix_lens_cpu=prefix_lens,
+        )
 
     def modified(self) -> str | None:
         """The name of an input whose memory is not as the engine left it, or None."""
-        inputs = (self.seq_lens, self.req_pool_indices, self.accept_length)
+        inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
         return next((static.name for static in inputs if static.is_modified()), None)
-
-
-def with_extend_lens(forward_batch: ForwardBatch, batch: Batch, device: torch.device) -> ForwardBatch:
-    """``forward_batch`` with what only a prefill has: new and cached tokens of each request."""
-    if batch.mode is not ForwardMode.EXTEND:
-        return forward_batch
-    prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
-    return dataclasses.replace(
-        forward_batch,
-        extend_seq_lens=torch.tensor(batch.extend_lens, dtype=torch.int32, device=device),
-        extend_prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32, device=device),
-        extend_seq_lens_cpu=batch.extend_lens,
-        extend_prefix_lens_cpu=prefix_lens,
-    )
 
 
 class Engine:
@@ -221,6 +216,8 @@ class Engine:
         width = setup.max_context_len
         self._pool = torch.full((setup.pool_size, width + 2 * margin), sentinel, dtype=torch.int32)
         self._pool_on_device = self._pool.to(device, copy=True)
+        if setup.inputs.far_req_to_token and setup.pool_size > 1:
+            self._pool_on_device = _far_pool(self._pool_on_device)
         self._columns = slice(margin, margin + width)
         self.req_to_token = self._pool_on_device[:, self._columns]
         self._sync_req_to_token()
@@ -487,6 +484,15 @@ class Engine:
 def copied(outputs: AttentionOutputs) -> AttentionOutputs:
     """A copy of all tensors, each in memory of its own."""
     return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
+
+
+def _far_pool(pool: torch.Tensor) -> torch.Tensor:
+    """``pool`` with its last row 2**31 elements behind the first; as it is, if the GPU has no memory for that."""
+    rows, device = len(pool), pool.device
+    span = -(-(pool.element_size() << 31) // (rows - 1)) * rows
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * span:
+        return pool
+    return far_apart(pool, span)
 
 
 def _graph_mode(mode: ForwardMode) -> ForwardMode:

@@ -23,7 +23,7 @@ from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, B
 
 # What cache memory that nobody wrote is made of, by run.
 POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3
-FAR_BYTES = 4_600_000_000  # how far apart the first and last slot of far caches lie: beyond 2**31 elements of bf16
+FAR_BYTES = 4_600_000_000  # of a far cache: its last slot lies beyond 2**31 elements of bf16
 _ROW_ALIGNMENT = 128
 
 
@@ -202,10 +202,13 @@ def new_caches(
     return AttentionCaches(kv, index_k)
 
 
-def far_apart(cache: torch.Tensor) -> torch.Tensor:
-    """A copy of ``cache`` whose rows lie so far apart that offsets need 64 bits. Nothing between them is touched."""
+def far_apart(cache: torch.Tensor, span: int = FAR_BYTES) -> torch.Tensor:
+    """A copy of ``cache`` whose rows lie so far apart that offsets need 64 bits. Nothing between them is touched.
+
+    span: bytes that all rows take, with what lies between them.
+    """
     rows = len(cache)
-    stride = -(-FAR_BYTES // (rows * _ROW_ALIGNMENT)) * _ROW_ALIGNMENT // cache.element_size()
+    stride = -(-span // (rows * _ROW_ALIGNMENT)) * _ROW_ALIGNMENT // cache.element_size()
     memory = _untouched(rows * stride, cache)
     return memory.as_strided(cache.shape, (stride, *cache.stride()[1:])).copy_(cache)
 

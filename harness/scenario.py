@@ -74,13 +74,19 @@ class IntDtype(enum.Enum):
 
 
 class Inputs(_Record):
-    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements."""
+    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements.
+
+    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. wide_req_to_token: a view of a wider
+    tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements, needs more
+    than 32 bits, as in a large pool.
+    """
 
     seq_lens: IntDtype = IntDtype.INT64
     req_pool_indices: IntDtype = IntDtype.INT64
     accept_length: IntDtype = IntDtype.INT32
     strided: bool = False
     wide_req_to_token: bool = False
+    far_req_to_token: bool = False
 
 
 class Layer(_Record):

@@ -61,7 +61,7 @@ SMALL = Scale(
     max_events=12,
     max_rows=16,
     crowds=(2,),
-    parts=(0, 1, 3),
+    parts=(0, 1, 3, 6),  # 6: neither fills whole vectors with a schedule nor comes near it by chance
 )
 LARGE = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),
@@ -197,6 +197,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
             accept_length=draw(st.sampled_from((IntDtype.INT32, IntDtype.INT64))),
             strided=draw(st.booleans()),
             wide_req_to_token=draw(st.booleans()),
+            far_req_to_token=draw(st.sampled_from(_RARELY)),
         ),
         layer=draw(layers(scale)),
     )

@@ -7,7 +7,8 @@ What cannot matter by construction is not changed:
 - assertions, ``raise``, and the condition of an ``if`` that does nothing but raise: no engine gives such arguments;
 - ``num_warps``, ``num_stages``, and numbers in capitals at the head of a module that launches kernels: tile sizes and
   program counts, chosen by measurement;
-- the second argument of a launch (``optimized.launch``), which names a compiled variant;
+- the second argument of a launch (``optimized.launch``), which names a compiled variant, and what is computed for it
+  alone;
 - what ``tl.multiple_of`` promises the compiler, and whether it is promised.
 """
 
@@ -108,6 +109,8 @@ class _Walker:
             if isinstance(target, ast.Name)
         }
         self.parents = {child: parent for parent in ast.walk(module) for child in ast.iter_child_nodes(parent)}
+        variants = [a for n in ast.walk(module) if _called(n) in self.launchers for a in _arguments(n)[1:2]]
+        self.in_variants = {name for variant in variants for name in _loads(variant)}
 
     def edits(self) -> Iterator[Edit]:
         yield from self._visit(self.module)
@@ -140,6 +143,10 @@ class _Walker:
                 return True
             case ast.Call() if _called(parent) in self.launchers and node in parent.args[1:2]:
                 return True
+            case ast.Assign(targets=[ast.Name(id=name)]) if node is parent.value and self._is_for_variants(
+                name, parent
+            ):
+                return True
             case ast.Call() if _called(parent) in HINTS and node in parent.args[1:]:
                 return True
         match node:
@@ -150,6 +157,14 @@ class _Walker:
             case ast.Assign(targets=[ast.Name(id=name)]) if not _cannot_matter(node):
                 return self.launches and parent is self.module and bool(CAPITALS.fullmatch(name)) and _is_number(node)
         return False
+
+    def _is_for_variants(self, name: str, assignment: ast.Assign) -> bool:
+        """Whether a local name is read where a variant is named, and nowhere else."""
+        function = self.function(assignment)
+        if function is None:
+            return False
+        reads = [node for node in _loads(function) if node.id == name]
+        return bool(reads) and self.in_variants.issuperset(reads)
 
     # What a node is part of.
 
@@ -384,6 +399,14 @@ def _called(node: ast.AST | None) -> str:
         case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
             return name
     return ""
+
+
+def _arguments(node: ast.AST) -> list[ast.expr]:
+    return node.args if isinstance(node, ast.Call) else []
+
+
+def _loads(node: ast.AST) -> list[ast.Name]:
+    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
 
 
 def _plus(node: ast.expr, by: int) -> ast.expr:

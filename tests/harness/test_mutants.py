@@ -145,10 +145,10 @@ def test_numbers_in_capitals_matter_in_kernels() -> None:
 
 
 def test_a_launch_keeps_its_variant_and_its_tuning() -> None:
-    source = "_run = Launcher(kernel)\ndef f(a, b):\n    _run(a, (1, b), a, b, num_warps=4)"
+    source = "_run = Launcher(kernel)\ndef f(a, b):\n    flags = 1, b\n    _run(a, (*flags, 2), a, b, num_warps=4)"
     made = [edit for edit in edits(source) if edit.text != "pass"]
     assert [(edit.operator, edit.text) for edit in made] == [
-        ("arguments-swapped", "_run(a, (1, b), b, a, num_warps=4)"),
+        ("arguments-swapped", "_run(a, (*flags, 2), b, a, num_warps=4)"),
     ]
 
 
