@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,10 @@ import typer
 
 from harness import interpreter, report
 from harness.bugs import report as kill_report
+from harness.bugs import scores as mutant_scores
 from harness.bugs.matrix import hunt_all
+from harness.bugs.mutants import all_mutants, sampled
+from harness.bugs.scoring import Score, ScoringError, gathered_cases, score
 from harness.bugs.zoo import ZOO
 from harness.explore import Subject
 from harness.judge import OracleFailure
@@ -195,6 +199,53 @@ def sanitize(
     if any(outcome.clean is False for outcome in outcomes):
         raise typer.Exit(1)
     raise typer.Exit(2 if any(outcome.clean is None for outcome in outcomes) else 0)
+
+
+@app.command()
+def mutants(
+    listed: Annotated[bool, typer.Option("--list", help="Name the mutants and what each changes; judge none.")] = False,
+    file: Annotated[str, typer.Option(help="Files of optimized/, as a pattern: 'kernels/*', 'topk.py'.")] = "*",
+    only: Annotated[list[str] | None, typer.Option(help="Judge this mutant; may be given several times.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Judge so many of them, picked at random.")] = None,
+    cases: Annotated[int, typer.Option(min=0, help="Fresh cases beside the saved ones, and half as many more.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Where the sample and fresh cases are drawn from.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Mutants judged at a time, each in its own process.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Add a record a line, as they come.")] = None,
+) -> None:
+    """Change every line of optimized/ in every way that the operators know, and print what no case notices.
+
+    Runs without a GPU, whether there is one or not. Fresh cases: so many of metadata alone, and half as many with a
+    layer. A mutant is judged until a case fails, so it is the survivors that take long.
+    """
+    chosen = all_mutants(file)
+    if not chosen:
+        raise _unusable(f"--file {file}: no file of optimized/ that can be changed has such a name")
+    if unknown := sorted(set(only or ()) - {mutant.id for mutant in chosen}):
+        raise _unusable(f"--only {unknown[0]}: no such mutant; --list names them all")
+    chosen = [mutant for mutant in chosen if not only or mutant.id in only]
+    chosen = chosen if sample is None else sampled(chosen, sample, seed)
+    if listed:
+        typer.echo(mutant_scores.listing(chosen))
+        return
+    scores: list[Score] = []
+    try:
+        with json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records:
+            for scored in score(chosen, gathered_cases(cases, seed), jobs):
+                scores.append(scored)
+                if records is not None:
+                    print(mutant_scores.as_json(scored), file=records, flush=True)
+    except OSError as error:
+        raise _unusable(f"--json {json_file}: {error.strerror}") from None
+    except (ScenarioError, ScoringError) as error:
+        raise _unusable(str(error)) from None
+    order = {mutant.id: number for number, mutant in enumerate(chosen)}
+    scores.sort(key=lambda scored: order[scored.mutant.id])
+    typer.echo(report.render(mutant_scores.matrix(scores)))
+    alive = [scored for scored in scores if scored.fate.is_alive]
+    if alive:
+        typer.echo(mutant_scores.survivors(alive))
+    typer.echo(mutant_scores.sum_line(scores))
+    raise typer.Exit(1 if alive else 0)
 
 
 @app.command()

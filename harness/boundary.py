@@ -46,7 +46,7 @@ ALL_CLASSES: tuple[str, ...] = (
     *("page size 1", "page size 16", "page size 32", "page size 64", "W not a multiple of P"),
     *(f"pages {layout.value}" for layout in PageLayout),
     *("shared prefix", "prefix re-mapped", "cached prefix extended"),
-    *("int32 lengths", "int64 lengths", "strided inputs", "wide req_to_token"),
+    *("int32 lengths", "int64 lengths", "strided inputs", "wide req_to_token", "far req_to_token"),
     *(f"mirror {mirror.value}" for mirror in Mirror),
     *(f"order {order.value}" for order in Order),
     *(f"drive {drive.value}" for drive in Drive),
@@ -141,6 +141,8 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
         yield "strided inputs"
     if setup.inputs.wide_req_to_token:
         yield "wide req_to_token"
+    if setup.inputs.far_req_to_token and setup.pool_size > 1:
+        yield "far req_to_token"
     if setup.layer is not None:
         yield f"content {setup.layer.regime.value}"
         yield f"cache {setup.layer.kv_cache_dtype.value}"

@@ -126,10 +126,9 @@ class StaticInput:
     """One input tensor at a fixed address."""
 
     def __init__(
-        self, name: str, dtype: IntDtype, capacity: int, strided: bool, sentinel: int, delivery: Delivery
+        self, name: str, dtype: IntDtype, capacity: int, columns: int, sentinel: int, delivery: Delivery
     ) -> None:
         self.name = name
-        columns = 3 if strided else 1  # a strided input is the middle column of three
         self._banded = BandedInput((capacity, columns), INT_DTYPES[dtype], sentinel, delivery.device)
         self._delivery = delivery
         self._column = columns // 2
@@ -152,14 +151,15 @@ class StaticInputs:
     """
 
     def __init__(self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery) -> None:
-        self.device = delivery.device
-        self.seq_lens = StaticInput("seq_lens", inputs.seq_lens, capacity, inputs.strided, sentinel, delivery)
-        self.req_pool_indices = StaticInput(
-            "req_pool_indices", inputs.req_pool_indices, capacity, inputs.strided, sentinel, delivery
-        )
-        self.accept_length = StaticInput(
-            "accept_length", inputs.accept_length, capacity, inputs.strided, sentinel, delivery
-        )
+        def static(name: str, dtype: IntDtype, columns: int) -> StaticInput:
+            return StaticInput(name, dtype, capacity, columns if inputs.strided else 1, sentinel, delivery)
+
+        # A strided input is a column of several, of another number for each: no stride may stand for another.
+        self.seq_lens = static("seq_lens", inputs.seq_lens, 3)
+        self.req_pool_indices = static("req_pool_indices", inputs.req_pool_indices, 2)
+        self.accept_length = static("accept_length", inputs.accept_length, 4)
+        self.extend_seq_lens = static("extend_seq_lens", inputs.accept_length, 5)
+        self.extend_prefix_lens = static("extend_prefix_lens", inputs.accept_length, 6)
 
     def load(self, batch: Batch) -> ForwardBatch:
         """Write the batch into the static tensors and return it as the engine hands it to a backend."""
@@ -175,26 +175,21 @@ class StaticInputs:
             seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
             spec_info=SpecInfo(accept_length) if drafts else None,
         )
-        return with_extend_lens(forward_batch, batch, self.device)
+        if batch.mode is not ForwardMode.EXTEND:
+            return forward_batch
+        prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
+        return dataclasses.replace(
+            forward_batch,
+            extend_seq_lens=self.extend_seq_lens.write(batch.extend_lens),
+            extend_prefix_lens=self.extend_prefix_lens.write(prefix_lens),
+            extend_seq_lens_cpu=batch.extend_lens,
+            extend_prefix_lens_cpu=prefix_lens,
+        )
 
     def modified(self) -> str | None:
         """The name of an input whose memory is not as the engine left it, or None."""
-        inputs = (self.seq_lens, self.req_pool_indices, self.accept_length)
+        inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
         return next((static.name for static in inputs if static.is_modified()), None)
-
-
-def with_extend_lens(forward_batch: ForwardBatch, batch: Batch, device: torch.device) -> ForwardBatch:
-    """``forward_batch`` with what only a prefill has: new and cached tokens of each request."""
-    if batch.mode is not ForwardMode.EXTEND:
-        return forward_batch
-    prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
-    return dataclasses.replace(
-        forward_batch,
-        extend_seq_lens=torch.tensor(batch.extend_lens, dtype=torch.int32, device=device),
-        extend_prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32, device=device),
-        extend_seq_lens_cpu=batch.extend_lens,
-        extend_prefix_lens_cpu=prefix_lens,
-    )
 
 
 class Engine:
@@ -237,7 +232,8 @@ class Engine:
         self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, self._delivery)
         margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
         width = setup.max_context_len
-        self._pool = BandedInput((setup.pool_size, width + 2 * margin), torch.int32, sentinel, device)
+        far = setup.inputs.far_req_to_token and setup.pool_size > 1
+        self._pool = BandedInput((setup.pool_size, width + 2 * margin), torch.int32, sentinel, device, far)
         self._columns = slice(margin, margin + width)
         self.req_to_token = self._pool.tensor[:, self._columns]
         self._sync_req_to_token()

@@ -57,7 +57,7 @@ SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progr
 SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LARGE, ("cuda", True): LARGE_LAYER}
 
 
-FAR_MEMORY = 48 << 30  # bytes of a GPU below which no far caches are drawn: three engines may hold some at once
+FAR_MEMORY = 48 << 30  # bytes of a GPU below which nothing far apart is drawn: three engines may hold some at once
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,19 @@ class Subject:
         alone = self.limits.excluded(scale_of(device, with_layer=False).drawn())
         behind = self.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
         told = [*alone, *(f"{told} (with a layer)" for told in behind if told not in alone)]
-        if True not in scale_of(device, with_layer=True).far_slots:
-            told.append(f"far_slots True (the GPU has less than {FAR_MEMORY >> 30} GiB)")
+        if _is_small(device):
+            told.append(f"far_slots True, far_req_to_token True (the GPU has less than {FAR_MEMORY >> 30} GiB)")
         return told
 
 
 def scale_of(device: torch.device, with_layer: bool) -> Scale:
-    """What is drawn on a device; on a GPU with little memory no far caches."""
+    """What is drawn on a device; on a GPU with little memory nothing that lies far apart."""
     scale = SCALES[device.type, with_layer]
-    if with_layer and device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < FAR_MEMORY:
-        return replace(scale, far_slots=(False,))
-    return scale
+    return replace(scale, far_slots=(False,), far_req_to_token=(False,)) if _is_small(device) else scale
+
+
+def _is_small(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < FAR_MEMORY
 
 
 class DeviceLost(BaseException):

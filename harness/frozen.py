@@ -25,8 +25,7 @@ def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario],
 
     ``build`` makes an engine without history. What cannot be decided is counted in ``engine.audit`` and not reported.
     """
-    layer = scenario.setup.layer
-    if not engine.graphs or (layer is not None and layer.far_slots):  # far caches are gigabytes, for each engine
+    if not engine.graphs or scenario.setup.is_far:  # what is far apart takes gigabytes, for each engine
         return None
     (mode, bs), bound = sorted(engine.graphs.items(), key=_order)[scenario.seed % len(engine.graphs)]
     batch = other_batch(scenario.setup, mode, bs)

@@ -88,8 +88,8 @@ def judge(
     BackendError and ScenarioError pass through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
-    if scenario.setup.layer is not None and scenario.setup.layer.far_slots:
-        gc.collect()  # engines are in cycles, and far caches hold a page of memory for each of their rows
+    if scenario.setup.is_far:
+        gc.collect()  # engines are in cycles, and each holds a page of memory for every row that is far
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
         stress = other is not None  # in the second run

@@ -6,11 +6,7 @@ in and the forward pass that wrote it, so that a stale or misplaced one is seen.
 
 from __future__ import annotations
 
-import gc
-import mmap
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +15,13 @@ from numpy.typing import NDArray
 
 from harness.content import Content
 from harness.rng import Stream
-from harness.scenario import ScenarioError, Setup
+from harness.scenario import Setup
 from harness.world import Batch, World
 from reference import kv_cache
 from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, BackendConfig, ForwardMode, KVCacheDtype
 
 # What cache memory that nobody wrote is made of, by run.
 POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3
-NARROW = (
-    1 << 32
-)  # elements from which on an offset of 32 bits is wrong, with a sign or without; with one from half of it
-_ADDRESSES = 1 << 42  # bytes that a far cache may spread over on a host, which provides only what is touched
-_ROW_ALIGNMENT = 128
-_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on: pages that may not all exist
 
 
 @dataclass(frozen=True)
@@ -211,71 +201,6 @@ def new_caches(
     as_bytes(kv).fill_(poison)
     index_k.fill_(poison)
     return AttentionCaches(kv, index_k)
-
-
-def far_apart(cache: torch.Tensor) -> torch.Tensor:
-    """A copy of ``cache`` whose rows lie so far apart that offsets need 64 bits, in elements as in bytes.
-
-    On a host every row but the first few lies beyond 2**32 elements, and what lies between is not touched. A wrapped
-    offset stays within the memory: it finds row 0 or zeros. On a GPU the last row lies there, since memory is spent on
-    all of it: 4.3 GB for each byte of an element. Raises ScenarioError where there is not as much.
-    """
-    rows, size = len(cache), cache.element_size()
-    if cache.device.type == "cpu":
-        memory, stride, first = _untouched(rows, cache)
-    else:
-        stride = _aligned(NARROW * size // max(1, rows - 1)) // size
-        memory, first = _allocated(rows * stride, cache), 0
-    return memory.as_strided(cache.shape, (stride, *cache.stride()[1:]), first).copy_(cache)
-
-
-def _untouched(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """Memory that the host provides when it is touched, in small pages: with the stride and first element of rows.
-
-    It reaches as far around row 0 as an offset that wraps, in elements.
-    """
-    size = like.element_size()
-    before, least = NARROW // 2 * size, (NARROW + 1) * size
-    for spread in (_ADDRESSES, _ADDRESSES >> 3, _ADDRESSES >> 6, 2 * least):
-        stride = _aligned(min(NARROW * size, spread // rows))
-        pages = _mapped(before + max(rows * stride, least) + _ROW_ALIGNMENT)
-        if pages is not None:
-            return torch.frombuffer(pages, dtype=like.dtype), stride // size, before // size
-    raise ScenarioError(
-        f"far_slots needs {2 * least >> 30} GiB of addresses, and this process may not have them (ulimit -v?)"
-    )
-
-
-def _mapped(count: int) -> mmap.mmap | None:
-    """Addresses of ``count`` bytes, if the host gives so many."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-    for _ in range(2):
-        try:
-            pages = mmap.mmap(-1, count, flags=flags)
-        except OSError:
-            gc.collect()  # engines are in cycles, and each may hold as many
-            continue
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with suppress(OSError):  # a kernel without huge pages does not know the word
-                pages.madvise(mmap.MADV_NOHUGEPAGE)
-        return pages
-    return None
-
-
-def _allocated(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory of ``count`` elements on a GPU."""
-    for _ in range(2):
-        try:
-            return torch.empty(count, dtype=like.dtype, device=like.device)
-        except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
-    needed = count * like.element_size() >> 30
-    raise ScenarioError(f"far_slots needs {needed} GiB of memory on {like.device} at once, and there is less")
-
-
-def _aligned(count: int) -> int:
-    return count - count % _ROW_ALIGNMENT
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

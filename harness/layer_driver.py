@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.far import far_apart
 from harness.forms import found_in, outputs_of
-from harness.layer import CacheState, Pass, as_bytes, far_apart, map_tensors, new_caches
+from harness.layer import CacheState, Pass, as_bytes, map_tensors, new_caches
 from harness.poison import NAN_BYTE, GuardedAllocations, band
 from harness.protocol import SparseAttention
 from harness.scenario import Setup

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.far import SIGNED, far_apart
+
 # Where no layer follows the metadata. Far outside every slot, page and length a scenario can produce, positive so that
 # C and Python division agree.
 SENTINELS = (0x5A5A5A5A, 0x35353535)
@@ -64,16 +66,26 @@ class GuardedBuffer:
 class BandedInput:
     """An input of the engine: memory at a fixed address, poison on either side of it, and a host copy of all of that.
 
-    What reads past either end gets poison; what writes there is found as what writes to the input itself.
+    What reads past either end gets poison; what writes there is found as what writes to the input itself. ``far``: its
+    rows, with poison around each, lie so far apart that the offset of the last one, in elements, needs 64 bits.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device) -> None:
-        count = shape[0] * shape[1]
-        beside = band(-(-max(shape[1], 1) // GUARD_WORDS) * GUARD_WORDS)  # a whole row, and as aligned as the memory
-        self.expected = torch.full((count + 2 * beside,), sentinel, dtype=dtype)
-        self.memory = self.expected.to(device, copy=True)
-        self.content = self.expected[beside : beside + count].view(shape)  # on the host: what is sent next
-        self.tensor = self.memory[beside : beside + count].view(shape)  # on the device
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device, far: bool = False
+    ) -> None:
+        rows, columns = shape
+        beside = band(-(-max(columns, 1) // GUARD_WORDS) * GUARD_WORDS)  # a whole row, and as aligned as the memory
+        inside: tuple[slice, ...]
+        if far:
+            self.expected = torch.full((rows, columns + 2 * beside), sentinel, dtype=dtype)
+            self.memory = far_apart(self.expected.to(device, copy=True), SIGNED)
+            inside = (slice(None), slice(beside, beside + columns))
+        else:
+            self.expected = torch.full((rows * columns + 2 * beside,), sentinel, dtype=dtype)
+            self.memory = self.expected.to(device, copy=True)
+            inside = (slice(beside, beside + rows * columns),)
+        self.content = self.expected[inside].view(shape)  # on the host: what is sent next
+        self.tensor = self.memory[inside].view(shape)  # on the device
 
     def is_modified(self) -> bool:
         return not torch.equal(self.memory.cpu(), self.expected)

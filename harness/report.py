@@ -224,9 +224,12 @@ def _tell_setup(scenario: Scenario) -> str:
     advancing = setup.step_semantics is StepSemantics.ADVANCING
     steps = "each seeing one token more than the last" if advancing else "all seeing the same metadata"
     inputs = setup.inputs
-    views = [
-        word for word, used in (("strided", inputs.strided), ("a wide req_to_token", inputs.wide_req_to_token)) if used
-    ]
+    kinds = {
+        "strided": inputs.strided,
+        "a wide req_to_token": inputs.wide_req_to_token,
+        "a req_to_token of far rows": inputs.far_req_to_token,
+    }
+    views = [kind for kind, used in kinds.items() if used]
     return "\n".join(
         (
             f"A backend of {_count(setup.num_steps, 'draft step')} ({steps}) and "

@@ -76,13 +76,19 @@ class IntDtype(enum.Enum):
 
 
 class Inputs(_Record):
-    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements."""
+    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements.
+
+    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. wide_req_to_token: a view of a wider
+    tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements, needs more
+    than 32 bits, as in a large pool.
+    """
 
     seq_lens: IntDtype = IntDtype.INT64
     req_pool_indices: IntDtype = IntDtype.INT64
     accept_length: IntDtype = IntDtype.INT32
     strided: bool = False
     wide_req_to_token: bool = False
+    far_req_to_token: bool = False
 
 
 class Layer(_Record):
@@ -138,6 +144,11 @@ class Setup(_Record):
     def num_pages(self) -> int:
         """Pages of the caches: the dummy page 0, those that requests can hold, and two that nobody may read."""
         return 1 + self.pool_size * self.pages_per_request + 2
+
+    @property
+    def is_far(self) -> bool:
+        """Whether anything lies so far apart that a GPU spends gigabytes on it."""
+        return self.inputs.far_req_to_token or (self.layer is not None and self.layer.far_slots)
 
     @property
     def draft_overshoot(self) -> int:

@@ -37,6 +37,8 @@ from harness.scenario import (
 from optimized.optimizations import OPTIMIZATION_NAMES
 from reference.types import KVCacheDtype, StepSemantics
 
+_RARELY = (False,) * 5 + (True,)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -53,7 +55,8 @@ class Scale:
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
-    far_slots: tuple[bool, ...] = (False,) * 5 + (True,)  # rarely: on a GPU they take gigabytes
+    far_slots: tuple[bool, ...] = _RARELY  # on a GPU they take gigabytes
+    far_req_to_token: tuple[bool, ...] = _RARELY  # so does this; not both, if the limits leave a choice
     limits: Limits = EVERYTHING
 
     def drawn(self) -> Sizes:
@@ -76,6 +79,7 @@ class Scale:
             "accept_length": (IntDtype.INT32, IntDtype.INT64),
             "strided": both,
             "wide_req_to_token": both,
+            "far_req_to_token": tuple(sorted(set(self.far_req_to_token))),
         }
         for layer in self.layers:
             for name, choices in layer.items():
@@ -95,7 +99,7 @@ SMALL = Scale(
     max_events=12,
     max_rows=16,
     crowds=(2,),
-    parts=(0, 1, 3),
+    parts=(0, 1, 3, 6),  # 6: neither fills whole vectors with a schedule nor comes near it by chance
 )
 LARGE = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),
@@ -210,6 +214,8 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
     index_topks = limits.of("index_topk", scale.index_topks)
+    layer = draw(layers(scale))
+    far = layer is not None and layer.far_slots
     setup = Setup(
         page_size=pick("page_size"),
         max_context_len=max_context_len,
@@ -228,8 +234,9 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
             accept_length=pick("accept_length"),
             strided=pick("strided", freely=st.booleans()),
             wide_req_to_token=pick("wide_req_to_token", freely=st.booleans()),
+            far_req_to_token=pick("far_req_to_token", (False,) if far else scale.far_req_to_token),
         ),
-        layer=draw(layers(scale)),
+        layer=layer,
     )
     return _with_codes_for_all(_from_the_far_end(setup, limits), limits)
 

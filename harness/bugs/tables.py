@@ -229,6 +229,51 @@ BUGS = (
         plant=by_wrapping(ReadsHalves),
     ),
     Bug(
+        name="pool-offset-loses-high-bits",
+        group=Group.TABLES,
+        sentence="The offset of a row of the pool is kept in 31 bits, so the rows of a large pool are read elsewhere.",
+        reference="sglang#34725",
+        trigger="a pool whose rows lie far apart, and its last row in use",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "optimized.kernels.metadata:fill_metadata_kernel",
+                "source = req_to_token + pool_row * req_to_token_stride",
+                "source = req_to_token + ((pool_row * req_to_token_stride) & 0x7FFFFFFF)",
+            )
+        ),
+    ),
+    Bug(
+        name="accepts-read-by-the-stride-of-lengths",
+        group=Group.TABLES,
+        sentence="Accept lengths are found by the stride of the lengths, as if both were views of the same kind.",
+        reference="vllm#42135",
+        trigger="a draft extend or a prefill of three requests or more, from strided inputs",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "optimized.kernels.lengths:load_lengths",
+                "tl.load(query_lens + requests * query_stride, mask=valid, other=0)",
+                "tl.minimum(tl.load(query_lens + requests * seq_stride, mask=valid, other=0), rows_per_request)",
+            )
+        ),
+    ),
+    Bug(
+        name="new-lengths-taken-for-dense",
+        group=Group.TABLES,
+        sentence="The bounds of a prefill's queries are summed as if its new lengths lay side by side.",
+        reference="vllm#42135",
+        trigger="a prefill of two requests or more, from strided inputs",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "optimized.lengths:fill_lengths",
+                "_cumulate(q_lens[None], out",
+                "_cumulate(batch.extend_seq_lens.as_strided((bs,), (1,))[None], out",
+            )
+        ),
+    ),
+    Bug(
         name="fused-launch-drops-a-fill",
         group=Group.TABLES,
         sentence="The fused launch leaves out one of the fills it replaced: the running sum behind the last live row.",

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
-from planted import Clean as CleanBackend
 from planted_layers import Clean
-from test_detection import factory_of
 from test_layer_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, case
 
-from harness import layer as layer_module
 from harness.content import Regime
 from harness.expected import _as_forward_batch, expected_metadata
-from harness.judge import judge, sentinels
-from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, far_apart, new_caches, query_rows
+from harness.far import far_apart
+from harness.judge import sentinels
+from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, new_caches, query_rows
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy
-from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario, ScenarioError
+from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
 from harness.strategies import SMALL, scenarios
 from harness.watch import Modified
 from harness.world import Batch, World
@@ -388,53 +385,6 @@ def test_every_used_page_is_far() -> None:
     for cache, first in ((driver.caches.kv, 16), (driver.caches.index_k, 1)):
         assert first * cache.stride(0) > 1 << 31
         assert (first + 2) * cache.stride(0) > 1 << 32
-
-
-def test_offset_that_wraps_finds_memory() -> None:
-    """Wherever it leads: with a sign or without, of elements or of bytes. Else the process would be gone."""
-    rows = 3
-    far = far_apart(torch.ones(rows, 8, dtype=torch.bfloat16))
-    reach = far.stride(0) * (rows - 1)
-    for offset in (-(1 << 31), (1 << 31) - 8, (1 << 32) - 8, reach):
-        assert far.as_strided((8,), (1,), far.storage_offset() + offset).abs().sum() in (0, 8)
-
-
-def test_more_slots_lie_less_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a cache together may take so many addresses, and no more."""
-    far = far_apart(torch.zeros(5000, 8, dtype=torch.uint8))
-    assert 5000 * far.stride(0) <= 1 << 42
-    assert 10 * far.stride(0) > 1 << 32
-
-
-def test_host_that_gives_fewer_addresses_has_less_far_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = mmap.mmap
-
-    def limited(number: int, count: int, **options: int) -> mmap.mmap:
-        if count > 1 << 36:
-            raise OSError("not so many")
-        return given(number, count, **options)
-
-    monkeypatch.setattr(layer_module.mmap, "mmap", limited)
-    far = far_apart(torch.zeros(40, 8, dtype=torch.uint8))
-    assert 39 * far.stride(0) > 1 << 32
-    assert 39 * far.stride(0) < 1 << 36
-
-
-def test_host_that_gives_no_addresses_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    def none(number: int, count: int, **_: int) -> None:
-        raise OSError("not so many")
-
-    monkeypatch.setattr(layer_module.mmap, "mmap", none)
-    with pytest.raises(
-        ScenarioError, match=r"^far_slots needs \d+ GiB of addresses, and this process may not have them"
-    ):
-        far_apart(torch.zeros(40, 8, dtype=torch.uint8))
-    if device.type == "cpu":
-        scenario = case(Join(seq_len=3), Eager(mode=VERIFY), layer={"far_slots": True})
-        with pytest.raises(ScenarioError, match=r"^far_slots needs "):
-            judge(scenario, factory_of(CleanBackend), device)
 
 
 # Caches of the layer on the device

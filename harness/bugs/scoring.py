@@ -1,0 +1,426 @@
+"""Judges mutants: which cases reach each, which of them kills it, by which check. One process a mutant.
+
+Triton, torch and the harness are imported once, in a *nursery*, and each mutant is judged in a fork of it, which
+imports ``optimized/`` with the mutant in it. So a mutant costs its judging, and may crash, hang or ask for any memory.
+"""
+
+from __future__ import annotations
+
+import enum
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from harness import interpreter
+from harness.bugs.bug import Check
+from harness.bugs.mutants import PACKAGE, Mutant, import_replaced, probed, tree_sources
+from harness.explore import SCALES, no_near_copies
+from harness.judge import OracleFailure, judge
+from harness.protocol import optimized_backend
+from harness.scenario import Capture, Eager, Join, Layer, Replay, Scenario, Setup, from_json, to_json
+from harness.strategies import scenarios
+from reference.layer import SparseAttention
+from reference.multi_step import MultiStepBackend
+from reference.types import ForwardMode
+
+SAVED = Path(__file__).parent.parent.parent / "tests"
+SAVED_FOLDERS = ("bugs", "cases")
+REACH_PAYS_FROM = 20  # mutants: for fewer, finding out which cases reach them costs more than it saves
+# Processor time that a mutant may take for a case: a multiple of what the clean tree takes, where that is known.
+TIMES_SLOWER = 10
+LEAST_SECONDS = 3.0
+MOST_SECONDS = 120.0
+MEMORY_BYTES = 6 << 30
+UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+CPU = torch.device("cpu")
+
+Line = tuple[str, int]
+"""A file, relative to ``optimized/``, and a line of it."""
+
+
+class ScoringError(ValueError):
+    """Mutants that cannot be judged. One line that names the cause and the mend."""
+
+
+class Fate(enum.Enum):
+    """What became of a mutant."""
+
+    KILLED = "killed"  # the oracle reported a failure
+    IMPORT = "crash at import"  # it could not even be imported
+    FAULT = "fault"  # the process died of it
+    TIME_OUT = "time-out"
+    SURVIVED = "survived"
+    UNREACHED = "not reached"  # no case runs the changed line
+    NOT_RUN = "needs a GPU"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether cases might have killed it and did not."""
+        return self in (Fate.SURVIVED, Fate.UNREACHED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case that mutants are judged on. seconds: of processor time that the clean tree takes; 0 if not known."""
+
+    name: str
+    text: str
+    has_layer: bool
+    seconds: float = 0.0
+    reach: frozenset[Line] = frozenset()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a mutant fared. case: what killed it, or was running when the process died. judged: cases that it took."""
+
+    mutant: Mutant
+    fate: Fate
+    check: Check | None = None
+    case: str = ""
+    sentence: str = ""
+    judged: int = 0
+    seconds: float = 0.0
+
+
+def gathered_cases(fresh: int, seed: int) -> list[Case]:
+    """The saved cases, ``fresh`` new ones of metadata alone, and half as many with a layer.
+
+    Those of the zoo are judged as ordinary cases: what makes one bug visible often shows another.
+    """
+    files = [path for folder in SAVED_FOLDERS for path in sorted((SAVED / folder).glob("*.json"))]
+    cases = [_case(f"{path.parent.name}/{path.stem}", from_json(path.read_text(), str(path))) for path in files]
+    for kind, with_layer, count in (("metadata", False, fresh), ("layer", True, fresh // 2)):
+        drawn = drawn_scenarios(with_layer, count, seed)
+        cases += [_case(f"fresh/{kind}-{number}", scenario) for number, scenario in enumerate(drawn)]
+    return cases
+
+
+def _case(name: str, scenario: Scenario) -> Case:
+    return Case(name, to_json(scenario), scenario.setup.layer is not None)
+
+
+def drawn_scenarios(with_layer: bool, count: int, seed: int) -> list[Scenario]:
+    """``count`` scenarios as a run of the oracle without a GPU draws them."""
+    drawn: list[Scenario] = []
+
+    def keep(scenario: Scenario) -> None:
+        drawn.append(scenario)
+
+    if not count:
+        return drawn
+    search = settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )(given(scenarios(SCALES["cpu", with_layer]))(keep))
+    with no_near_copies():
+        hypothesis.seed(seed)(search)()
+    return drawn[:count]
+
+
+# The order of cases.
+
+
+@dataclass
+class Deadliness:
+    """Learns which cases kill the mutants of which file: the next mutant of that file meets those first."""
+
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    trials: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def learn(self, file: str, judged: Sequence[str], killer: str | None) -> None:
+        for case in judged:
+            self.trials[file, case] += 1
+        if killer is not None:
+            self.kills[file, killer] += 1
+
+    def order(self, file: str, cases: Iterable[Case]) -> list[Case]:
+        """Most kills a second first. A case that was not tried yet is thought to kill one in five.
+
+        So long as nothing is known, a layer is thought to take long.
+        """
+
+        def kills_a_second(case: Case) -> float:
+            key = (file, case.name)
+            seconds = case.seconds or (1.0 if case.has_layer else 0.1)
+            return (self.kills[key] + 0.2) / (self.trials[key] + 1) / (seconds + 0.02)
+
+        return sorted(cases, key=kills_a_second, reverse=True)
+
+
+def cases_for(mutant: Mutant, cases: Sequence[Case], importers: Mapping[str, frozenset[str]]) -> list[Case]:
+    """The cases that run the changed code. Where metadata alone does, a layer behind it adds little: those without.
+
+    importers: for each file, the files that hold something of it; what runs at import can show wherever one of them is
+    used.
+    """
+    edit = mutant.edit
+
+    def is_reached_by(case: Case) -> bool:
+        if edit.at_import:
+            return any(file in importers[mutant.file] for file, _ in case.reach)
+        return (mutant.file, edit.statement) in case.reach
+
+    reaching = [case for case in cases if is_reached_by(case)]
+    return [case for case in reaching if not case.has_layer] or reaching
+
+
+def importers_of(files: Mapping[str, str]) -> dict[str, frozenset[str]]:
+    """For each file of a tree (path -> source), itself and all that import it, directly or not."""
+    modules = {file: _module_words(file) for file in files}
+    direct = {
+        file: {other for other, source in files.items() if any(words in source for words in modules[file])}
+        for file in files
+    }
+    found = {}
+    for file in files:
+        closure, new = {file}, {file}
+        while new:
+            new = {importer for known in new for importer in direct[known]} - closure
+            closure |= new
+        found[file] = frozenset(closure)
+    return found
+
+
+def _module_words(file: str) -> list[str]:
+    """How a module that imports ``file`` spells that."""
+    module = ".".join((PACKAGE, *Path(file).with_suffix("").parts))
+    package, _, name = module.rpartition(".")
+    return [f"from {module} import", f"import {module}", f"from {package} import {name}"]
+
+
+# The processes.
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a fork of the nursery does: judge ``cases`` with some files of ``optimized/`` replaced (path -> source)."""
+
+    cases: tuple[Case, ...]
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """``judged`` cases were begun; the last of them is where it ended, unless nothing failed.
+
+    reach: statements of ``optimized/`` that ran, where its source has probes. exitcode: the fork's; negative: a signal.
+    """
+
+    judged: int
+    failed: bool
+    at_import: bool = False
+    check: str = ""
+    sentence: str = ""
+    seconds: float = 0.0
+    reach: frozenset[Line] = frozenset()
+    exitcode: int | None = 0
+
+
+def serve(orders: Connection) -> None:
+    """The nursery: imports everything but ``optimized/``, then forks for each order until there is none left."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.speed_up()
+    torch.set_num_threads(1)
+    _warm_up()
+    gc.freeze()  # forks collect what is their own, in no time, and share the rest
+    with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
+        while True:
+            orders.send(_reply_of_a_fork(orders.recv()))
+
+
+def _warm_up() -> None:
+    """Let torch import the half of itself that it imports when used, by judging the reference."""
+    decode, extend = Replay(mode=ForwardMode.DECODE), Eager(mode=ForwardMode.EXTEND)
+    for layer in (None, Layer()):
+        scenario = Scenario(
+            setup=Setup(
+                page_size=1, max_context_len=8, index_topk=4, num_steps=1, num_draft_tokens=1, pool_size=1, layer=layer
+            ),
+            events=(Capture(mode=ForwardMode.DECODE, buckets=(1,)), Join(seq_len=3), decode, extend),
+        )
+        graphs = layer is None  # the reference of a layer looks at lengths on the host
+        judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
+
+
+def _reply_of_a_fork(order: _Order) -> _Reply:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_carry_out, args=(order, sender), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: numpy has idle ones
+        child.start()
+    sender.close()
+    judged = 0
+    while True:
+        try:
+            told = receiver.recv()
+        except EOFError:
+            child.join()
+            return _Reply(judged, failed=True, at_import=not judged, exitcode=child.exitcode)
+        if isinstance(told, _Reply):
+            child.join()
+            return told
+        judged = told
+
+
+def _carry_out(order: _Order, sender: Connection) -> None:
+    """In the fork. Tells the number of each case before it is judged, so that a sudden end can be told from others."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a mutant may upset libraries; none of what they say matters
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _end_after(MOST_SECONDS)
+    reach: set[Line] = set()
+    try:
+        import_replaced(order.sources, lambda *line: reach.add(line))
+    except Exception as error:
+        sender.send(_Reply(0, failed=True, at_import=True, sentence=f"{type(error).__name__}: {error}"))
+        return
+    begun = time.process_time()
+    for number, case in enumerate(order.cases, start=1):
+        sender.send(number)
+        _end_after(max(LEAST_SECONDS, TIMES_SLOWER * case.seconds) if case.seconds else MOST_SECONDS)
+        scenario = from_json(case.text)
+        gc.collect()  # engines are in cycles
+        # What is far apart is addresses by the terabyte, of which hardly any become memory.
+        resource.setrlimit(resource.RLIMIT_DATA, UNLIMITED if scenario.setup.is_far else (MEMORY_BYTES, UNLIMITED[1]))
+        try:
+            judge(scenario, optimized_backend, CPU)
+        except OracleFailure as failure:
+            finding = failure.finding
+            seconds = time.process_time() - begun
+            sender.send(_Reply(number, True, False, Check.of(finding).value, finding.sentence(), seconds))
+            return
+    sender.send(_Reply(len(order.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
+
+
+def _end_after(seconds: float) -> None:
+    """Let the process end by SIGPROF once it has used so much more processor time; a busy machine changes nothing."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+class Nurseries:
+    """``jobs`` nurseries, each busy with one order at a time. A context manager."""
+
+    def __init__(self, jobs: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._idle: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+        for _ in range(jobs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._idle.append(ours)
+        self._all = list(self._idle)
+
+    def __enter__(self) -> Nurseries:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for connection in self._all:
+            connection.close()
+        for process in self._processes:
+            if exception[0] is not None:
+                process.terminate()
+            process.join()
+
+    def carry_out(self, orders: Iterable[tuple[Any, _Order]]) -> Iterator[tuple[Any, _Order, _Reply]]:
+        """Each order with its key and reply, as they come. The next order is made when a nursery is free for it."""
+        busy: dict[Connection, tuple[Any, _Order]] = {}
+        waiting = iter(orders)
+        idle = list(self._all)
+        while True:
+            while idle and (following := next(waiting, None)) is not None:
+                connection = idle.pop()
+                connection.send(following[1])
+                busy[connection] = following
+            if not busy:
+                return
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                key, order = busy.pop(ready)
+                idle.append(ready)
+                yield key, order, ready.recv()
+
+
+def measured(cases: Sequence[Case], nurseries: Nurseries) -> list[Case]:
+    """The cases with what they take and reach on the clean tree. Raises ScoringError if one fails there."""
+    found: dict[str, Case] = {}
+    sources = {file: probed(file, source) for file, source in tree_sources().items()}
+    orders = ((case, _Order((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
+    for case, _, reply in nurseries.carry_out(orders):
+        if reply.failed:
+            told = reply.sentence or f"its process ended with {reply.exitcode}"
+            raise ScoringError(f"case {case.name} fails on the clean tree; mend that first: {told}")
+        found[case.name] = Case(case.name, case.text, case.has_layer, reply.seconds, reply.reach)
+    return [found[case.name] for case in cases]
+
+
+def score(
+    mutants: Sequence[Mutant], cases: Sequence[Case], jobs: int, reach_pays_from: int = REACH_PAYS_FROM
+) -> Iterator[Score]:
+    """The score of each mutant, as they come.
+
+    A mutant is judged on the cases that run its changed line until one fails: on all cases where there are so few
+    mutants that finding out does not pay. Raises ScoringError if a case fails on the clean tree.
+    """
+    yield from (Score(mutant, Fate.NOT_RUN) for mutant in mutants if mutant.needs_gpu)
+    judged = [mutant for mutant in mutants if not mutant.needs_gpu]
+    if not judged:
+        return
+    deadliness = Deadliness()
+    with Nurseries(min(jobs, len(judged))) as nurseries:
+        chosen: Mapping[str, Sequence[Case]] = defaultdict(lambda: cases)
+        if len(judged) >= reach_pays_from:
+            known = measured(cases, nurseries)
+            importers = importers_of(tree_sources())
+            chosen = {mutant.id: cases_for(mutant, known, importers) for mutant in judged}
+        yield from (Score(mutant, Fate.UNREACHED) for mutant in judged if not chosen[mutant.id])
+
+        orders = (
+            (mutant, _order(mutant, deadliness.order(mutant.file, chosen[mutant.id])))
+            for mutant in judged
+            if chosen[mutant.id]
+        )
+        for mutant, order, reply in nurseries.carry_out(orders):
+            names = [case.name for case in order.cases[: reply.judged]]
+            scored = _score(mutant, names, reply)
+            deadliness.learn(mutant.file, names, scored.case or None)
+            yield scored
+
+
+def _order(mutant: Mutant, cases: Sequence[Case]) -> _Order:
+    without_reach = (Case(case.name, case.text, case.has_layer, case.seconds) for case in cases)
+    return _Order(tuple(without_reach), {mutant.file: mutant.source})
+
+
+def _score(mutant: Mutant, names: Sequence[str], reply: _Reply) -> Score:
+    if not reply.failed:
+        return Score(mutant, Fate.SURVIVED, judged=len(names), seconds=reply.seconds)
+    if reply.at_import and not reply.exitcode:
+        return Score(mutant, Fate.IMPORT, sentence=reply.sentence)
+    last = names[-1] if names else ""
+    if reply.exitcode:
+        fate = Fate.TIME_OUT if reply.exitcode == -signal.SIGPROF else Fate.FAULT
+        return Score(mutant, fate, case=last, sentence=f"ended with {reply.exitcode}", judged=len(names))
+    return Score(mutant, Fate.KILLED, Check(reply.check), last, reply.sentence, len(names), reply.seconds)

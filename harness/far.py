@@ -1,0 +1,86 @@
+"""Memory spread out so far that offsets need 64 bits, as in the caches and pools of production, but hardly any of it.
+
+On a host it is addresses that nobody touches. A GPU provides all of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import sys
+from contextlib import suppress
+
+import torch
+
+from harness.scenario import ScenarioError
+
+NARROW = 1 << 32  # elements from which on an offset of 32 bits is wrong, with a sign or without
+SIGNED = NARROW >> 1  # with a sign
+_ADDRESSES = 1 << 42  # bytes that rows may spread over on a host
+_ROW_ALIGNMENT = 128
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on: pages that may not all exist
+
+
+def far_apart(dense: torch.Tensor, reach: int = NARROW) -> torch.Tensor:
+    """A copy of ``dense`` whose rows lie so far apart that offsets need 64 bits, in elements as in bytes.
+
+    On a host every row but the first few lies beyond 2**32 elements, and what lies between is not touched. A wrapped
+    offset stays within the memory: it finds row 0 or zeros. On a GPU the last row lies ``reach`` elements behind the
+    first, since memory is spent on all of it. Raises ScenarioError where there is not as much.
+    """
+    rows, size = len(dense), dense.element_size()
+    if dense.device.type == "cpu":
+        memory, stride, first = _untouched(rows, dense)
+    else:
+        stride = -(-reach * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT // size
+        memory, first = _allocated((rows - 1) * stride + dense[0].numel(), dense), 0
+    return memory.as_strided(dense.shape, (stride, *dense.stride()[1:]), first).copy_(dense)
+
+
+def _untouched(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """Memory that the host provides when it is touched, in small pages: with the stride and first element of rows.
+
+    It reaches as far around row 0 as an offset that wraps, in elements.
+    """
+    size = like.element_size()
+    before, least = NARROW // 2 * size, (NARROW + 1) * size
+    for spread in (_ADDRESSES, _ADDRESSES >> 3, _ADDRESSES >> 6, 2 * least):
+        stride = _aligned(min(NARROW * size, spread // rows))
+        pages = _mapped(before + max(rows * stride, least) + _ROW_ALIGNMENT)
+        if pages is not None:
+            return torch.frombuffer(pages, dtype=like.dtype), stride // size, before // size
+    raise ScenarioError(
+        f"far memory needs {2 * least >> 30} GiB of addresses, and this process may not have them (ulimit -v?)"
+    )
+
+
+def _mapped(count: int) -> mmap.mmap | None:
+    """Addresses of ``count`` bytes, if the host gives so many."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    for _ in range(2):
+        try:
+            pages = mmap.mmap(-1, count, flags=flags)
+        except OSError:
+            gc.collect()  # engines are in cycles, and each may hold as many
+            continue
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages does not know the word
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return pages
+    return None
+
+
+def _allocated(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory of ``count`` elements on a GPU."""
+    for _ in range(2):
+        try:
+            return torch.empty(count, dtype=like.dtype, device=like.device)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+    needed = count * like.element_size() >> 30
+    raise ScenarioError(f"far memory needs {needed} GiB on {like.device} at once, and there is less")
+
+
+def _aligned(count: int) -> int:
+    return count - count % _ROW_ALIGNMENT

@@ -1,0 +1,118 @@
+"""The input tensors of an engine: strides and dtypes that tell them apart, a pool beyond 32 bits, who watches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.engine import Engine, StaticInputs
+from harness.judge import OracleFailure, judge
+from harness.poison import SENTINELS
+from harness.protocol import MultiStepBackend, optimized_layer
+from harness.scenario import Eager, Inputs, IntDtype, Join, Scenario, Setup
+from harness.stress import Delivery
+from harness.world import Batch
+from reference.multi_step import MultiStepBackend as Reference
+from reference.types import BackendConfig, ForwardBatch, ForwardMode
+
+CPU = torch.device("cpu")
+EXTEND = Batch(ForwardMode.EXTEND, (0, 1), (5, 7), (5, 7), (1, 1), extend_lens=(2, 7))
+NAMES = ("seq_lens", "req_pool_indices", "extend_seq_lens", "extend_prefix_lens")
+PLENTY = 1 << 28  # bytes
+
+
+def loaded(inputs: Inputs) -> tuple[StaticInputs, dict[str, torch.Tensor]]:
+    static = StaticInputs(inputs, 3, SENTINELS[0], Delivery(CPU, late=False))
+    batch = static.load(EXTEND)
+    return static, {name: getattr(batch, name) for name in NAMES}
+
+
+def scenario(**setup: object) -> Scenario:
+    sizes = {"page_size": 1, "max_context_len": 20, "index_topk": 4, "num_steps": 1, "num_draft_tokens": 1}
+    return Scenario(
+        setup=Setup(**{**sizes, "pool_size": 3, **setup}),
+        events=(Join(seq_len=5), Join(seq_len=7), Join(seq_len=9), Eager(mode=ForwardMode.EXTEND, extend_lens=(2,))),
+    )
+
+
+def engine(case: Scenario) -> Engine:
+    return Engine(case, lambda config, pool, _: Reference(config, pool), optimized_layer, CPU, SENTINELS[0], 0xFF)
+
+
+@pytest.mark.parametrize("dtype", IntDtype)
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_prefill_has_its_lengths_in_tensors_like_the_others(strided: bool, dtype: IntDtype) -> None:
+    _, tensors = loaded(Inputs(accept_length=dtype, strided=strided))
+    assert tensors["extend_seq_lens"].tolist() == [2, 7]
+    assert tensors["extend_prefix_lens"].tolist() == [3, 0]
+    assert tensors["extend_seq_lens"].dtype is tensors["extend_prefix_lens"].dtype
+    assert str(tensors["extend_seq_lens"].dtype) == f"torch.{dtype.value}"
+    assert {tensor.stride(0) == 1 for tensor in tensors.values()} == {not strided}
+
+
+def test_strided_inputs_have_strides_of_their_own() -> None:
+    static, tensors = loaded(Inputs(strided=True))
+    strides = [tensor.stride(0) for tensor in (*tensors.values(), static.accept_length.write([1, 1]))]
+    assert len(set(strides)) == len(strides)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_is_watched(name: str) -> None:
+    static, tensors = loaded(Inputs(strided=True))
+    assert static.modified() is None
+    tensors[name][1] += 1
+    assert static.modified() == name
+
+
+class ShortensInPlace(Reference):
+    """Cuts the new lengths of a prefill to one, where the engine keeps them."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        assert forward_batch.extend_seq_lens is not None
+        forward_batch.extend_seq_lens.clamp_(max=1)
+
+
+def shortens_in_place(config: BackendConfig, pool: torch.Tensor, _: tuple[str, ...]) -> MultiStepBackend:
+    return ShortensInPlace(config, pool)
+
+
+def test_writing_to_the_new_lengths_is_reported() -> None:
+    with pytest.raises(OracleFailure, match="input modified: extend_seq_lens"):
+        judge(scenario(), shortens_in_place, CPU)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_the_last_row_of_a_far_pool_needs_more_than_32_bits(rows: int, wide: bool) -> None:
+    inputs = Inputs(far_req_to_token=True, wide_req_to_token=wide)
+    pool = engine(scenario(pool_size=rows, inputs=inputs)).req_to_token
+    assert pool.shape == (rows, 20)
+    assert pool.stride(1) == 1
+    assert (rows - 1) * pool.stride(0) >= 1 << 31
+
+
+def test_a_pool_of_one_row_is_not_far_from_anything() -> None:
+    pool = engine(scenario(pool_size=1, inputs=Inputs(far_req_to_token=True))).req_to_token
+    assert pool.stride() == (20, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told by /proc")
+def test_a_far_pool_holds_the_same_in_little_memory() -> None:
+    near, far = (engine(scenario(inputs=Inputs(far_req_to_token=far))) for far in (False, True))
+    before = resident()
+    for event in scenario().events:
+        for one in (near, far):
+            list(one.run(event))
+    assert torch.equal(near.req_to_token, far.req_to_token)
+    assert far.modified_input() is None
+    far.req_to_token[2, 19] += 1
+    assert far.modified_input() == "req_to_token"
+    assert resident() - before < PLENTY
+
+
+def resident() -> int:
+    """Bytes of memory that this process has in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
