@@ -317,8 +317,9 @@ class Engine:
         if self.layer is not None:
             assert load is not None
             self.layer.load(load)
-        with self._under_stress():
+        with GuardedAllocations(self.sentinel, self.device) as guard, self._under_stress():
             self.driver.prepare_replay(forward_batch)
+        self._check_guards(guard, bound.metadata)
         if self.stress:
             bound.graph.spoil(self.sentinel)
         bound.graph.replay()

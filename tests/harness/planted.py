@@ -100,6 +100,20 @@ KeepsCuSeqlensK = all_but("nsa_cu_seqlens_k")
 
 
 @backend_of
+class LeavesLastBound(Step):
+    """Replay stages a field in fresh memory, where its values happen to lie, and leaves out the last."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        values = self._compute_in_graph(batch)
+        bounds = values.nsa_cu_seqlens_k
+        assert bounds is not None
+        bounds.clone()  # given back at once: the next to ask for as much gets it
+        staged = torch.empty_like(bounds)
+        staged[:-1] = bounds[:-1]
+        copy_into(buffers, dataclasses.replace(values, nsa_cu_seqlens_k=staged))
+
+
+@backend_of
 class RebuildsMetadata(Step):
     """Replay binds new tensors; the graph reads the old ones."""
 

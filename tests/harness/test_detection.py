@@ -127,6 +127,10 @@ PLANTS = (
         f"{ROW_0}, page column 0", POISON_PAGE, "1", counts=(1, 1), id="real page table not refilled",
     ),
     Plant(
+        planted.LeavesLastBound, one_replay(DECODE), Kind.VALUE, "nsa_cu_seqlens_k",
+        "bound before row 1", str(SENTINELS[0]), "3", counts=(1, 2), id="fresh memory left unwritten",
+    ),
+    Plant(
         planted.RebuildsMetadata, one_replay(DECODE), Kind.ADDRESS, "cache_seqlens_int32", id="replay rebuilds all",
     ),
     Plant(
