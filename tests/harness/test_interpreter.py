@@ -27,6 +27,9 @@ def kernel(source, target, count, BLOCK: tl.constexpr):
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     numbers = tl.load(source + lanes, mask=lanes < count, other=0)
     sums = tl.cumsum(halve(numbers), 0) + tl.sum(numbers.to(tl.int64), 0) + tl.max(numbers, 0)
+    pairs = numbers[:, None] * 2 + numbers[None, :].to(tl.int64) * 2 - (1 - numbers)[None, :]
+    sums += tl.sum((pairs > 0).to(tl.int32) * True - (0.0 - numbers * 0.5 < -0.0).to(tl.int32), 1)
+    sums += tl.sum((numbers & 1) * (numbers[:, None] // 3), 1) - (2 - numbers) // 2 * (numbers >= 1)
     tl.store(target + lanes, sums.to(tl.int32), mask=lanes < count)
 
 source = torch.arange(-40, 60, dtype=torch.int32)
