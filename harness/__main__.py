@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -210,6 +211,7 @@ def mutants(
     cases: Annotated[int, typer.Option(min=0, help="Fresh cases beside the saved ones, and half as many more.")] = 48,
     seed: Annotated[int, typer.Option(min=0, help="Where the sample and fresh cases are drawn from.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Mutants judged at a time, each in its own process.")] = 2,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds of cases that a survivor has survived.")] = math.inf,
     json_file: Annotated[Path | None, typer.Option("--json", help="Add a record a line, as they come.")] = None,
 ) -> None:
     """Change every line of optimized/ in every way that the operators know, and print what no case notices.
@@ -230,7 +232,7 @@ def mutants(
     scores: list[Score] = []
     try:
         with json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records:
-            for scored in score(chosen, gathered_cases(cases, seed), jobs):
+            for scored in score(chosen, gathered_cases(cases, seed), jobs, patience):
                 scores.append(scored)
                 if records is not None:
                     print(mutant_scores.as_json(scored), file=records, flush=True)

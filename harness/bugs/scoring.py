@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import gc
+import itertools
+import math
 import multiprocessing
 import os
 import resource
@@ -165,6 +167,12 @@ class Deadliness:
             return (self.kills[key] + 0.2) / (self.trials[key] + 1) / (seconds + 0.02)
 
         return sorted(cases, key=kills_a_second, reverse=True)
+
+
+def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
+    """As many of ``cases`` as the clean tree runs in so much processor time; at least one."""
+    ends = itertools.accumulate(case.seconds for case in cases)
+    return [case for number, (case, end) in enumerate(zip(cases, ends, strict=True)) if not number or end <= seconds]
 
 
 def cases_for(mutant: Mutant, cases: Sequence[Case], importers: Mapping[str, frozenset[str]]) -> list[Case]:
@@ -377,12 +385,17 @@ def measured(cases: Sequence[Case], nurseries: Nurseries) -> list[Case]:
 
 
 def score(
-    mutants: Sequence[Mutant], cases: Sequence[Case], jobs: int, reach_pays_from: int = REACH_PAYS_FROM
+    mutants: Sequence[Mutant],
+    cases: Sequence[Case],
+    jobs: int,
+    patience: float = math.inf,
+    reach_pays_from: int = REACH_PAYS_FROM,
 ) -> Iterator[Score]:
     """The score of each mutant, as they come.
 
     A mutant is judged on the cases that run its changed line until one fails: on all cases where there are so few
-    mutants that finding out does not pay. Raises ScoringError if a case fails on the clean tree.
+    mutants that finding out does not pay. ``patience``: seconds of cases, as the clean tree runs them, after which it
+    has survived. Raises ScoringError if a case fails on the clean tree.
     """
     yield from (Score(mutant, Fate.NOT_RUN) for mutant in mutants if mutant.needs_gpu)
     judged = [mutant for mutant in mutants if not mutant.needs_gpu]
@@ -398,7 +411,7 @@ def score(
         yield from (Score(mutant, Fate.UNREACHED) for mutant in judged if not chosen[mutant.id])
 
         orders = (
-            (mutant, _order(mutant, deadliness.order(mutant.file, chosen[mutant.id])))
+            (mutant, _order(mutant, within(patience, deadliness.order(mutant.file, chosen[mutant.id]))))
             for mutant in judged
             if chosen[mutant.id]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import subprocess
 import textwrap
 from pathlib import Path
@@ -25,6 +26,7 @@ from harness.bugs.scoring import (
     drawn_scenarios,
     importers_of,
     score,
+    within,
 )
 from harness.report import render
 from harness.scenario import Eager, Join, Scenario, Setup, to_json
@@ -253,6 +255,13 @@ def test_what_killed_the_last_mutants_goes_first() -> None:
         deadliness.learn("m.py", ["q", "d"], "d")
     assert deadliness.order("m.py", [slow, deadly, quick])[0] == deadly
     assert deadliness.order("n.py", [slow, deadly, quick])[0] == quick
+
+
+def test_patience_ends_between_two_cases_and_not_before_the_first() -> None:
+    cases = [Case(name, "", False, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 3))]
+    assert within(math.inf, cases) == cases
+    assert within(5.5, cases) == cases[:2]
+    assert within(0, cases) == cases[:1]
 
 
 def test_fresh_cases_are_the_same_for_a_seed() -> None:
