@@ -255,6 +255,8 @@ ENDED = """
 import os, signal
 from planted_layers import Capturable
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+
 class Ends(Capturable):
     built, last = 0, 4  # one was to try it out
 
