@@ -91,28 +91,28 @@ class BandedInput:
         return not torch.equal(self.memory.cpu(), self.expected)
 
 
-class GuardedAllocations(TorchDispatchMode):
-    """While active, every fresh tensor an operation returns is moved between guard bands.
+class PoisonedAllocations(TorchDispatchMode):
+    """While active, every fresh tensor that ``empty`` and its kin return on the device is filled: with ``sentinel`` if
+    it holds int32 or int64, else with bytes that make NaN of any floating-point type.
 
-    What ``empty`` returns is filled: with ``sentinel`` if it holds int32 or int64, else with bytes that make NaN of any
-    floating-point type. Views, in-place results and host tensors are left alone.
+    Else it would often hold what was freed last, which is right more often than not.
     """
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sentinel = sentinel
         self.device = device
-        self.buffers: list[GuardedBuffer] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and self._is_fresh_buffer(result, (*args, *(kwargs or {}).values())):
-            return self._guarded(result, str(func))
+            return self._made(result, str(func))
         return result
 
     def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
+        """Not a view, an in-place result or a host tensor."""
         if result.device.type != self.device.type:
             return False
         if not result.is_contiguous() or result.storage_offset():
@@ -121,16 +121,29 @@ class GuardedAllocations(TorchDispatchMode):
         inputs = (argument for argument in arguments if isinstance(argument, torch.Tensor))
         return all(tensor.untyped_storage().data_ptr() != address for tensor in inputs)
 
-    def _guarded(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    def _made(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        """What to hand out in place of a fresh ``tensor``."""
+        if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
+            tensor.fill_(self.sentinel)
+        elif "empty" in operation:
+            tensor.view(-1).view(torch.uint8).fill_(NAN_BYTE)
+        return tensor
+
+
+class GuardedAllocations(PoisonedAllocations):
+    """And every fresh tensor is moved between guard bands, which ``buffers`` keep until somebody looks at them."""
+
+    def __init__(self, sentinel: int, device: torch.device) -> None:
+        super().__init__(sentinel, device)
+        self.buffers: list[GuardedBuffer] = []
+
+    def _made(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         count = tensor.numel() * tensor.element_size()
         words, beside = -(-count // 4), band(GUARD_WORDS)
         storage = torch.full((words + 2 * beside,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
-        held = storage.view(torch.uint8)[4 * beside : 4 * beside + count]
-        body = held.view(tensor.dtype).view(tensor.shape)
-        if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
-            body.fill_(self.sentinel)
-        elif "empty" in operation:
-            held.fill_(NAN_BYTE)
+        body = storage.view(torch.uint8)[4 * beside : 4 * beside + count].view(tensor.dtype).view(tensor.shape)
+        if "empty" in operation:
+            super()._made(body, operation)
         else:
             body.copy_(tensor)
         self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))
