@@ -270,15 +270,13 @@ def fetch_quantised_keys(
         for quarter in gl.static_range(NUM_QUANT_TILES):
             target.slice(quarter * quarter_words, quarter_words, 1).store(dequantise(words, scales))
             words, scales = next_words, next_scales
-            if quarter + 2 < NUM_QUANT_TILES:
-                next_words, next_scales = load_words(kv, slots, kv_stride, quarter + 2, rank)
+            if quarter == 2:
+                slots = next_slots
+            next_words, next_scales = load_words(kv, slots, kv_stride, (quarter + 2) % NUM_QUANT_TILES, rank)
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
         mbarrier.arrive(arrived.index(tile & 1), count=1)
-        slots = next_slots
-        words, scales = load_words(kv, slots, kv_stride, 0, rank)  # not sooner: the fence would wait for them
-        next_words, next_scales = load_words(kv, slots, kv_stride, 1, rank)
 
 
 @gluon.jit
