@@ -130,7 +130,7 @@ class PoisonedAllocations(TorchDispatchMode):
         return tensor
 
 
-class GuardedAllocations(PoisonedAllocations):
+class GuardedAllocations(PoisonedAllocations):  # type: ignore[no-untyped-call]
     """And every fresh tensor is moved between guard bands, which ``buffers`` keep until somebody looks at them."""
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
