@@ -21,31 +21,32 @@ _ROW_ALIGNMENT = 128
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on: pages that may not all exist
 
 
-def far_apart(dense: torch.Tensor, reach: int = NARROW) -> torch.Tensor:
+def far_apart(dense: torch.Tensor, reach: int | None = None) -> torch.Tensor:
     """A copy of ``dense`` whose rows lie so far apart that offsets need 64 bits, in elements as in bytes.
 
-    On a host every row but the first few lies beyond 2**32 elements, and what lies between is not touched. A wrapped
-    offset stays within the memory: it finds row 0 or zeros. On a GPU the last row lies ``reach`` elements behind the
-    first, since memory is spent on all of it. Raises ScenarioError where there is not as much.
+    The last row lies ``reach`` elements behind the first. Without a reach that is 2**32 on a GPU, where memory is spent
+    on all of it; on a host, where what lies between is not touched, every row but the first few lies beyond 2**32, and
+    a wrapped offset stays within the memory: it finds row 0 or zeros. Raises ScenarioError where there is not as much.
     """
     rows, size = len(dense), dense.element_size()
+    given = -(-(reach or NARROW) * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     if dense.device.type == "cpu":
-        memory, stride, first = _untouched(rows, dense)
+        memory, stride, first = _untouched(dense, given if reach else NARROW * size)
     else:
-        stride = -(-reach * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT // size
-        memory, first = _allocated((rows - 1) * stride + dense[0].numel(), dense), 0
+        memory, stride, first = _allocated((rows - 1) * given // size + dense[0].numel(), dense), given // size, 0
     return memory.as_strided(dense.shape, (stride, *dense.stride()[1:]), first).copy_(dense)
 
 
-def _untouched(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+def _untouched(like: torch.Tensor, widest: int) -> tuple[torch.Tensor, int, int]:
     """Memory that the host provides when it is touched, in small pages: with the stride and first element of rows.
 
-    It reaches as far around row 0 as an offset that wraps, in elements.
+    Rows lie ``widest`` bytes apart, or less if that takes more addresses than the host has. The memory reaches as far
+    around row 0 as an offset that wraps, in elements.
     """
-    size = like.element_size()
+    rows, size = len(like), like.element_size()
     before, least = NARROW // 2 * size, (NARROW + 1) * size
     for spread in (_ADDRESSES, _ADDRESSES >> 3, _ADDRESSES >> 6, 2 * least):
-        stride = _aligned(min(NARROW * size, spread // rows))
+        stride = _aligned(min(widest, spread // rows))
         pages = _mapped(before + max(rows * stride, least) + _ROW_ALIGNMENT)
         if pages is not None:
             return torch.frombuffer(pages, dtype=like.dtype), stride // size, before // size

@@ -254,6 +254,7 @@ def serve(orders: Connection) -> None:
     with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
         while True:
             orders.send(_reply_of_a_fork(orders.recv()))
+    gc.unfreeze()  # or some library finds its objects leaked
 
 
 def _warm_up() -> None:
