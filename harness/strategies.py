@@ -181,7 +181,8 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
     """A layer of the scale's sizes, of any cache and content."""
     if not scale.layers:
         return None
-    anything: Sizes = {"regime": tuple(Regime), "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
+    regimes = (*Regime, Regime.RANDOM)  # twice: nothing else is rounded when it is stored
+    anything: Sizes = {"regime": regimes, "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
     return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})
 

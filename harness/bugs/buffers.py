@@ -156,7 +156,7 @@ BUGS = (
         sentence="The metadata views of one graph are overwritten when another is built, at capture.",
         reference="vllm#48261",
         trigger="a replay of a graph that was not captured last",
-        caught_by=frozenset({Check.ADDRESS, Check.SHAPE}),
+        caught_by=frozenset({Check.ADDRESS, Check.SHAPE, Check.METADATA}),
         plant=by_mutation(
             Mutation(
                 f"{STEP}.select",
