@@ -17,17 +17,18 @@ import typer
 from harness import interpreter, report
 from harness.bugs import report as kill_report
 from harness.bugs import scores as mutant_scores
-from harness.bugs.matrix import hunt_all
+from harness.bugs.matrix import Kill, hunt_all
 from harness.bugs.mutants import all_mutants, sampled
 from harness.bugs.scoring import Score, ScoringError, gathered_cases, score
 from harness.bugs.zoo import ZOO
 from harness.explore import Subject
 from harness.judge import OracleFailure
+from harness.progress import progress_of
 from harness.protocol import BackendError
 from harness.sanitize import CASES, Tool, obstacle
 from harness.sanitize import sanitize as run_sanitizer
 from harness.scenario import ScenarioError, load
-from harness.survey import INTERRUPTED, Survey, ended_by_a_signal, progress_of
+from harness.survey import INTERRUPTED, Survey, ended_by_a_signal
 from harness.tiers import run_tiers
 
 app = typer.Typer(
@@ -129,7 +130,7 @@ def survey(
         subject = Subject.load(None, layer, where)
         found = Survey(subject, where)
         try:
-            with ended_by_a_signal(), progress_of(cases) as tell:
+            with ended_by_a_signal(), progress_of("surveying", cases) as tell:
                 found.run(cases, seed, deadline, tell)
         except KeyboardInterrupt:
             interrupted = True
@@ -167,8 +168,11 @@ def bugs(
         typer.echo(report.render(kill_report.listing(chosen)))
         return
     hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
-    with tempfile.TemporaryDirectory() as scratch:
-        kills = list(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs))
+    kills: list[Kill] = []
+    with tempfile.TemporaryDirectory() as scratch, progress_of("hunting", len(hunted)) as tell:
+        for kill in hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs):
+            kills.append(kill)
+            tell(len(kills))
     typer.echo(report.render(kill_report.matrix(kills)))
     typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
     if json_file is not None:
@@ -231,9 +235,13 @@ def mutants(
         return
     scores: list[Score] = []
     try:
-        with json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records:
+        with (
+            json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records,
+            progress_of("judging", len(chosen)) as tell,
+        ):
             for scored in score(chosen, gathered_cases(cases, seed), jobs, patience):
                 scores.append(scored)
+                tell(len(scores))
                 if records is not None:
                     print(mutant_scores.as_json(scored), file=records, flush=True)
     except OSError as error:

@@ -12,8 +12,6 @@ from types import FrameType
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness.compare import Finding
 from harness.engine import Engine, LayerObservation, Observation
@@ -44,16 +42,6 @@ def ended_by_a_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def progress_of(cases: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of ``cases`` are done, on a terminal's stderr; the function that is given tells it."""
-    columns = (TextColumn("surveying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=cases)
-        yield lambda done: progress.update(task, completed=done)
 
 
 class Record:

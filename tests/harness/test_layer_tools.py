@@ -21,10 +21,11 @@ from test_relations import IN_TURN, InFirstPlace, replay_of_two
 from harness import explore, report, survey, tiers
 from harness.explore import Subject
 from harness.limits import LAYER_FIELDS, declared
+from harness.progress import progress_of
 from harness.protocol import BackendError, completed, optimized_backend
 from harness.scenario import Eager, Scenario
 from harness.strategies import SMALL_LAYER
-from harness.survey import INTERRUPTED, Record, Survey, progress_of
+from harness.survey import INTERRUPTED, Record, Survey
 from harness.tiers import Tier, TierOutcome, run_tiers
 from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
@@ -317,6 +318,6 @@ def test_progress_is_told_after_each_case(device: torch.device, monkeypatch: pyt
 
 
 def test_progress_is_shown_on_a_terminal_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress_of(3) as tell:
+    with progress_of("surveying", 3) as tell:
         tell(2)
     assert capfd.readouterr() == ("", "")
