@@ -31,6 +31,7 @@ from reference import attention, kv_cache
 from reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWO = (Join(seq_len=11), Join(seq_len=3))
 RANDOM_LAYER = {"regime": Regime.RANDOM}
 MADE_UP = len(Numbers)  # rows of logits that isolated top-k is given beside those of the case
@@ -69,10 +70,10 @@ def _copied(step: LayerStep) -> LayerStep:
 
 
 def seen(scenario: Scenario, feed: Feed = Feed.CHAIN) -> Seen:
-    """The last call of ``scenario``. Only graphs need a layer that can be captured."""
-    layer = optimized_layer if feed is Feed.GRAPH else Clean
-    sentinel = sentinels(scenario.setup)[0]
-    engine = Engine(scenario, BACKEND, layer, CPU, sentinel, POISON_BYTES[0], graphs=feed is Feed.GRAPH)
+    """The last call of ``scenario``. Only graphs need a layer that can be captured, and a GPU if there is one."""
+    graphs = feed is Feed.GRAPH
+    layer, device = (optimized_layer, DEVICE) if graphs else (Clean, CPU)
+    engine = Engine(scenario, BACKEND, layer, device, sentinels(scenario.setup)[0], POISON_BYTES[0], graphs)
     last, metadata = None, []
     for event in scenario.events:
         for shown in engine.run(event):
