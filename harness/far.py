@@ -44,7 +44,7 @@ def _untouched(like: torch.Tensor, widest: int) -> tuple[torch.Tensor, int, int]
     around row 0 as an offset that wraps, in elements.
     """
     rows, size = len(like), like.element_size()
-    before, least = NARROW // 2 * size, (NARROW + 1) * size
+    before, least = SIGNED * size, (NARROW + 1) * size
     for spread in (_ADDRESSES, _ADDRESSES >> 3, _ADDRESSES >> 6, 2 * least):
         stride = _aligned(min(widest, spread // rows))
         pages = _mapped(before + max(rows * stride, least) + _ROW_ALIGNMENT)

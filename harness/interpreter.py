@@ -156,9 +156,8 @@ def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Ca
             alike = lhs.type.name == rhs.type.name and lhs.dtype.is_int()
             return (lhs, rhs) if alike else promote(lhs, rhs, *how, **named)
         tensor, number = (lhs, rhs) if tensor_first else (rhs, lhs)
-        if (
-            not (tensor_first or tensor_last) or type(number) is not int
-        ):  # bool has another type, -0.0 is equal to another number
+        # A block of 1 would be handed out for True, and one of 0.0 for -0.0: they are equal keys.
+        if not (tensor_first or tensor_last) or type(number) is not int:
             return promote(lhs, rhs, *how, **named)
         key = (number, tensor_first, tensor.type.name, how, *named.items())
         if key not in known:

@@ -69,6 +69,9 @@ def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
         yield {"optimizations": tuple(other for other in scenario.optimizations if other != name)}
     for name, value in SIMPLEST_SETUP.items():
         yield {"setup": scenario.setup.model_copy(update={name: value})}
+    for name, field in Inputs.model_fields.items():  # one by one, where a failure needs some of them
+        inputs = scenario.setup.inputs.model_copy(update={name: field.default})
+        yield {"setup": scenario.setup.model_copy(update={"inputs": inputs})}
     yield from _simpler_layers(scenario.setup)
     yield {"seed": 0}
 

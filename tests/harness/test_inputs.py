@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.engine import Engine, StaticInputs
+from harness.engine import Engine
+from harness.inputs import StaticInputs
 from harness.judge import OracleFailure, judge
 from harness.poison import SENTINELS
 from harness.protocol import MultiStepBackend, optimized_layer

@@ -6,7 +6,21 @@ import pytest
 
 from harness.content import Regime
 from harness.minimise import MOST_TRIALS, SIMPLEST_SETUP, minimise
-from harness.scenario import Accept, Capture, Join, Layer, Mirror, Order, PageLayout, Remap, Replay, Scenario, Setup
+from harness.scenario import (
+    Accept,
+    Capture,
+    Inputs,
+    IntDtype,
+    Join,
+    Layer,
+    Mirror,
+    Order,
+    PageLayout,
+    Remap,
+    Replay,
+    Scenario,
+    Setup,
+)
 from reference.types import ForwardMode, KVCacheDtype
 
 EVERYTHING = Scenario(
@@ -122,3 +136,9 @@ def test_layer_of_production_width_keeps_its_width_and_loses_its_heads() -> None
     assert layer is not None
     assert (layer.kv_lora_rank, layer.num_heads, layer.index_n_heads) == (512, 1, 1)
     assert (layer.kv_cache_dtype, layer.regime, layer.far_slots) == (KVCacheDtype.BF16, Regime.DOMINATING, False)
+
+
+def test_inputs_get_as_plain_as_the_failure_allows() -> None:
+    inputs = Inputs(seq_lens=IntDtype.INT32, strided=True, wide_req_to_token=True, far_req_to_token=True)
+    scenario = EVERYTHING.model_copy(update={"setup": EVERYTHING.setup.model_copy(update={"inputs": inputs})})
+    assert minimise(scenario, lambda other: other.setup.inputs.strided).setup.inputs == Inputs(strided=True)
