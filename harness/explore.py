@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 
+from harness import far
 from harness.compare import Finding, Kind
 from harness.judge import OracleFailure, Verdict, judge
 from harness.limits import EVERYTHING, Limits
@@ -55,9 +56,6 @@ PROFILES = {
 }
 SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progress shows
 SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LARGE, ("cuda", True): LARGE_LAYER}
-
-
-FAR_MEMORY = 48 << 30  # bytes of a GPU below which nothing far apart is drawn: three engines may hold some at once
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Subject:
         behind = self.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
         told = [*alone, *(f"{told} (with a layer)" for told in behind if told not in alone)]
         if _is_small(device):
-            told.append(f"far_slots True, far_req_to_token True (the GPU has less than {FAR_MEMORY >> 30} GiB)")
+            told.append(f"far_slots True, far_req_to_token True (the GPU has less than {far.MOST_BYTES >> 30} GiB)")
         return told
 
 
@@ -121,7 +119,7 @@ def scale_of(device: torch.device, with_layer: bool) -> Scale:
 
 
 def _is_small(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < FAR_MEMORY
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < far.MOST_BYTES
 
 
 class DeviceLost(BaseException):

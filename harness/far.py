@@ -1,24 +1,75 @@
 """Memory spread out so far that offsets need 64 bits, as in the caches and pools of production, but hardly any of it.
 
-On a host it is addresses that nobody touches. A GPU provides all of it.
+On a host it is addresses that nobody touches. A GPU provides all of it, so processes that share one take turns.
 """
 
 from __future__ import annotations
 
 import gc
 import mmap
+import os
 import sys
-from contextlib import suppress
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from harness.scenario import ScenarioError
+from harness.scenario import ScenarioError, Setup
 
 NARROW = 1 << 32  # elements from which on an offset of 32 bits is wrong, with a sign or without
 SIGNED = NARROW >> 1  # with a sign
+MOST_BYTES = 48 << 30  # of a GPU that one case may hold at a time: three engines, each with both caches
+_PATIENCE = 0.02  # seconds between two looks whether it is one's turn
 _ADDRESSES = 1 << 42  # bytes that rows may spread over on a host
 _ROW_ALIGNMENT = 128
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on: pages that may not all exist
+
+
+@contextmanager
+def memory_for(setup: Setup, device: torch.device) -> Iterator[None]:
+    """For as long as a case of ``setup`` is judged: what is far apart is there for it, and nobody's afterwards.
+
+    On a GPU it waits until so few processes hold such memory that there is enough.
+    """
+    if not setup.is_far:
+        yield
+    elif device.type == "cpu":
+        gc.collect()  # engines are in cycles, and each holds a page of memory for every row that is far
+        yield
+    else:
+        with _turn(_places(device)):
+            try:
+                yield
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()  # what this process keeps for later, others need now
+
+
+def _places(device: torch.device) -> list[Path]:
+    """A file for each case that finds room on the GPU at a time; whoever locks one may have ``MOST_BYTES``."""
+    properties = torch.cuda.get_device_properties(device)
+    name = f"nsa-oracle-{os.getuid()}-{properties.uuid}"
+    count = max(1, properties.total_memory // MOST_BYTES)
+    return [Path(tempfile.gettempdir()) / f"{name}.{place}.lock" for place in range(count)]
+
+
+@contextmanager
+def _turn(places: Sequence[Path]) -> Iterator[None]:
+    """Hold the lock of one of ``places``; waits until one is free. A process that dies holds none."""
+    while True:
+        for place in places:
+            try:
+                held = FileLock(place).acquire(timeout=0)
+            except Timeout:
+                continue
+            with held:
+                yield
+            return
+        time.sleep(_PATIENCE)
 
 
 def far_apart(dense: torch.Tensor, reach: int | None = None) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from harness.compare import Finding, Kind, Tally, compare
 from harness.content import Regime
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
+from harness.far import memory_for
 from harness.forms import WrongResult
 from harness.frozen import frozen_value
 from harness.graph import CaptureError
@@ -88,8 +88,21 @@ def judge(
     BackendError and ScenarioError pass through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
-    if scenario.setup.is_far:
-        gc.collect()  # engines are in cycles, and each holds a page of memory for every row that is far
+    with memory_for(scenario.setup, device):
+        _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
+    total = verdict or Verdict()
+    total.add(covered)
+    return total
+
+
+def _judge_twice(
+    scenario: Scenario,
+    factory: BackendFactory,
+    device: torch.device,
+    covered: Verdict,
+    layer_factory: LayerFactory,
+    graphs: bool,
+) -> None:
     other: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
         stress = other is not None  # in the second run
@@ -100,9 +113,6 @@ def judge(
         other = _Run(scenario, build, device, covered, other)
         with interpreter.without_warnings():
             other.judge()
-    total = verdict or Verdict()
-    total.add(covered)
-    return total
 
 
 def sentinels(setup: Setup) -> tuple[int, int]:

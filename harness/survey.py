@@ -17,6 +17,7 @@ from harness.compare import Finding
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
 from harness.explore import OutOfTime, Subject, no_near_copies, scale_of
+from harness.far import memory_for
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES
 from harness.layer_driver import Feed
@@ -123,7 +124,8 @@ class Survey:
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, sentinel, poison)
 
         try:
-            self._survey_calls(scenario, build, in_time)
+            with memory_for(scenario.setup, self.device):
+                self._survey_calls(scenario, build, in_time)
         except (BackendError, ScenarioError):
             raise
         except (Exception, SystemExit) as error:  # whatever a layer does
