@@ -28,6 +28,7 @@ from harness.layer import CacheState, as_bytes
 from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy, load_of
 from harness.poison import (
     NAN_BYTE,
+    NAN_WORD,
     BandedInput,
     GuardedAllocations,
     GuardedBuffer,
@@ -154,6 +155,8 @@ class Engine:
         self.config = setup.backend_config()
         self.use_graphs = graphs
         self.stress = stress
+        # What free memory holds at a replay. A number that weighs 0 may pass for nothing, the word of NaN for "no slot".
+        self._spoilt = sentinel if stress else NAN_WORD
         self._calls = 0
         self.world = World(scenario, sentinel)
         self.runner = graph_runner(device)
@@ -256,16 +259,14 @@ class Engine:
         # Without guard bands: to look at them would wait for streams, to keep them would keep memory from being reused.
         with PoisonedAllocations(self.sentinel, self.device), self._under_stress():
             self.driver.prepare_replay(forward_batch)
-        if self.stress:
-            bound.graph.spoil(self.sentinel)
+        bound.graph.spoil(self._spoilt)
         bound.graph.replay()
         yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is None:
             # Once more without a preparation in between: a graph that counts on one, or adds to itself, shows it.
             first = bound.arena.clone()
             bound.arena.fill_(self.sentinel)
-            if self.stress:
-                bound.graph.spoil(self.sentinel)
+            bound.graph.spoil(self._spoilt)
             bound.graph.replay()
             if not torch.equal(bound.arena, first):
                 yield Observation(padded, batch.size, True, self._observe_graph(bound))

@@ -47,6 +47,8 @@ def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: t
 
 
 def spoil_storage(storage: torch.UntypedStorage, value: int) -> None:
-    """Fill host memory with ``value``, whole words of it."""
+    """Fill host memory with ``value``, whole words of it. A storage of another device is left alone."""
+    if storage.device.type != "cpu":
+        return
     memory = torch.empty(0, dtype=torch.uint8).set_(storage)
     memory[: len(memory) // _WORD * _WORD].view(torch.int32).fill_(value)

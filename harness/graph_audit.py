@@ -103,12 +103,13 @@ class Audit:
 class Block:
     """A piece of memory of torch's allocator.
 
-    held: whether somebody has it. free: whether the next allocation may get it; what nobody holds is not free as long
-    as a stream uses it.
+    requested: bytes of it that somebody asked for; a block is rounded up to 512. held: whether somebody has it. free:
+    whether the next allocation may get it; what nobody holds is not free as long as a stream uses it.
     """
 
     address: int
     size: int
+    requested: int
     held: bool
     free: bool
     pool: tuple[int, int]
@@ -156,13 +157,15 @@ class Allocator:
     def _may_be_an_end(self, reference: Reference, block: Block, references: Sequence[Reference]) -> bool:
         """Whether ``reference`` may say where the buffer before ``block`` ends, as some kernels are told.
 
-        Nothing is read there, and where that buffer begins is a parameter of the same kernel.
+        Nothing is read there, and where that buffer begins is a parameter of the same kernel. A buffer that leaves the
+        last bytes of its block unused ends before.
         """
         before = self.block_at(block.address - 1)
         return (
             reference.address == block.address
             and before is not None
             and before.held
+            and before.requested == before.size
             and any(r.node == reference.node and before.address <= r.address < block.address for r in references)
         )
 
@@ -173,7 +176,8 @@ def _blocks(segment: Mapping[str, Any]) -> Iterable[Block]:
     for block in segment["blocks"]:
         address = block.get("address", address)
         held, free = block["state"] == "active_allocated", block["state"] == "inactive"
-        yield Block(address, block["size"], held, free, pool, segment["stream"])
+        requested = block.get("requested_size", block["size"])
+        yield Block(address, block["size"], requested, held, free, pool, segment["stream"])
         address += block["size"]
 
 

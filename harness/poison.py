@@ -24,6 +24,7 @@ SENTINELS = (0x5A5A5A5A, 0x35353535)
 GUARD_WORDS = 64  # int32 words on either side; 256 bytes keep the alignment that vectorised stores need
 GUARD_VALUE = 0x6BADBEEF
 NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
+NAN_WORD = -1  # an int32 of such bytes
 
 
 _bands = True

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 BUSY_CYCLES = 20_000_000  # about 10 ms: longer than the host takes to prepare a batch
+SIDE_BUSY_CYCLES = 5 * BUSY_CYCLES  # and to spoil free memory and launch the graph, with other processes on the GPU
 
 
 class Delivery:
@@ -38,7 +39,7 @@ class Delivery:
     def deliver(self, busy: bool = False) -> None:
         """Put everything in its place; if ``busy``, the stream does something else first."""
         if busy and self.late:
-            _keep_busy()
+            _keep_busy(BUSY_CYCLES)
         for target, staged in self._waiting.values():
             target.copy_(staged)
         self._waiting.clear()
@@ -56,7 +57,7 @@ def busy_side_streams(device: torch.device) -> Iterator[None]:
         set_stream(stream)
         if stream.cuda_stream not in seen:
             seen.add(stream.cuda_stream)
-            _keep_busy()
+            _keep_busy(SIDE_BUSY_CYCLES)
 
     torch.cuda.set_stream = set_busy_stream
     try:
@@ -65,5 +66,5 @@ def busy_side_streams(device: torch.device) -> Iterator[None]:
         torch.cuda.set_stream = set_stream
 
 
-def _keep_busy() -> None:
-    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+def _keep_busy(cycles: int) -> None:
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]

@@ -119,7 +119,7 @@ def with_metadata(change: Callable[[Metadata], Any]) -> type[ChangesMetadata]:
 
 
 ListField = with_field("cu_seqlens_k", lambda field: field.tolist())
-ArrayField = with_field("cu_seqlens_k", lambda field: field.numpy())
+ArrayField = with_field("cu_seqlens_k", lambda field: field.cpu().numpy())
 BoolField = with_field("seqlens_expanded", lambda field: field > 0)
 ScalarField = with_field("cu_seqlens_k", lambda field: field.sum(dtype=torch.int32))
 SparseField = with_field("cu_seqlens_k", lambda field: field.to_sparse())

@@ -339,8 +339,8 @@ PLANTS = (
         id="limit frozen into the graph, which only long requests reach",
     ),
     Plant(
-        planted.ClearsByTheMirror, one_replay(DECODE), Kind.FROZEN, "~self",
-        "~of the DECODE graph of bucket 1", "~shape [13]", "~shape [1]", step=None,
+        planted.ClearsByTheMirror, one_replay(DECODE), Kind.FROZEN, "",  # of a slice, or of what fills it
+        "~of the DECODE graph of bucket 1", "~13", "~as when captured at lengths of 1", step=None,
         id="size of the host's frozen, which no replay shows",
     ),
     Plant(

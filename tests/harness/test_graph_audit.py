@@ -220,6 +220,8 @@ class TestAllocator:
         assert allocator.dangling([begin, end]) is None
         for others in ([end], [Reference("begin", HELD, node=2), end], [begin, Reference("end", DROPPED + 8, node=3)]):
             assert allocator.dangling(others) is not None
+        in_part = [{**segment(HELD, ""), "blocks": [{**SEGMENTS[0]["blocks"][0], "requested_size": 0xFFF}]}]
+        assert Allocator([*in_part, *SEGMENTS[1:]], 0).dangling([begin, end]) is not None
         # What lies behind memory that nobody holds is no end of anything.
         assert allocator.dangling([Reference("begin", FREE - 8, node=3), Reference("end", FREE, node=3)]) is not None
 
