@@ -277,7 +277,7 @@ def _torch_device(wanted: Device) -> torch.device:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.speed_up()
-        torch.set_num_threads(1)  # tensors are tiny
+    torch.set_num_threads(1)  # tensors are tiny
     return device
 
 

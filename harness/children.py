@@ -81,7 +81,7 @@ def prepare_process(device: str) -> None:
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.speed_up()
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 def _serve(pipe: Connection, device: str) -> None:

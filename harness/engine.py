@@ -155,7 +155,7 @@ class Engine:
         self.config = setup.backend_config()
         self.use_graphs = graphs
         self.stress = stress
-        # What free memory holds at a replay. A number that weighs 0 may pass for nothing, the word of NaN for "no slot".
+        # What free memory holds at a replay: 0 times a number is 0, and the word of NaN is what "no slot" is, too.
         self._spoilt = sentinel if stress else NAN_WORD
         self._calls = 0
         self.world = World(scenario, sentinel)

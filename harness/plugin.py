@@ -26,7 +26,7 @@ from harness.judge import Verdict
 from harness.protocol import BackendError
 from harness.recovery import Recovery, SubjectSpec
 from harness.scenario import ScenarioError, load
-from harness.seeds import CORPUS, left_by_the_dead
+from harness.seeds import corpus, left_by_the_dead
 from harness.stages import LayerTally, StageTally
 
 ENTROPY = "oracle_entropy"
@@ -149,7 +149,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.speed_up()
-        torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
+    torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
         subject = Subject.load(spec, layer_spec, device)
@@ -237,17 +237,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give each oracle test its items: saved cases first, then the shards of the exploration."""
     replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
     if "saved_case" in metafunc.fixturenames:
-        subject = metafunc.config.stash[ORACLE].subject
-        files = replayed or [file for file, misfit in _corpus(subject) if misfit is None]
+        oracle = metafunc.config.stash[ORACLE]
+        saved = _corpus(oracle.subject, oracle.device)
+        files = replayed or [file for file, misfit in saved if misfit is None]
         metafunc.parametrize("saved_case", files, ids=[file.stem for file in files])
     if "shard" in metafunc.fixturenames:
         metafunc.parametrize("shard", range(SHARDS))
 
 
-def _corpus(subject: Subject) -> list[tuple[Path, str | None]]:
+def _corpus(subject: Subject, device: torch.device) -> list[tuple[Path, str | None]]:
     """The saved cases, and why one is not for ``subject``."""
     try:
-        return [(file, subject.misfit(load(file))) for file in sorted(CORPUS.glob("*.json"))]
+        return [(file, subject.misfit(load(file))) for file in corpus(device)]
     except ScenarioError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -302,7 +303,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("oracle")
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
-            saved = [file.stem for file, misfit in _corpus(oracle.subject) if misfit is not None]
+            saved = [file.stem for file, misfit in _corpus(oracle.subject, oracle.device) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
         terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
     if bugs:

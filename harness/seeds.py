@@ -13,16 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from harness.scenario import Scenario, to_json
 
 _TESTS = Path(__file__).parent.parent / "tests"
 CORPUS = _TESTS / "cases"  # what every run judges first
+PRODUCTION = CORPUS / "production"  # and what every run on a GPU does: sizes that would take the interpreter hours
 BUG_CASES = _TESTS / "bugs"  # by the name of a bug: a case that shows it
 
 
 def digest(scenario: Scenario) -> str:
     """Twelve hex digits that name the scenario, whatever its note says."""
     return hashlib.sha256(to_json(scenario.model_copy(update={"note": ""})).encode()).hexdigest()[:12]
+
+
+def corpus(device: torch.device) -> list[Path]:
+    """The saved cases that a run on ``device`` judges first."""
+    folders = (CORPUS, PRODUCTION) if device.type == "cuda" else (CORPUS,)
+    return [file for folder in folders for file in sorted(folder.glob("*.json"))]
 
 
 def save(scenario: Scenario, path: Path) -> None:

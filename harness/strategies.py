@@ -38,6 +38,7 @@ from optimized.optimizations import OPTIMIZATION_NAMES
 from reference.types import KVCacheDtype, StepSemantics
 
 _RARELY = (False,) * 5 + (True,)
+_MORE_RARELY = (False,) * 11 + (True,)  # on a GPU it takes gigabytes, for which processes wait
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Scale:
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
-    far_slots: tuple[bool, ...] = _RARELY  # on a GPU they take gigabytes
-    far_req_to_token: tuple[bool, ...] = _RARELY  # so does this; not both, if the limits leave a choice
+    far_slots: tuple[bool, ...] = _RARELY
+    far_req_to_token: tuple[bool, ...] = _RARELY  # not both, if the limits leave a choice
     limits: Limits = EVERYTHING
 
     def drawn(self) -> Sizes:
@@ -108,6 +109,8 @@ LARGE = Scale(
     max_rows=512,
     crowds=(3,),
     parts=(0, 1, 7, 132),
+    far_slots=_MORE_RARELY,
+    far_req_to_token=_MORE_RARELY,
 )
 # With a layer behind: what the interpreter computes must stay few numbers; a GPU takes the sizes of production.
 SMALL_LAYER = Scale(
@@ -154,6 +157,8 @@ LARGE_LAYER = Scale(
     ),
     index_topks=(4, 64, 200, 512, 2048),
     num_steps=(1, 2, 4),
+    far_slots=_MORE_RARELY,
+    far_req_to_token=_MORE_RARELY,
 )
 
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]

@@ -16,7 +16,7 @@ import torch
 from test_cli import WITH_LAYER
 from test_detection import accept_two_then_one, factory_of, one_replay
 
-from harness import plugin
+from harness import plugin, seeds
 from harness.explore import SHARDS, Exploration, Subject
 from harness.judge import OracleFailure, Verdict, judge
 from harness.plugin import Oracle, _add_property, _as_property
@@ -349,10 +349,10 @@ def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> No
 
 
 def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "CORPUS", tmp_path)
+    monkeypatch.setattr(seeds, "CORPUS", tmp_path)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
-        plugin._corpus(Subject(factory_of(planted.Clean)))
+        plugin._corpus(Subject(factory_of(planted.Clean)), torch.device("cpu"))
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:

@@ -19,7 +19,17 @@ from harness.explore import Subject, explore
 from harness.judge import OracleFailure, judge
 from harness.report import explain
 from harness.scenario import Scenario, from_json, load, to_json
-from harness.seeds import RUNNING, FailureFiles, digest, kept_while_judged, left_by_the_dead, save
+from harness.seeds import (
+    PRODUCTION,
+    RUNNING,
+    FailureFiles,
+    corpus,
+    digest,
+    kept_while_judged,
+    left_by_the_dead,
+    save,
+)
+from harness.world import World
 from reference.types import ForwardMode
 
 ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
@@ -176,3 +186,21 @@ def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) 
     assert outcome.saved is not None
     assert outcome.saved.name.endswith(".raw.json")
     assert load(outcome.saved).note.startswith("backend raised: IndexError")
+
+
+def test_cases_of_production_sizes_are_for_a_gpu_alone() -> None:
+    """Some with so many rows that each row's keys are one program's."""
+    everywhere, on_a_gpu = corpus(torch.device("cpu")), corpus(torch.device("cuda"))
+    more = [load(file) for file in on_a_gpu if file not in everywhere]
+    assert everywhere == on_a_gpu[: len(everywhere)]
+    assert {file.parent for file in everywhere} == {PRODUCTION.parent}
+    assert all(scenario.setup.index_topk == 2048 for scenario in more)
+    rows = [most_requests(scenario) * scenario.setup.num_draft_tokens for scenario in more]
+    assert min(rows) < 30
+    assert max(rows) >= 80
+
+
+def most_requests(scenario: Scenario) -> int:
+    world = World(scenario, 0)
+    batches = [world.apply(event) for event in scenario.events]
+    return max(batch.size for batch in batches if batch is not None)
