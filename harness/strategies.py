@@ -5,6 +5,7 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,7 @@ class Scale:
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
+    most_new_tokens: int | None = None  # of one request in a prefill; None: any number
     far_slots: tuple[bool, ...] = _RARELY
     far_req_to_token: tuple[bool, ...] = _RARELY  # not both, if the limits leave a choice
     limits: Limits = EVERYTHING
@@ -131,6 +133,7 @@ SMALL_LAYER = Scale(
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),
     num_steps=(1, 2, 3),
+    most_new_tokens=16,
 )
 LARGE_LAYER = Scale(
     max_context_lens=(33, 261, 2300, 4100),
@@ -157,6 +160,7 @@ LARGE_LAYER = Scale(
     ),
     index_topks=(4, 64, 200, 512, 2048),
     num_steps=(1, 2, 4),
+    most_new_tokens=64,
     far_slots=_MORE_RARELY,
     far_req_to_token=_MORE_RARELY,
 )
@@ -318,12 +322,15 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     )
     accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
     finishes = st.builds(Finish, request=st.integers(0, most - 1))
+    new_tokens = seq_lens(setup)
+    if scale.most_new_tokens is not None:
+        new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
     eager_calls = st.builds(
         Eager,
         mode=st.sampled_from(scale.limits.modes),
         mirror=mirrors,
         order=orders,
-        extend_lens=st.lists(seq_lens(setup), min_size=1, max_size=most).map(tuple),
+        extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
     )
     remaps = st.builds(
         Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
