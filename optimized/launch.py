@@ -6,36 +6,80 @@ Our kernels specialise on nothing but the dtypes of a few tensors and some flags
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+import inspect
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
+Signature = tuple[Hashable, ...]
+
 
 class Launcher:
-    """One kernel. The first launch of each variant goes through Triton, later ones to what it compiled."""
+    """One kernel. The first launch of each variant goes through Triton, later ones to what it compiled.
+
+    Triton's interpreter compiles nothing and takes any arguments. There it is checked that what a variant was compiled
+    for would fit each launch of it.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._compiled: dict[tuple[Hashable, ...], Any] = {}
+        self._compiled: dict[tuple[Hashable, ...], Any] = {}  # or the first launch's signature, in the interpreter
 
     def __call__(self, programs: int, variant: tuple[Hashable, ...], *args: Any, **options: int) -> None:
         """Launch ``programs`` instances. ``variant``: all that selects compiled code: dtypes, flags, wide strides.
 
         The first argument is a tensor on the device to use. ``options``: Triton's ``num_warps`` and ``num_stages``;
         they select compiled code as well, so always name them in the same order.
+        Raises TypeError, in the interpreter, for a variant that does not tell two kinds of launch apart.
         """
         compiled = self._compiled.get(key := (args[0].get_device(), *variant, *options.values()))
         if compiled is None:
-            # None in the interpreter: it compiles nothing
-            self._compiled[key] = self.kernel[(programs,)](*args, **options)
+            compiled = self.kernel[(programs,)](*args, **options)
+            self._compiled[key] = signature(self.kernel, args) if compiled is None else compiled
+        elif type(compiled) is tuple:
+            _check(self.kernel, compiled, signature(self.kernel, args))
+            self.kernel[(programs,)](*args, **options)
         else:
             compiled[(programs, 1, 1)](*args)
 
 
-def is_wide(*numbers: int) -> bool:
-    """Whether any of the numbers needs 64 bits, which changes the signature of a compiled kernel."""
-    return max(numbers) > 0x7FFFFFFF
+def signature(kernel: Any, args: tuple[Any, ...]) -> Signature:
+    """What compiled code depends on: dtypes, the width of each integer, and the value of each ``constexpr``."""
+    return tuple(
+        arg if constant else _kind(arg) for arg, constant in zip(args, _constants(kernel.fn).values(), strict=True)
+    )
+
+
+def _check(kernel: Any, first: Signature, now: Signature) -> None:
+    for name, before, after in zip(_constants(kernel.fn), first, now, strict=True):
+        if before != after:
+            raise TypeError(
+                f"{kernel.fn.__name__}: {name} is {after}, and was {before} when this variant was launched first: "
+                "what this process compiled then would not fit"
+            )
+
+
+@functools.cache
+def _constants(function: Callable[..., Any]) -> dict[str, bool]:
+    """By the name of a kernel's parameter: whether it is a ``constexpr``."""
+    parameters = inspect.signature(function).parameters
+    return {name: str(parameter.annotation).endswith("constexpr") for name, parameter in parameters.items()}
+
+
+def _kind(arg: Any) -> str:
+    """The type that Triton gives an argument whose value it does not look at."""
+    if isinstance(arg, torch.Tensor):
+        return f"a pointer to {arg.dtype}"
+    if isinstance(arg, int) and not isinstance(arg, bool):
+        return "of 32 bits" if -(1 << 31) <= arg < 1 << 31 else "of 64 bits"
+    return type(arg).__name__
+
+
+def is_wide(number: int) -> bool:
+    """Whether it needs 64 bits, which changes the signature of a compiled kernel."""
+    return number > 0x7FFFFFFF
 
 
 def is_dense(*tensors: torch.Tensor) -> bool:

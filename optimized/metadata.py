@@ -236,7 +236,7 @@ def _launch_fill(
     inputs = (req_pool_indices.dtype, seq_lens.dtype, lens.dtype)
     _fill(
         small_programs + bs * programs,
-        (*flags, *inputs, is_wide(table_steps, pages_steps)),
+        (*flags, *inputs, is_wide(table_steps), is_wide(pages_steps), is_wide(source_stride)),
         packed,
         page_table,
         real_page_table,
@@ -307,7 +307,7 @@ def _launch_copy(
     aligned = _source_aligned(source_page_table, source_page_table.stride(1))
     _copy(
         grid,
-        (page_size, flattened is not None, aligned, is_wide(page_table.stride(0), real_page_table.stride(0))),
+        (page_size, flattened is not None, aligned, is_wide(page_table.stride(0)), is_wide(real_page_table.stride(0))),
         packed,
         page_table,
         real_page_table,
