@@ -115,7 +115,7 @@ class Stages:
 
     def _hand(self, name: str, tensor: torch.Tensor) -> Watched:
         with self.guard:
-            return handed(name, tensor, self.driver.device)
+            return handed(name, tensor, self.driver.device, self.driver.is_strided(name))
 
     def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
         """A copy of what a stage gives: the next call may use the same memory."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.content import Content
+from harness.poison import NAN_BYTE
 from harness.rng import Stream
 from harness.scenario import Setup
 from harness.world import Batch, World
@@ -201,6 +202,26 @@ def new_caches(
     as_bytes(kv).fill_(poison)
     index_k.fill_(poison)
     return AttentionCaches(kv, index_k)
+
+
+GAP = 16  # elements between rows of strided inputs: whole vectors of 16 bytes, as slices of something wider have
+
+
+def unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool) -> torch.Tensor:
+    """Memory of ``shape``, every byte 0xFF: NaN, or -1. strided: rows, and what they consist of, lie apart.
+
+    The last dimension stays dense, unless it is the only one: that has every other element of its memory.
+    """
+    if not strided or not shape:
+        whole = memory = torch.empty(*shape, dtype=dtype, device=device)
+    elif len(shape) == 1:
+        whole = torch.empty(*shape, 2, dtype=dtype, device=device)
+        memory = whole[:, 0]
+    else:
+        whole = torch.empty(*shape[:-1], shape[-1] + GAP, dtype=dtype, device=device)
+        memory = whole[..., : shape[-1]]
+    as_bytes(whole.view(-1)).fill_(NAN_BYTE)
+    return memory
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

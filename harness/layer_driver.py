@@ -10,7 +10,7 @@ import torch
 
 from harness.far import far_apart
 from harness.forms import found_in, outputs_of
-from harness.layer import CacheState, Pass, as_bytes, map_tensors, new_caches
+from harness.layer import CacheState, Pass, as_bytes, map_tensors, new_caches, unwritten
 from harness.poison import NAN_BYTE, GuardedAllocations, band
 from harness.protocol import SparseAttention
 from harness.scenario import Setup
@@ -78,13 +78,18 @@ class LayerDriver:
         }
         # Rows on either side that are nobody's: what is written to where they say shows in a page that nobody has.
         rows, last_slot = max_rows + 2 * beside, setup.num_pages * setup.page_size - 1
-        self._banded = [_poisoned_inputs(self.config, rows, last_slot, device) for _ in range(num_steps)]
+        strided = setup.inputs.strided
+        self._banded = [_poisoned_inputs(self.config, rows, last_slot, device, strided) for _ in range(num_steps)]
         self._expected = [map_tensors(inputs, torch.clone) for inputs in self._banded]
         self._static, self._loaded = (
             [map_tensors(inputs, lambda tensor: _between(tensor, beside)) for inputs in banded_inputs]
             for banded_inputs in (self._banded, self._expected)
         )
         self._left: list[AttentionCaches] = []
+
+    def is_strided(self, name: str) -> bool:
+        """Whether rows of that input of the layer, or of a stage, lie apart. Lengths and offsets of rows are dense."""
+        return self.setup.inputs.strided and name not in ("seqlens_expanded", "topk_indices_offset")
 
     def reserve(self) -> None:
         """Before a capture: memory for what each pass leaves in the caches, since a later one may write over it."""
@@ -95,7 +100,10 @@ class LayerDriver:
         self.load_caches(load.caches)
         for number, (static, loaded) in enumerate(zip(self._static, self._loaded, strict=True)):
             for name, tensor in vars(static).items():
-                as_bytes(tensor).fill_(0 if name == "out_cache_loc" else NAN_BYTE)
+                if name == "out_cache_loc":
+                    tensor.zero_()
+                else:
+                    as_bytes(tensor).fill_(NAN_BYTE)
                 if load.passes:  # a capture has none: padding alone
                     a_pass = load.passes[number]
                     tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))
@@ -128,7 +136,9 @@ class LayerDriver:
         """The pass on inputs of its own, between guard bands; and what the layer wrote to besides the caches."""
         watched_metadata = WatchedMetadata(metadata)
         with guard, found_in(a_pass.step, Feed.CHAIN.value):
-            watched = [handed(name, tensor, self.device) for name, tensor in vars(a_pass.inputs).items()]
+            watched = [
+                handed(name, tensor, self.device, self.is_strided(name)) for name, tensor in vars(a_pass.inputs).items()
+            ]
             inputs = AttentionInputs(**{one.name: one.given for one in watched})
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         name = first_modified(watched) or watched_metadata.first_modified()
@@ -166,19 +176,19 @@ def load_of(state: CacheState, passes: Sequence[Pass]) -> LayerLoad:
     return LayerLoad(tuple(passes), dense_copy(state.truth))
 
 
-def _poisoned_inputs(config: AttentionConfig, rows: int, slot: int, device: torch.device) -> AttentionInputs:
+def _poisoned_inputs(
+    config: AttentionConfig, rows: int, slot: int, device: torch.device, strided: bool
+) -> AttentionInputs:
     """Inputs of ``rows`` rows, all NaN, that write to ``slot``."""
 
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.empty(*shape, dtype=dtype, device=device)
-        as_bytes(tensor).fill_(NAN_BYTE)
-        return tensor
+    def nan(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return unwritten(shape, dtype, device, strided)
 
     return AttentionInputs(
-        q=empty(rows, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
-        k=empty(rows, config.qk_head_dim, dtype=torch.bfloat16),
-        index_q=empty(rows, config.index_n_heads, config.index_head_dim, dtype=torch.float8_e4m3fn),
-        index_weights=empty(rows, config.index_n_heads, dtype=torch.float32),
-        index_k=empty(rows, config.index_head_dim, dtype=torch.bfloat16),
-        out_cache_loc=torch.full((rows,), slot, dtype=torch.int64, device=device),
+        q=nan(rows, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
+        k=nan(rows, config.qk_head_dim, dtype=torch.bfloat16),
+        index_q=nan(rows, config.index_n_heads, config.index_head_dim, dtype=torch.float8_e4m3fn),
+        index_weights=nan(rows, config.index_n_heads, dtype=torch.float32),
+        index_k=nan(rows, config.index_head_dim, dtype=torch.bfloat16),
+        out_cache_loc=unwritten((rows,), torch.int64, device, strided).fill_(slot),
     )

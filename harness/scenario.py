@@ -78,9 +78,10 @@ class IntDtype(enum.Enum):
 class Inputs(_Record):
     """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements.
 
-    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. wide_req_to_token: a view of a wider
-    tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements, needs more
-    than 32 bits, as in a large pool.
+    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. strided: numbers of requests are
+    columns of something wider; with a layer, so are the rows and heads of what it is given. wide_req_to_token: a view
+    of a wider tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements,
+    needs more than 32 bits, as in a large pool.
     """
 
     seq_lens: IntDtype = IntDtype.INT64

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from harness import fields
-from harness.layer import as_bytes
+from harness.layer import as_bytes, unwritten
 from reference.types import Metadata
 
 
@@ -30,9 +30,9 @@ class Watched(NamedTuple):
         return not same_bits(self.given[: len(self.kept)] if self.kept.dim() else self.given, self.kept)
 
 
-def handed(name: str, tensor: torch.Tensor, device: torch.device) -> Watched:
-    """A copy of ``tensor`` to give away."""
-    return Watched(name, tensor.to(device, copy=True), tensor)
+def handed(name: str, tensor: torch.Tensor, device: torch.device, strided: bool = False) -> Watched:
+    """A copy of ``tensor`` to give away, dense or with gaps between rows."""
+    return Watched(name, unwritten(tensor.shape, tensor.dtype, device, strided).copy_(tensor), tensor)
 
 
 def first_modified(watched: Iterable[Watched]) -> str | None:
@@ -44,7 +44,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes, wherever they are. NaN is like any other."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    a, b = (as_bytes(tensor.detach().contiguous().reshape(-1)) for tensor in (one, other))
+    # Not ``contiguous``: what has at most one element counts as that, whatever its stride.
+    a, b = (as_bytes(tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)) for tensor in (one, other))
     return torch.equal(a.to(b.device), b)
 
 

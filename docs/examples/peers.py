@@ -59,7 +59,7 @@ class FlashMLAPrefill:
                 0, config.num_heads, dtype=torch.float32
             )
         out, _, lse = sgl_kernel().sparse_prefill_fwd.default(
-            q.contiguous(), kv_cache, indices[:, None], config.sm_scale, config.kv_lora_rank, None, None
+            q.contiguous(), kv_cache, indices[:, None].contiguous(), config.sm_scale, config.kv_lora_rank, None, None
         )
         return out, lse * math.log(2)  # theirs is to the base 2
 
@@ -88,7 +88,7 @@ class FlashMLADecode:
             )
         pages = kv_cache.view(-1, 64, 1, config.kv_token_bytes).view(torch.float8_e4m3fn)
         out, lse, _, _ = sgl_kernel().sparse_decode_fwd.default(
-            *(q[:, None].contiguous(), pages, indices[:, None], None, None, None, None, None, None, None),
+            *(q[:, None].contiguous(), pages, indices[:, None].contiguous(), None, None, None, None, None, None, None),
             config.kv_lora_rank,
             config.sm_scale,
         )
@@ -107,7 +107,7 @@ class FastTopK:
     def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
         positions = torch.empty(len(logits), self.index_topk, dtype=torch.int32, device=logits.device)
         if len(logits):
-            sgl_kernel().fast_topk.default(logits, positions, seqlens_expanded, None)
+            sgl_kernel().fast_topk.default(logits.contiguous(), positions, seqlens_expanded, None)
         return positions
 
     def topk_transform_paged(
@@ -116,7 +116,9 @@ class FastTopK:
         slots = torch.empty(len(logits), self.index_topk, dtype=torch.int32, device=logits.device)
         if len(logits):
             rows = torch.arange(len(logits) + 1, dtype=torch.int32, device=logits.device)
-            sgl_kernel().fast_topk_transform_fused.default(logits, seqlens_expanded, slots, page_table_1, rows, None)
+            sgl_kernel().fast_topk_transform_fused.default(
+                logits.contiguous(), seqlens_expanded, slots, page_table_1.contiguous(), rows, None
+            )
         return slots
 
 

@@ -15,7 +15,7 @@ from harness.content import Regime
 from harness.expected import _as_forward_batch, expected_metadata
 from harness.far import far_apart
 from harness.judge import sentinels
-from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, new_caches, query_rows
+from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, new_caches, query_rows, unwritten
 from harness.layer_driver import LayerDriver, LayerLoad, dense_copy
 from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
 from harness.strategies import SMALL, scenarios
@@ -428,3 +428,19 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
     assert driver.modified_input() is None
     static.index_weights[5, 1] = 0
     assert driver.modified_input() == Modified(0, "index_weights")
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 32), (0, 2, 32), (1,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+def test_unwritten_memory_of_strided_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Nothing in it or around it is a number that somebody could use, and vectors of 16 bytes stay aligned."""
+    dense, apart = (unwritten(shape, dtype, torch.device("cpu"), strided) for strided in (False, True))
+    assert dense.is_contiguous()
+    assert apart.shape == dense.shape == shape
+    if len(shape) == 1:
+        assert apart.stride() == (2,)
+    else:
+        assert apart.stride(-1) == 1
+        assert apart.stride(-2) == shape[-1] + 16
+    memory = torch.empty(0, dtype=torch.uint8).set_(apart.untyped_storage())
+    assert memory.eq(0xFF).all()
