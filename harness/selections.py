@@ -126,9 +126,9 @@ class _Draw:
         """Numbers in [-4, 4)."""
         return ((self.values % (1 << 23)).astype(np.float32) * np.float32(2**-20) - np.float32(4)).view(np.uint32)
 
-    def tied(self, larger: Bits, tied: Bits, smaller: Bits) -> Bits:
-        """Half of the places go to ``larger`` numbers, and not all that are ``tied`` get one of the others."""
-        above = self.topk // 2
+    def tied(self, larger: Bits, tied: Bits, smaller: Bits, above: int | None = None) -> Bits:
+        """``above`` places, or half of them, go to ``larger`` numbers; not all that are ``tied`` get one then."""
+        above = self.topk // 2 if above is None else above
         ranks, most = self.ranks, max(self.topk + 1, self.length - self.length // 4)
         return np.where(ranks < above, larger, np.where(ranks < most, tied, smaller))
 
@@ -173,7 +173,8 @@ def _neighbours(draw: _Draw) -> Bits:
 def _ties(draw: _Draw) -> Bits:
     few = (draw.values % 0x10000).astype(np.uint32)
     two = np.full_like(few, 0x40000000) | np.where(draw.choice % 2, _SIGN, np.uint32(0))
-    return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few)
+    above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # so one, or every, place is for ties
+    return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few, above)
 
 
 def _equal(draw: _Draw) -> Bits:
