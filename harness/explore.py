@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.internal.conjecture.engine import ConjectureRunner
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 
 from harness import far
 from harness.compare import Finding, Kind
@@ -32,7 +33,7 @@ from harness.protocol import (
     try_out,
     try_out_layer,
 )
-from harness.scenario import Scenario
+from harness.scenario import Scenario, ScenarioError
 from harness.seeds import FailureFiles, kept_while_judged
 from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
 
@@ -140,6 +141,17 @@ def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
     return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
 
 
+class _Unjudged(BaseException):
+    """Ends a search in which a scenario cannot be judged. Not an Exception: there is nothing to shrink.
+
+    error: why.
+    """
+
+    def __init__(self, error: BackendError | ScenarioError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class OutOfTime(BaseException):
     """Ends a search. Not an Exception: Hypothesis would take it for a failure of the scenario at hand."""
 
@@ -177,7 +189,8 @@ def explore(
     of ``optimized/`` too. with_layer: draw scenarios with an attention layer behind the metadata.
     most_shrinking: so many trials at most, of whole records, instead of as many as Hypothesis likes, which with a layer
     behind would take it many minutes.
-    Raises DeviceLost, with the raw case saved, if the GPU faults.
+    Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
+    judged.
     """
     outcome = Exploration()
     files = FailureFiles(save_dir)
@@ -205,6 +218,9 @@ def explore(
             if has_lost_the_device(failure.finding, device):
                 raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
             raise
+        except (BackendError, ScenarioError) as error:
+            if outcome.failure is None:
+                raise _Unjudged(error) from None
 
     search = settings(
         max_examples=cases,
@@ -215,12 +231,14 @@ def explore(
         suppress_health_check=list(HealthCheck),
     )(given(scenarios(scale, switches=switches))(judge_one))
     try:
-        with no_near_copies():
+        with own_draws():
             hypothesis.seed(seed)(search)()
     except OracleFailure as failure:
         keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS))
     except OutOfTime:
         pass
+    except _Unjudged as ended:
+        raise ended.error from None
     except Flaky:  # it failed once and passed when repeated: a race, or state that survives between backends
         outcome.flaky = True
         outcome.saved = None if outcome.unsaved else files.raw
@@ -241,6 +259,8 @@ def minimised(failure: OracleFailure, subject: Subject, device: torch.device, mo
             if (other.finding.kind, other.finding.field) == (failure.finding.kind, failure.finding.field):
                 smallest = other
                 return True
+        except (BackendError, ScenarioError):  # a trial that cannot be judged shows nothing
+            pass
         return False
 
     minimise(failure.scenario, still_fails, most)
@@ -248,15 +268,18 @@ def minimised(failure: OracleFailure, subject: Subject, device: torch.device, mo
 
 
 @contextmanager
-def no_near_copies() -> Iterator[None]:
-    """Keep Hypothesis from following each example by up to five copies of it with one part repeated elsewhere.
+def own_draws() -> Iterator[None]:
+    """Keep Hypothesis from two habits that are no settings of it; a Hypothesis that lacks one is left as it is.
 
-    Scenarios are full of parts of one kind (joins, replays), so five in six would be such copies, each as costly to
-    judge as a new case. There is no setting for it; a Hypothesis without the method is left as it is.
+    It follows each example by up to five copies of it with one part repeated elsewhere. Scenarios are full of parts of
+    one kind (joins, replays), so five in six would be such copies, each as costly to judge as a new case. And it takes
+    one number in twenty from the constants of whatever modules of the project are loaded, so that one seed would give
+    other cases alone than among other tests.
     Raises BackendError if there is no scenario to draw.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConjectureRunner, "generate_mutations_from", lambda runner, data: None, raising=False)
+        patch.setattr(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None, raising=False)
         try:
             yield
         except Unsatisfiable:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from harness.compare import Finding
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
-from harness.explore import OutOfTime, Subject, no_near_copies, scale_of
+from harness.explore import OutOfTime, Subject, own_draws, scale_of
 from harness.far import memory_for
 from harness.judge import sentinels
 from harness.layer import POISON_BYTES
@@ -108,7 +108,7 @@ class Survey:
             suppress_health_check=list(HealthCheck),
         )(given(scenarios(self.scale))(survey_one))
         try:
-            with no_near_copies():
+            with own_draws():
                 hypothesis.seed(seed)(search)()
         except OutOfTime:
             pass

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from harness import interpreter
 from harness.bugs.bug import Check
 from harness.bugs.mutants import PACKAGE, Mutant, import_replaced, probed, tree_sources
-from harness.explore import SCALES, no_near_copies
+from harness.explore import SCALES, own_draws
 from harness.judge import OracleFailure, judge
 from harness.protocol import optimized_backend
 from harness.scenario import Capture, Eager, Join, Layer, Replay, Scenario, Setup, from_json, to_json
@@ -134,7 +134,7 @@ def drawn_scenarios(with_layer: bool, count: int, seed: int) -> list[Scenario]:
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )(given(scenarios(SCALES["cpu", with_layer]))(keep))
-    with no_near_copies():
+    with own_draws():
         hypothesis.seed(seed)(search)()
     return drawn[:count]
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
 from harness.boundary import ALL_CLASSES, LAYER_CLASSES, classes_of
+from harness.explore import Subject, explore
+from harness.judge import Verdict
 from harness.minimise import minimise
+from harness.protocol import optimized_backend
 from harness.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
 from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, scenarios
 from harness.world import World
@@ -161,3 +168,25 @@ def test_every_event_is_drawn() -> None:
 
     sweep()
     assert drawn == {Capture, Join, Finish, Accept, Remap, Replay, Eager}
+
+
+def test_one_seed_draws_the_same_whatever_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis would draw from the constants of a module that somebody has imported in between."""
+    before = drawn_from_one_seed()
+    (tmp_path / "full_of_constants.py").write_text(f"CONSTANTS = {list(range(200, 9000, 7))}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("full_of_constants")
+    assert drawn_from_one_seed() == before
+
+
+def drawn_from_one_seed() -> list[Scenario]:
+    drawn = []
+
+    class Noted(Subject):
+        def judge(self, scenario: Scenario, *_: object, **__: object) -> Verdict:
+            drawn.append(scenario)
+            return Verdict()
+
+    with tempfile.TemporaryDirectory() as folder:
+        explore(Noted(optimized_backend), torch.device("cpu"), 40, 1, Path(folder))
+    return drawn
