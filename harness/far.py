@@ -45,8 +45,7 @@ def memory_for(setup: Setup, device: torch.device) -> Iterator[None]:
             try:
                 yield
             finally:
-                gc.collect()
-                torch.cuda.empty_cache()  # what this process keeps for later, others need now
+                _give_back()
 
 
 def _places(device: torch.device) -> list[Path]:
@@ -123,15 +122,20 @@ def _mapped(count: int) -> mmap.mmap | None:
 
 
 def _allocated(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory of ``count`` elements on a GPU."""
-    for _ in range(2):
-        try:
+    """Memory of ``count`` elements on a GPU. What engines that are gone held makes room for it."""
+    needed = count * like.element_size()
+    for is_short in (torch.cuda.memory_reserved(like.device) + needed > MOST_BYTES, True):
+        if is_short:
+            _give_back()
+        with suppress(torch.OutOfMemoryError):
             return torch.empty(count, dtype=like.dtype, device=like.device)
-        except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
-    needed = count * like.element_size() >> 30
-    raise ScenarioError(f"far memory needs {needed} GiB on {like.device} at once, and there is less")
+    raise ScenarioError(f"far memory needs {needed >> 30} GiB on {like.device} at once, and there is less")
+
+
+def _give_back() -> None:
+    """To other processes: what engines on a GPU held, which are in cycles, and what torch keeps of it for later."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _aligned(count: int) -> int:

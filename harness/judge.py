@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sysconfig
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,9 @@ from harness.stages import Judged, LayerTally, StageJudge
 from harness.variants import Growth, VariantCounter
 from harness.world import Batch
 from reference.types import Metadata
+
+_HERE = Path(__file__).parent
+_NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))  # libraries aside
 
 
 class OracleFailure(AssertionError):
@@ -89,7 +94,11 @@ def judge(
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     with memory_for(scenario.setup, device):
-        _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
+        try:
+            _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
+        except OracleFailure as failure:
+            _forget_locals(failure)
+            raise
     total = verdict or Verdict()
     total.add(covered)
     return total
@@ -169,6 +178,10 @@ class _Run:
             finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
             raise OracleFailure(self.scenario, finding, number) from error
         except (Exception, SystemExit) as error:
+            if self.device.type == "cuda" and _is_shortage(error):
+                raise ScenarioError(
+                    f"the GPU has too little memory left ({_one_line(error)}): let fewer processes share it (-n)"
+                ) from error
             finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
             raise OracleFailure(self.scenario, finding, number) from error
 
@@ -234,6 +247,15 @@ class _Run:
         return Relations(self.scenario, self.build)
 
 
+def _forget_locals(failure: BaseException | None) -> None:
+    """Let go of what the frames of ``failure`` hold: who keeps it would keep every engine of the case, too."""
+    done: set[int] = set()
+    while failure is not None and id(failure) not in done:  # a backend's exceptions may name each other as their causes
+        done.add(id(failure))
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__context__ if failure.__cause__ is None else failure.__cause__
+
+
 def _differing(first: Sequence[Judged], second: LayerObservation, relation: Relation) -> Finding | None:
     """The first bit of a real row that two calls of the same work do not share."""
     for step, (before, now) in enumerate(zip(first, second.steps, strict=True)):
@@ -260,7 +282,19 @@ def _one_line(error: BaseException) -> str:
         return "no text"
 
 
+def _is_shortage(error: BaseException) -> bool:
+    """Whether a GPU without memory refused the harness or the reference: no fault of what is judged."""
+    told = _one_line(error)
+    refused = "out of memory" in told or "ALLOC_FAILED" in told
+    return refused and all(any(Path(f.filename).is_relative_to(own) for own in _NOT_JUDGED) for f in _frames(error))
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where the exception passed, but for libraries."""
+    return [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+
+
 def _origin(error: BaseException) -> str:
     """Where the exception came from: the innermost frame that is not a library's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    frames = _frames(error)
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

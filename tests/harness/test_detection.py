@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from harness.compare import Finding, Kind
 from harness.explore import Subject, explore
-from harness.judge import OracleFailure, judge
+from harness.judge import OracleFailure, Verdict, judge
 from harness.poison import SENTINELS
 from harness.protocol import BackendError, BackendFactory, checked
 from harness.scenario import (
@@ -29,7 +31,9 @@ from harness.scenario import (
     PageLayout,
     Replay,
     Scenario,
+    ScenarioError,
     Setup,
+    load,
 )
 from reference.types import ForwardMode, StepSemantics
 
@@ -478,3 +482,74 @@ def test_second_poison_catches_what_happens_to_equal_the_first(device: torch.dev
     finding: Finding = caught.value.finding
     assert (finding.kind, finding.field) == (Kind.VALUE, "cache_seqlens_int32")
     assert finding.got == f"{3 + SENTINELS[1] - SENTINELS[0]} (a length below 0)"
+
+
+def test_failure_that_is_kept_keeps_no_engine(device: torch.device) -> None:
+    """Shrinking keeps several; each engine may hold a large part of a GPU."""
+    made = []
+
+    class Remembered(planted.KeepsPageTable):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    with pytest.raises(OracleFailure) as caught:
+        judge(one_replay(DECODE), factory_of(Remembered), device)
+    gc.collect()
+    assert made
+    assert all(backend() is None for backend in made)
+    assert "_judge_event" in [entry.name for entry in caught.traceback], "it still tells where it came from"
+
+
+def test_failure_whose_causes_name_each_other_is_told(device: torch.device) -> None:
+    class CausesInARing(planted.Clean):
+        def init_forward_metadata_replay_cuda_graph(self, *_: Any) -> None:
+            first, second = ValueError("first"), ValueError("second")
+            first.__cause__, second.__cause__ = second, first
+            raise first
+
+    with pytest.raises(OracleFailure, match=r"^backend raised: ValueError .*got first"):
+        judge(one_replay(DECODE), factory_of(CausesInARing), device)
+
+
+class TestCasesThatCannotBeJudged:
+    """No finding, and nothing to shrink."""
+
+    @pytest.mark.parametrize("error", [BackendError("no such method"), ScenarioError("too large")])
+    def test_search_ends_at_once(self, error: Exception, device: torch.device, tmp_path: Path) -> None:
+        calls = []
+
+        def factory(*_: Any) -> Any:
+            calls.append(None)
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            explore(Subject(factory), device, 30, 1, tmp_path)
+        assert caught.value is error
+        assert len(calls) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_finding_is_kept_if_a_smaller_case_cannot_be_judged(self, device: torch.device, tmp_path: Path) -> None:
+        failed = []
+
+        class FailsOnce(planted.VerifyForgetsDrafts):
+            def __init__(self, *arguments: Any) -> None:
+                if failed:
+                    raise ScenarioError("too large")
+                super().__init__(*arguments)
+
+        class Noting(Subject):
+            def judge(self, *arguments: Any, **options: Any) -> Verdict:
+                try:
+                    return super().judge(*arguments, **options)
+                except OracleFailure:
+                    failed.append(None)
+                    raise
+
+        outcome = explore(Noting(factory_of(FailsOnce)), device, 60, 3, tmp_path, switches=False)
+        assert failed == [None]
+        assert outcome.failure is not None
+        assert outcome.saved is not None
+        assert load(outcome.saved) == outcome.failure.scenario.model_copy(
+            update={"note": outcome.failure.finding.sentence()}
+        )

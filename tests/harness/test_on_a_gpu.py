@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -10,21 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 import torch
+from test_detection import case, factory_of, one_replay
 from test_graph import add_kernel, ints
 
+from harness import far, scenario
 from harness.bugs.graphs import KeepsWhatItLists, OnAStream, TurnsThroughScratch
 from harness.free_memory import _Words, spoil_free_blocks
 from harness.graph import CudaCapturedGraph, CudaGraphRunner
 from harness.graph_audit import Allocator, driver_bindings
-from harness.judge import judge
+from harness.judge import OracleFailure, judge
+from harness.protocol import optimized_backend
 from harness.sanitize import Tool, find_sanitizer, sanitize
-from harness.scenario import load
+from harness.scenario import Inputs, Join, Replay, ScenarioError, load
 from harness.seeds import BUG_CASES, CORPUS
 from harness.stress import busy_side_streams
 from harness.tiers import module_path
 from harness.variants import VariantCounter
+from reference.types import ForwardMode
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +242,53 @@ def test_memcheck_runs_a_saved_case(gpu: torch.device) -> None:
     if outcome.clean is None and "not supported" in outcome.told:
         pytest.skip(outcome.told)
     assert outcome.clean, outcome.line()
+
+
+class TestMemory:
+    """Of a GPU that several processes share: each may have so much of it, and keeps none."""
+
+    FAR = case(
+        scenario.Capture(mode=ForwardMode.DECODE, buckets=(1, 2, 3)),
+        Join(seq_len=3),
+        Replay(mode=ForwardMode.DECODE),
+        inputs=Inputs(wide_req_to_token=True, far_req_to_token=True),
+    )
+
+    def test_case_that_passes(self, gpu: torch.device) -> None:
+        self.forget(gpu)
+        judge(self.FAR, optimized_backend, gpu)
+        assert 16 << 30 <= torch.cuda.max_memory_reserved(gpu) <= far.MOST_BYTES
+        assert torch.cuda.memory_reserved(gpu) < 1 << 30
+
+    def test_cases_that_fail(self, gpu: torch.device) -> None:
+        self.forget(gpu)
+        kept = []
+        for _ in range(4):
+            with pytest.raises(OracleFailure, match="page_table_1") as caught:
+                judge(self.FAR, factory_of(planted.KeepsPageTable), gpu)
+            kept.append(caught)
+        assert torch.cuda.max_memory_reserved(gpu) <= far.MOST_BYTES
+        assert torch.cuda.memory_reserved(gpu) < 1 << 30
+
+    def test_harness_without_memory_is_no_finding(self, gpu: torch.device) -> None:
+        self.forget(gpu)
+        torch.cuda.set_per_process_memory_fraction(0.0, gpu)
+        try:
+            with pytest.raises(ScenarioError, match=r"^the GPU has too little memory left \(CUDA out of memory"):
+                judge(one_replay(ForwardMode.DECODE), optimized_backend, gpu)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+
+    def test_backend_without_memory_is_a_finding(self, gpu: torch.device) -> None:
+        class Refused(planted.Clean):
+            def init_forward_metadata_replay_cuda_graph(self, *_: Any) -> None:
+                torch.empty(1 << 50, dtype=torch.uint8, device=gpu)
+
+        with pytest.raises(OracleFailure, match=r"^backend raised: OutOfMemoryError"):
+            judge(one_replay(ForwardMode.DECODE), factory_of(Refused), gpu)
+
+    @staticmethod
+    def forget(gpu: torch.device) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(gpu)
