@@ -216,13 +216,15 @@ def mutants(
     seed: Annotated[int, typer.Option(min=0, help="Where the sample and fresh cases are drawn from.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Mutants judged at a time, each in its own process.")] = 2,
     patience: Annotated[float, typer.Option(min=0, help="Seconds of cases that a survivor has survived.")] = math.inf,
+    device: Annotated[Device, typer.Option(help="cuda: compiled kernels, the Gluon one too.")] = Device.CPU,
     json_file: Annotated[Path | None, typer.Option("--json", help="Add a record a line, as they come.")] = None,
 ) -> None:
     """Change every line of optimized/ in every way that the operators know, and print what no case notices.
 
-    Runs without a GPU, whether there is one or not. Fresh cases: so many of metadata alone, and half as many with a
+    Runs without a GPU unless told to use one. Fresh cases: so many of metadata alone, and half as many with a
     layer. A mutant is judged until a case fails, so it is the survivors that take long.
     """
+    where = _torch_device(device)
     chosen = all_mutants(file)
     if not chosen:
         raise _unusable(f"--file {file}: no file of optimized/ that can be changed has such a name")
@@ -239,7 +241,7 @@ def mutants(
             json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records,
             progress_of("judging", len(chosen)) as tell,
         ):
-            for scored in score(chosen, gathered_cases(cases, seed), jobs, patience):
+            for scored in score(chosen, gathered_cases(cases, seed, where), jobs, patience, device=where):
                 scores.append(scored)
                 tell(len(scores))
                 if records is not None:

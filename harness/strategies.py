@@ -165,6 +165,7 @@ LARGE_LAYER = Scale(
     far_req_to_token=_MORE_RARELY,
 )
 
+_POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # where tiles, blocks and chunks end
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
 
 
@@ -278,10 +279,15 @@ def _not_wasted(index_topks: Sequence[int], max_context_len: int) -> list[int]:
 
 
 def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
-    """Lengths of a running request: any, and with preference those next to a boundary."""
-    page, topk, limit = setup.page_size, setup.index_topk, setup.max_seq_len
-    near = {1, 2, page - 1, page, page + 1, topk - 1, topk, topk + 1, 255, 256, 257, limit - 1, limit}
-    return st.one_of(st.integers(1, limit), st.sampled_from(sorted(n for n in near if 1 <= n <= limit)))
+    """Lengths of a running request: any, and with preference those next to a boundary, or as far below as drafts go."""
+    limit = setup.max_seq_len
+
+    def near(*boundaries: int) -> st.SearchStrategy[int]:
+        around = {n + off for n in boundaries for off in (-setup.num_draft_tokens, -1, 0, 1)}
+        return st.sampled_from(sorted(n for n in around if 1 <= n <= limit))
+
+    own = (1, setup.page_size, setup.index_topk, limit)
+    return st.one_of(st.integers(1, limit), near(*own), near(*own, *_POWERS_OF_TWO))
 
 
 @st.composite
@@ -327,7 +333,7 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
         new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
     eager_calls = st.builds(
         Eager,
-        mode=st.sampled_from(scale.limits.modes),
+        mode=st.sampled_from((*scale.limits.modes, *(mode for mode in scale.limits.modes if mode not in graph_modes))),
         mirror=mirrors,
         order=orders,
         extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
@@ -337,7 +343,7 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     )
     late_captures = st.builds(Capture, mode=graph_mode, buckets=st.tuples(bucket))
     weighted: tuple[tuple[st.SearchStrategy[Any], int], ...] = (
-        *((replays, 11 if modes else 0), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 2 if modes else 13)),
+        *((replays, 11 if modes else 0), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 3 if modes else 13)),
         *((remaps, 1), (late_captures, 1 if modes else 0)),
     )
     kinds = st.sampled_from([kind for kind, weight in weighted for _ in range(weight)])  # one_of would not weigh

@@ -49,6 +49,10 @@ class Mutant:
         return "triton.experimental.gluon" in self.original or "barrier" in self.edit.operator
 
     @property
+    def is_of_kernels(self) -> bool:
+        return is_of_kernels(self.file)
+
+    @property
     def before(self) -> str:
         """What is replaced, in one line."""
         lines = self.original.encode().splitlines()
@@ -63,6 +67,11 @@ class Mutant:
         return " ".join(self.edit.text.split())
 
 
+def is_of_kernels(file: str) -> bool:
+    """Whether all of ``file`` is compiled."""
+    return Path(file).parent.name == KERNELS
+
+
 def module_name(file: str) -> str:
     parts = Path(file).with_suffix("").parts
     return ".".join((PACKAGE, *parts[: -1 if parts[-1] == "__init__" else None]))
@@ -72,7 +81,7 @@ def mutants_of(file: str, source: str) -> list[Mutant]:
     """Every mutant of one file. ``file``: relative to ``optimized/``."""
     seen: Counter[str] = Counter()
     found = []
-    for edit in edits(source, launches=Path(file).parent.name != KERNELS):
+    for edit in edits(source, launches=not is_of_kernels(file)):
         stem = f"{file}:{edit.node.lineno}:{edit.operator}"
         seen[stem] += 1
         found.append(Mutant(f"{stem}:{seen[stem]}", file, source, edit))

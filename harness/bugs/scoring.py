@@ -31,18 +31,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from harness import interpreter
 from harness.bugs.bug import Check
-from harness.bugs.mutants import PACKAGE, Mutant, import_replaced, probed, tree_sources
+from harness.bugs.mutants import PACKAGE, Mutant, import_replaced, is_of_kernels, probed, tree_sources
 from harness.explore import SCALES, own_draws
 from harness.judge import OracleFailure, judge
 from harness.protocol import optimized_backend
 from harness.scenario import Capture, Eager, Join, Layer, Replay, Scenario, Setup, from_json, to_json
+from harness.seeds import BUG_CASES, corpus
 from harness.strategies import scenarios
 from reference.layer import SparseAttention
 from reference.multi_step import MultiStepBackend
 from reference.types import ForwardMode
 
-SAVED = Path(__file__).parent.parent.parent / "tests"
-SAVED_FOLDERS = ("bugs", "cases")
 REACH_PAYS_FROM = 20  # mutants: for fewer, finding out which cases reach them costs more than it saves
 # Processor time that a mutant may take for a case: a multiple of what the clean tree takes, where that is known.
 TIMES_SLOWER = 10
@@ -101,15 +100,15 @@ class Score:
     seconds: float = 0.0
 
 
-def gathered_cases(fresh: int, seed: int) -> list[Case]:
-    """The saved cases, ``fresh`` new ones of metadata alone, and half as many with a layer.
+def gathered_cases(fresh: int, seed: int, device: torch.device = CPU) -> list[Case]:
+    """The saved cases for ``device``, ``fresh`` new ones of metadata alone, and half as many with a layer.
 
     Those of the zoo are judged as ordinary cases: what makes one bug visible often shows another.
     """
-    files = [path for folder in SAVED_FOLDERS for path in sorted((SAVED / folder).glob("*.json"))]
+    files = [*sorted(BUG_CASES.glob("*.json")), *corpus(device)]
     cases = [_case(f"{path.parent.name}/{path.stem}", from_json(path.read_text(), str(path))) for path in files]
     for kind, with_layer, count in (("metadata", False, fresh), ("layer", True, fresh // 2)):
-        drawn = drawn_scenarios(with_layer, count, seed)
+        drawn = drawn_scenarios(with_layer, count, seed, device)
         cases += [_case(f"fresh/{kind}-{number}", scenario) for number, scenario in enumerate(drawn)]
     return cases
 
@@ -118,8 +117,8 @@ def _case(name: str, scenario: Scenario) -> Case:
     return Case(name, to_json(scenario), scenario.setup.layer is not None)
 
 
-def drawn_scenarios(with_layer: bool, count: int, seed: int) -> list[Scenario]:
-    """``count`` scenarios as a run of the oracle without a GPU draws them."""
+def drawn_scenarios(with_layer: bool, count: int, seed: int, device: torch.device = CPU) -> list[Scenario]:
+    """``count`` scenarios as a run of the oracle on ``device`` draws them."""
     drawn: list[Scenario] = []
 
     def keep(scenario: Scenario) -> None:
@@ -133,7 +132,7 @@ def drawn_scenarios(with_layer: bool, count: int, seed: int) -> list[Scenario]:
         database=None,
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
-    )(given(scenarios(SCALES["cpu", with_layer]))(keep))
+    )(given(scenarios(SCALES[device.type, with_layer]))(keep))
     with own_draws():
         hypothesis.seed(seed)(search)()
     return drawn[:count]
@@ -175,16 +174,18 @@ def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
     return [case for number, (case, end) in enumerate(zip(cases, ends, strict=True)) if not number or end <= seconds]
 
 
-def cases_for(mutant: Mutant, cases: Sequence[Case], importers: Mapping[str, frozenset[str]]) -> list[Case]:
+def cases_for(
+    mutant: Mutant, cases: Sequence[Case], importers: Mapping[str, frozenset[str]], compiled: bool = False
+) -> list[Case]:
     """The cases that run the changed code. Where metadata alone does, a layer behind it adds little: those without.
 
     importers: for each file, the files that hold something of it; what runs at import can show wherever one of them is
-    used.
+    used, and so can compiled code, in which nothing tells which line ran.
     """
     edit = mutant.edit
 
     def is_reached_by(case: Case) -> bool:
-        if edit.at_import:
+        if edit.at_import or (compiled and mutant.is_of_kernels):
             return any(file in importers[mutant.file] for file, _ in case.reach)
         return (mutant.file, edit.statement) in case.reach
 
@@ -244,16 +245,20 @@ class _Reply:
     exitcode: int | None = 0
 
 
-def serve(orders: Connection) -> None:
-    """The nursery: imports everything but ``optimized/``, then forks for each order until there is none left."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    interpreter.speed_up()
+def serve(orders: Connection, device_type: str) -> None:
+    """The nursery: imports everything but ``optimized/``, then forks for each order until there is none left.
+
+    It never touches a GPU, which a fork could not use any more.
+    """
+    if device_type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.speed_up()
     torch.set_num_threads(1)
     _warm_up()
     gc.freeze()  # forks collect what is their own, in no time, and share the rest
     with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
         while True:
-            orders.send(_reply_of_a_fork(orders.recv()))
+            orders.send(_reply_of_a_fork(orders.recv(), torch.device(device_type)))
     gc.unfreeze()  # or some library finds its objects leaked
 
 
@@ -271,10 +276,10 @@ def _warm_up() -> None:
         judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
 
 
-def _reply_of_a_fork(order: _Order) -> _Reply:
+def _reply_of_a_fork(order: _Order, device: torch.device) -> _Reply:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_carry_out, args=(order, sender), daemon=True)
+    child = context.Process(target=_carry_out, args=(order, device, sender), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: numpy has idle ones
         child.start()
@@ -292,7 +297,7 @@ def _reply_of_a_fork(order: _Order) -> _Reply:
         judged = told
 
 
-def _carry_out(order: _Order, sender: Connection) -> None:
+def _carry_out(order: _Order, device: torch.device, sender: Connection) -> None:
     """In the fork. Tells the number of each case before it is judged, so that a sudden end can be told from others."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a mutant may upset libraries; none of what they say matters
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -309,10 +314,11 @@ def _carry_out(order: _Order, sender: Connection) -> None:
         _end_after(max(LEAST_SECONDS, TIMES_SLOWER * case.seconds) if case.seconds else MOST_SECONDS)
         scenario = from_json(case.text)
         gc.collect()  # engines are in cycles
-        # What is far apart is addresses by the terabyte, of which hardly any become memory.
-        resource.setrlimit(resource.RLIMIT_DATA, UNLIMITED if scenario.setup.is_far else (MEMORY_BYTES, UNLIMITED[1]))
+        # What is far apart is addresses by the terabyte, of which hardly any become memory; as with all of a GPU's.
+        spacious = scenario.setup.is_far or device.type == "cuda"
+        resource.setrlimit(resource.RLIMIT_DATA, UNLIMITED if spacious else (MEMORY_BYTES, UNLIMITED[1]))
         try:
-            judge(scenario, optimized_backend, CPU)
+            judge(scenario, optimized_backend, device)
         except OracleFailure as failure:
             finding = failure.finding
             seconds = time.process_time() - begun
@@ -327,15 +333,15 @@ def _end_after(seconds: float) -> None:
 
 
 class Nurseries:
-    """``jobs`` nurseries, each busy with one order at a time. A context manager."""
+    """``jobs`` nurseries for ``device``, each busy with one order at a time. A context manager."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
         self._idle: list[Connection] = []
         self._processes: list[SpawnProcess] = []
         for _ in range(jobs):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,))
+            process = context.Process(target=serve, args=(theirs, device.type))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -372,10 +378,15 @@ class Nurseries:
                 yield key, order, ready.recv()
 
 
-def measured(cases: Sequence[Case], nurseries: Nurseries) -> list[Case]:
-    """The cases with what they take and reach on the clean tree. Raises ScoringError if one fails there."""
+def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False) -> list[Case]:
+    """The cases with what they take and reach on the clean tree; of ``compiled`` code, which cannot tell, none.
+
+    Raises ScoringError if a case fails there.
+    """
     found: dict[str, Case] = {}
-    sources = {file: probed(file, source) for file, source in tree_sources().items()}
+    sources = {
+        file: probed(file, source) for file, source in tree_sources().items() if not (compiled and is_of_kernels(file))
+    }
     orders = ((case, _Order((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
     for case, _, reply in nurseries.carry_out(orders):
         if reply.failed:
@@ -391,24 +402,26 @@ def score(
     jobs: int,
     patience: float = math.inf,
     reach_pays_from: int = REACH_PAYS_FROM,
+    device: torch.device = CPU,
 ) -> Iterator[Score]:
-    """The score of each mutant, as they come.
+    """The score of each mutant on ``device``, as they come.
 
     A mutant is judged on the cases that run its changed line until one fails: on all cases where there are so few
     mutants that finding out does not pay. ``patience``: seconds of cases, as the clean tree runs them, after which it
     has survived. Raises ScoringError if a case fails on the clean tree.
     """
-    yield from (Score(mutant, Fate.NOT_RUN) for mutant in mutants if mutant.needs_gpu)
-    judged = [mutant for mutant in mutants if not mutant.needs_gpu]
+    compiled = device.type == "cuda"
+    yield from (Score(mutant, Fate.NOT_RUN) for mutant in mutants if mutant.needs_gpu and not compiled)
+    judged = [mutant for mutant in mutants if compiled or not mutant.needs_gpu]
     if not judged:
         return
     deadliness = Deadliness()
-    with Nurseries(min(jobs, len(judged))) as nurseries:
+    with Nurseries(min(jobs, len(judged)), device) as nurseries:
         chosen: Mapping[str, Sequence[Case]] = defaultdict(lambda: cases)
         if len(judged) >= reach_pays_from:
-            known = measured(cases, nurseries)
+            known = measured(cases, nurseries, compiled)
             importers = importers_of(tree_sources())
-            chosen = {mutant.id: cases_for(mutant, known, importers) for mutant in judged}
+            chosen = {mutant.id: cases_for(mutant, known, importers, compiled) for mutant in judged}
         yield from (Score(mutant, Fate.UNREACHED) for mutant in judged if not chosen[mutant.id])
 
         orders = (

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from harness.content import Regime
-from harness.explore import SCALES, Subject, explore
+from harness.explore import SCALES, Subject, explore, own_draws
 from harness.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
 from harness.protocol import BackendError, optimized_backend
 from harness.scenario import (
@@ -58,7 +58,8 @@ def drawn(scale: Scale, count: int = 25) -> list[Scenario]:
     def sweep(scenario: Scenario) -> None:
         found.append(scenario)
 
-    sweep()
+    with own_draws():
+        sweep()
     return found
 
 
