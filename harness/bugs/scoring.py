@@ -6,6 +6,7 @@ imports ``optimized/`` with the mutant in it. So a mutant costs its judging, and
 
 from __future__ import annotations
 
+import ast
 import enum
 import gc
 import itertools
@@ -53,6 +54,7 @@ CPU = torch.device("cpu")
 
 Line = tuple[str, int]
 """A file, relative to ``optimized/``, and a line of it."""
+ANY_LINE = 0  # stands for a file of compiled kernels of which one was launched
 
 
 class ScoringError(ValueError):
@@ -180,12 +182,14 @@ def cases_for(
     """The cases that run the changed code. Where metadata alone does, a layer behind it adds little: those without.
 
     importers: for each file, the files that hold something of it; what runs at import can show wherever one of them is
-    used, and so can compiled code, in which nothing tells which line ran.
+    used. Of compiled code the reach tells which file's kernels ran, and no lines.
     """
     edit = mutant.edit
 
     def is_reached_by(case: Case) -> bool:
-        if edit.at_import or (compiled and mutant.is_of_kernels):
+        if compiled and mutant.is_of_kernels:
+            return any((file, ANY_LINE) in case.reach for file in importers[mutant.file])
+        if edit.at_import:
             return any(file in importers[mutant.file] for file, _ in case.reach)
         return (mutant.file, edit.statement) in case.reach
 
@@ -308,6 +312,8 @@ def _carry_out(order: _Order, device: torch.device, sender: Connection) -> None:
     except Exception as error:
         sender.send(_Reply(0, failed=True, at_import=True, sentence=f"{type(error).__name__}: {error}"))
         return
+    if device.type == "cuda":
+        _note_kernels(reach)
     begun = time.process_time()
     for number, case in enumerate(order.cases, start=1):
         sender.send(number)
@@ -325,6 +331,20 @@ def _carry_out(order: _Order, device: torch.device, sender: Connection) -> None:
             sender.send(_Reply(number, True, False, Check.of(finding).value, finding.sentence(), seconds))
             return
     sender.send(_Reply(len(order.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
+
+
+def _note_kernels(reach: set[Line]) -> None:
+    """Have Triton add, to ``reach``, the file of each kernel that it launches from now on."""
+    import triton  # late: importing Triton fixes how kernels run
+
+    files = {
+        node.name: file
+        for file, source in tree_sources().items()
+        if is_of_kernels(file)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    triton.knobs.runtime.launch_enter_hook.add(lambda launch: reach.add((files.get(launch.data["name"], ""), ANY_LINE)))
 
 
 def _end_after(seconds: float) -> None:

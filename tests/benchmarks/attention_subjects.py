@@ -253,6 +253,25 @@ class Step:
         attend = self.layer.sparse_mla
         return in_turn(lambda caches: attend(self.inputs.q, caches.kv, self.outputs.indices), self.caches)
 
+    def copy_floor(self) -> Call:
+        """Index pages and selected slots read once, what is stored written once, and what goes in and comes out.
+
+        Each live slot of a request is read from the pool once, and written to each of its rows.
+        """
+        caches, inputs, outputs = self.caches[0], self.inputs, self.outputs
+        read = caches.index_k.nbytes + outputs.indices.unique().numel() * caches.kv[0].nbytes
+        stored = len(inputs.q) * (caches.kv[0].nbytes + self.config.index_page_bytes(1))
+        given = sum(tensor.nbytes for tensor in vars(inputs).values())
+        rows = int(self.meta.seqlens_expanded.sum())  # slots in all rows
+        return copy(self.load.bytes_moved(0) + 4 * rows + read + stored + given + outputs.out.nbytes, LAYERS)
+
+    def matmul_floor(self) -> Call:
+        """A bf16 product of as many operations as the indexer's scores, the attention's and its weighted sum."""
+        config, rows = self.config, len(self.inputs.q)
+        scores = int(self.meta.seqlens_expanded.sum()) * config.index_n_heads * config.index_head_dim
+        pairs = rows * config.num_heads * TOPK
+        return matmul(scores + pairs * (config.qk_head_dim + config.kv_lora_rank))
+
     def _prepare(self) -> None:
         self.backend.init_forward_metadata_in_graph(self.load.batch, self.bs)
 

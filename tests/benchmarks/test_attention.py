@@ -43,6 +43,8 @@ STEP = {
     "indexer": Step.indexer,
     "top-k": Step.top_k,
     "attention": Step.attention,
+    "copy floor": Step.copy_floor,
+    "matmul floor": Step.matmul_floor,
 }
 
 
