@@ -194,7 +194,8 @@ def test_cases_of_production_sizes_are_for_a_gpu_alone() -> None:
     more = [load(file) for file in on_a_gpu if file not in everywhere]
     assert everywhere == on_a_gpu[: len(everywhere)]
     assert {file.parent for file in everywhere} == {PRODUCTION.parent}
-    assert all(scenario.setup.index_topk == 2048 for scenario in more)
+    assert all(scenario.setup.layer is not None for scenario in more)
+    assert {scenario.setup.layer.kv_lora_rank for scenario in more if scenario.setup.layer is not None} == {512}
     rows = [most_requests(scenario) * scenario.setup.num_draft_tokens for scenario in more]
     assert min(rows) < 30
     assert max(rows) >= 80
