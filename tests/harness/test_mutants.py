@@ -17,6 +17,7 @@ from harness.bugs.mutants import Mutant, all_mutants, mutants_of, probed, sample
 from harness.bugs.operators import Edit, edits
 from harness.bugs.scores import as_json, matrix, sum_line, survivors
 from harness.bugs.scoring import (
+    ANY_LINE,
     Case,
     Deadliness,
     Fate,
@@ -245,6 +246,18 @@ def test_cases_that_reach_a_line_and_those_with_a_layer_only_if_they_must() -> N
     assert cases_for(a_mutant(), [plain, layer, other], {}) == [plain]
     assert cases_for(a_mutant(), [layer, other], {}) == [layer]
     assert cases_for(a_mutant(), [other], {}) == []
+
+
+def test_compiled_kernels_are_judged_on_cases_that_launch_them() -> None:
+    """Which line of them ran is not known; a file that others use is reached where one of those is."""
+    source = "def kernel(n):\n    return n + 1\n"
+    (mutant, *_) = mutants_of("kernels/shared.py", source)
+    launches = Case("launches", "", True, reach=frozenset({("kernels/user.py", ANY_LINE)}))
+    prepares = Case("prepares", "", False, reach=frozenset({("kernels/other.py", ANY_LINE), ("user.py", 3)}))
+    importers = {"kernels/shared.py": frozenset({"kernels/shared.py", "kernels/user.py", "user.py"})}
+    assert cases_for(mutant, [launches, prepares], importers, compiled=True) == [launches]
+    (mutant, *_) = mutants_of("user.py", source)
+    assert cases_for(mutant, [launches, prepares], {}, compiled=True) == []
 
 
 def test_what_killed_the_last_mutants_goes_first() -> None:
