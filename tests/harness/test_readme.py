@@ -284,14 +284,14 @@ def test_broken_twin_fails_among_all_modes(device: torch.device) -> None:
 BROKEN_LAYER_CASE = Scenario(
     setup=Setup(
         page_size=1,
-        max_context_len=20,
+        max_context_len=33,
         index_topk=4,
         num_steps=1,
         num_draft_tokens=1,
         pool_size=1,
         layer=Layer(num_heads=1, index_n_heads=1),
     ),
-    events=(Join(seq_len=4), Replay(mode=ForwardMode.DECODE)),
+    events=(Join(seq_len=5), Replay(mode=ForwardMode.DRAFT_EXTEND_V2)),
 )
 
 
