@@ -219,7 +219,7 @@ def explore(
                 raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
             raise
         except (BackendError, ScenarioError) as error:
-            if outcome.failure is None:
+            if outcome.failure is None:  # else it is a smaller case that shrinking tries: one that shows nothing
                 raise _Unjudged(error) from None
 
     search = settings(

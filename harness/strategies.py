@@ -331,9 +331,10 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     new_tokens = seq_lens(setup)
     if scale.most_new_tokens is not None:
         new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
+    never_replayed = (mode for mode in scale.limits.modes if mode not in graph_modes)
     eager_calls = st.builds(
         Eager,
-        mode=st.sampled_from((*scale.limits.modes, *(mode for mode in scale.limits.modes if mode not in graph_modes))),
+        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they are met nowhere else
         mirror=mirrors,
         order=orders,
         extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
