@@ -53,7 +53,6 @@ FETCH_WARPS = gl.constexpr(4)
 FETCH_THREADS = gl.constexpr(128)
 FETCH_REGISTERS = gl.constexpr(72)  # of a thread that fetches; those that multiply get the rest
 FETCH_REGISTERS_FP8 = gl.constexpr(96)
-AHEAD = gl.constexpr(3)  # tiles that are brought to the L2 cache before they are copied
 
 # Both groups have all heads: one half of the keys each, and one half of the values.
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
@@ -64,6 +63,8 @@ SHARED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element
 QUERIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 KEYS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of bf16
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # of four e4m3
+ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))  # of bf16; a thread has the rows of its words
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))  # of 128 bytes; likewise
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
 
 
@@ -92,12 +93,13 @@ def copy_columns(
     cells: gl.tensor,
     slots: gl.tensor,
     slot_stride: gl.tensor,
+    LAYOUT: gl.constexpr,  # noqa: N803
 ) -> None:
     """Start copying to ``tile`` [KEY_BLOCK, n] the n bf16 from ``cells`` + slot * ``slot_stride`` on.
 
     Negative slots: zeros, and nothing is read.
     """
-    lanes = gl.arange(0, tile.shape[1], gl.SliceLayout(0, KEYS))[None, :]
+    lanes = gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
     token = gl.multiple_of(cells + slots.to(gl.int64) * slot_stride, [16])
     async_load(tile, token[:, None] + lanes, mask=slots[:, None] >= 0)
 
@@ -123,8 +125,8 @@ def fetch_keys(
         slots = load_slots(row_indices, key_begin, end, gl.SliceLayout(1, KEYS))
         mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)
         latent = latents.index(tile & 1)
-        copy_columns(latent, kv, slots, kv_stride)
-        copy_columns(ropes.index(tile & 1), kv + latent.shape[1], slots, kv_stride)
+        copy_columns(latent, kv, slots, kv_stride, KEYS)
+        copy_columns(ropes.index(tile & 1), kv + latent.shape[1], slots, kv_stride, KEYS)
         async_copy.mbarrier_arrive(arrived.index(tile & 1), increment_count=False)
     async_copy.wait_group(0)
 
@@ -201,19 +203,16 @@ def as_words(tile: gl.shared_memory_descriptor) -> gl.shared_memory_descriptor:
 @gluon.jit
 def announce(
     kv: gl.tensor,
-    row_indices: gl.tensor,
-    begin: gl.tensor,
-    end: gl.tensor,
+    slots: gl.tensor,
     kv_stride: gl.tensor,
     TOKEN_BYTES: gl.constexpr,  # noqa: N803
 ) -> None:
-    """Have the tile of keys from ``begin`` brought to the L2 cache, by lines of 128 bytes; nobody waits for it.
+    """Have the keys at ``slots`` [KEY_BLOCK] brought to the L2 cache, by lines of 128 bytes; nobody waits for it.
 
     What is loaded into registers is short of registers to be loaded early. Copies are not, and gain nothing by this.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [gl.num_warps(), 1], [1, 0])
-    slots = load_slots(row_indices, begin, end, gl.SliceLayout(1, layout))
-    offsets = gl.minimum(gl.arange(0, 16, gl.SliceLayout(0, layout)) * 128, TOKEN_BYTES - 1)[None, :]
+    offsets = gl.minimum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) * 128, TOKEN_BYTES - 1)[None, :]
+    slots = gl.convert_layout(slots, gl.SliceLayout(1, LINES))
     token = (kv + slots.to(gl.int64) * kv_stride).to(gl.int64, bitcast=True)[:, None]
     valid = (slots[:, None] >= 0) & (offsets < TOKEN_BYTES - 1)
     lines, valid = gl.broadcast(token + offsets, valid.to(gl.int32))
@@ -248,31 +247,40 @@ def fetch_quantised_keys(
     kv_stride: gl.tensor,
     SCAN: gl.constexpr,  # noqa: N803
 ) -> None:
-    """Load the keys of an FP8 cache, two quarters of a tile ahead, and store them as bf16, tile by tile."""
+    """Load the keys of an FP8 cache, two quarters of a tile ahead, and store them as bf16, tile by tile.
+
+    The slots of a tile are loaded once, three tiles ahead, so that nothing waits for them: a warp that waits for one
+    load waits for those that it has in flight as well.
+    """
     rank: gl.constexpr = latents.shape[2]
     quarter_words: gl.constexpr = rank // 2 // NUM_QUANT_TILES  # of two bf16
     token_bytes: gl.constexpr = rank + 4 * NUM_QUANT_TILES + 2 * ropes.shape[2]
-    slots = load_slots(row_indices, begin, bound, gl.SliceLayout(1, WORDS))
+    by_row: gl.constexpr = gl.SliceLayout(1, WORDS)
+    slots = load_slots(row_indices, begin, bound, by_row)
+    slots_1_ahead = load_slots(row_indices, begin + KEY_BLOCK, bound, by_row)
+    slots_2_ahead = load_slots(row_indices, begin + 2 * KEY_BLOCK, bound, by_row)
     words, scales = load_words(kv, slots, kv_stride, 0, rank)
     next_words, next_scales = load_words(kv, slots, kv_stride, 1, rank)
-    for ahead in gl.static_range(1, AHEAD):
-        announce(kv, row_indices, begin + ahead * KEY_BLOCK, bound, kv_stride, token_bytes)
+    announce(kv, slots, kv_stride, token_bytes)
+    announce(kv, slots_1_ahead, kv_stride, token_bytes)
+    announce(kv, slots_2_ahead, kv_stride, token_bytes)
     end = gl.minimum(end_of_keys(row_indices, num_keys, SCAN), bound)
     for key_begin in range(begin, end, KEY_BLOCK):
         tile = (key_begin - begin) // KEY_BLOCK
-        slots_of_rope = load_slots(row_indices, key_begin, end, gl.SliceLayout(1, KEYS))
-        next_slots = load_slots(row_indices, key_begin + KEY_BLOCK, end, gl.SliceLayout(1, WORDS))
-        announce(kv, row_indices, key_begin + AHEAD * KEY_BLOCK, end, kv_stride, token_bytes)
         mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)
+        slots_3_ahead = load_slots(row_indices, key_begin + 3 * KEY_BLOCK, bound, by_row)
         rope = (kv + rank + 4 * NUM_QUANT_TILES).to(gl.pointer_type(gl.bfloat16), bitcast=True)
-        copy_columns(ropes.index(tile & 1), rope, slots_of_rope, kv_stride // 2)
+        slots_of_rope = gl.convert_layout(slots, gl.SliceLayout(1, ROPES))
+        copy_columns(ropes.index(tile & 1), rope, slots_of_rope, kv_stride // 2, ROPES)
         target = as_words(latents.index(tile & 1))
         for quarter in gl.static_range(NUM_QUANT_TILES):
             target.slice(quarter * quarter_words, quarter_words, 1).store(dequantise(words, scales))
             words, scales = next_words, next_scales
             if quarter == 2:
-                slots = next_slots
+                slots = slots_1_ahead
             next_words, next_scales = load_words(kv, slots, kv_stride, (quarter + 2) % NUM_QUANT_TILES, rank)
+        announce(kv, slots_3_ahead, kv_stride, token_bytes)
+        slots_1_ahead, slots_2_ahead = slots_2_ahead, slots_3_ahead
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
@@ -362,10 +370,10 @@ def attend(
         weight_sums = sums_in_threads(gl.zeros([HEAD_BLOCK, KEY_BLOCK], gl.float32, SCORES))
         acc = gl.zeros([HEAD_BLOCK, rank], gl.float32, OUTPUT)
         chunk_end = gl.minimum(chunk_begin + CHUNK, end)
+        slots = load_slots(row_indices, chunk_begin, end, gl.SliceLayout(0, SCORES))  # from here on a tile ahead
         for key_begin in range(chunk_begin, chunk_end, KEY_BLOCK):
             tile = (key_begin - begin) // KEY_BLOCK
             latent = latents.index(tile & 1)
-            slots = load_slots(row_indices, key_begin, chunk_end, gl.SliceLayout(0, SCORES))
             mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)
             fence_async_shared()  # what has been copied, the matrix units may read
             scores = gl.zeros([HEAD_BLOCK, KEY_BLOCK], gl.float32, SCORES)
@@ -385,6 +393,7 @@ def attend(
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
             fence_async_shared()
             barrier()
+            slots = load_slots(row_indices, key_begin + KEY_BLOCK, end, gl.SliceLayout(0, SCORES))
             acc = warpgroup_mma(tile_weights, latent, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             barrier()
