@@ -76,13 +76,16 @@ def load_slots(row_indices: gl.tensor, begin: gl.tensor, end: gl.tensor, LAYOUT:
 
 
 @gluon.jit
-def end_of_keys(row_indices: gl.tensor, num_keys: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:  # noqa: N803
-    """One more than the place of the row's last valid index. Behind it there is nothing to do."""
+def end_of_keys(row_indices: gl.tensor, begin: gl.tensor, bound: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:  # noqa: N803
+    """One more than the place of the last valid index from ``begin`` to ``bound``. Behind it there is nothing to do.
+
+    0 if there is none.
+    """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     last = gl.zeros([SCAN], gl.int32, layout)
-    for scan_begin in range(0, num_keys, SCAN):
+    for scan_begin in range(begin, bound, SCAN):
         keys = scan_begin + gl.arange(0, SCAN, layout)
-        valid = gl.load(row_indices + keys, mask=keys < num_keys, other=-1) >= 0
+        valid = gl.load(row_indices + keys, mask=keys < bound, other=-1) >= 0
         last = gl.maximum(last, gl.where(valid, keys + 1, 0))
     return gl.max(last, 0)
 
@@ -114,12 +117,11 @@ def fetch_keys(
     row_indices: gl.tensor,
     begin: gl.tensor,
     bound: gl.tensor,
-    num_keys: gl.tensor,
     kv_stride: gl.tensor,
     SCAN: gl.constexpr,  # noqa: N803
 ) -> None:
     """Copy the keys of a bf16 cache, tile by tile."""
-    end = gl.minimum(end_of_keys(row_indices, num_keys, SCAN), bound)
+    end = end_of_keys(row_indices, begin, bound, SCAN)
     for key_begin in range(begin, end, KEY_BLOCK):
         tile = (key_begin - begin) // KEY_BLOCK
         slots = load_slots(row_indices, key_begin, end, gl.SliceLayout(1, KEYS))
@@ -243,7 +245,6 @@ def fetch_quantised_keys(
     row_indices: gl.tensor,
     begin: gl.tensor,
     bound: gl.tensor,
-    num_keys: gl.tensor,
     kv_stride: gl.tensor,
     SCAN: gl.constexpr,  # noqa: N803
 ) -> None:
@@ -264,7 +265,7 @@ def fetch_quantised_keys(
     announce(kv, slots, kv_stride, token_bytes)
     announce(kv, slots_1_ahead, kv_stride, token_bytes)
     announce(kv, slots_2_ahead, kv_stride, token_bytes)
-    end = gl.minimum(end_of_keys(row_indices, num_keys, SCAN), bound)
+    end = end_of_keys(row_indices, begin, bound, SCAN)
     for key_begin in range(begin, end, KEY_BLOCK):
         tile = (key_begin - begin) // KEY_BLOCK
         mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)
@@ -331,7 +332,6 @@ def attend(
     bound: gl.tensor,
     q_row_stride: gl.tensor,
     q_head_stride: gl.tensor,
-    num_keys: gl.tensor,
     programs_per_row: gl.tensor,
     scale: gl.tensor,
     scale_log2: gl.tensor,
@@ -349,7 +349,7 @@ def attend(
     rope_lanes = rank + gl.arange(0, ropes.shape[2], gl.SliceLayout(0, QUERIES))[None, :]
     q_latent.store(gl.load(q_rows + lanes, mask=heads[:, None] < HEADS, other=0.0))
     q_rope.store(gl.load(q_rows + rope_lanes, mask=heads[:, None] < HEADS, other=0.0))
-    end = gl.minimum(end_of_keys(row_indices, num_keys, SCAN), bound)
+    end = end_of_keys(row_indices, begin, bound, SCAN)
     fence_async_shared()  # what threads have stored, the matrix units may read
     barrier()
 
@@ -483,13 +483,13 @@ def sparse_mla_hopper_kernel(
                 attend,
                 (
                     latents, ropes, arrived, free, q_latent, q_rope, tile_weights, tile_max, out, lse, accs, stats, q,
-                    row_indices, row, part, first_head, begin, bound, q_row_stride, q_head_stride, num_keys,
+                    row_indices, row, part, first_head, begin, bound, q_row_stride, q_head_stride,
                     programs_per_row, scale, scale_log2, HEADS, CHUNK, SCAN,
                 ),
             ),
             (
                 fetch_quantised_keys if FP8 else fetch_keys,
-                (latents, ropes, arrived, free, kv, row_indices, begin, bound, num_keys, kv_stride, SCAN),
+                (latents, ropes, arrived, free, kv, row_indices, begin, bound, kv_stride, SCAN),
             ),
         ],
         [FETCH_WARPS],
