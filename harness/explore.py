@@ -26,6 +26,7 @@ from harness.protocol import (
     BackendFactory,
     LayerFactory,
     limits_of_backend,
+    limits_of_optimized_layer,
     load_backend,
     load_layer,
     optimized_backend,
@@ -78,8 +79,8 @@ class Subject:
         if layer is not None:
             layer_factory, layer_limits = load_layer(layer)
             try_out_layer(layer_factory, layer_limits)
-            subject = replace(subject, layer=layer_factory, layer_limits=layer_limits)
-        return subject
+            return replace(subject, layer=layer_factory, layer_limits=layer_limits)
+        return replace(subject, layer_limits=limits_of_optimized_layer())
 
     def judge(
         self, scenario: Scenario, device: torch.device, verdict: Verdict | None = None, graphs: bool = True

@@ -200,6 +200,13 @@ def optimized_layer(config: BackendConfig, attention: AttentionConfig) -> Sparse
     return Optimized(config, attention)
 
 
+def limits_of_optimized_layer() -> Limits:
+    """What ``optimized/``'s layer is made for."""
+    from optimized.layer import SparseAttention as Optimized  # late: likewise
+
+    return declared(Optimized, LAYER_FIELDS, "no layer")
+
+
 def load_backend(spec: str) -> BackendFactory:
     """The factory behind ``module:attribute``, which is called with (config, req_to_token).
 

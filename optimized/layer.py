@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
 import torch
 
 from optimized import attention, indexer, kv_cache, topk
@@ -21,6 +24,12 @@ class SparseAttention:
     So the graph of ``forward`` serves any lengths, and a row's result depends on nothing but its own inputs: not on the
     batch around it, not on how many multiprocessors shared its work, not on what was served before.
     """
+
+    # What attention is made for: a row of lanes is a power of two.
+    sizes: ClassVar[Mapping[str, Sequence[int]]] = {
+        "kv_lora_rank": (64, 128, 256, 512),
+        "qk_rope_head_dim": (16, 32, 64),
+    }
 
     def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
         self.config = config
