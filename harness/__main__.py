@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -155,7 +155,10 @@ def bugs(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the kills to this file as well.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the matrix to this file as well.")] = None,
 ) -> None:
-    """Plant every bug of the zoo in optimized/ and print which check kills it: the kill matrix."""
+    """Plant every bug of the zoo in optimized/ and print which check kills it: the kill matrix.
+
+    Interrupted it tells what it has. Exit 130 if all bugs hunted so far died as they should.
+    """
     where = _torch_device(device)
     unknown = [name for name in only or () if name not in ZOO]
     if unknown:
@@ -168,18 +171,31 @@ def bugs(
         typer.echo(report.render(kill_report.listing(chosen)))
         return
     hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
-    kills: list[Kill] = []
-    with tempfile.TemporaryDirectory() as scratch, progress_of("hunting", len(hunted)) as tell:
-        for kill in hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs):
-            kills.append(kill)
-            tell(len(kills))
+    found: dict[str, Kill] = {}
+    interrupted = False
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            ended_by_a_signal(),
+            progress_of("hunting", len(hunted)) as tell,
+            closing(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs)) as hunt,
+        ):
+            for kill in hunt:
+                found[kill.bug] = kill
+                tell(len(found))
+    except KeyboardInterrupt:
+        interrupted = True
+    kills = [found[bug.name] for bug in hunted if bug.name in found]
     typer.echo(report.render(kill_report.matrix(kills)))
     typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
+    if interrupted:
+        typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")
     if json_file is not None:
         json_file.write_text(kill_report.as_json(kills), encoding="utf-8")
     if html_file is not None:
         html_file.write_text(kill_report.as_html(kills), encoding="utf-8")
-    raise typer.Exit(0 if all(kill.meant for kill in kills) else 1)
+    as_meant = all(kill.meant for kill in kills)
+    raise typer.Exit(1 if not as_meant else INTERRUPTED if interrupted else 0)
 
 
 @app.command()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import queue
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,17 +77,25 @@ def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) 
 
 def hunt_all(
     bugs: Sequence[Bug], device: torch.device, cases: int, seed: int, save_dir: Path, jobs: int
-) -> Iterator[Kill]:
-    """Hunt every bug, ``jobs`` at a time, each in a process that it leaves clean; in the order of ``bugs``."""
+) -> Generator[Kill, None, None]:
+    """Hunt every bug, ``jobs`` at a time, each in a process that it leaves clean; kills as they come.
+
+    Closed, or interrupted, it gives up what it hunts at the moment.
+    """
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
     children = [Child(device.type) for _ in range(jobs)]
     for child in children:
         free.put(child)
-    hunt_one = functools.partial(_hunt_in_a_child, free, device.type, cases, seed, save_dir)
+    threads = ThreadPoolExecutor(jobs)
+    hunts = [threads.submit(_hunt_in_a_child, free, device.type, cases, seed, save_dir, bug.name) for bug in bugs]
     try:
-        with ThreadPoolExecutor(jobs) as threads:
-            yield from threads.map(hunt_one, [bug.name for bug in bugs])
+        for done in as_completed(hunts):
+            yield done.result()
     finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.end()
+        threads.shutdown()
         for child in children:
             child.close()
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_recovery import CROWDED, FAULT
+from typer.testing import CliRunner
 
+import harness.__main__
 from harness.bugs import matrix
 from harness.bugs.bug import Check
-from harness.bugs.matrix import hunt, hunt_all
+from harness.bugs.matrix import Kill, hunt, hunt_all
 from harness.bugs.zoo import ZOO
 from harness.children import Child, ChildDied
 from harness.explore import DeviceLost
 from harness.judge import OracleFailure
+from harness.scenario import to_json
+from harness.survey import INTERRUPTED
 
 CPU = torch.device("cpu")
 BUG = ZOO["workspace-cleared-by-the-mirror"]
+THREE = [ZOO["limit-frozen-above-the-capture"], BUG, ZOO["maximum-of-no-lengths"]]
 
 
 def test_a_bug_that_is_not_drawn_is_hunted_on_its_saved_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +72,45 @@ def test_a_process_that_dies_is_a_crash(
     assert (kill.bug, kill.check, kill.meant, kill.sentence) == (name, Check.CRASH, meant, "its process ended with -11")
 
 
-def test_kills_come_in_the_order_of_the_bugs(tmp_path: Path) -> None:
-    bugs = [ZOO["limit-frozen-above-the-capture"], BUG, ZOO["maximum-of-no-lengths"]]
-    kills = list(hunt_all(bugs, CPU, 20, 0, tmp_path, jobs=2))
-    assert [kill.bug for kill in kills] == [bug.name for bug in bugs]
-    assert all(kill.meant for kill in kills)
+def test_every_bug_is_hunted_in_a_process_of_its_own(tmp_path: Path) -> None:
+    kills = {kill.bug: kill for kill in hunt_all(THREE, CPU, 20, 0, tmp_path, jobs=2)}
+    assert kills.keys() == {bug.name for bug in THREE}
+    assert all(kill.meant for kill in kills.values())
+
+
+def test_a_hunt_that_is_closed_gives_up_what_it_hunts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether that would take a minute or for ever."""
+    ended: list[Child] = []
+    end = Child.end
+    monkeypatch.setattr(Child, "end", lambda child: (ended.append(child), end(child)))
+    monkeypatch.setattr(matrix, "_hunt_by_name", at_once_or_never)
+    kills = hunt_all(THREE, CPU, 20, 0, tmp_path, jobs=2)
+    assert next(kills).bug == BUG.name
+    kills.close()
+    assert len(ended) == 2
+    assert not any(child._process for child in ended)
+
+
+def at_once_or_never(name: str, *_: Any) -> Kill:
+    if name != BUG.name:
+        time.sleep(1e6)
+    return Kill(name, Check.CAPTURE, True, 1, 0.0, case=to_json(CROWDED))
+
+
+@pytest.mark.parametrize(("meant", "code"), [(True, INTERRUPTED), (False, 1)])
+def test_a_hunt_that_is_interrupted_tells_what_it_has(
+    meant: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_kill(*_: Any) -> Iterator[Kill]:
+        yield dataclasses.replace(at_once_or_never(BUG.name), meant=meant)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(harness.__main__, "hunt_all", one_kill)
+    only = [word for bug in THREE for word in ("--only", bug.name)]
+    file = tmp_path / "kills.json"
+    done = CliRunner().invoke(harness.__main__.app, ["bugs", "--device", "cpu", "--json", str(file), *only])
+    assert done.exit_code == code, done.output
+    assert done.output.splitlines()[-1] == "interrupted: 1 of 3 bugs"
+    assert [kill["bug"] for kill in json.loads(file.read_text())] == [BUG.name]
