@@ -391,7 +391,9 @@ class _IndexKeys:
 
 
 class _Random:
-    """Ordinary numbers: the sum of two uniform ones, in (-2, 2), with a few large, denormal and zero parts.
+    """Ordinary numbers: the sum of two uniform ones, in (-2, 2), with a few large, tiny, denormal and zero parts.
+
+    Tiny ones are whole tiles, and whole index keys, that a least scale would make zeros of.
 
     Made of integers and of float32 operations that every machine rounds alike; no function of a mathematical library.
     """
@@ -407,10 +409,12 @@ class _Random:
         places = _places(slots, version)
         dim, rank = self.attention.qk_head_dim, self.attention.kv_lora_rank
         numbers, random = _noise(self.key_stream, places, dim)
+        kinds = np.repeat(random[:, 8 : 8 + NUM_QUANT_TILES] % 16, self.attention.quant_tile, axis=1)
+        numbers[:, :rank] *= np.where(kinds == 1, _TINY, np.float32(1))
         k = _with_denormals(_bf16_bits(numbers), random)
-        empty = random[:, 8 : 8 + NUM_QUANT_TILES] % 16 == 0
-        k[:, :rank][np.repeat(empty, self.attention.quant_tile, axis=1)] = 0
+        k[:, :rank][kinds == 0] = 0
         numbers, random = _noise(self.index_key_stream, places, self.attention.index_head_dim)
+        numbers *= np.where(random[:, 8:9] % 64 == 1, _TINY, np.float32(1))
         index_k = _with_denormals(_bf16_bits(numbers), random)
         index_k[random[:, 8] % 64 == 0] = 0
         return _as_bf16(k), _as_bf16(index_k)
@@ -429,6 +433,7 @@ class _Random:
 
 
 _HEADER = 12
+_TINY = np.float32(2**-60)  # below any least scale; nothing becomes denormal by it
 
 
 def _noise(

@@ -111,7 +111,8 @@ def test_a_faulty_attention_exceeds_its_bound(attention: AttentionConfig, count:
         case "other row's query":
             wrong_q = Content(attention, Regime.RANDOM, 0).queries([(2, 0)], 4, [[]])[0][0]
         case "value tile":
-            wrong[heaviest, : attention.quant_tile] *= 2
+            values = wrong[heaviest, : attention.kv_lora_rank].view(-1, attention.quant_tile)
+            values[int(values.abs().amax(1).argmax())] *= 2
     out, lse = tiled_attention(wrong_attention, wrong_q, wrong, 64, True)
     assert float(fraction_used(out, exact, out_bound[0]).max()) > 1
     assert float(fraction_used(lse, exact_lse, lse_bound[0]).max()) > 1
