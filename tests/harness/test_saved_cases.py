@@ -1,0 +1,214 @@
+"""The saved cases at corners that are never drawn without a GPU, each on backends and layers that are wrong there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import planted
+import planted_layers
+import pytest
+import torch
+from test_detection import factory_of
+
+from harness.judge import OracleFailure, judge
+from harness.scenario import load
+from reference.multi_step import copy_into
+from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
+
+PROJECT = Path(__file__).parent.parent.parent
+CPU = torch.device("cpu")
+DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
+
+
+class Step(planted.Step):
+    """A step that remembers what it likes."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, speculative_step_id: int = 0) -> None:
+        super().__init__(config, req_to_token, speculative_step_id)
+        self.known: dict[Any, Any] = {}
+        self.replays = 0
+        self.last_mode: ForwardMode | None = None
+
+
+class SameBatchIsSkipped(Step):
+    """Nothing is refreshed if rows, lengths and accepts, first and last slots are those of the replay before."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        rows, lengths = batch.req_pool_indices.long(), batch.seq_lens.long()
+        accepts = [] if batch.spec_info is None else batch.spec_info.accept_length.tolist()
+        ends = self.req_to_token[rows, 0].tolist(), self.req_to_token[rows, lengths - 1].tolist()
+        now = rows.tolist(), lengths.tolist(), accepts, ends
+        if self.known.get(id(buffers)) != now:
+            super().refresh(buffers, batch)
+        self.known[id(buffers)] = now
+
+
+class NewTokensAreAppended(Step):
+    """Where a row shows a request that has not shrunk, what it showed before is kept."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        fresh = self._compute_in_graph(batch)
+        now = list(zip(batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True))
+        if batch.forward_mode is DECODE:
+            for row, ((was, before), (pool_row, length)) in enumerate(zip(self.known.get(0, now), now, strict=True)):
+                if was == pool_row and before <= length and 0 in self.known:
+                    fresh.page_table_1[row, :before] = buffers.page_table_1[row, :before]
+            self.known[0] = now
+        copy_into(buffers, fresh)
+
+
+class CounterWraps(Step):
+    """A stamp of 8 bits says that a graph is up to date, every 256 replays."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        self.replays += 1
+        if self.replays % 256:
+            super().refresh(buffers, batch)
+
+
+class SixteenGraphsAreKept(Step):
+    """What was captured before the last sixteen graphs is forgotten."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        if any(buffers is kept for kept in list(self._captured.values())[-16:]):
+            super().refresh(buffers, batch)
+
+
+class StepsByFours(Step):
+    """Of more steps than four, those behind the last whole four are left out."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        steps = self.config.speculative_num_steps
+        if steps <= 4 or self.speculative_step_id < steps // 4 * 4:
+            super().refresh(buffers, batch)
+
+
+class DraftsByFours(Step):
+    """Likewise of draft tokens."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        fresh, drafts = self._compute_in_graph(batch), self.config.speculative_num_draft_tokens
+        if drafts > 4 and not batch.forward_mode.is_decode_or_idle:
+            for draft in range(drafts // 4 * 4, drafts):
+                fresh.page_table_1[draft::drafts] = buffers.page_table_1[draft::drafts]
+        copy_into(buffers, fresh)
+
+
+class BlockOfASum(Step):
+    """A running sum starts anew behind a block of 256 requests, in one mode."""
+
+    mode: ForwardMode
+
+    def alter(self, metadata: Metadata, batch: ForwardBatch) -> None:
+        if batch.forward_mode is self.mode and batch.batch_size > 256:
+            metadata.cu_seqlens_k[257:] -= metadata.cu_seqlens_k[256].clone()
+
+
+class SumsInFloat32(Step):
+    """Running sums go through float32."""
+
+    def alter(self, metadata: Metadata, batch: ForwardBatch) -> None:
+        metadata.nsa_cu_seqlens_k.copy_(metadata.nsa_cu_seqlens_k.float())
+
+
+class NothingAcceptedIsSkipped(Step):
+    """A batch of several that accepted nothing has no rows to prepare."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        if batch.forward_mode is ForwardMode.DRAFT_EXTEND and batch.batch_size > 2:
+            assert batch.spec_info is not None
+            if not batch.spec_info.accept_length.any():
+                return
+        super().refresh(buffers, batch)
+
+
+class IdleIsSkipped(Step):
+    """A rank that idles after a verification is not prepared."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        before, self.last_mode = self.last_mode, batch.forward_mode
+        if batch.forward_mode is not ForwardMode.IDLE or before is not VERIFY:
+            super().refresh(buffers, batch)
+
+
+def sums_of(mode: ForwardMode) -> type[Step]:
+    return type(f"BlockOfASum{mode.value}", (BlockOfASum,), {"mode": mode})
+
+
+@pytest.mark.parametrize(
+    ("case", "step", "field"),
+    [
+        ("same-batch-on-other-pages", SameBatchIsSkipped, "page_table_1"),
+        ("same-batch-on-other-pages", NewTokensAreAppended, "page_table_1"),
+        ("hundreds-of-replays", CounterWraps, "cache_seqlens_int32"),
+        ("dozens-of-buckets", SixteenGraphsAreKept, "cache_seqlens_int32"),
+        ("seven-steps-of-six-drafts", StepsByFours, "cache_seqlens_int32"),
+        ("seven-steps-of-six-drafts", DraftsByFours, "page_table_1"),
+        *(("hundreds-of-requests-in-other-modes-one-launch", sums_of(mode), "cu_seqlens_k") for mode in ForwardMode
+          if mode is not ForwardMode.IDLE),
+        ("running-sums-beyond-24-bits", SumsInFloat32, "nsa_cu_seqlens_k"),
+        ("nothing-left-after-verification", NothingAcceptedIsSkipped, "seqlens_expanded"),
+        ("nothing-left-after-verification", IdleIsSkipped, "cache_seqlens_int32"),
+    ],
+)  # fmt: skip
+def test_a_corner_of_metadata_shows_its_bugs(case: str, step: type[Step], field: str) -> None:
+    with pytest.raises(OracleFailure) as failure:
+        judge(load(PROJECT / f"tests/cases/{case}.json"), factory_of(planted.backend_of(step)), CPU)
+    assert failure.value.finding.field == field
+
+
+class FewIndexHeads(planted_layers.Clean):
+    """Index heads beyond a tile of the matrix units are not summed."""
+
+    def indexer_logits(self, index_q: torch.Tensor, index_weights: torch.Tensor, *rest: Any) -> torch.Tensor:
+        summed = torch.arange(index_weights.shape[1]) < 16
+        return super().indexer_logits(index_q, torch.where(summed, index_weights, 0.0), *rest)
+
+
+class HeadsRepeat(planted_layers.Clean):
+    """The second block of 64 heads is the first."""
+
+    def sparse_mla(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().sparse_mla(q[:, torch.arange(q.shape[1]) % 64], *rest)
+
+
+class KeysEnd(planted_layers.Clean):
+    """Indices beyond the first 2,048 are not looked at."""
+
+    def sparse_mla(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> Any:
+        return super().sparse_mla(q, kv_cache, indices[:, :2048])
+
+
+class PrefillIsAnotherKernel(planted_layers.Clean):
+    """Many rows go to a kernel that sums in another order."""
+
+    def sparse_mla(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = super().sparse_mla(q, *rest)
+        return out, torch.nextafter(lse, lse + 1) if len(q) >= 64 else lse
+
+
+class NoBlockThatWide(planted_layers.Clean):
+    """A width of exactly the largest block has none."""
+
+    def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
+        assert min(block for block in (1024, 8192, 1 << 20) if block > logits.shape[1]) < 1 << 20
+        return super().topk_indices(logits, seqlens_expanded)
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "what"),
+    [
+        ("layer-of-production-sizes", FewIndexHeads, "logits"),
+        ("layer-of-production-sizes", HeadsRepeat, "out"),
+        ("layer-rows-of-five-chunks", KeysEnd, "out"),
+        ("layer-prefill-of-many-rows", PrefillIsAnotherKernel, "lse"),
+        ("layer-width-of-exactly-a-block", NoBlockThatWide, "AssertionError"),
+    ],
+)
+def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., Any], what: str) -> None:
+    scenario = load(PROJECT / f"tests/cases/{case}.json")
+    with pytest.raises(OracleFailure) as failure:
+        judge(scenario, factory_of(planted.Clean), CPU, layer_factory=layer, graphs=False)
+    assert failure.value.finding.field == what
