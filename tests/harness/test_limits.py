@@ -308,16 +308,8 @@ def test_enumerations_are_told_by_their_values() -> None:
 def test_sizes_that_attention_of_optimized_is_not_made_for(size: dict[str, int], device: torch.device) -> None:
     """They are no failure of it, and none of them is drawn."""
     subject = Subject.load(None, None, device)
-    setup = Setup(
-        page_size=16,
-        max_context_len=40,
-        index_topk=8,
-        num_steps=1,
-        num_draft_tokens=1,
-        pool_size=1,
-        layer=Layer(**size),
-    )
+    setup = CASE.setup.model_copy(update={"layer": Layer(**size)})
     ((name, value),) = size.items()
-    assert subject.misfit(Scenario(setup=setup)) == f"{name} {value}"
+    assert subject.misfit(CASE.model_copy(update={"setup": setup})) == f"{name} {value}"
     assert subject.not_judged(torch.device("cpu")) == []
     assert not subject.layer_limits.excluded(LARGE_LAYER.drawn())
