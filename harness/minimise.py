@@ -32,33 +32,37 @@ MOST_TRIALS = 400
 
 
 def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
-    """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried."""
-    trials = 0
-    simplified = True
-    while simplified:
-        simplified = False
-        for candidate in _simpler(scenario):
-            trials += 1
-            if trials > most_trials:
-                return scenario
-            if still_fails(candidate):
-                scenario, simplified = candidate, True
-                break
+    """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried.
+
+    Goes round the simplifications, on from the last that was tried: most that did not help stay unhelpful, so it comes
+    back to them only after all others.
+    """
+    changes, place, since = list(_changes(scenario)), 0, 0
+    tried = {scenario}
+    while since < len(changes):  # until a whole round helped nowhere
+        place %= len(changes)
+        candidate = _changed(scenario, changes[place])
+        place, since = place + 1, since + 1
+        if candidate is None or candidate in tried:
+            continue
+        if len(tried) > most_trials:
+            break
+        tried.add(candidate)
+        if still_fails(candidate):
+            scenario, changes = candidate, list(_changes(candidate))
+            place, since = place - 1, 0  # the next of its kind has taken its place
     return scenario
 
 
-def _simpler(scenario: Scenario) -> Iterator[Scenario]:
-    """Valid scenarios one simplification away, the largest simplifications first."""
-    for changes in _changes(scenario):
-        try:
-            candidate = Scenario.model_validate({**dict(scenario), **changes})
-        except ValidationError:
-            continue
-        if candidate != scenario:
-            yield candidate
+def _changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario | None:
+    try:
+        return Scenario.model_validate({**dict(scenario), **changes})
+    except ValidationError:
+        return None
 
 
 def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
+    yield from _simpler_layers(scenario.setup)  # first: trials of what follows are cheaper then
     events = scenario.events
     for number in reversed(range(len(events))):
         yield {"events": events[:number] + events[number + 1 :]}
@@ -72,7 +76,6 @@ def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
     for name, field in Inputs.model_fields.items():  # one by one, where a failure needs some of them
         inputs = scenario.setup.inputs.model_copy(update={name: field.default})
         yield {"setup": scenario.setup.model_copy(update={"inputs": inputs})}
-    yield from _simpler_layers(scenario.setup)
     yield {"seed": 0}
 
 
