@@ -8,7 +8,7 @@ numbers in the wrong place is seen as the attention kernel behind it would see i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +39,7 @@ from harness.poison import (
 from harness.protocol import BackendFactory, LayerFactory
 from harness.scenario import Capture, Eager, Event, Replay, Scenario
 from harness.selections import Selection, selection
-from harness.stress import Delivery, busy_side_streams
+from harness.stress import Delivery, late_inputs, slow_side_streams
 from harness.watch import Modified
 from harness.world import Batch, World, choose_bucket
 from reference.types import ForwardMode, Metadata
@@ -257,10 +257,11 @@ class Engine:
             assert load is not None
             self.layer.load(load)
         # Without guard bands: to look at them would wait for streams, to keep them would keep memory from being reused.
-        with PoisonedAllocations(self.sentinel, self.device), self._under_stress():
-            self.driver.prepare_replay(forward_batch)
-        bound.graph.spoil(self._spoilt)
-        bound.graph.replay()
+        with self._under_stress():
+            with PoisonedAllocations(self.sentinel, self.device):
+                self.driver.prepare_replay(forward_batch)
+            bound.graph.spoil(self._spoilt)
+            bound.graph.replay()
         yield Observation(padded, batch.size, True, self._observe_graph(bound))
         if self.layer is None:
             # Once more without a preparation in between: a graph that counts on one, or adds to itself, shows it.
@@ -281,17 +282,19 @@ class Engine:
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph; then each stage of the layer by itself, then the whole layer."""
         forward_batch = self.inputs.load(batch)
-        with GuardedAllocations(self.sentinel, self.device) as guard, self._under_stress():
-            self.driver.prepare_eagerly(forward_batch)
-        metadata = self._shown_metadata()
+        with self._under_stress():
+            with GuardedAllocations(self.sentinel, self.device) as guard:
+                self.driver.prepare_eagerly(forward_batch)
+            metadata = self._shown_metadata()
+            seen = [{name: tensor.clone() for name, tensor in fields.tensors(m).items()} for m in metadata]
         self._overrun = self._overrun or overrun(guard.buffers)
         yield Observation(
             batch,
             batch.size,
             False,
             tuple(
-                self._observe(m, {name: tensor.cpu() for name, tensor in fields.tensors(m).items()}, {})
-                for m in metadata
+                self._observe(m, {name: tensor.cpu() for name, tensor in tensors.items()}, {})
+                for m, tensors in zip(metadata, seen, strict=True)
             ),
         )
         if self.layer is not None:
@@ -359,17 +362,13 @@ class Engine:
         self._pool.content[:, self._columns] = torch.from_numpy(self.world.req_to_token)
         self._delivery.send(self._pool.memory, self._pool.expected)
 
-    @contextmanager
-    def _under_stress(self) -> Iterator[None]:
-        """Around a preparation: deliver the inputs, late every other time, and have other streams busy in between."""
+    def _under_stress(self) -> AbstractContextManager[None]:
+        """Around a preparation and what is to come after it: inputs arrive late, or else other streams are slow."""
         self._calls += 1
         if not self.stress or self._calls % 2:
-            self._delivery.deliver(busy=True)
-            yield
-        else:
-            self._delivery.deliver()
-            with busy_side_streams(self.device):
-                yield
+            return late_inputs(self._delivery)
+        self._delivery.deliver()
+        return slow_side_streams(self.device)
 
     def _check_guards(self, guard: GuardedAllocations, metadata: Sequence[Metadata]) -> None:
         """Check what a call allocated while it is there, and keep watching what the metadata still uses."""

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,33 @@ from typing import Any
 import planted
 import pytest
 import torch
+from test_detection import case as metadata_case
 from test_detection import factory_of, one_replay
 from test_graph import add_kernel, ints
 from test_layer_detection import case
 
 from harness import far, scenario
-from harness.bugs.graphs import KeepsWhatItLists, OnAStream, TurnsThroughScratch
+from harness.bugs.bug import Check
+from harness.bugs.graphs import (
+    DoesNotWaitForInputs,
+    IsNotWaitedFor,
+    KeepsWhatItLists,
+    OnAStream,
+    TurnsThroughScratch,
+)
+from harness.bugs.zoo import ZOO
 from harness.free_memory import _Words, spoil_free_blocks
 from harness.graph import CudaCapturedGraph, CudaGraphRunner
 from harness.graph_audit import Allocator, driver_bindings
 from harness.judge import OracleFailure, judge
 from harness.protocol import optimized_backend
 from harness.sanitize import Tool, find_sanitizer, sanitize
-from harness.scenario import Join, Replay, ScenarioError, load
+from harness.scenario import Eager, Join, Replay, ScenarioError, load
 from harness.seeds import BUG_CASES, CORPUS
-from harness.stress import busy_side_streams
+from harness.stress import Delivery, late_inputs, slow_side_streams
 from harness.tiers import module_path
 from harness.variants import VariantCounter
-from reference.types import ForwardMode
+from reference.types import ForwardBatch, ForwardMode
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +183,7 @@ class TestStreams:
     def test_streams_are_as_before_afterwards(self, gpu: torch.device) -> None:
         before, set_stream = torch.cuda.current_stream(), torch.cuda.set_stream
         side, x = torch.cuda.Stream(), torch.zeros(8, device=gpu)
-        with busy_side_streams(gpu):
+        with slow_side_streams(gpu):
             side.wait_stream(before)
             with torch.cuda.stream(side):
                 x.add_(1)
@@ -181,6 +191,65 @@ class TestStreams:
         assert torch.cuda.current_stream() == before
         assert torch.cuda.set_stream is set_stream
         assert x.eq(1).all()
+
+    @pytest.mark.parametrize("held", [late_inputs, lambda delivery: slow_side_streams(delivery.device)])
+    def test_host_may_wait_for_what_is_held(self, held: Any, gpu: torch.device) -> None:
+        side, x = torch.cuda.Stream(), torch.zeros(8, device=gpu)
+        with held(Delivery(gpu, late=True)):
+            with torch.cuda.stream(side):
+                x.add_(1)
+            torch.cuda.synchronize(gpu)
+        assert x.eq(1).all()
+
+    @pytest.mark.parametrize("slow", [DoesNotWaitForInputs, IsNotWaitedFor])
+    def test_slow_host_hides_no_race(self, slow: type[OnAStream], gpu: torch.device) -> None:
+        class Slow(slow):  # type: ignore[misc, valid-type]
+            def _elsewhere(self, prepare: Callable[..., None]) -> Callable[..., None]:
+                elsewhere = super()._elsewhere(prepare)
+
+                def prepare_slowly(*args: Any, **kwargs: Any) -> None:
+                    time.sleep(0.01)
+                    elsewhere(*args, **kwargs)
+                    time.sleep(0.01)
+
+                return prepare_slowly
+
+        bug = ZOO[RACES[slow]]
+        with pytest.raises(OracleFailure) as caught:
+            judge(load(BUG_CASES / f"{bug.name}.json"), Slow, gpu)
+        assert Check.of(caught.value.finding) in bug.caught_by
+
+    @pytest.mark.parametrize("waits", [True, False])
+    def test_eager_call_that_waits_for_its_stream_or_not(self, waits: bool, gpu: torch.device) -> None:
+        class Step(planted.Step):
+            """Fills in the lengths on a stream of its own."""
+
+            def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+                super().init_forward_metadata(forward_batch)
+                self.lengths = self.forward_metadata.cache_seqlens_int32
+                self.computed = self.lengths.clone()
+                self.lengths.zero_()
+                engine, side = torch.cuda.current_stream(), torch.cuda.Stream()
+                side.wait_stream(engine)
+                with torch.cuda.stream(side):
+                    self.lengths.copy_(self.computed)
+                if waits:
+                    engine.wait_stream(side)
+
+        backend = factory_of(planted.backend_of(Step))
+        decode = Eager(mode=ForwardMode.DECODE)
+        calls = metadata_case(Join(seq_len=5), decode, Join(seq_len=7), decode)
+        if waits:
+            judge(calls, backend, gpu)
+        else:
+            with pytest.raises(OracleFailure, match="cache_seqlens_int32"):
+                judge(calls, backend, gpu)
+
+
+RACES = {
+    DoesNotWaitForInputs: "prepares-on-an-unordered-stream",
+    IsNotWaitedFor: "replay-does-not-wait-for-its-plan",
+}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class TestDelivery:
         content.fill_(7)
         assert target.tolist() == [0, 0, 0]
         delivery.send(target, content)
-        delivery.deliver(busy=True)
+        delivery.deliver()
         assert target.tolist() == [7, 7, 7]
 
 
