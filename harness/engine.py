@@ -23,7 +23,8 @@ from harness.forms import WrongResult, told
 from harness.graph import CapturedGraph, CaptureError, graph_runner
 from harness.graph_audit import AuditTally
 from harness.inputs import StaticInputs
-from harness.isolated import Selected, Stages
+from harness.isolated import Selected, Stages, Stored
+from harness.keys import MadeUpKeys, made_up_keys
 from harness.layer import CacheState, as_bytes
 from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy, load_of
 from harness.poison import (
@@ -78,8 +79,8 @@ class Observation:
 class LayerObservation:
     """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
 
-    modified: what the layer was given, may not write to, and did. selected: what isolated top-k made of other logits.
-    again: a second replay, right after the one before it.
+    modified: what the layer was given, may not write to, and did. selected, stored: what isolated top-k made of other
+    logits, and the store of other keys. again: a second replay, right after the one before it.
     """
 
     batch: Batch
@@ -90,6 +91,7 @@ class LayerObservation:
     steps: tuple[LayerStep, ...]
     modified: Modified | None = None
     selected: Selected | None = None
+    stored: Stored | None = None
     again: bool = False
 
 
@@ -197,7 +199,7 @@ class Engine:
             self.layer = LayerDriver(setup, layer, device, poison, max_rows, setup.num_steps)
             self.cache_state = CacheState(setup, scenario.seed, poison, device)
             self.expected_layer = ExpectedLayer(self.config, attention)
-            self._selections = 0
+            self._made_up = 0  # sets of rows for the store and for top-k
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
         """Apply one event to the world and the backend; yield what each replay or eager call showed.
@@ -307,14 +309,19 @@ class Engine:
         assert self.layer is not None
         stages = Stages(self.layer, self.expected_layer, self.sentinel)
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False))
+        self._made_up += 1
+        stored = stages.keep(self._keys())
         selected = stages.select(self._selection(), ragged=batch.mode is ForwardMode.EXTEND)
         self._overrun = self._overrun or overrun(stages.guard.buffers)
-        return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected)
+        return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)
 
     def _selection(self) -> Selection:
         """Others at every call, and in a scenario's other run."""
-        self._selections += 1
-        return selection(self.setup, self.seed, self.cache_state.poison, self._selections, self.sentinel)
+        return selection(self.setup, self.seed, self.cache_state.poison, self._made_up, self.sentinel)
+
+    def _keys(self) -> MadeUpKeys:
+        """Likewise."""
+        return made_up_keys(self.setup, self.cache_state.config, self.seed, self.cache_state.poison, self._made_up)
 
     def _chained(self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata]) -> LayerObservation:
         """Every pass as a whole, on the backend's own metadata."""

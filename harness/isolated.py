@@ -1,4 +1,7 @@
-"""Each stage of a layer by itself: every one is given the reference's result of the stage before, or made-up logits."""
+"""Each stage of a layer by itself: every one is given the reference's result of the stage before.
+
+The store and top-k get made-up keys and logits as well.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 
 from harness.expected import ExpectedLayer, LayerRows
 from harness.forms import found_in, out_and_lse_of, tensor_of
+from harness.keys import MadeUpKeys
 from harness.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy
 from harness.poison import GuardedAllocations
 from harness.selections import Selection
@@ -31,6 +35,14 @@ class Selected:
     positions: torch.Tensor
     indices: torch.Tensor | None = None
     ragged: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store left in the caches when it was given made-up keys."""
+
+    given: MadeUpKeys
+    caches: AttentionCaches
 
 
 class Stages:
@@ -59,6 +71,11 @@ class Stages:
             with found_in(step, Feed.ISOLATED.value):
                 steps.append(self._compute(rows, stored[step]))
         return tuple(steps)
+
+    def keep(self, given: MadeUpKeys) -> Stored:
+        """The store of made-up keys, into caches as the last pass left them."""
+        with found_in(0, Feed.ISOLATED.value):
+            return Stored(given, self._store(0, given.inputs))
 
     def select(self, given: Selection, ragged: bool) -> Selected:
         """Top-k, and one of its transforms, of made-up logits."""

@@ -178,11 +178,9 @@ class CacheState:
             return
         where = torch.from_numpy(slots).to(self.truth.kv.device)
         as_bytes(self.truth.kv)[where] = self.poison
-        pages, offsets = where // self.setup.page_size, where % self.setup.page_size
-        dim, keys = self.config.index_head_dim, self.setup.page_size * self.config.index_head_dim
-        columns = torch.arange(dim, device=where.device)
-        self.truth.index_k[pages[:, None], offsets[:, None] * dim + columns] = self.poison
-        self.truth.index_k[pages[:, None], keys + offsets[:, None] * 4 + columns[:4]] = self.poison
+        pages, values, scales = _index_k_bytes(self.config, self.truth.index_k, where)
+        self.truth.index_k[pages, values] = self.poison
+        self.truth.index_k[pages, scales] = self.poison
 
 
 def new_caches(
@@ -202,6 +200,43 @@ def new_caches(
     as_bytes(kv).fill_(poison)
     index_k.fill_(poison)
     return AttentionCaches(kv, index_k)
+
+
+def with_one_nan(config: AttentionConfig, caches: AttentionCaches, slots: torch.Tensor) -> AttentionCaches:
+    """A copy of dense ``caches`` in which every NaN in ``slots`` [n] has the same bits."""
+    kv, index_k = caches.kv.clone(), caches.index_k.clone()
+    tokens = as_bytes(kv[slots, 0])  # [n, bytes]
+    if config.kv_cache_dtype is KVCacheDtype.FP8:
+        scales_begin, rope_begin = config.kv_lora_rank, config.kv_token_bytes - 2 * config.qk_rope_head_dim
+        parts = [
+            _of_one_nan(tokens[:, :scales_begin], torch.float8_e4m3fn),
+            _of_one_nan(tokens[:, scales_begin:rope_begin], torch.float32),
+            _of_one_nan(tokens[:, rope_begin:], torch.bfloat16),
+        ]
+    else:
+        parts = [_of_one_nan(tokens, torch.bfloat16)]
+    as_bytes(kv)[slots, 0] = torch.cat(parts, dim=1)
+    pages, values, scales = _index_k_bytes(config, index_k, slots)
+    index_k[pages, values] = _of_one_nan(index_k[pages, values], torch.float8_e4m3fn)
+    index_k[pages, scales] = _of_one_nan(index_k[pages, scales], torch.float32)
+    return AttentionCaches(kv, index_k)
+
+
+def _of_one_nan(content: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes ``content`` [n, bytes] of numbers, every NaN among them made NAN_BYTEs."""
+    nan = content.clone(memory_format=torch.contiguous_format).view(dtype).float().isnan()
+    return torch.where(nan.repeat_interleave(dtype.itemsize, dim=1), NAN_BYTE, content)
+
+
+def _index_k_bytes(
+    config: AttentionConfig, index_k: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where index keys of ``slots`` [n] lie: pages [n, 1], bytes of the values [n, dim], of the scales [n, 4]."""
+    dim = config.index_head_dim
+    page_size = index_k.shape[1] // config.index_page_bytes(1)
+    pages, offsets = slots[:, None] // page_size, slots[:, None] % page_size
+    columns = torch.arange(dim, device=slots.device)
+    return pages, offsets * dim + columns, page_size * dim + offsets * 4 + columns[:4]
 
 
 GAP = 16  # elements between rows of strided inputs: whole vectors of 16 bytes, as slices of something wider have

@@ -339,7 +339,7 @@ def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
     cases, replays, eager_calls, compared, cells = data["counts"]
     layers = data["layers"]
     stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
-    tally = LayerTally(stages, layers["relations"], layers["replays"], layers["selections"])
+    tally = LayerTally(stages, layers["relations"], layers["replays"], layers["selections"], layers["keys"])
     audit = AuditTally(**data["audit"])
     verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, Counter(data["classes"])))
     found: list[dict[str, str]] = data["failures"]

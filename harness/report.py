@@ -148,6 +148,9 @@ def _stages(layers: LayerTally) -> Table:
 def _relations(layers: LayerTally) -> str:
     told = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
     text = _wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
+    if layers.keys:
+        rows = [f"{name} {count:,}" for name, count in layers.keys.items()]
+        text += "\n" + _wrapped("layer: store also of made-up keys: ", rows)
     if layers.selections:
         rows = [f"{name} {count:,}" for name, count in layers.selections.items()]
         text += "\n" + _wrapped("layer: top-k also of rows of made-up logits: ", rows)

@@ -8,7 +8,7 @@ must have the same value; ordinary numbers must stay within a bound derived from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,8 +22,8 @@ from harness.entries import Entries, entries_of, scores_of
 from harness.exactness import check_exact, check_exact_index
 from harness.expected import LayerRows
 from harness.forms import wrong_form
-from harness.isolated import Selected
-from harness.layer import Pass, as_bytes
+from harness.isolated import Selected, Stored
+from harness.layer import Pass, as_bytes, map_tensors, with_one_nan
 from harness.layer_driver import Feed, LayerStep, dense_copy
 from harness.protocol import Strictness
 from harness.selections import Selection
@@ -65,13 +65,14 @@ class StageTally:
 class LayerTally:
     """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer.
 
-    selections: how many rows of made-up logits top-k was given, by kind.
+    selections, keys: how many rows of made-up logits top-k was given, and of made-up keys the store, by kind.
     """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
     relations: dict[str, int] = field(default_factory=dict)
     replays: int = 0
     selections: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, int] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageTally:
         return self.stages.setdefault(name, StageTally())
@@ -82,10 +83,13 @@ class LayerTally:
     def add(self, other: LayerTally) -> None:
         for name, tally in other.stages.items():
             self.stage(name).add(tally)
-        for name, count in other.relations.items():
-            self.relations[name] = self.relations.get(name, 0) + count
-        for name, count in other.selections.items():
-            self.selections[name] = self.selections.get(name, 0) + count
+        for mine, theirs in (
+            (self.relations, other.relations),
+            (self.selections, other.selections),
+            (self.keys, other.keys),
+        ):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
         self.replays += other.replays
 
 
@@ -149,9 +153,30 @@ class StageJudge:
             )
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
-        return None if seen.selected is None else self._compare_selected(seen.selected)
+        finding = None if seen.stored is None else self._compare_stored(seen.stored, caches)
+        return finding or (None if seen.selected is None else self._compare_selected(seen.selected))
 
-    def _compare_caches(self, seen: AttentionCaches, expected: AttentionCaches) -> Finding | None:
+    def _compare_stored(self, seen: Stored, caches: AttentionCaches) -> Finding | None:
+        """Made-up keys, stored into ``caches``. One NaN is like any other."""
+        given = seen.given
+        inputs = map_tensors(given.inputs, lambda tensor: tensor.to(caches.kv.device))
+        kv_cache.store_cache(self.config, caches, inputs)
+
+        def name(slot: int) -> str:
+            kind = given.kind_in(slot)
+            return self._slot(slot) if kind is None else f"slot {slot} (a made-up key: {kind.value})"
+
+        got, want = (with_one_nan(self.config, stored, inputs.out_cache_loc) for stored in (seen.caches, caches))
+        finding = self._compare_caches(got, want, name)
+        if finding is not None:
+            return dataclasses.replace(finding, step=0, how=Feed.ISOLATED.value)
+        for kind in given.kinds:
+            self.tally.keys[kind.value] = self.tally.keys.get(kind.value, 0) + 1
+        return None
+
+    def _compare_caches(
+        self, seen: AttentionCaches, expected: AttentionCaches, slot_name: Callable[[int], str] | None = None
+    ) -> Finding | None:
         """Every byte but those of the dummy page: that what was to be written is there, and nothing else."""
         page_size = self.engine.setup.page_size
         for name, got, want, skipped in (
@@ -170,7 +195,7 @@ class StageJudge:
                 name,
                 f"byte {int(got_bytes[unit, byte]):#04x}",
                 f"byte {int(want_bytes[unit, byte]):#04x}",
-                place=f"{self._slot(slot)}, {part}",
+                place=f"{(slot_name or self._slot)(slot)}, {part}",
                 differing=int(wrong.sum()),
                 compared=want_bytes.numel(),
             )

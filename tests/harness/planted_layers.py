@@ -179,6 +179,50 @@ class RoundsTowardsZero(Store):
         return (values.view(torch.uint8) - away.to(torch.uint8)).view(torch.float8_e4m3fn), scales
 
 
+class NanStaysAlone(Store):
+    """A NaN does not enter the largest magnitude of its tile."""
+
+    def quantize(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = super().quantize(x.nan_to_num(0, math.inf, -math.inf), tile)
+        return torch.where(x.isnan(), math.nan, values.float()).to(torch.float8_e4m3fn), scales
+
+
+class InfinityIsTheLargest(Store):
+    """An infinite element counts as the largest finite one."""
+
+    def quantize(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().quantize(x.nan_to_num(math.nan), tile)
+
+
+class TiesAwayFromZero(Store):
+    """What lies half-way between two e4m3 numbers becomes the larger one."""
+
+    def quantize(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = super().quantize(x, tile)
+        scaled = (x.float().unflatten(-1, (-1, tile)) / scales.unsqueeze(-1)).flatten(-2).abs()
+        bits = values.view(torch.uint8) & 0x7F
+        next_one = torch.where(bits < 0x7E, bits + 1, bits).view(torch.float8_e4m3fn).float()
+        tied = (bits < 0x7E) & (scaled - values.float().abs() == next_one - scaled)
+        return (values.view(torch.uint8) + tied.to(torch.uint8)).view(torch.float8_e4m3fn), scales
+
+
+class FlushesDenormalKeys(Store):
+    """A denormal element counts as zero."""
+
+    def quantize(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().quantize(torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0 * x, x), tile)
+
+
+class OtherNan(Store):
+    """Clean. The NaN that it makes are negative, and full of ones."""
+
+    def quantize(self, x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = super().quantize(x, tile)
+        codes = values.view(torch.uint8).masked_fill(values.float().isnan(), 0xFF)
+        bits = scales.view(torch.int32).masked_fill(scales.isnan(), -1)
+        return codes.view(torch.float8_e4m3fn), bits.view(torch.float32)
+
+
 class RopeBeforeScales(Store):
     """The RoPE part lies where the scales belong, and the scales behind it."""
 

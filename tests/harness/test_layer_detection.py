@@ -152,6 +152,10 @@ PLANTS = (
     Plant(planted_layers.UnscaledLatents, "kv_cache", place="~latent element"),
     Plant(planted_layers.OneScaleForAllTiles, "kv_cache", place="~latent element"),
     Plant(planted_layers.RoundsTowardsZero, "index_k_cache", place="~key element", start=RANDOM),
+    Plant(planted_layers.NanStaysAlone, "index_k_cache", place="~(a made-up key: NaN)"),
+    Plant(planted_layers.InfinityIsTheLargest, "index_k_cache", place="~(a made-up key: infinities)"),
+    Plant(planted_layers.TiesAwayFromZero, "index_k_cache", place="~(a made-up key: half-way between codes)"),
+    Plant(planted_layers.FlushesDenormalKeys, "index_k_cache", place="~(a made-up key: denormals)"),
     Plant(planted_layers.RopeBeforeScales, "kv_cache", place="~scale 0"),
     Plant(planted_layers.InterleavesIndexScales, "index_k_cache"),
     Plant(planted_layers.IndexKeyWithoutOffset, "index_k_cache", place="~key element 0"),
@@ -299,6 +303,7 @@ def test_every_planted_layer_is_judged() -> None:
 
 FREEDOMS = (
     planted_layers.Clean,
+    planted_layers.OtherNan,
     planted_layers.InFloat32,
     planted_layers.OnlineInFloat32,
     planted_layers.Bf16Weights,
@@ -315,7 +320,7 @@ def test_case_of_a_plant_passes_without_it(name: str, device: torch.device) -> N
     assert verdict.eager_calls == 2 * sum(isinstance(event, Eager) for event in CASES[name].events)
 
 
-@pytest.mark.parametrize("layer", FREEDOMS[1:5], ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("layer", FREEDOMS[1:6], ids=lambda layer: layer.__name__)
 def test_freedom_of_the_contract_passes(layer: Any, device: torch.device) -> None:
     for name in (MORE_THAN_K, FEWER_THAN_K, NO_TOKEN, f"{RELATIONS} 0"):
         judge(CASES[name], BACKEND, device, layer_factory=layer, graphs=False)
