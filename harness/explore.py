@@ -78,7 +78,7 @@ class Subject:
         try_out(subject.backend, device, subject.limits)
         if layer is not None:
             layer_factory, layer_limits = load_layer(layer)
-            try_out_layer(layer_factory, layer_limits)
+            layer_limits = try_out_layer(layer_factory, layer_limits, layer)
             return replace(subject, layer=layer_factory, layer_limits=layer_limits)
         return replace(subject, layer_limits=limits_of_optimized_layer())
 

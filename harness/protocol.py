@@ -341,11 +341,26 @@ def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVER
         factory(config, pool, ())
 
 
-def try_out_layer(factory: LayerFactory, limits: Limits) -> None:
-    """Build a tiny layer, likewise."""
+def try_out_layer(factory: LayerFactory, limits: Limits, spec: str) -> Limits:
+    """Build a tiny layer, likewise. Returns ``limits``, and those of ``optimized/`` if its attention is taken."""
     layer = Layer(**{name: values[0] for name, values in limits.sizes.items() if name in Layer.model_fields})
     with _left_to_the_judge():
-        factory(_smallest(limits), layer.attention_config())
+        built = factory(_smallest(limits), layer.attention_config())
+        if "sparse_mla" not in vars(built):  # else theirs is set there, by ``completed``
+            return _with_ours(limits, spec)
+    return limits
+
+
+def _with_ours(limits: Limits, spec: str) -> Limits:
+    ours = limits_of_optimized_layer()
+    both = limits & ours
+    for name, left in both.sizes.items():
+        if not left:
+            allowed, made_for = (", ".join(map(str, sizes[name])) for sizes in (limits.sizes, ours.sizes))
+            raise BackendError(
+                f"layer '{spec}' has {name} {allowed} and no sparse_mla; that of optimized/ is made for {made_for}"
+            )
+    return both
 
 
 def _smallest(limits: Limits) -> BackendConfig:

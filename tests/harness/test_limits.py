@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import pytest
@@ -34,7 +34,15 @@ from harness.scenario import (
 )
 from harness.strategies import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
 from harness.survey import Survey
-from reference.types import ForwardMode, KVCacheDtype, StepSemantics
+from reference.types import (
+    AttentionCaches,
+    AttentionConfig,
+    AttentionInputs,
+    BackendConfig,
+    ForwardMode,
+    KVCacheDtype,
+    StepSemantics,
+)
 
 DECODE, VERIFY, EXTEND, IDLE = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND, ForwardMode.IDLE
 
@@ -302,6 +310,40 @@ def test_enumerations_are_told_by_their_values() -> None:
         CASE.model_copy(update={"setup": CASE.setup.model_copy(update={"step_semantics": StepSemantics.ADVANCING})})
     ) == ("step_semantics advancing")
     assert limits(seq_lens=(IntDtype.INT64,)).excluded(SMALL.drawn()) == ["seq_lens int32"]
+
+
+class WideStore:
+    """A layer with a stage of its own, for a rank that no attention of ours is made for."""
+
+    sizes: ClassVar[dict[str, tuple[int, ...]]] = {"kv_lora_rank": (64, 320)}
+
+    def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
+        pass
+
+    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+        pass
+
+
+class WideAttention(WideStore):
+    def sparse_mla(self, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class WideOnly(WideStore):
+    sizes: ClassVar[dict[str, tuple[int, ...]]] = {"kv_lora_rank": (320,)}
+
+
+def test_attention_that_a_layer_lacks_brings_its_own_sizes(device: torch.device) -> None:
+    setup = CASE.setup.model_copy(update={"layer": Layer(kv_lora_rank=320)})
+    case = CASE.model_copy(update={"setup": setup})
+    assert Subject.load(None, f"{__name__}:WideStore", device).misfit(case) == "kv_lora_rank 320"
+    assert Subject.load(None, f"{__name__}:WideAttention", device).misfit(case) is None
+    with pytest.raises(BackendError) as caught:
+        Subject.load(None, f"{__name__}:WideOnly", device)
+    assert str(caught.value) == (
+        f"layer '{__name__}:WideOnly' has kv_lora_rank 320 and no sparse_mla; "
+        "that of optimized/ is made for 64, 128, 256, 512"
+    )
 
 
 @pytest.mark.parametrize("size", [{"kv_lora_rank": 320}, {"qk_rope_head_dim": 48}])
