@@ -39,6 +39,7 @@ LAYER_CLASSES: tuple[str, ...] = (
 ALL_CLASSES: tuple[str, ...] = (
     *(f"replay {mode.value}" for mode in GRAPH_MODES),
     *(f"eager {mode.value}" for mode in ForwardMode),
+    *("batch of 5..8", "batch of more than 8"),
     *("batch empty", "batch padded", "batch fills bucket", "batch outgrows buckets"),
     *("length 1", "length P-1", "length P", "length P+1", "length K-1", "length K", "length K+1", "length limit"),
     *("accept 0", "accept 1", "accept partial", "accept all", "accept mixed", "accept none at all"),
@@ -178,6 +179,8 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
     if not batch.size:
         yield "batch empty"
         return
+    if batch.size > 4:
+        yield "batch of 5..8" if batch.size <= 8 else "batch of more than 8"
     yield f"mirror {event.mirror.value}"
     yield f"order {event.order.value}"
     page, topk = setup.page_size, setup.index_topk

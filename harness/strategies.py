@@ -40,6 +40,7 @@ from reference.types import KVCacheDtype, StepSemantics
 
 _RARELY = (False,) * 5 + (True,)
 _MORE_RARELY = (False,) * 11 + (True,)  # on a GPU it takes gigabytes, for which processes wait
+NARROW = 67  # columns: a page table for which an interpreter, too, has time in many rows
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Scale:
 
     max_context_lens: tuple[int, ...]
     max_requests: int
+    many_requests: int  # as many instead, where tables are narrow and rows not too many
     max_events: int
     max_rows: int  # of one request over all steps
     crowds: tuple[int, ...]  # how many requests may join at once, beside 1
@@ -62,6 +64,11 @@ class Scale:
     far_req_to_token: tuple[bool, ...] = _RARELY  # not both, if the limits leave a choice
     limits: Limits = EVERYTHING
 
+    def most_requests(self, max_context_len: int, rows: int) -> int:
+        """rows: of one request over all steps."""
+        cheap = max_context_len <= NARROW and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
+        return self.many_requests if cheap else self.max_requests
+
     def drawn(self) -> Sizes:
         """What is drawn of each field, on its own, that ``limits`` can name."""
         both = (False, True)
@@ -74,7 +81,7 @@ class Scale:
             "step_semantics": tuple(StepSemantics),
             "paged_mqa_num_sms": self.parts,
             "flashmla_num_sm_parts": self.parts,
-            "pool_size": tuple(range(1, self.max_requests + 3)),
+            "pool_size": tuple(range(1, max(self.max_requests, self.many_requests) + 3)),
             "page_layout": tuple(PageLayout),
             "drive": tuple(Drive),
             "seq_lens": (IntDtype.INT64, IntDtype.INT32),
@@ -99,6 +106,7 @@ class Scale:
 SMALL = Scale(
     max_context_lens=(20, 33, 67, 130, 261, 520, 2300),
     max_requests=4,
+    many_requests=12,
     max_events=12,
     max_rows=16,
     crowds=(2,),
@@ -107,6 +115,7 @@ SMALL = Scale(
 LARGE = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),
     max_requests=48,
+    many_requests=48,
     max_events=24,
     max_rows=512,
     crowds=(3,),
@@ -118,6 +127,7 @@ LARGE = Scale(
 SMALL_LAYER = Scale(
     max_context_lens=(20, 33, 67, 130, 261, 1100),  # several tiles and several chunks of keys
     max_requests=3,
+    many_requests=6,
     max_events=6,
     max_rows=6,
     crowds=(2,),
@@ -138,6 +148,7 @@ SMALL_LAYER = Scale(
 LARGE_LAYER = Scale(
     max_context_lens=(33, 261, 2300, 4100),
     max_requests=8,
+    many_requests=20,
     max_events=12,
     max_rows=32,
     crowds=(3,),
@@ -225,6 +236,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
     index_topks = limits.of("index_topk", scale.index_topks)
+    most_requests = scale.most_requests(max_context_len, num_steps * num_draft_tokens)
     layer = draw(layers(scale))
     far = layer is not None and layer.far_slots
     setup = Setup(
@@ -236,7 +248,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         step_semantics=pick("step_semantics"),
         paged_mqa_num_sms=pick("paged_mqa_num_sms"),
         flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
-        pool_size=pick("pool_size", freely=st.integers(1, max(drawn["pool_size"]))),
+        pool_size=pick("pool_size", freely=st.one_of(st.integers(1, most_requests + 2), st.just(most_requests + 2))),
         page_layout=pick("page_layout"),
         drive=pick("drive"),
         inputs=Inputs(
@@ -302,12 +314,14 @@ def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, .
 @st.composite
 def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     """Captures first, as a server warms up; then requests come, draft, verify and go; sometimes a later capture."""
-    most = min(scale.max_requests, setup.pool_size)
+    rows = setup.num_steps * setup.num_draft_tokens
+    most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
     bucket = st.integers(1, most)
     graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
     modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
-    captures = {mode: tuple(sorted(draw(st.sets(bucket, min_size=1, max_size=2)))) for mode in modes}
-    drawn: list[Event] = [Capture(mode=mode, buckets=buckets) for mode, buckets in captures.items()]
+    buckets = st.sampled_from((2, 2, 2, 5)).flatmap(lambda count: st.sets(bucket, min_size=1, max_size=count))
+    captures = {mode: tuple(sorted(draw(buckets))) for mode in modes}
+    drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
 
     mirrors, orders = st.sampled_from(Mirror), st.sampled_from(Order)
     joins = st.builds(

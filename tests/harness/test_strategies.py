@@ -82,9 +82,11 @@ def test_without_switches_none_is_drawn(scenario: Scenario) -> None:
 
 def within(scenario: Scenario, scale: Scale) -> None:
     assert scenario.setup.max_context_len in scale.max_context_lens
-    assert len(World(scenario, 0).free_rows) <= scale.max_requests + 2
+    setup = scenario.setup
+    most = scale.most_requests(setup.max_context_len, setup.num_steps * setup.num_draft_tokens)
+    assert len(World(scenario, 0).free_rows) <= most + 2
     buckets = [bs for event in scenario.events if isinstance(event, Capture) for bs in event.buckets]
-    assert max(buckets) <= scale.max_requests
+    assert max(buckets) <= most
     assert set(scenario.optimizations) <= set(OPTIMIZATION_NAMES)
     assert scenario.setup.step_semantics is StepSemantics.SHARED or "aliased_steps" not in scenario.optimizations
 
