@@ -292,10 +292,7 @@ def _torch_device(wanted: Device) -> torch.device:
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise _unusable("--device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted is not Device.CPU and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        interpreter.speed_up()
-    torch.set_num_threads(1)  # tensors are tiny
+    interpreter.prepare_process(device.type)
     return device
 
 

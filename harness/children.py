@@ -7,13 +7,10 @@ replaced by a fresh one at the next call.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
-
-import torch
 
 from harness import interpreter
 
@@ -81,17 +78,9 @@ class Child:
         theirs.close()  # so that its end is seen as one
 
 
-def prepare_process(device: str) -> None:
-    """In a new process, before anything imports Triton: fix how kernels run."""
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        interpreter.speed_up()
-    torch.set_num_threads(1)
-
-
 def _serve(pipe: Connection, device: str) -> None:
     """Answer calls until the other end is gone."""
-    prepare_process(device)
+    interpreter.prepare_process(device)
     while True:
         try:
             function, arguments = pipe.recv()

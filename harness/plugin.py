@@ -146,10 +146,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        interpreter.speed_up()
-    torch.set_num_threads(1)  # tensors are tiny; threads of several workers would only get in each other's way
+    interpreter.prepare_process(device.type)
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
         subject = Subject.load(spec, layer_spec, device)

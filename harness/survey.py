@@ -13,6 +13,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+from harness import interpreter
 from harness.compare import Finding
 from harness.engine import Engine, LayerObservation, Observation
 from harness.expected import expected_metadata
@@ -124,7 +125,7 @@ class Survey:
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, sentinel, poison)
 
         try:
-            with memory_for(scenario.setup, self.device):
+            with interpreter.without_warnings(), memory_for(scenario.setup, self.device):
                 self._survey_calls(scenario, build, in_time)
         except (BackendError, ScenarioError):
             raise

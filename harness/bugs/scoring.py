@@ -254,10 +254,7 @@ def serve(orders: Connection, device_type: str) -> None:
 
     It never touches a GPU, which a fork could not use any more.
     """
-    if device_type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        interpreter.speed_up()
-    torch.set_num_threads(1)
+    interpreter.prepare_process(device_type)
     _warm_up()
     gc.freeze()  # forks collect what is their own, in no time, and share the rest
     with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
