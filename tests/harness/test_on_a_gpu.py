@@ -195,6 +195,7 @@ class TestStreams:
     @pytest.mark.parametrize("held", [late_inputs, lambda delivery: slow_side_streams(delivery.device)])
     def test_host_may_wait_for_what_is_held(self, held: Any, gpu: torch.device) -> None:
         side, x = torch.cuda.Stream(), torch.zeros(8, device=gpu)
+        torch.cuda.synchronize(gpu)  # the zeros are there
         with held(Delivery(gpu, late=True)):
             with torch.cuda.stream(side):
                 x.add_(1)
