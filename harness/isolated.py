@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness import interpreter
 from harness.expected import ExpectedLayer, LayerRows
 from harness.forms import found_in, out_and_lse_of, tensor_of
 from harness.keys import MadeUpKeys
@@ -74,7 +75,7 @@ class Stages:
 
     def keep(self, given: MadeUpKeys) -> Stored:
         """The store of made-up keys, into caches as the last pass left them."""
-        with found_in(0, Feed.ISOLATED.value):
+        with interpreter.without_warnings(), found_in(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))
 
     def select(self, given: Selection, ragged: bool) -> Selected:
