@@ -417,7 +417,7 @@ class _Random:
         numbers *= np.where(random[:, 8:9] % 64 == 1, _TINY, np.float32(1))
         index_k = _with_denormals(_bf16_bits(numbers), random)
         index_k[random[:, 8] % 64 == 0] = 0
-        return _as_bf16(k), _as_bf16(index_k)
+        return as_bf16(k), as_bf16(index_k)
 
     def queries(
         self, places: Sequence[tuple[int, int]], candidates: Sequence[Sequence[int]]
@@ -425,7 +425,7 @@ class _Random:
         attention, n = self.attention, len(places)
         heads, index_heads, index_dim = attention.num_heads, attention.index_n_heads, attention.index_head_dim
         numbers, random = _noise(self.query_stream, places, heads * attention.qk_head_dim)
-        q = _as_bf16(_with_denormals(_bf16_bits(numbers), random)).view(n, heads, attention.qk_head_dim)
+        q = as_bf16(_with_denormals(_bf16_bits(numbers), random)).view(n, heads, attention.qk_head_dim)
         numbers, _ = _noise(self.index_query_stream, places, index_heads * (index_dim + 1))
         index_q = numbers[:, index_heads:].reshape(n, index_heads, index_dim) * np.float32(8)  # at most 256
         weights = numbers[:, :index_heads] * np.float32(1 / 8)
@@ -487,7 +487,7 @@ def _two_of(first: Ints, second: Ints, count: int) -> Ints:
 def _bf16_of_integers(integers: Small, unit: float) -> torch.Tensor:
     """The integers times ``unit``, which must be representable: nothing is rounded."""
     bits = (integers.astype(np.float32) * np.float32(unit)).view(np.uint32) >> 16
-    return _as_bf16(bits.astype(np.uint16))
+    return as_bf16(bits.astype(np.uint16))
 
 
 def _bf16_bits(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -501,7 +501,7 @@ def _bf16_bits(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
     return rounded.astype(np.uint16)
 
 
-def _as_bf16(bits: NDArray[np.uint16]) -> torch.Tensor:
+def as_bf16(bits: NDArray[np.uint16]) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 

@@ -310,7 +310,7 @@ class Engine:
         stages = Stages(self.layer, self.expected_layer, self.sentinel)
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False))
         self._made_up += 1
-        stored = stages.keep(self._keys())
+        stored = stages.store(self._keys())
         selected = stages.select(self._selection(), ragged=batch.mode is ForwardMode.EXTEND)
         self._overrun = self._overrun or overrun(stages.guard.buffers)
         return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)

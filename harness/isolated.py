@@ -73,7 +73,7 @@ class Stages:
                 steps.append(self._compute(rows, stored[step]))
         return tuple(steps)
 
-    def keep(self, given: MadeUpKeys) -> Stored:
+    def store(self, given: MadeUpKeys) -> Stored:
         """The store of made-up keys, into caches as the last pass left them."""
         with interpreter.without_warnings(), found_in(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness.rng import Stream
+from harness.content import as_bf16
+from harness.rng import Stream, coprime_step
 from harness.scenario import Setup
 from reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
 
@@ -61,7 +62,9 @@ def made_up_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, cal
     kinds = tuple(list(Tiles)[(call + row) % len(Tiles)] for row in range(count))
     places = [(call, row) for row in range(count)]
     rank, rope, index_dim = config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim
-    random = Stream(seed, f"made-up keys {run}").halves_at(places, 2 + 2 * (1 + 4) + 3 * (rank + index_dim) + rope)
+    # Of the row, then of each tile, then of each of their elements, and the RoPE part at the end.
+    numbers = 2 + 2 * (NUM_QUANT_TILES + 1) + 3 * (rank + index_dim) + rope
+    random = Stream(seed, f"made-up keys {run}").halves_at(places, numbers)
     keys = np.empty((count, config.qk_head_dim), dtype=np.uint16)
     index_keys = np.empty((count, index_dim), dtype=np.uint16)
     for row, kind in enumerate(kinds):
@@ -75,23 +78,18 @@ def made_up_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, cal
         index_keys[row] = _TILES[kind](_Draw.of(words, index_dim))
         keys[row, rank:] = random[row, -rope:]
     first = int(random[0, 0]) if count else 0
-    step = next(n for n in range(len(slots) * 5 // 8 | 1, 2 * len(slots) + 2) if np.gcd(n, len(slots)) == 1)
-    where = slots[(first + np.arange(count)) * step % len(slots)]
+    where = slots[(first + np.arange(count)) * coprime_step(len(slots)) % len(slots)]
     return MadeUpKeys(
         kinds,
         AttentionInputs(
             q=torch.zeros(count, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
-            k=_as_bf16(keys),
+            k=as_bf16(keys),
             index_q=torch.zeros(count, config.index_n_heads, index_dim).to(torch.float8_e4m3fn),
             index_weights=torch.zeros(count, config.index_n_heads),
-            index_k=_as_bf16(index_keys),
+            index_k=as_bf16(index_keys),
             out_cache_loc=torch.from_numpy(where),
         ),
     )
-
-
-def _as_bf16(bits: Bits) -> torch.Tensor:
-    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 # The numbers of a tile
@@ -104,7 +102,7 @@ _CODES: NDArray[np.float32] = torch.arange(0x7F, dtype=torch.uint8).view(torch.f
 
 @dataclass(frozen=True)
 class _Draw:
-    """What a tile is made from: a random number of 16 bits for the tile, and three for each of its elements."""
+    """What a tile is made from: random numbers of 16 bits, two for it, one of them a place, and three an element."""
 
     choice: int
     place: int

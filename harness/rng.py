@@ -5,11 +5,17 @@ Only numpy's raw Philox stream is used: its output is fixed by the algorithm, un
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def coprime_step(count: int) -> int:
+    """A step that visits all of ``count`` places, going round, and soon has been everywhere near."""
+    return next(n for n in range(count * 5 // 8 | 1, 2 * count + 2) if math.gcd(n, count) == 1)
 
 
 class Stream:

@@ -8,7 +8,6 @@ contract's: ties go to the lower position, zeros tie, NaN counts as -inf, and no
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness.rng import Stream
+from harness.rng import Stream, coprime_step
 from harness.scenario import Setup
 
 Ints = NDArray[np.int64]
@@ -89,9 +88,8 @@ def _length(kind: Numbers, width: int, topk: int, word: int) -> int:
 
 def _slots(rows: int, width: int, slots: int, start: int) -> Ints:
     """[rows, width] numbers below ``slots``, of which there are at least ``width``; those of a row are different."""
-    step = next(n for n in range(slots * 5 // 8 | 1, 2 * slots + 2) if math.gcd(n, slots) == 1)
     places = start + np.arange(rows)[:, None] * (width // 2 + 1) + np.arange(width)
-    return places * step % slots
+    return places * coprime_step(slots) % slots
 
 
 # The numbers of a row

@@ -65,7 +65,7 @@ class Scale:
     limits: Limits = EVERYTHING
 
     def most_requests(self, max_context_len: int, rows: int) -> int:
-        """rows: of one request over all steps."""
+        """Of one scenario. rows: of one request over all steps; short ones cost half."""
         cheap = max_context_len <= NARROW and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
         return self.many_requests if cheap else self.max_requests
 
