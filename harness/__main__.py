@@ -151,7 +151,7 @@ def bugs(
     profile: Annotated[HuntProfile, typer.Option(help="How many cases a bug may survive.")] = HuntProfile.PR,
     device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Where cases are drawn from.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted at a time, each in its own process.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted at a time, in processes spread over all GPUs.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the kills to this file as well.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the matrix to this file as well.")] = None,
 ) -> None:

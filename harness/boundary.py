@@ -41,6 +41,7 @@ ALL_CLASSES: tuple[str, ...] = (
     *(f"eager {mode.value}" for mode in ForwardMode),
     *("batch of 5..8", "batch of more than 8"),
     *("batch empty", "batch padded", "batch fills bucket", "batch outgrows buckets"),
+    *("graph empty after requests", "full graph, nothing accepted"),
     *("length 1", "length P-1", "length P", "length P+1", "length K-1", "length K", "length K+1", "length limit"),
     *("accept 0", "accept 1", "accept partial", "accept all", "accept mixed", "accept none at all"),
     *("N 1", "N 2..7", "N 8", "nd 1", "nd 2..7", "nd 8"),
@@ -75,6 +76,7 @@ def _visited(scenario: Scenario) -> Iterator[str]:
     setup = scenario.setup
     world = World(scenario, poison=0)
     buckets: set[tuple[ForwardMode, int]] = set()
+    served: set[tuple[ForwardMode, int]] = set()  # graphs that requests were replayed in
     ran: list[tuple[ForwardMode, int, bool]] = []  # mode, batch size, in graph
     used_rows: set[int] = set()
     used_pages: set[int] = set()
@@ -118,6 +120,16 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                         yield "batch outgrows buckets"
                     else:
                         yield "batch padded" if batch.size < bucket else "batch fills bucket"
+                        if batch.size:
+                            served.add((event.mode, bucket))
+                        elif (event.mode, bucket) in served:
+                            yield "graph empty after requests"
+                        if (
+                            event.mode is ForwardMode.DRAFT_EXTEND
+                            and batch.size == bucket
+                            and not any(batch.accept_lengths)
+                        ):
+                            yield "full graph, nothing accepted"
                 in_graph = bucket is not None
                 yield from _batch_classes(batch, setup, event)
                 yield f"{'replay' if in_graph else 'eager'} {event.mode.value}"

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from harness import interpreter
+from harness import gpus, interpreter
 
 T = TypeVar("T")
 SECONDS_TO_END = 3
@@ -23,10 +23,14 @@ class ChildDied(Exception):
 
 
 class Child:
-    """A process of its own in which kernels run on ``device``; started by the first call."""
+    """A process of its own in which kernels run on ``device``; started by the first call.
 
-    def __init__(self, device: str) -> None:
+    number: of those that work side by side; on several GPUs it says which is used.
+    """
+
+    def __init__(self, device: str, number: int = 0) -> None:
         self.device = device
+        self.number = number
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -73,13 +77,14 @@ class Child:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.device), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.device, self.number), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is seen as one
 
 
-def _serve(pipe: Connection, device: str) -> None:
+def _serve(pipe: Connection, device: str, number: int) -> None:
     """Answer calls until the other end is gone."""
+    gpus.take_one(number)
     interpreter.prepare_process(device)
     while True:
         try:

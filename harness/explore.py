@@ -53,7 +53,7 @@ class Profile:
 
 PROFILES = {
     "dev": Profile(48, 24, False),
-    "pr": Profile(200, 56, False),
+    "pr": Profile(200, 48, False),
     "nightly": Profile(10_000, 5_000, True),
 }
 SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progress shows

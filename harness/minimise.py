@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from harness.scenario import Capture, Inputs, Join, Layer, Mirror, Order, Replay, Scenario, Setup
+from harness.scenario import Capture, Finish, Inputs, Join, Layer, Mirror, Order, Replay, Scenario, Setup
 
 SIMPLEST_SETUP: dict[str, Any] = {
     "paged_mqa_num_sms": 0,
@@ -106,6 +106,8 @@ def _simpler_events(event: object) -> Iterator[object]:
             yield event.model_copy(update={"buckets": tuple(other for other in event.buckets if other != bucket)})
     if isinstance(event, Join):
         yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"prefix_of": None})
+    if isinstance(event, Finish):
+        yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"request": 0})
     if isinstance(event, Replay):
         yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
 

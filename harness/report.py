@@ -280,7 +280,10 @@ def _tell_event(event: Event, batch: Batch | None, world: World, captured: Mappi
                 )
             return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."
         case Finish():
-            return f"Request {event.request} finishes; {len(world.running)} running."
+            who = f"Request {event.request} finishes"
+            if event.count > 1:
+                who = f"Up to {event.count} requests finish, from number {event.request} on"
+            return f"{who}; {len(world.running)} running."
         case Accept():
             lengths = [request.seq_len for request in world.running]
             accepted = [request.accept_length for request in world.running]

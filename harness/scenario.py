@@ -216,10 +216,14 @@ class Join(_Record):
 
 
 class Finish(_Record):
-    """Running request number ``request`` (modulo the number running) ends; its row and pages are free at once."""
+    """Running request number ``request`` (modulo the number running) ends; its row and pages are free at once.
+
+    ``count`` of them end one by one, each the one that has that number then; all, if fewer are running.
+    """
 
     event: Literal["finish"] = "finish"
     request: int = Field(ge=0)
+    count: int = Field(default=1, ge=1, le=MAX_BATCH)
 
 
 class Accept(_Record):

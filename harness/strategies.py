@@ -36,7 +36,7 @@ from harness.scenario import (
     Setup,
 )
 from optimized.optimizations import OPTIMIZATION_NAMES
-from reference.types import KVCacheDtype, StepSemantics
+from reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 _RARELY = (False,) * 5 + (True,)
 _MORE_RARELY = (False,) * 11 + (True,)  # on a GPU it takes gigabytes, for which processes wait
@@ -50,7 +50,7 @@ class Scale:
     max_context_lens: tuple[int, ...]
     max_requests: int
     many_requests: int  # as many instead, where tables are narrow and rows not too many
-    max_events: int
+    max_events: int  # drawn at once, after the first requests: each one or what engines do one right after the other
     max_rows: int  # of one request over all steps
     crowds: tuple[int, ...]  # how many requests may join at once, beside 1
     parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
@@ -93,7 +93,7 @@ class Scale:
         }
         for layer in self.layers:
             for name, choices in layer.items():
-                sizes[name] = (*sizes.get(name, ()), *(c for c in choices if c not in sizes.get(name, ())))
+                sizes[name] = tuple(dict.fromkeys((*sizes.get(name, ()), *choices)))
         if self.layers:
             sizes |= {
                 "kv_cache_dtype": tuple(KVCacheDtype),
@@ -107,7 +107,7 @@ SMALL = Scale(
     max_context_lens=(20, 33, 67, 130, 261, 520, 2300),
     max_requests=4,
     many_requests=12,
-    max_events=12,
+    max_events=9,
     max_rows=16,
     crowds=(2,),
     parts=(0, 1, 3, 6),  # 6: neither fills whole vectors with a schedule nor comes near it by chance
@@ -116,7 +116,7 @@ LARGE = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),
     max_requests=48,
     many_requests=48,
-    max_events=24,
+    max_events=18,
     max_rows=512,
     crowds=(3,),
     parts=(0, 1, 7, 132),
@@ -128,17 +128,17 @@ SMALL_LAYER = Scale(
     max_context_lens=(20, 33, 67, 130, 261, 1100),  # several tiles and several chunks of keys
     max_requests=3,
     many_requests=6,
-    max_events=6,
+    max_events=4,
     max_rows=6,
     crowds=(2,),
     parts=(0,),
     layers=(
         {
             "num_heads": (1, 2, 3, 16),
-            "kv_lora_rank": (64,),
-            "qk_rope_head_dim": (16,),
-            "index_n_heads": (1, 2, 4),
-            "index_head_dim": (32,),
+            "kv_lora_rank": (64, 64, 128),  # what takes longest is drawn least
+            "qk_rope_head_dim": (16, 32),
+            "index_n_heads": (1, 2, 3, 1, 2, 3, 17),
+            "index_head_dim": (32, 32, 96),
         },
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),
@@ -149,7 +149,7 @@ LARGE_LAYER = Scale(
     max_context_lens=(33, 261, 2300, 4100),
     max_requests=8,
     many_requests=20,
-    max_events=12,
+    max_events=9,
     max_rows=32,
     crowds=(3,),
     parts=(0, 132),
@@ -176,6 +176,7 @@ LARGE_LAYER = Scale(
     far_req_to_token=_MORE_RARELY,
 )
 
+_OF_ACCEPTED = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
 _POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # where tiles, blocks and chunks end
 PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
 
@@ -237,6 +238,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
     index_topks = limits.of("index_topk", scale.index_topks)
     most_requests = scale.most_requests(max_context_len, num_steps * num_draft_tokens)
+    pools = range(1, most_requests + 3)
     layer = draw(layers(scale))
     far = layer is not None and layer.far_slots
     setup = Setup(
@@ -248,7 +250,9 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         step_semantics=pick("step_semantics"),
         paged_mqa_num_sms=pick("paged_mqa_num_sms"),
         flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
-        pool_size=pick("pool_size", freely=st.one_of(st.integers(1, most_requests + 2), st.just(most_requests + 2))),
+        pool_size=pick(
+            "pool_size", freely=st.sampled_from((*pools, *[pools[-1]] * len(pools)))
+        ),  # half the time the largest
         page_layout=pick("page_layout"),
         drive=pick("drive"),
         inputs=Inputs(
@@ -304,10 +308,10 @@ def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
 
 @st.composite
 def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, ...]:
-    """Mixed accepts, or one and the same for everybody: 0 and nd must happen to whole batches too."""
+    """Mixed accepts, or one and the same for everybody, and that with preference none or all."""
     one = st.integers(0, setup.num_draft_tokens)
     if draw(st.booleans()):
-        return (draw(one),)
+        return (draw(st.one_of(st.just(0), st.just(setup.num_draft_tokens), one)),)
     return tuple(draw(st.lists(one, min_size=1, max_size=max(1, requests))))
 
 
@@ -316,7 +320,9 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     """Captures first, as a server warms up; then requests come, draft, verify and go; sometimes a later capture."""
     rows = setup.num_steps * setup.num_draft_tokens
     most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
-    bucket = st.integers(1, most)
+    joining = draw(st.sampled_from((*range(most + 1), *[most] * (most // 2))))  # a third of the time as many as can
+    # With preference one that those who join first fill, or the largest there can be.
+    bucket = st.one_of(st.integers(1, most), st.just(max(1, joining)), st.just(most))
     graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
     modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
     buckets = st.sampled_from((2, 2, 2, 5)).flatmap(lambda count: st.sets(bucket, min_size=1, max_size=count))
@@ -324,24 +330,33 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
 
     mirrors, orders = st.sampled_from(Mirror), st.sampled_from(Order)
-    joins = st.builds(
-        Join,
-        seq_len=seq_lens(setup),
-        count=st.sampled_from((1,) * 9 + scale.crowds),  # a crowd soon outgrows every bucket
-        prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
-        prefix_pages=st.integers(1, 3),
-    )
-    graph_mode = st.sampled_from(modes or GRAPH_MODES)
-    replays = st.builds(
-        Replay,
-        mode=graph_mode,
-        bucket=st.one_of(st.none(), bucket),
-        mirror=mirrors,
-        order=orders,
-        times=st.sampled_from((1, 1, 1, 2)),
-    )
+
+    def joins_of(counts: tuple[int, ...]) -> st.SearchStrategy[Join]:
+        return st.builds(
+            Join,
+            seq_len=seq_lens(setup),
+            count=st.sampled_from(counts),
+            prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
+            prefix_pages=st.integers(1, 3),
+        )
+
+    joins = joins_of((1,) * 4 + scale.crowds)  # a crowd soon outgrows every bucket
+
+    def replays_of(modes: Sequence[ForwardMode]) -> st.SearchStrategy[Replay]:
+        return st.builds(
+            Replay,
+            mode=st.sampled_from(modes),
+            bucket=st.one_of(st.none(), bucket),
+            mirror=mirrors,
+            order=orders,
+            times=st.sampled_from((1, 1, 1, 2)),
+        )
+
+    replays = replays_of(modes or GRAPH_MODES)
+    of_accepted = replays_of([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES)
     accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
     finishes = st.builds(Finish, request=st.integers(0, most - 1))
+    everybody_finishes = st.just(Finish(request=0, count=most))  # a rank runs out of work; rows and pages go to others
     new_tokens = seq_lens(setup)
     if scale.most_new_tokens is not None:
         new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
@@ -356,16 +371,21 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     remaps = st.builds(
         Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
     )
-    late_captures = st.builds(Capture, mode=graph_mode, buckets=st.tuples(bucket))
-    weighted: tuple[tuple[st.SearchStrategy[Any], int], ...] = (
-        *((replays, 11 if modes else 0), (accepts, 3), (joins, 2), (finishes, 2), (eager_calls, 3 if modes else 13)),
-        *((remaps, 1), (late_captures, 1 if modes else 0)),
+    late_captures = st.builds(Capture, mode=st.sampled_from(modes or GRAPH_MODES), buckets=st.tuples(bucket))
+    # What engines do one right after the other is drawn so too; by chance little of it would meet.
+    weighted: tuple[tuple[tuple[st.SearchStrategy[Any], ...], int], ...] = (
+        *(((replays,), 11 if modes else 0), ((eager_calls,), 3 if modes else 13)),
+        *(((accepts,), 1), ((accepts, of_accepted), 3 if modes else 0)),
+        *(((joins,), 2), ((finishes,), 2), ((remaps,), 1), ((late_captures,), 1 if modes else 0)),
+        ((replays, everybody_finishes, replays, joins), 1 if modes else 0),
     )
-    kinds = st.sampled_from([kind for kind, weight in weighted for _ in range(weight)])  # one_of would not weigh
+    # one_of would not weigh
+    kinds = st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
 
     # Counts are drawn apart: st.lists by itself favours short ones.
-    drawn += [draw(joins) for _ in range(draw(st.integers(0, most)))]
-    drawn += [draw(draw(kinds)) for _ in range(draw(st.integers(1, scale.max_events)))]
+    drawn += [draw(joins_of((1,))) for _ in range(joining)]
+    for _ in range(draw(st.integers(1, scale.max_events))):
+        drawn += draw(draw(kinds))
     return tuple(drawn)
 
 

@@ -123,7 +123,7 @@ class World:
                 for number in range(event.count):
                     self._join(event, (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1)
             case Finish():
-                if self.running:
+                for _ in range(min(event.count, len(self.running))):
                     self._finish(self.running[event.request % len(self.running)])
             case Accept():
                 self._accept(event)

@@ -83,7 +83,7 @@ def hunt_all(
     Closed, or interrupted, it gives up what it hunts at the moment.
     """
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    children = [Child(device.type) for _ in range(jobs)]
+    children = [Child(device.type, number) for number in range(jobs)]
     for child in children:
         free.put(child)
     threads = ThreadPoolExecutor(jobs)

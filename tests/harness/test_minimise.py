@@ -9,6 +9,7 @@ from harness.minimise import MOST_TRIALS, SIMPLEST_SETUP, minimise
 from harness.scenario import (
     Accept,
     Capture,
+    Finish,
     Inputs,
     IntDtype,
     Join,
@@ -136,6 +137,18 @@ def test_layer_of_production_width_keeps_its_width_and_loses_its_heads() -> None
     assert layer is not None
     assert (layer.kv_lora_rank, layer.num_heads, layer.index_n_heads) == (512, 1, 1)
     assert (layer.kv_cache_dtype, layer.regime, layer.far_slots) == (KVCacheDtype.BF16, Regime.DOMINATING, False)
+
+
+def test_as_few_finish_as_the_failure_allows() -> None:
+    finish = Finish(request=5, count=7)
+    drained = EVERYTHING.model_copy(update={"events": (finish,)})
+
+    def finishing(scenario: Scenario) -> int:
+        return sum(event.count for event in scenario.events if isinstance(event, Finish))
+
+    for least, left in ((1, 1), (2, 2), (3, 4), (5, 7)):
+        smallest = minimise(drained, lambda scenario, least=least: finishing(scenario) >= least)
+        assert smallest.events == (Finish(request=0, count=left),)
 
 
 def test_inputs_get_as_plain_as_the_failure_allows() -> None:

@@ -198,6 +198,18 @@ def test_row_and_pages_freed_last_are_reused_first() -> None:
     assert world.req_to_token[0, :5].tolist() == [4, 5, 6, 7, POISON]  # 2 tokens, 2 drafts
 
 
+def test_several_requests_finish_one_by_one() -> None:
+    def left(request: int, count: int) -> list[int]:
+        joins = tuple(Join(seq_len=length) for length in (5, 6, 7, 8))
+        scenario = Scenario(setup=setup(pool_size=4), events=(*joins, Finish(request=request, count=count)))
+        return [r.seq_len for r in states(scenario)[-1][0].running]
+
+    assert left(2, count=1) == [5, 6, 8]
+    assert left(2, count=2) == [5, 6]
+    assert left(2, count=3) == [6]  # of two, number 2 is number 0
+    assert left(1, count=4) == left(0, count=9) == []
+
+
 def test_prefix_is_shared_in_whole_pages_only() -> None:
     events = (Join(seq_len=7), Join(seq_len=12, prefix_of=0, prefix_pages=3), Finish(request=0), Join(seq_len=3))
     world = states(Scenario(setup=setup(), events=events))[-1][0]

@@ -1,0 +1,33 @@
+"""Which GPU is left to a process that shares a machine with others."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from harness import gpus
+
+
+@pytest.mark.parametrize(
+    ("count", "seen", "left"),
+    [
+        (0, None, [None, None, None]),
+        (1, None, [None, None, None]),
+        (1, "3", ["3", "3", "3"]),
+        (2, None, ["0", "1", "0"]),
+        (2, "5,GPU-1f", ["5", "GPU-1f", "5"]),
+    ],
+)
+def test_processes_take_turns(
+    count: int, seen: str | None, left: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for number, expected in enumerate(left):
+        if seen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        gpus.take_one(number)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
