@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import interpreter, report
+from harness import gpus, interpreter, report
 from harness.compare import Tally
 from harness.explore import PROFILES, SHARDS, Exploration, Subject
 from harness.graph_audit import AuditTally
@@ -142,6 +142,7 @@ class Oracle:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fix how kernels run before anything imports Triton, and refuse unusable options in one line."""
+    gpus.take_one(number_of_worker(config))
     wanted = config.getoption("--oracle-device")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
@@ -171,6 +172,12 @@ def pytest_configure(config: pytest.Config) -> None:
         entropy=_entropy(config, PROFILES[profile].fresh),
     )
     config.stash[STARTED] = time.monotonic()
+
+
+def number_of_worker(config: pytest.Config) -> int:
+    """Of pytest-xdist's workers, which are gw0, gw1, ...; 0 without them."""
+    worker: str = getattr(config, "workerinput", {}).get("workerid", "gw0")
+    return int(worker.removeprefix("gw"))
 
 
 def _writable_folder(name: str) -> Path:

@@ -162,7 +162,7 @@ LARGE_LAYER = Scale(
             "index_head_dim": (128,),
         },
         {
-            "num_heads": (1, 3, 20),
+            "num_heads": (1, 3, 20, 100),
             "kv_lora_rank": (64, 256),
             "qk_rope_head_dim": (16, 32),
             "index_n_heads": (1, 4, 32),

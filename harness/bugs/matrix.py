@@ -87,7 +87,10 @@ def hunt_all(
     for child in children:
         free.put(child)
     threads = ThreadPoolExecutor(jobs)
-    hunts = [threads.submit(_hunt_in_a_child, free, device.type, cases, seed, save_dir, bug.name) for bug in bugs]
+    longest_first = sorted(bugs, key=lambda bug: not bug.layer)
+    hunts = [
+        threads.submit(_hunt_in_a_child, free, device.type, cases, seed, save_dir, bug.name) for bug in longest_first
+    ]
     try:
         for done in as_completed(hunts):
             yield done.result()

@@ -71,8 +71,10 @@ class ReadsHalves(Between):
     """Reads 64-bit pool rows 32 bits at a time."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
-        halves = batch.req_pool_indices.contiguous().view(torch.int32)
-        return dataclasses.replace(batch, req_pool_indices=halves[: batch.batch_size])
+        rows = batch.req_pool_indices
+        if rows.stride(0) != 1:  # of one row, too, which contiguous() takes as it is
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        return dataclasses.replace(batch, req_pool_indices=rows.view(torch.int32)[: batch.batch_size])
 
 
 BUGS = (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from harness import gpus
+from harness.plugin import number_of_worker
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,11 @@ def test_processes_take_turns(
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
         gpus.take_one(number)
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+@pytest.mark.parametrize(
+    ("session", "number"),
+    [(SimpleNamespace(), 0), (SimpleNamespace(workerinput={"workerid": "gw12"}), 12)],
+)
+def test_workers_of_xdist_have_numbers(session: Any, number: int) -> None:
+    assert number_of_worker(session) == number
