@@ -21,7 +21,8 @@ from harness.far import SIGNED, far_apart
 # Where no layer follows the metadata. Far outside every slot, page and length a scenario can produce, positive so that
 # C and Python division agree.
 SENTINELS = (0x5A5A5A5A, 0x35353535)
-GUARD_WORDS = 64  # int32 words on either side; 256 bytes keep the alignment that vectorised stores need
+ALIGNED_WORDS = 64  # int32 words; 256 bytes keep the alignment that vectorised stores need
+GUARD_WORDS = 64 * ALIGNED_WORDS  # on either side: what is written further off may end the process, and tell nothing
 GUARD_VALUE = 0x6BADBEEF
 NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
 NAN_WORD = -1  # an int32 of such bytes
@@ -75,7 +76,7 @@ class BandedInput:
         self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device, far: bool = False
     ) -> None:
         rows, columns = shape
-        beside = band(-(-max(columns, 1) // GUARD_WORDS) * GUARD_WORDS)  # a whole row, and as aligned as the memory
+        beside = band(-(-max(columns, 1) // ALIGNED_WORDS) * ALIGNED_WORDS)  # a whole row, and as aligned as the memory
         inside: tuple[slice, ...]
         if far:
             self.expected = torch.full((rows, columns + 2 * beside), sentinel, dtype=dtype)

@@ -146,7 +146,7 @@ SMALL_LAYER = Scale(
     most_new_tokens=16,
 )
 LARGE_LAYER = Scale(
-    max_context_lens=(33, 261, 2300, 4100),
+    max_context_lens=(33, 261, 2300, 4100, 9001),  # the last: wider than top-k's largest block
     max_requests=8,
     many_requests=20,
     max_events=9,

@@ -12,6 +12,9 @@ import pytest
 import torch
 from test_detection import factory_of
 
+from harness.bugs.bug import by_mutation
+from harness.bugs.mutate import Mutation
+from harness.findings import Kind
 from harness.judge import OracleFailure, judge
 from harness.scenario import load
 from reference.multi_step import copy_into
@@ -212,3 +215,13 @@ def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., An
     with pytest.raises(OracleFailure) as failure:
         judge(scenario, factory_of(planted.Clean), CPU, layer_factory=layer, graphs=False)
     assert failure.value.finding.field == what
+
+
+def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
+    """1.6 kB behind it, where a process without wide bands would have been ended by what it had overwritten."""
+    kernel = "optimized.kernels.topk:topk_filter_kernel"
+    twice_the_room = by_mutation(Mutation(kernel, "if count + total <= CAPACITY", "if count + total <= 2 * CAPACITY"))
+    with twice_the_room() as subject, pytest.raises(OracleFailure) as failure:
+        subject.judge(load(PROJECT / "tests/cases/layer-last-row-fills-its-only-share.json"), device)
+    assert failure.value.finding.kind is Kind.GUARD
+    assert "[133, 1, 8192]" in failure.value.finding.sentence()
