@@ -28,10 +28,9 @@ def test_processes_take_turns(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     for number, expected in enumerate(left):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")  # first, so that what take_one sets is undone
         if seen is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         gpus.take_one(number)
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
 
