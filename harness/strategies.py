@@ -329,50 +329,32 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     captures = {mode: tuple(sorted(draw(buckets))) for mode in modes}
     drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
 
-    mirrors, orders = st.sampled_from(Mirror), st.sampled_from(Order)
+    # Counts are drawn apart: st.lists by itself favours short ones.
+    drawn += [draw(_joins(setup, most)) for _ in range(joining)]
+    happenings = _happenings(setup, scale, most, modes, bucket)
+    for _ in range(draw(st.integers(1, scale.max_events))):
+        drawn += draw(draw(happenings))
+    return tuple(drawn)
 
-    def joins_of(counts: tuple[int, ...]) -> st.SearchStrategy[Join]:
-        return st.builds(
-            Join,
-            seq_len=seq_lens(setup),
-            count=st.sampled_from(counts),
-            prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
-            prefix_pages=st.integers(1, 3),
-        )
 
-    joins = joins_of((1,) * 4 + scale.crowds)  # a crowd soon outgrows every bucket
+def _happenings(
+    setup: Setup, scale: Scale, most: int, modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]
+) -> st.SearchStrategy[st.SearchStrategy[tuple[Event, ...]]]:
+    """What may happen to a server that has graphs of ``modes``, of which some buckets are captured: what to draw next.
 
-    def replays_of(modes: Sequence[ForwardMode]) -> st.SearchStrategy[Replay]:
-        return st.builds(
-            Replay,
-            mode=st.sampled_from(modes),
-            bucket=st.one_of(st.none(), bucket),
-            mirror=mirrors,
-            order=orders,
-            times=st.sampled_from((1, 1, 1, 2)),
-        )
-
-    replays = replays_of(modes or GRAPH_MODES)
-    of_accepted = replays_of([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES)
+    What engines do one right after the other is drawn so too; by chance little of it would meet.
+    """
+    replays = _replays(modes or GRAPH_MODES, bucket)
+    of_accepted = _replays([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES, bucket)
+    eager_calls = _eager_calls(setup, scale, most)
     accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
+    joins = _joins(setup, most, (1,) * 4 + scale.crowds)  # a crowd soon outgrows every bucket
     finishes = st.builds(Finish, request=st.integers(0, most - 1))
     everybody_finishes = st.just(Finish(request=0, count=most))  # a rank runs out of work; rows and pages go to others
-    new_tokens = seq_lens(setup)
-    if scale.most_new_tokens is not None:
-        new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
-    never_replayed = (mode for mode in scale.limits.modes if mode not in graph_modes)
-    eager_calls = st.builds(
-        Eager,
-        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they are met nowhere else
-        mirror=mirrors,
-        order=orders,
-        extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
-    )
     remaps = st.builds(
         Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
     )
     late_captures = st.builds(Capture, mode=st.sampled_from(modes or GRAPH_MODES), buckets=st.tuples(bucket))
-    # What engines do one right after the other is drawn so too; by chance little of it would meet.
     weighted: tuple[tuple[tuple[st.SearchStrategy[Any], ...], int], ...] = (
         *(((replays,), 11 if modes else 0), ((eager_calls,), 3 if modes else 13)),
         *(((accepts,), 1), ((accepts, of_accepted), 3 if modes else 0)),
@@ -380,13 +362,42 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
         ((replays, everybody_finishes, replays, joins), 1 if modes else 0),
     )
     # one_of would not weigh
-    kinds = st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
+    return st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
 
-    # Counts are drawn apart: st.lists by itself favours short ones.
-    drawn += [draw(joins_of((1,))) for _ in range(joining)]
-    for _ in range(draw(st.integers(1, scale.max_events))):
-        drawn += draw(draw(kinds))
-    return tuple(drawn)
+
+def _joins(setup: Setup, most: int, counts: tuple[int, ...] = (1,)) -> st.SearchStrategy[Join]:
+    return st.builds(
+        Join,
+        seq_len=seq_lens(setup),
+        count=st.sampled_from(counts),
+        prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
+        prefix_pages=st.integers(1, 3),
+    )
+
+
+def _replays(modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]) -> st.SearchStrategy[Replay]:
+    return st.builds(
+        Replay,
+        mode=st.sampled_from(modes),
+        bucket=st.one_of(st.none(), bucket),
+        mirror=st.sampled_from(Mirror),
+        order=st.sampled_from(Order),
+        times=st.sampled_from((1, 1, 1, 2)),
+    )
+
+
+def _eager_calls(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[Eager]:
+    new_tokens = seq_lens(setup)
+    if scale.most_new_tokens is not None:
+        new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
+    never_replayed = (mode for mode in scale.limits.modes if mode not in GRAPH_MODES)
+    return st.builds(
+        Eager,
+        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they are met nowhere else
+        mirror=st.sampled_from(Mirror),
+        order=st.sampled_from(Order),
+        extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
+    )
 
 
 @st.composite
