@@ -1,8 +1,9 @@
 """Made-up logits, for top-k by itself: what the indexer's scores of a drawn case hardly ever are.
 
 Whatever the case, one row each has NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than
-places, or one number alone; and behind every row lies rubbish, at which nobody may look. What is right is the
-contract's: ties go to the lower position, zeros tie, NaN counts as -inf, and no other two numbers are the same.
+places, one number alone, or numbers in order, the best of them at an end; and behind every row lies rubbish, at which
+nobody may look. What is right is the contract's: ties go to the lower position, zeros tie, NaN counts as -inf, and no
+other two numbers are the same.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Numbers(enum.Enum):
     TIES = "more ties than places"
     EQUAL = "one number"
     FEW = "at most K tokens"
+    SORTED = "numbers in order"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def _length(kind: Numbers, width: int, topk: int, word: int) -> int:
     else:
         near = (topk + 1, topk + 2, 2 * topk + 1, (topk + width + 1) // 2, width - 1, width)
         choices = [n for n in near if topk < n <= width]
+        if kind is Numbers.SORTED:
+            choices = choices[-2:]
     return choices[word % len(choices)]
 
 
@@ -179,6 +183,14 @@ def _equal(draw: _Draw) -> Bits:
     return np.full(draw.length, _ONE_NUMBER[draw.choice % len(_ONE_NUMBER)])
 
 
+def _sorted(draw: _Draw) -> Bits:
+    """Of whoever loses a token at an end of the row, none of the others takes its place by chance."""
+    positions = np.arange(draw.length)
+    ascending = (0x3F000000 + positions).astype(np.uint32)
+    best_last = np.where(positions < draw.length - draw.topk, np.uint32(0x3F000000), ascending)
+    return (best_last, ascending, ascending[::-1])[draw.choice % 3]
+
+
 def _few(draw: _Draw) -> Bits:
     anything = np.concatenate([_NANS, _ONE_NUMBER, draw.ordinary[:4]])
     return anything[draw.values % len(anything)]
@@ -193,4 +205,5 @@ _ROWS: dict[Numbers, Callable[[_Draw], Bits]] = {
     Numbers.TIES: _ties,
     Numbers.EQUAL: _equal,
     Numbers.FEW: _few,
+    Numbers.SORTED: _sorted,
 }

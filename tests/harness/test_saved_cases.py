@@ -225,3 +225,12 @@ def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
         subject.judge(load(PROJECT / "tests/cases/layer-last-row-fills-its-only-share.json"), device)
     assert failure.value.finding.kind is Kind.GUARD
     assert "[133, 1, 8192]" in failure.value.finding.sentence()
+
+
+def test_a_line_more_than_there_is_room_for_is_missed(device: torch.device) -> None:
+    """Whatever is lost at the end of a row was among its best once."""
+    kernel = "optimized.kernels.topk:topk_kernel"
+    one_line_more = by_mutation(Mutation(kernel, "num_lines <= BLOCK // LINE", "num_lines <= BLOCK // LINE + 1"))
+    with one_line_more() as subject, pytest.raises(OracleFailure) as failure:
+        subject.judge(load(PROJECT / "tests/cases/layer-one-token-wider-than-a-block.json"), device)
+    assert failure.value.finding.field == "topk_indices"

@@ -155,6 +155,21 @@ def test_one_number_is_one_number(width: int, topk: int) -> None:
     assert len(found) > 2
 
 
+@each_size
+def test_the_best_of_numbers_in_order_are_at_an_end(width: int, topk: int) -> None:
+    found = set()
+    for row, length in rows_of(width, topk, Numbers.SORTED):
+        ascending = bool((row[1:] >= row[:-1]).all())
+        tied = int((row == row.min()).sum())
+        assert sorted(bits(row)) == bits(row)[:: 1 if ascending else -1]
+        assert tied in (1, length - topk)
+        assert len(set(bits(row))) == length - tied + 1
+        assert length >= width - 1
+        found.add((ascending, tied > 1))
+    assert found >= {(True, False), (False, False)}
+    assert ((True, True) in found) == (width - topk > 1)
+
+
 def test_few_may_be_anything() -> None:
     found = torch.cat([row for row, _ in rows_of(261, 64, Numbers.FEW)])
     assert found.isnan().any()
@@ -173,7 +188,7 @@ def test_the_same_case_has_the_same_logits_and_no_other_has() -> None:
 
 def test_bytes_are_the_same_on_every_machine() -> None:
     given = made_up(9, 4)
-    assert given.seqlens_expanded.tolist() == [7, 9, 8, 5, 7, 9, 5, 3]
+    assert given.seqlens_expanded.tolist() == [7, 9, 8, 5, 7, 9, 5, 3, 9]
     denormals = [number & 0xFFFFFFFF for number in bits(given.logits[3])]
     assert denormals[:5] == [0x72E5C5, 0x800A2091, 0x807849A8, 0x9278D, 0x7FFFFF]
     assert denormals[5:] == [0x7FC00000, 0x7F800000, 0x7F7FFFFF, 0xFFFFFFFF]
