@@ -81,7 +81,7 @@ class Inputs(_Record):
     accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. strided: numbers of requests are
     columns of something wider; with a layer, so are the rows and heads of what it is given. wide_req_to_token: a view
     of a wider tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements,
-    needs more than 32 bits, as in a large pool.
+    needs more than 32 bits, as in a large pool; its last rows are the first that requests get.
     """
 
     seq_lens: IntDtype = IntDtype.INT64

@@ -113,6 +113,8 @@ class World:
             (setup.pool_size, setup.max_context_len), self.poison, dtype=np.int32
         )
         self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: the row freed last is reused first
+        if setup.inputs.far_req_to_token:  # far at its end, where few scenarios would have a request else
+            self.free_rows.reverse()
         self.free_pages = self._pages_in_order(setup)  # likewise
         self._random = Stream(self.scenario.seed, "world")
 

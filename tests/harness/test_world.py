@@ -17,6 +17,7 @@ from harness.scenario import (
     Eager,
     Event,
     Finish,
+    Inputs,
     Join,
     Mirror,
     Order,
@@ -208,6 +209,12 @@ def test_several_requests_finish_one_by_one() -> None:
     assert left(2, count=2) == [5, 6]
     assert left(2, count=3) == [6]  # of two, number 2 is number 0
     assert left(1, count=4) == left(0, count=9) == []
+
+
+def test_rows_of_a_far_pool_are_used_from_its_far_end() -> None:
+    far = setup(pool_size=3, inputs=Inputs(far_req_to_token=True))
+    world = states(Scenario(setup=far, events=(Join(seq_len=5), Join(seq_len=2))))[-1][0]
+    assert [r.pool_row for r in world.running] == [2, 1]
 
 
 def test_prefix_is_shared_in_whole_pages_only() -> None:
