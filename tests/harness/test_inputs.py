@@ -108,7 +108,7 @@ def test_a_far_pool_holds_the_same_in_little_memory() -> None:
     for event in scenario().events:
         for one in (near, far):
             list(one.run(event))
-    assert torch.equal(near.req_to_token, far.req_to_token)
+    assert torch.equal(near.req_to_token.flip(0), far.req_to_token)  # whose last rows are taken first
     assert far.modified_input() is None
     far.req_to_token[2, 19] += 1
     assert far.modified_input() == "req_to_token"
