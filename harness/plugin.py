@@ -142,7 +142,7 @@ class Oracle:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fix how kernels run before anything imports Triton, and refuse unusable options in one line."""
-    gpus.take_one(number_of_worker(config))
+    share_gpus(config)
     wanted = config.getoption("--oracle-device")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
@@ -174,10 +174,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = time.monotonic()
 
 
-def number_of_worker(config: pytest.Config) -> int:
-    """Of pytest-xdist's workers, which are gw0, gw1, ...; 0 without them."""
-    worker: str = getattr(config, "workerinput", {}).get("workerid", "gw0")
-    return int(worker.removeprefix("gw"))
+def share_gpus(config: pytest.Config) -> None:
+    """Workers of pytest-xdist, which are gw0, gw1, ..., take a GPU each. Their controller leaves them all to them."""
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
+    if worker is not None:
+        gpus.take_one(int(worker["workerid"].removeprefix("gw")))
 
 
 def _writable_folder(name: str) -> Path:

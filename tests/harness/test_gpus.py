@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness import gpus
-from harness.plugin import number_of_worker
+from harness.plugin import share_gpus
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,15 @@ def test_processes_take_turns(
 
 
 @pytest.mark.parametrize(
-    ("session", "number"),
-    [(SimpleNamespace(), 0), (SimpleNamespace(workerinput={"workerid": "gw12"}), 12)],
+    ("session", "left"),
+    [
+        (SimpleNamespace(), "4,5"),  # the controller, whose workers inherit what it leaves
+        (SimpleNamespace(workerinput={"workerid": "gw0"}), "4"),
+        (SimpleNamespace(workerinput={"workerid": "gw13"}), "5"),
+    ],
 )
-def test_workers_of_xdist_have_numbers(session: Any, number: int) -> None:
-    assert number_of_worker(session) == number
+def test_workers_of_xdist_take_turns(session: Any, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    share_gpus(session)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
