@@ -116,20 +116,11 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 if isinstance(event, Replay):
                     captured = [bs for mode, bs in buckets if mode is event.mode]
                     bucket = choose_bucket(event.bucket, batch.size, captured)
-                    if bucket is None:
-                        yield "batch outgrows buckets"
-                    else:
-                        yield "batch padded" if batch.size < bucket else "batch fills bucket"
-                        if batch.size:
-                            served.add((event.mode, bucket))
-                        elif (event.mode, bucket) in served:
-                            yield "graph empty after requests"
-                        if (
-                            event.mode is ForwardMode.DRAFT_EXTEND
-                            and batch.size == bucket
-                            and not any(batch.accept_lengths)
-                        ):
-                            yield "full graph, nothing accepted"
+                    yield from _bucket_classes(batch, bucket)
+                    if bucket is not None and batch.size:
+                        served.add((event.mode, bucket))
+                    elif (event.mode, bucket) in served:
+                        yield "graph empty after requests"
                 in_graph = bucket is not None
                 yield from _batch_classes(batch, setup, event)
                 yield f"{'replay' if in_graph else 'eager'} {event.mode.value}"
@@ -140,6 +131,17 @@ def _visited(scenario: Scenario) -> Iterator[str]:
         used_pages |= pages
         used_rows |= {r.pool_row for r in world.running}
     yield from _sequence_classes(ran)
+
+
+def _bucket_classes(batch: Batch, bucket: int | None) -> Iterator[str]:
+    if bucket is None:
+        yield "batch outgrows buckets"
+    elif batch.size < bucket:
+        yield "batch padded"
+    else:
+        yield "batch fills bucket"
+        if batch.mode is ForwardMode.DRAFT_EXTEND and not any(batch.accept_lengths):
+            yield "full graph, nothing accepted"
 
 
 def _setup_classes(setup: Setup) -> Iterator[str]:

@@ -50,7 +50,7 @@ class Scale:
     max_context_lens: tuple[int, ...]
     max_requests: int
     many_requests: int  # as many instead, where tables are narrow and rows not too many
-    max_events: int  # drawn at once, after the first requests: each one or what engines do one right after the other
+    max_events: int  # after the first requests; what engines do one right after the other counts as one
     max_rows: int  # of one request over all steps
     crowds: tuple[int, ...]  # how many requests may join at once, beside 1
     parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
@@ -238,7 +238,8 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
     index_topks = limits.of("index_topk", scale.index_topks)
     most_requests = scale.most_requests(max_context_len, num_steps * num_draft_tokens)
-    pools = range(1, most_requests + 3)
+    largest_pool = most_requests + 2
+    pools = (*range(1, largest_pool + 1), *[largest_pool] * largest_pool)  # half the time the largest
     layer = draw(layers(scale))
     far = layer is not None and layer.far_slots
     setup = Setup(
@@ -250,9 +251,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         step_semantics=pick("step_semantics"),
         paged_mqa_num_sms=pick("paged_mqa_num_sms"),
         flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
-        pool_size=pick(
-            "pool_size", freely=st.sampled_from((*pools, *[pools[-1]] * len(pools)))
-        ),  # half the time the largest
+        pool_size=pick("pool_size", freely=st.sampled_from(pools)),
         page_layout=pick("page_layout"),
         drive=pick("drive"),
         inputs=Inputs(

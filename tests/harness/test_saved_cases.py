@@ -227,7 +227,7 @@ def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
     assert "[133, 1, 8192]" in failure.value.finding.sentence()
 
 
-def test_a_line_more_than_there_is_room_for_is_missed(device: torch.device) -> None:
+def test_a_line_more_than_there_is_room_for_is_told(device: torch.device) -> None:
     """Whatever is lost at the end of a row was among its best once."""
     kernel = "optimized.kernels.topk:topk_kernel"
     one_line_more = by_mutation(Mutation(kernel, "num_lines <= BLOCK // LINE", "num_lines <= BLOCK // LINE + 1"))
