@@ -186,7 +186,7 @@ def bugs(
     except KeyboardInterrupt:
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]
-    typer.echo(report.render(kill_report.matrix(kills)))
+    typer.echo(report.render(kill_report.kills_table(kills), kill_report.LOG_WIDTH))
     typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
     if interrupted:
         typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")

@@ -187,12 +187,12 @@ def _listed_failures(failures: Sequence[dict[str, str]]) -> list[str]:
     ]
 
 
-def render(renderable: RenderableType) -> str:
+def render(renderable: RenderableType, width: int = WIDTH) -> str:
     """Plain text of a rich object, as wide as a log allows."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))
 
 
 def tiers_table(outcomes: Sequence[TierOutcome]) -> Table:

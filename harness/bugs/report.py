@@ -17,6 +17,7 @@ from harness.bugs.zoo import ZOO
 from harness.scenario import Event, Scenario
 
 HTML_WIDTH = 260
+LOG_WIDTH = 10_000  # no case is so long that its line would be broken
 
 
 def listing(bugs: Sequence[Bug]) -> Table:
@@ -28,15 +29,27 @@ def listing(bugs: Sequence[Bug]) -> Table:
     return table
 
 
+def kills_table(kills: Sequence[Kill]) -> Table:
+    """The matrix for a log, where a bug is one line: the check that killed it by name, ``?`` if it is not meant to."""
+    table = Table("bug", "check", "cases", "seconds", "smallest case", box=None)
+    for kill in kills:
+        check = "" if kill.check is None else kill.check.value if kill.meant else f"{kill.check.value} ?"
+        table.add_row(kill.bug, check, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
+    return table
+
+
 def matrix(kills: Sequence[Kill]) -> Table:
     """Bug by check. ``x``: killed by a check that is meant to; ``?``: by another one."""
     met = [check for check in Check if any(kill.check is check for kill in kills)]
     table = Table("bug", *(check.value for check in met), "cases", "seconds", "smallest case")
     for kill in kills:
         marks = [("x" if kill.meant else "?") if kill.check is check else "" for check in met]
-        case = told_in_one_line(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
-        table.add_row(kill.bug, *marks, str(kill.cases), f"{kill.seconds:.0f}", case)
+        table.add_row(kill.bug, *marks, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
     return table
+
+
+def _smallest_case(kill: Kill) -> str:
+    return told_in_one_line(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
 
 
 def sum_line(kills: Sequence[Kill], left_out: int = 0) -> str:

@@ -20,10 +20,12 @@ import harness.__main__
 from harness.bugs import matrix
 from harness.bugs.bug import Check
 from harness.bugs.matrix import Kill, hunt, hunt_all
+from harness.bugs.report import LOG_WIDTH, kills_table, told_in_one_line
 from harness.bugs.zoo import ZOO
 from harness.children import Child, ChildDied
 from harness.explore import DeviceLost
 from harness.judge import OracleFailure
+from harness.report import render
 from harness.scenario import to_json
 from harness.survey import INTERRUPTED
 
@@ -115,3 +117,19 @@ def test_a_hunt_that_is_interrupted_tells_what_it_has(
     assert done.exit_code == code, done.output
     assert done.output.splitlines()[-1] == "interrupted: 1 of 3 bugs"
     assert [kill["bug"] for kill in json.loads(file.read_text())] == [BUG.name]
+
+
+def test_a_bug_is_a_line_whatever_its_case() -> None:
+    long = CROWDED.model_copy(update={"events": CROWDED.events * 40})
+    kills = [
+        Kill(BUG.name, Check.CAPTURE, True, 7, 3.6, case=to_json(long)),
+        Kill(THREE[0].name, Check.METADATA, False, 2, 1.2, case=to_json(CROWDED)),
+        Kill(THREE[2].name, None, False, 200, 9.0),
+    ]
+    head, *lines = render(kills_table(kills), LOG_WIDTH).splitlines()
+    assert head.split() == ["bug", "check", "cases", "seconds", "smallest", "case"]
+    assert [line.split()[0] for line in lines] == [BUG.name, THREE[0].name, THREE[2].name]
+    assert told_in_one_line(long) in lines[0]
+    assert lines[0].split()[1:4] == ["capture", "7", "4"]
+    assert lines[1].split()[1:5] == ["metadata", "?", "2", "1"]  # not by the check that is meant to
+    assert lines[2].split()[1:] == ["200", "9", "SURVIVED"]
