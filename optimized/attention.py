@@ -118,9 +118,11 @@ def _launch_combine(
     rows, heads, rank = out.shape
     if rows == 0:
         return
+    early = _is_hopper()
+    options = {"launch_pdl": True} if early else {}  # only NVIDIA's compiler knows it
     _combine(
         rows * heads, (heads, rank), out, lse, accs, stats, accs.shape[1], sm_scale, _scale_log2(sm_scale), heads, rank,
-        num_warps=4,
+        early, num_warps=4, **options,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+from triton.language.extra import cuda, libdevice
 
 from optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
 
@@ -280,8 +280,13 @@ def sparse_mla_combine_kernel(
     scale_log2: tl.tensor,
     HEADS: tl.constexpr,  # noqa: N803
     RANK: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ) -> None:
-    """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads."""
+    """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads.
+
+    EARLY: may be launched while the kernel before it still runs, CUDA's programmatic dependent launch; each program
+    waits for its end, and with it for the partials.
+    """
     head_row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     lanes = tl.arange(0, RANK)[None, :]
     row = head_row // HEADS
@@ -289,6 +294,8 @@ def sparse_mla_combine_kernel(
     total_max = tl.full([1], float("-inf"), tl.float32)
     total_sum = tl.zeros([1], tl.float32)
     total = tl.zeros([1, RANK], tl.float32)
+    if EARLY:
+        cuda.gdc_wait()
     for chunk in tl.range(num_chunks, loop_unroll_factor=CHUNKS_AT_ONCE):
         part = row * num_chunks + chunk
         chunk_max = tl.load(stats + (part * HEADS + head) * 2)

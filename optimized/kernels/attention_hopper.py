@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra import cuda
 
 from optimized.kernels.attention import (
     NUM_QUANT_TILES,
@@ -53,6 +54,7 @@ FETCH_WARPS = gl.constexpr(4)
 FETCH_THREADS = gl.constexpr(128)
 FETCH_REGISTERS = gl.constexpr(72)  # of a thread that fetches; those that multiply get the rest
 FETCH_REGISTERS_FP8 = gl.constexpr(96)
+FEW_PROGRAMS = gl.constexpr(32)  # with more, the combine kernel would crowd on what they leave idle
 
 # Both groups have all heads: one half of the keys each, and one half of the values.
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
@@ -477,6 +479,8 @@ def sparse_mla_hopper_kernel(
         mbarrier.init(arrived.index(buffer), count=1 if FP8 else FETCH_THREADS)  # copies arrive thread by thread
         mbarrier.init(free.index(buffer), count=1)
     barrier()
+    if gl.num_programs(0) <= FEW_PROGRAMS:
+        cuda.gdc_launch_dependents()  # the combine kernel may come, and wait on the idle multiprocessors
     gl.warp_specialize(
         [
             (
