@@ -188,7 +188,7 @@ def _listed_failures(failures: Sequence[dict[str, str]]) -> list[str]:
 
 
 def render(renderable: RenderableType, width: int = WIDTH) -> str:
-    """Plain text of a rich object, as wide as a log allows."""
+    """Plain text of a rich object, whose lines are broken at ``width``: by default what a log allows."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
