@@ -13,6 +13,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -32,7 +33,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from harness import interpreter
 from harness.bugs.bug import Check
-from harness.bugs.mutants import PACKAGE, Mutant, import_replaced, is_of_kernels, probed, tree_sources
+from harness.bugs.mutants import PACKAGE, TREE, Mutant, import_replaced, is_of_kernels, probed, tree_sources
 from harness.explore import SCALES, own_draws
 from harness.judge import OracleFailure, judge
 from harness.protocol import optimized_backend
@@ -182,12 +183,17 @@ def cases_for(
     """The cases that run the changed code. Where metadata alone does, a layer behind it adds little: those without.
 
     importers: for each file, the files that hold something of it; what runs at import can show wherever one of them is
-    used. Of compiled code the reach tells which file's kernels ran, and no lines.
+    used. A line that is in no compiled code, as what is computed while compiling, can show wherever one of them ran.
     """
     edit = mutant.edit
+    lines = {(mutant.file, line) for line in range(edit.statement, (edit.node.end_lineno or edit.statement) + 1)}
+    is_compiled = compiled and mutant.is_of_kernels
+    is_a_step = is_compiled and any(not lines.isdisjoint(case.reach) for case in cases)
 
     def is_reached_by(case: Case) -> bool:
-        if compiled and mutant.is_of_kernels:
+        if is_a_step:
+            return not lines.isdisjoint(case.reach)
+        if is_compiled:
             return any((file, ANY_LINE) in case.reach for file in importers[mutant.file])
         if edit.at_import:
             return any(file in importers[mutant.file] for file, _ in case.reach)
@@ -331,7 +337,7 @@ def _carry_out(order: _Order, device: torch.device, sender: Connection) -> None:
 
 
 def _note_kernels(reach: set[Line]) -> None:
-    """Have Triton add, to ``reach``, the file of each kernel that it launches from now on."""
+    """Have Triton add to ``reach`` what it runs from now on: files of kernels that it launches, lines of their code."""
     import triton  # late: importing Triton fixes how kernels run
 
     files = {
@@ -342,6 +348,18 @@ def _note_kernels(reach: set[Line]) -> None:
         if isinstance(node, ast.FunctionDef)
     }
     triton.knobs.runtime.launch_enter_hook.add(lambda launch: reach.add((files.get(launch.data["name"], ""), ANY_LINE)))
+    triton.knobs.compilation.listener = lambda metadata_group, **_: reach.update(
+        line for name, path in metadata_group.items() if name.endswith(".source") for line in compiled_lines(path)
+    )
+
+
+def compiled_lines(path: str | Path) -> set[Line]:
+    """Lines of ``optimized/`` that went into a kernel, from the locations in the code that Triton made of it first.
+
+    So a branch that was chosen while compiling counts, and the other does not.
+    """
+    named = re.compile(rf'loc\("{re.escape(str(TREE))}/([^"]+)":(\d+):')
+    return {(file, int(line)) for file, line in named.findall(Path(path).read_text(encoding="utf-8"))}
 
 
 def _end_after(seconds: float) -> None:

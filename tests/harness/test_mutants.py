@@ -13,7 +13,7 @@ import pytest
 from test_cli import UNUSABLE, assert_one_line_error, harness
 
 from harness.bugs.bug import Check
-from harness.bugs.mutants import Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
+from harness.bugs.mutants import TREE, Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
 from harness.bugs.operators import Edit, edits
 from harness.bugs.scores import as_json, matrix, sum_line, survivors
 from harness.bugs.scoring import (
@@ -24,6 +24,7 @@ from harness.bugs.scoring import (
     Score,
     ScoringError,
     cases_for,
+    compiled_lines,
     drawn_scenarios,
     importers_of,
     score,
@@ -249,7 +250,7 @@ def test_cases_that_reach_a_line_and_those_with_a_layer_only_if_they_must() -> N
 
 
 def test_compiled_kernels_are_judged_on_cases_that_launch_them() -> None:
-    """Which line of them ran is not known; a file that others use is reached where one of those is."""
+    """A file that others use is reached where one of those is, if its line is in no compiled code."""
     source = "def kernel(n):\n    return n + 1\n"
     (mutant, *_) = mutants_of("kernels/shared.py", source)
     launches = Case("launches", "", True, reach=frozenset({("kernels/user.py", ANY_LINE)}))
@@ -258,6 +259,27 @@ def test_compiled_kernels_are_judged_on_cases_that_launch_them() -> None:
     assert cases_for(mutant, [launches, prepares], importers, compiled=True) == [launches]
     (mutant, *_) = mutants_of("user.py", source)
     assert cases_for(mutant, [launches, prepares], {}, compiled=True) == []
+
+
+def test_compiled_kernels_are_judged_on_cases_whose_code_has_the_line() -> None:
+    (mutant, *_) = mutants_of("kernels/k.py", "def kernel(n):\n    return max(\n        n, 1)\n")
+    launched, importers = ("kernels/k.py", ANY_LINE), {"kernels/k.py": frozenset({"kernels/k.py"})}
+    inner = Case("inner", "", True, reach=frozenset({launched, ("kernels/k.py", 3)}))
+    other = Case("other", "", True, reach=frozenset({launched, ("kernels/k.py", 4), ("kernels/l.py", 3)}))
+    assert cases_for(mutant, [inner, other], importers, compiled=True) == [inner]
+    assert cases_for(mutant, [other], importers, compiled=True) == [other]
+
+
+def test_compiled_code_tells_its_lines(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.source"
+    source.write_text(
+        f"""#loc = loc("{TREE}/kernels/topk.py":12:0)
+        %0 = tt.load %1 : !tt.ptr<i32> loc("score"(#loc1))
+        #loc1 = loc("{TREE}/kernels/fp8.py":345:18)
+        #loc2 = loc("/elsewhere/triton/language/standard.py":7:4)
+        #loc3 = loc(unknown)"""
+    )
+    assert compiled_lines(source) == {("kernels/topk.py", 12), ("kernels/fp8.py", 345)}
 
 
 def test_what_killed_the_last_mutants_goes_first() -> None:
