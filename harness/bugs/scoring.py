@@ -188,10 +188,10 @@ def cases_for(
     edit = mutant.edit
     lines = {(mutant.file, line) for line in range(edit.statement, (edit.node.end_lineno or edit.statement) + 1)}
     is_compiled = compiled and mutant.is_of_kernels
-    is_a_step = is_compiled and any(not lines.isdisjoint(case.reach) for case in cases)
+    is_in_compiled_code = is_compiled and any(not lines.isdisjoint(case.reach) for case in cases)
 
     def is_reached_by(case: Case) -> bool:
-        if is_a_step:
+        if is_in_compiled_code:
             return not lines.isdisjoint(case.reach)
         if is_compiled:
             return any((file, ANY_LINE) in case.reach for file in importers[mutant.file])
@@ -242,7 +242,8 @@ class _Order:
 class _Reply:
     """``judged`` cases were begun; the last of them is where it ended, unless nothing failed.
 
-    reach: statements of ``optimized/`` that ran, where its source has probes. exitcode: the fork's; negative: a signal.
+    reach: statements of ``optimized/`` that ran, where its source has probes, and lines of kernels that were compiled.
+    exitcode: the fork's; negative: a signal.
     """
 
     judged: int
@@ -414,7 +415,7 @@ class Nurseries:
 
 
 def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False) -> list[Case]:
-    """The cases with what they take and reach on the clean tree; of ``compiled`` code, which cannot tell, none.
+    """The cases with what they take and reach on the clean tree. Probes would change ``compiled`` code, which has none.
 
     Raises ScoringError if a case fails there.
     """

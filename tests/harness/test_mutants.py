@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -280,6 +282,41 @@ def test_compiled_code_tells_its_lines(tmp_path: Path) -> None:
         #loc3 = loc(unknown)"""
     )
     assert compiled_lines(source) == {("kernels/topk.py", 12), ("kernels/fp8.py", 345)}
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from harness.bugs.scoring import _note_kernels
+from optimized.kernels.attention import sparse_mla_combine_kernel as kernel
+
+pointers = dict(zip(("out", "lse", "accs", "stats"), ("*bf16", "*fp32", "*fp32", "*fp32")))
+signature = {**pointers, "num_chunks": "i32", "scale": "fp32", "scale_log2": "fp32"}
+constants = {"HEADS": 16, "RANK": 64, "EARLY": %s}
+reach = set()
+_note_kernels(reach)
+compile(ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants), GPUTarget("cuda", 90, 32))
+print(sorted(line for file, line in reach if file == "kernels/attention.py"))
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_lines_of_the_branch_that_was_compiled(early: bool, tmp_path: Path) -> None:
+    """What Triton itself says, of a kernel that is compiled for a GPU that is not there."""
+    lines = tree_sources()["kernels/attention.py"].splitlines()
+    wait = next(number for number, line in enumerate(lines, start=1) if "gdc_wait()" in line)
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE % early],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TREE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reached = json.loads(told.stdout)
+    assert (wait in reached) == early
+    assert wait - 1 not in reached  # the branch itself is decided while compiling
+    assert len(reached) > 20
 
 
 def test_what_killed_the_last_mutants_goes_first() -> None:
