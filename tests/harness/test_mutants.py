@@ -308,7 +308,8 @@ def test_lines_of_the_branch_that_was_compiled(early: bool, tmp_path: Path) -> N
     wait = next(number for number, line in enumerate(lines, start=1) if "gdc_wait()" in line)
     told = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE % early],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TREE.parent)},
+        cwd=TREE.parent,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
