@@ -31,6 +31,9 @@ def prepare_process(device: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device == "cpu":
         speed_up()
+        from harness import gluon  # late: it imports Triton
+
+        gluon.teach()
     torch.set_num_threads(1)  # tensors are tiny; threads of several processes would only get in each other's way
 
 

@@ -7,9 +7,11 @@ import math
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from optimized import kernels
 from optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
+from optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
 from optimized.kernels.fp8 import INTERPRETED
 from optimized.launch import Launcher, is_wide
 from optimized.library import register
@@ -26,10 +28,7 @@ assert kernels  # imported first: it decides how Triton runs
 
 _attend = Launcher(sparse_mla_kernel)
 _combine = Launcher(sparse_mla_combine_kernel)
-if not INTERPRETED.value:  # the interpreter does not know Gluon
-    from optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
-
-    _attend_on_hopper = Launcher(sparse_mla_hopper_kernel)
+_attend_on_hopper = Launcher(sparse_mla_hopper_kernel)
 
 
 def sparse_mla(
@@ -100,7 +99,7 @@ def _launch_sparse_mla(
         out, lse, accs, stats, q, kv_cache, indices, *q_strides, kv_stride, indices_stride, num_keys, splits, sm_scale,
         _scale_log2(sm_scale), heads, rank, rope, fp8,
     )  # fmt: skip
-    if aligned and (rank, rope) == HOPPER_SIZES and _is_hopper():
+    if aligned and (rank, rope) == HOPPER_SIZES and _runs_gluon():
         programs = rows * splits * -(-heads // HEAD_BLOCK.value)
         _attend_on_hopper(programs, (heads, fp8, *wide), *arguments, CHUNK, SCAN, num_warps=NUM_WARPS)
         return
@@ -141,6 +140,12 @@ sparse_mla_combine_op = register(
 def _scale_log2(sm_scale: float) -> float:
     """sm_scale * log2(e), rounded to float32: exactly 1.0 for sm_scale = ln 2."""
     return torch.tensor(sm_scale * math.log2(math.e), dtype=torch.float32).item()
+
+
+@functools.cache
+def _runs_gluon() -> bool:
+    """Triton's interpreter does not know Gluon; who teaches it makes of the kernel something that it can run."""
+    return not isinstance(sparse_mla_hopper_kernel, JITFunction) if INTERPRETED.value else _is_hopper()
 
 
 @functools.cache

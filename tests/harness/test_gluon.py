@@ -1,0 +1,134 @@
+"""Kernels in Gluon without a GPU: what their partitions have to do with each other is seen, whatever runs first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from harness import ptx
+from harness.bugs.mutate import Mutation, mutated
+from harness.interpreter import without_warnings
+from optimized import attention
+from reference.attention import sparse_mla as reference_sparse_mla
+from reference.kv_cache import store_kv
+from reference.types import AttentionConfig, KVCacheDtype
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
+
+KERNELS = "optimized.kernels.attention_hopper"
+DEADLOCK = "deadlock: every partition waits"
+UNFENCED = "written behind the last fence"
+
+
+def attend(dtype: KVCacheDtype, heads: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two programs, one of them eager, of ten tiles in two chunks; and what the reference says."""
+    config = AttentionConfig(num_heads=heads, kv_cache_dtype=dtype)
+    generator = torch.Generator().manual_seed(4)
+    keys = torch.randn(700, config.qk_head_dim, generator=generator).bfloat16()
+    fp8 = dtype is KVCacheDtype.FP8
+    width, kind = (config.kv_token_bytes, torch.uint8) if fp8 else (config.qk_head_dim, torch.bfloat16)
+    cache = torch.zeros(700, 1, width, dtype=kind)
+    store_kv(config, cache, keys, torch.arange(700))
+    q = torch.randn(2, heads, config.qk_head_dim, generator=generator).bfloat16()
+    indices = torch.randint(0, 700, (2, 640), generator=generator, dtype=torch.int32)
+    indices[1, 600:] = -1
+    out, lse = torch.empty(2, heads, config.kv_lora_rank, dtype=torch.bfloat16), torch.empty(2, heads)
+    with without_warnings():
+        attention.sparse_mla_into(config, out, lse, q, cache, indices, 1)
+    return lse, reference_sparse_mla(config, q, cache, indices)[1]
+
+
+def is_near(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return torch.allclose(*pair, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", KVCacheDtype)
+def test_the_kernel_of_a_gpu_is_what_runs(dtype: KVCacheDtype) -> None:
+    assert is_near(attend(dtype))
+    scale = Mutation(f"{KERNELS}:attend", "natural_log(divisor)", "natural_log(divisor) + 1.0")
+    with mutated(scale):
+        lse, expected = attend(dtype)
+    assert is_near((lse - 1.0, expected))
+    assert is_near(attend(dtype))
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new", "dtype"),
+    [
+        ("fetch_keys", "mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)", "pass", KVCacheDtype.BF16),
+        ("fetch_quantised_keys", "mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)", "pass", KVCacheDtype.FP8),
+        ("fetch_quantised_keys", "async_copy.wait_group(0)", "pass", KVCacheDtype.FP8),
+        ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)", "pass", KVCacheDtype.BF16),
+        ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)", "pass", KVCacheDtype.FP8),
+        ("dequantise", "mul.rn.f32 x2, x2, $3;", "mul.rn.f32 x2, x3, $3;", KVCacheDtype.FP8),
+        ("dequantise", "cvt.rn.bf16x2.f32 $1, x3, x2;", "cvt.rn.bf16x2.f32 $1, x2, x3;", KVCacheDtype.FP8),
+    ],
+)
+def test_a_defect_shows(function: str, old: str, new: str, dtype: KVCacheDtype) -> None:
+    """In the numbers, or first in that a barrier no longer adds up."""
+    mutation = Mutation(f"{KERNELS}:{function}", old, new)
+    with mutated(mutation), pytest.raises((AssertionError, InterpreterError)):
+        assert is_near(attend(dtype))
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new", "dtype", "told"),
+    [
+        ("attend", "mbarrier.arrive(free.index(tile & 1), count=1)", "pass", KVCacheDtype.BF16, DEADLOCK),
+        ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)",
+         "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1 ^ 1)", KVCacheDtype.BF16, DEADLOCK),
+        ("fetch_quantised_keys", "mbarrier.arrive(arrived.index(tile & 1), count=1)", "pass", KVCacheDtype.FP8,
+         DEADLOCK),
+        ("fetch_keys", "range(begin, end, KEY_BLOCK)", "range(begin, end - 64, KEY_BLOCK)", KVCacheDtype.BF16,
+         DEADLOCK),
+        ("sparse_mla_hopper_kernel", "mbarrier.init(free.index(buffer), count=1)",
+         "mbarrier.init(free.index(buffer), count=2)", KVCacheDtype.BF16, DEADLOCK),
+        ("sparse_mla_hopper_kernel", "count=1 if FP8 else FETCH_THREADS", "count=1", KVCacheDtype.BF16, "more arrive"),
+        ("sparse_mla_hopper_kernel", "mbarrier.init(free.index(buffer), count=1)", "pass", KVCacheDtype.BF16,
+         "not initialised"),
+        ("attend", "fence_async_shared()  # what has been copied", "pass  # what has been copied", KVCacheDtype.BF16,
+         UNFENCED),
+        ("attend", "            fence_async_shared()\n            barrier()\n", "            barrier()\n",
+         KVCacheDtype.FP8, UNFENCED),
+        ("attend", "scores = warpgroup_mma_wait(0, deps=(scores,))", "pass", KVCacheDtype.BF16, "Product"),
+        ("attend", "acc = warpgroup_mma_wait(0, deps=(acc,))", "acc = warpgroup_mma_wait(1, deps=(acc,))",
+         KVCacheDtype.BF16, "Product"),
+        ("attend", "latents.index(tile & 1)", "latents.index(tile & 3)", KVCacheDtype.BF16, "no buffer 2 among 2"),
+        ("max_of_rows", "shared.slice(1, 1, 1)", "shared.slice(2, 1, 1)", KVCacheDtype.BF16, "2 to 3 are not all in"),
+        ("as_words", "[tile.shape[0], tile.shape[1] // 2]", "[tile.shape[0], tile.shape[1]]", KVCacheDtype.FP8,
+         "are not"),
+        ("attend", "q_latent.store(result)", "q_rope.store(result)", KVCacheDtype.BF16, "does not fit a tile"),
+        ("dequantise", "mov.b32 {bytes0, bytes1}, $2;", "prmt.b32 bytes0, $2, 0, 0;", KVCacheDtype.FP8, "prmt.b32"),
+    ],
+)  # fmt: skip
+def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheDtype, told: str) -> None:
+    """And leaves nothing behind: the clean kernel runs after it."""
+    with mutated(Mutation(f"{KERNELS}:{function}", old, new)), pytest.raises(InterpreterError, match=told):
+        attend(dtype)
+    assert is_near(attend(dtype))
+
+
+def test_ptx_converts_every_e4m3_pair_and_rounds_to_even() -> None:
+    words = np.arange(256, dtype=np.uint32) * 0x01010101
+    scales = np.full(256, 0.3, np.float32).view(np.uint32)
+    body = """{ .reg .b16 b<2>; .reg .b32 p; .reg .b16 h<2>; .reg .f32 x<2>;
+        mov.b32 {b0, b1}, $1; cvt.rn.f16x2.e4m3x2 p, b1; mov.b32 {h0, h1}, p;
+        cvt.f32.f16 x0, h0; cvt.f32.f16 x1, h1; mul.rn.f32 x1, x1, $2; cvt.rn.bf16x2.f32 $0, x1, x0; }"""
+    (got,) = ptx.run(body, [words, scales], outputs=1)
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    expected = torch.stack([values, values * 0.3], dim=1).bfloat16()
+    halves = torch.from_numpy(got.view(np.uint16).reshape(256, 2).view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(halves.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(halves.isnan(), values.isnan()[:, None].expand(256, 2))
+
+
+def test_ptx_that_is_not_known_is_told() -> None:
+    word = np.zeros(4, np.uint32)
+    with pytest.raises(ptx.PtxError, match=r"does not know lop3\.b32"):
+        ptx.run("{ lop3.b32 $0, $1, $1, $1, 0; }", [word], outputs=1)
+    with pytest.raises(ptx.PtxError, match=r"no guarded mov\.u32"):
+        ptx.run("{ @p mov.u32 $0, 1; }", [word], outputs=1)
+    (got,) = ptx.run("{ @p prefetch.global.L2 [$1]; mov.u32 $0, 5; }", [word], outputs=1)
+    assert got.tolist() == [5] * 4
