@@ -189,6 +189,8 @@ class _Abandoned(Exception):
 
 @dataclass(eq=False)
 class Partition:
+    """Warps that do one thing, and act as one."""
+
     warps: int
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits_for: tuple[Barrier, int] | None = None
