@@ -571,11 +571,17 @@ def stand_ins() -> Iterator[None]:
     """Modules that are imported inside find these in place of Gluon."""
     ours = _modules()
     packages = {triton.experimental: ("gluon", GLUON), triton.language.extra: ("cuda", CUDA)}
+    before = {name: sys.modules.pop(name, None) for name in ours}
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(sys.modules, ours))
         for package, (attribute, name) in packages.items():
             stack.enter_context(patch.object(package, attribute, ours[name], create=True))
-        yield
+        sys.modules.update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                del sys.modules[name]
+            sys.modules.update({name: module for name, module in before.items() if module is not None})
 
 
 def as_taught(name: str) -> AbstractContextManager[None]:

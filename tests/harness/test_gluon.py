@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +113,19 @@ def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheD
     with mutated(Mutation(f"{KERNELS}:{function}", old, new)), pytest.raises(InterpreterError, match=told):
         attend(dtype)
     assert is_near(attend(dtype))
+
+
+def test_nobody_has_to_teach_the_interpreter() -> None:
+    """What is imported without the harness takes the kernel for other GPUs."""
+    told = subprocess.run(
+        [sys.executable, "-c", "from optimized import attention; print(attention._runs_gluon())"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "False\n"
 
 
 def test_ptx_converts_every_e4m3_pair_and_rounds_to_even() -> None:
