@@ -6,7 +6,7 @@ the threads of one partition, which act as one, does nothing. What partitions ha
 - They take turns, and a partition waits for an mbarrier until it has passed. Every second program runs *eagerly*:
   copies land at once, and whoever waits goes on as soon as it may. In the others a copy lands when somebody needs it,
   and a partition goes on until it must wait. What is right under any schedule is right under both; a barrier that is
-  not waited for, or that lets somebody through too early, shows under one of them, every time.
+  not waited for, or that lets somebody through too early, shows under one of them: in a launch of two programs, always.
 - Shared memory begins as NaN, and has a size: what lies outside a tile is an error and no neighbour.
 - Matrix units read what a fence has made visible to them, when somebody waits for the product, and not before.
 - If all wait for each other, that is an error, and so is an mbarrier at which too many arrive.

@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 
 
 class PtxError(NotImplementedError):
-    """An instruction that is not known here. One line."""
+    """An instruction that is not known here, or of a register that was never written. One line."""
 
 
 def run(asm: str, inputs: Sequence[Array], outputs: int) -> list[Array]:
     """What ``asm`` leaves in its first ``outputs`` operands, of 32 bits. The others are ``inputs``, alike in shape.
 
-    Raises PtxError for an instruction that is not known here.
+    Raises PtxError.
     """
     registers: dict[str, Array] = {f"${outputs + number}": array for number, array in enumerate(inputs)}
     for statement in asm.strip().strip("{}").split(";"):
@@ -57,6 +57,8 @@ def _names(group: str) -> list[str]:
 def _read(operand: str, registers: dict[str, Array]) -> Array:
     if operand in registers:
         return registers[operand]
+    if not re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", operand):
+        raise PtxError(f"the interpreter of PTX finds nothing in {operand}")
     shape = next(iter(registers.values())).shape
     return np.full(shape, int(operand, 0), np.int64).astype(np.uint32)
 

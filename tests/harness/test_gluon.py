@@ -148,5 +148,7 @@ def test_ptx_that_is_not_known_is_told() -> None:
         ptx.run("{ lop3.b32 $0, $1, $1, $1, 0; }", [word], outputs=1)
     with pytest.raises(ptx.PtxError, match=r"no guarded mov\.u32"):
         ptx.run("{ @p mov.u32 $0, 1; }", [word], outputs=1)
+    with pytest.raises(ptx.PtxError, match="finds nothing in x3"):
+        ptx.run("{ mov.u32 $0, x3; }", [word], outputs=1)
     (got,) = ptx.run("{ @p prefetch.global.L2 [$1]; mov.u32 $0, 5; }", [word], outputs=1)
     assert got.tolist() == [5] * 4
