@@ -91,15 +91,15 @@ class Scale:
             "wide_req_to_token": both,
             "far_req_to_token": tuple(sorted(set(self.far_req_to_token))),
         }
-        for layer in self.layers:
-            for name, choices in layer.items():
-                sizes[name] = tuple(dict.fromkeys((*sizes.get(name, ()), *choices)))
         if self.layers:
             sizes |= {
                 "kv_cache_dtype": tuple(KVCacheDtype),
                 "regime": tuple(Regime),
                 "far_slots": tuple(sorted(set(self.far_slots))),
             }
+        for layer in self.layers:
+            for name, choices in layer.items():
+                sizes[name] = tuple(dict.fromkeys((*sizes.get(name, ()), *choices)))
         return sizes
 
 
@@ -133,12 +133,23 @@ SMALL_LAYER = Scale(
     crowds=(2,),
     parts=(0,),
     layers=(
-        {
-            "num_heads": (1, 2, 3, 16),
-            "kv_lora_rank": (64, 64, 128),  # what takes longest is drawn least
-            "qk_rope_head_dim": (16, 32),
-            "index_n_heads": (1, 2, 3, 1, 2, 3, 17),
-            "index_head_dim": (32, 32, 96),
+        *4
+        * (
+            {
+                "num_heads": (1, 2, 3, 16),
+                "kv_lora_rank": (64, 64, 128),  # what takes longest is drawn least
+                "qk_rope_head_dim": (16, 32),
+                "index_n_heads": (1, 2, 3, 1, 2, 3, 17),
+                "index_head_dim": (32, 32, 96),
+            },
+        ),
+        {  # keys of production, for which there may be a kernel of their own
+            "num_heads": (1, 3, 20),
+            "kv_lora_rank": (512,),
+            "qk_rope_head_dim": (64,),
+            "index_n_heads": (1, 2),
+            "index_head_dim": (32,),
+            "regime": (*Regime, Regime.DOMINATING, Regime.EQUAL, Regime.LATTICE),  # random ones are run several times
         },
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),

@@ -193,7 +193,7 @@ def test_readme_names_methods_sizes_and_strictness_of_layers() -> None:
     named = backends.partition("`sizes` maps fields to lists of allowed values: ")[2].partition(". ")[0]
     assert set(re.findall(r"`(\w+)`", named)) == set(BACKEND_FIELDS)
     with pytest.raises(ValueError, match="none of the sizes"):
-        restricted(SMALL_LAYER, Limits({"kv_lora_rank": (512,)}))  # "with production's sizes on a CPU"
+        restricted(SMALL_LAYER, Limits({"num_heads": (64,)}))  # "with production's sizes on a CPU"
     declared = " ".join(said.split()).partition("`weaker`, ")[2].partition("Relations are never weaker")[0]
     for strictness in (Strictness.SAME_SET, Strictness.ONE_STEP, Strictness.BOUND):
         stages = declared.partition(f"`{strictness.name}` for ")[2].partition("(")[0]
