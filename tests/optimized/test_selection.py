@@ -224,6 +224,20 @@ def test_what_the_filter_keeps(name: str) -> None:
             assert torch.equal(positions, (scores >= scores[positions].min()).nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("count", [250, 256, 257])
+@pytest.mark.usefixtures("_small_blocks")
+def test_the_filter_fills_its_scratch_and_no_more(count: int) -> None:
+    """The first ``count`` tokens of a row are its best; scratch has room for 256, and for whole lines."""
+    logits = torch.where(sweep(300) < count, 1.0, torch.zeros(1, 300, device=DEVICE))
+    likely, counts = scratch(2, 1)
+    topk.topk_filter_op(likely[:1], counts[:1], logits, torch.tensor([300], device=DEVICE), 33)
+    assert counts[0].tolist() == [count]
+    assert likely[1].eq(POISON).all()
+    if count <= 256:
+        assert torch.equal(likely[0, 0, :count], entries(logits[0, :count], sweep(count)))
+        assert (likely[0, 0, count:] >> 32).int().view(torch.float32).isnan().all()
+
+
 def test_the_filter_keeps_little_and_enough() -> None:
     """Of distinct scores in random order; the kernel works without, but then one program looks at the whole row."""
     k = 2048
