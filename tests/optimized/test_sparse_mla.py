@@ -186,6 +186,19 @@ def test_strided_inputs(kind: tuple[AttentionConfig, KVCacheDtype]) -> None:
     assert_same(attention.sparse_mla(config, *strided), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=named)
+def test_slots_that_start_anywhere(kind: tuple[AttentionConfig, KVCacheDtype]) -> None:
+    """On 2 bytes, or 4 if quantised: nothing moves as a vector of 16, and sizes of production take the other kernel."""
+    config = config_of(kind)
+    q, cache, indices = random_case(config, 3, 40)
+    padding = 1 if config.kv_cache_dtype is KVCacheDtype.BF16 else 4
+    wide_cache = torch.cat([cache, cache[:, :, :padding]], dim=2)
+    anywhere = wide_cache[:, :, : cache.shape[2]]
+    assert anywhere.stride(0) * anywhere.element_size() % 16
+    got = both_ways(config, q, anywhere, indices)
+    assert_near(config, got, q, anywhere, indices)
+
+
 def test_slots_far_apart() -> None:
     """Byte offsets beyond 32 bits: a view of memory that is mostly never touched."""
     config = config_of((SMALL, KVCacheDtype.FP8))
