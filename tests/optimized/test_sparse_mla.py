@@ -186,17 +186,23 @@ def test_strided_inputs(kind: tuple[AttentionConfig, KVCacheDtype]) -> None:
     assert_same(attention.sparse_mla(config, *strided), expected)
 
 
+def apart(tensor: torch.Tensor, start: int, *steps: int) -> torch.Tensor:
+    """What ``tensor`` holds, so many bytes behind one of 16, its rows and heads (or slots) so many more apart."""
+    size, (rows, columns, width) = tensor.element_size(), tensor.shape
+    column = width + (16 + steps[-1]) // size
+    row = columns * column + -columns * column % 16 + steps[0] // size
+    memory = tensor.new_zeros(rows * row + 16)
+    return memory[start // size :].as_strided(tensor.shape, (row, column, 1)).copy_(tensor)
+
+
+@pytest.mark.parametrize("places", [(4, 0, 0), (0, 4, 0), (0, 0, 4)], ids=["start", "rows", "heads"])
 @pytest.mark.parametrize("kind", KINDS, ids=named)
-def test_slots_that_start_anywhere(kind: tuple[AttentionConfig, KVCacheDtype]) -> None:
-    """On 2 bytes, or 4 if quantised: nothing moves as a vector of 16, and sizes of production take the other kernel."""
+def test_rows_that_start_anywhere(kind: tuple[AttentionConfig, KVCacheDtype], places: tuple[int, int, int]) -> None:
+    """On 4 bytes: nothing moves as a vector of 16, and keys of production's sizes take the other kernel."""
     config = config_of(kind)
     q, cache, indices = random_case(config, 3, 40)
-    padding = 1 if config.kv_cache_dtype is KVCacheDtype.BF16 else 4
-    wide_cache = torch.cat([cache, cache[:, :, :padding]], dim=2)
-    anywhere = wide_cache[:, :, : cache.shape[2]]
-    assert anywhere.stride(0) * anywhere.element_size() % 16
-    got = both_ways(config, q, anywhere, indices)
-    assert_near(config, got, q, anywhere, indices)
+    for queries, slots in ((apart(q, *places), cache), (q, apart(cache, *places))):
+        assert_near(config, both_ways(config, queries, slots, indices), q, cache, indices)
 
 
 def test_slots_far_apart() -> None:
