@@ -37,6 +37,11 @@ def sgl_kernel() -> Any:
     return torch.ops.sgl_kernel
 
 
+def _lse(lse: torch.Tensor) -> torch.Tensor:
+    """FlashMLA marks a row without a key by inf, the contract by -inf."""
+    return torch.where(lse == math.inf, -math.inf, lse)
+
+
 class FlashMLAPrefill:
     """FlashMLA's sparse prefill kernel over a bf16 cache: one pass over the keys, no splits."""
 
@@ -61,7 +66,7 @@ class FlashMLAPrefill:
         out, _, lse = sgl_kernel().sparse_prefill_fwd.default(
             q.contiguous(), kv_cache, indices[:, None].contiguous(), config.sm_scale, config.kv_lora_rank, None, None
         )
-        return out, lse * math.log(2)  # theirs is to the base 2
+        return out, _lse(lse * math.log(2))  # theirs is to the base 2
 
 
 class FlashMLADecode:
@@ -92,7 +97,7 @@ class FlashMLADecode:
             config.kv_lora_rank,
             config.sm_scale,
         )
-        return out[:, 0], lse[:, :, 0]
+        return out[:, 0], _lse(lse[:, :, 0])
 
 
 class FastTopK:

@@ -1,0 +1,273 @@
+"""One program as a GPU runs it, in several partitions: what these have to do with each other. See ``harness.gluon``.
+
+- They take turns, and a partition waits for an mbarrier until it has passed. Every second program runs *eagerly*:
+  copies land at once, and whoever waits goes on as soon as it may. In the others a copy lands when somebody needs it,
+  and a partition goes on until it must wait. What is right under any schedule is right under both; a barrier that is
+  not waited for, or that lets somebody through too early, shows under one of them: in a launch of two programs, always.
+- Shared memory begins as NaN, and has a size: what lies outside a tile is an error and no neighbour.
+- Matrix units read what a fence has made visible to them, when somebody waits for the product, and not before.
+- If all wait for each other, that is an error, and so is an mbarrier at which too many arrive.
+
+Import this module late: importing Triton fixes how kernels run.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+class GluonError(RuntimeError):
+    """What a GPU would answer with a fault, a hang, or numbers that depend on luck. One line."""
+
+
+# Shared memory.
+
+
+@dataclass(eq=False)
+class Barrier:
+    """An mbarrier: a phase ends when as many have arrived as it counts; the next begins with nobody."""
+
+    count: int
+    missing: int
+    phase: int = 0
+    late: list[tuple[list[Copy], int]] = field(default_factory=list)  # copies, and who arrives when they have landed
+
+    def arrive(self, count: int) -> None:
+        self.missing -= count
+        if self.missing < 0:
+            raise GluonError(f"more arrive at an mbarrier than the {self.count} that it counts")
+        if self.missing == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+
+    def land(self) -> None:
+        """Whatever is on its way."""
+        late, self.late = self.late, []
+        for copies, count in late:
+            for copy in copies:
+                copy.land()
+            self.arrive(count)
+
+    def has_passed(self, parity: int) -> bool:
+        self.land()
+        return self.phase & 1 != parity & 1
+
+
+@dataclass(eq=False)
+class Allocation:
+    """unfenced: which of its buffers were written since the last fence."""
+
+    barriers: dict[int, Barrier] = field(default_factory=dict)
+    unfenced: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, eq=False)
+class Descriptor:
+    """A tile in shared memory. buffer: which of its allocation, by the first dimension of one of three."""
+
+    allocation: Allocation
+    data: npt.NDArray[Any]
+    dtype: Any
+    buffer: int = 0
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def index(self, number: Any) -> Descriptor:
+        number = operator.index(number)
+        if not 0 <= number < len(self.data):
+            raise GluonError(f"there is no buffer {number} among {len(self.data)}")
+        return Descriptor(self.allocation, self.data[number], self.dtype, number)
+
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> Descriptor:
+        start, length, dim = map(operator.index, (start, length, dim))
+        if start < 0 or length < 1 or start + length > self.data.shape[dim]:
+            raise GluonError(f"{start} to {start + length} are not all in a dimension of {self.data.shape[dim]}")
+        place = (slice(None),) * dim + (slice(start, start + length),)
+        return Descriptor(self.allocation, self.data[place], self.dtype, self.buffer)
+
+    def permute(self, order: Sequence[Any]) -> Descriptor:
+        return Descriptor(
+            self.allocation, self.data.transpose([operator.index(o) for o in order]), self.dtype, self.buffer
+        )
+
+    def reinterpret(self, dtype: Any, shape: Sequence[Any], layout: Any) -> Descriptor:
+        words = self.data.view(numpy_type(dtype))
+        if words.shape != tuple(map(operator.index, shape)):
+            raise GluonError(f"{self.shape} of {self.dtype} are not {list(shape)} of {dtype}")
+        return Descriptor(self.allocation, words, dtype, self.buffer)
+
+    def store(self, value: Any) -> None:
+        if list(value.handle.data.shape) != self.shape or value.dtype != self.dtype:
+            raise GluonError(f"{value.type} does not fit a tile of {self.shape} of {self.dtype}")
+        self.write(value.handle.data)
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        self.data[...] = values
+        self.allocation.unfenced.add(self.buffer)
+
+    def load(self, layout: Any) -> Any:
+        return tensor(self.data.copy(), self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """From memory, through ``pointers``, to shared memory; zeros where ``mask`` is not."""
+
+    target: Descriptor
+    pointers: Any
+    mask: Any
+
+    def land(self) -> None:
+        self.target.write(tl.load(self.pointers, mask=self.mask, other=0).handle.data)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """``a`` @ ``b`` + ``acc``, which nobody has waited for."""
+
+    a: Any
+    b: Descriptor
+    acc: Any
+
+    def value(self) -> Any:
+        acc = self.acc.value() if isinstance(self.acc, Product) else self.acc
+        product = torch.matmul(_floats(self.a), _floats(self.b)).numpy()
+        if acc is not None:
+            product = acc.handle.data + product
+        return tensor(product, tl.float32)
+
+
+def _floats(operand: Any) -> torch.Tensor:
+    """float32 of bf16, in shared memory or in registers. For torch, which multiplies in one thread; numpy may not."""
+    bits = operand.data if isinstance(operand, Descriptor) else operand.handle.data
+    if bits.dtype != np.uint16:
+        raise GluonError(f"the matrix units are not asked for products of {operand.dtype} here")
+    return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32))
+
+
+# Partitions.
+
+
+class _Abandoned(Exception):
+    """Ends a partition whose program has failed."""
+
+
+@dataclass(eq=False)
+class Partition:
+    """Warps that do one thing, and act as one."""
+
+    warps: int
+    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    waits_for: tuple[Barrier, int] | None = None
+    copies: list[Copy] = field(default_factory=list)  # of no barrier yet
+    products: list[Product] = field(default_factory=list)
+    is_done: bool = False
+
+    def can_go(self) -> bool:
+        return not self.is_done and (self.waits_for is None or self.waits_for[0].has_passed(self.waits_for[1]))
+
+
+class Program:
+    """One program of a launch. eager: see the module's docstring."""
+
+    def __init__(self, warps: int, eager: bool) -> None:
+        self.eager = eager
+        self.allocations: list[Allocation] = []
+        self.partitions = [Partition(warps)]
+        self.current = self.partitions[0]
+        self.error: BaseException | None = None
+
+    def specialize(self, work: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], warps: Sequence[int]) -> Any:
+        """Run a function to a partition, the first in this thread, until all have ended."""
+        default = self.current
+        (function, args), *others = work
+        threads = []
+        for (other, other_args), count in zip(others, warps, strict=True):
+            partition = Partition(count)
+            self.partitions.append(partition)
+            body = contextvars.copy_context().run  # numpy's handling of errors is of the context
+            threads.append(threading.Thread(target=body, args=(self._work, partition, other, other_args), daemon=True))
+            threads[-1].start()
+        try:
+            if self.eager:
+                self._pass_on(default)
+            result = function(*args)
+            default.is_done = True
+            while not all(partition.is_done for partition in self.partitions):
+                self._pass_on(default)
+            return result
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+        finally:
+            for partition in self.partitions[1:]:
+                while not partition.is_done:  # each, woken, finds the error
+                    partition.turn.release()
+                    default.turn.acquire()
+            for thread in threads:
+                thread.join()
+            del self.partitions[1:]
+            default.is_done = False
+
+    def _work(self, partition: Partition, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        partition.turn.acquire()
+        try:
+            if self.error is None:
+                function(*args)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self.error = self.error or error
+        partition.is_done = True
+        self._wake(self.partitions[0])  # it passes the turn on
+
+    def wait(self, barrier: Barrier, parity: int) -> None:
+        partition = self.current
+        if not barrier.has_passed(parity):
+            partition.waits_for = barrier, parity
+            self._pass_on(partition)
+            partition.waits_for = None
+
+    def offer(self) -> None:
+        """The turn, to whoever waits for it."""
+        if self.eager and len(self.partitions) > 1:
+            self._pass_on(self.current)
+
+    def _pass_on(self, partition: Partition) -> None:
+        """To another that can go, and come back when it is this one's turn: at once, if none can and this one may."""
+        others = [other for other in self.partitions if other is not partition and other.can_go()]
+        if others:
+            self._wake(others[0])
+            partition.turn.acquire()
+            self.current = partition
+            if self.error is not None:
+                raise _Abandoned if partition is not self.partitions[0] else self.error
+            while partition.waits_for is not None and not partition.can_go():
+                self._pass_on(partition)
+        elif partition.is_done or not partition.can_go():
+            raise GluonError("deadlock: every partition waits at an mbarrier for another one")
+
+    def _wake(self, partition: Partition) -> None:
+        self.current = partition
+        partition.turn.release()
+
+
+def tensor(data: npt.NDArray[Any], dtype: Any) -> Any:
+    shape = tl.block_type(dtype, list(data.shape)) if data.ndim else dtype
+    return tl.tensor(interpreter.TensorHandle(data, dtype), shape)
+
+
+def numpy_type(dtype: Any) -> Any:
+    return interpreter._get_np_dtype(dtype)
