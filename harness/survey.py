@@ -34,9 +34,13 @@ INTERRUPTED = 130  # exit code, as a shell has it of what Ctrl-C ends
 
 @contextmanager
 def ended_by_a_signal() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: raise KeyboardInterrupt."""
+    """Let the first SIGTERM do what Ctrl-C does: raise KeyboardInterrupt. Others do nothing until the context ends.
+
+    ``timeout`` sends two, and the second would hit whatever cleans up after the first.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

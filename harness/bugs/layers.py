@@ -528,7 +528,7 @@ _FORWARDS = (
         "A forward pass writes its keys when its attention is done, so rows miss their own.",
         REVIEW,
         "any forward pass whose rows see their own key",
-        Check.LOGITS,
+        frozenset({Check.LOGITS, Check.ATTENTION}),  # what the slot held before may have the same index key
         Mutation(FORWARD, "    self.store_cache(caches, inputs)\n", ""),
         Mutation(FORWARD, "    return Att", "    self.store_cache(caches, inputs)\n    return Att"),
     ),

@@ -103,10 +103,17 @@ def at_once_or_never(name: str, *_: Any) -> Kill:
 def test_a_hunt_that_is_interrupted_tells_what_it_has(
     meant: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tidied = []
+
     def one_kill(*_: Any) -> Iterator[Kill]:
         yield dataclasses.replace(at_once_or_never(BUG.name), meant=meant)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # ``timeout`` sends two
+            time.sleep(0.1)
+            tidied.append(True)
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(harness.__main__, "hunt_all", one_kill)
@@ -117,6 +124,7 @@ def test_a_hunt_that_is_interrupted_tells_what_it_has(
     assert done.exit_code == code, done.output
     assert done.output.splitlines()[-1] == "interrupted: 1 of 3 bugs"
     assert [kill["bug"] for kill in json.loads(file.read_text())] == [BUG.name]
+    assert tidied
 
 
 def test_a_bug_is_a_line_whatever_its_case() -> None:
