@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+POINTER_BITS = 64
+
 
 class BrokenPromise(RuntimeError):
     """What a kernel promises the compiler is not so. One line."""
@@ -25,9 +27,10 @@ def keep() -> None:
     def set_attr(handle: Any, key: str, values: list[int]) -> None:
         handle.attr[key] = values
         if handle.dtype.is_ptr():
-            size = max(1, handle.dtype.element_ty.primitive_bitwidth // 8)
+            element = handle.dtype.element_ty
+            bits = POINTER_BITS if element.is_ptr() else element.primitive_bitwidth
             if check := CHECKS.get(key):
-                check(np.atleast_1d(handle.data), values, size)
+                check(np.atleast_1d(handle.data), values, max(1, bits // 8))
 
     interpreter.TensorHandle.set_attr = set_attr
 

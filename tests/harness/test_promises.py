@@ -54,11 +54,17 @@ def of_offsets(memory: tl.tensor, count: tl.tensor, VALUE: tl.constexpr) -> None
     tl.store(memory + offsets, tl.load(memory + offsets, mask=lanes < count, other=0) + 1, mask=lanes < count)
 
 
+@triton.jit
+def of_pointers(memory: tl.tensor, VALUE: tl.constexpr) -> None:  # noqa: N803
+    table = tl.multiple_of(memory.to(tl.pointer_type(tl.pointer_type(tl.float32))), VALUE)
+    tl.store(table.to(tl.pointer_type(tl.float32)), 1.0)
+
+
 def run(kernel: Any, *args: Any) -> None:
     memory = torch.zeros(64, dtype=torch.float32)
     assert memory.data_ptr() % 64 == 0
     kernel[(1,)](memory, *args)
-    assert memory.sum() > 0
+    assert memory.any()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,7 @@ def run(kernel: Any, *args: Any) -> None:
         (of_cells, (12, 0, 8)),
         (of_cells, (12, 4, 4)),
         (of_offsets, (5, 8)),
+        (of_pointers, (16,)),
     ],
 )
 def test_promises_that_are_kept(kernel: Any, args: tuple[int, ...]) -> None:
