@@ -213,10 +213,10 @@ def _wait_group(num_outstanding: Any = 0) -> None:
 
 
 def _jit(function: Any = None, **options: Any) -> Any:
-    return _decorated(function) if function is not None else _decorated
+    return _decorated(function) if function is not None else functools.partial(_decorated, **options)
 
 
-def _decorated(function: Callable[..., Any]) -> Any:
+def _decorated(function: Callable[..., Any], **options: Any) -> Any:
     """A function of the interpreter's, whose launches are programs as above."""
 
     class Kernel(interpreter.InterpretedFunction):  # type: ignore[misc]
@@ -228,7 +228,7 @@ def _decorated(function: Callable[..., Any]) -> Any:
             ]
             executor(*args, **options)
 
-    return Kernel(function)
+    return Kernel(function, **options)
 
 
 def _as_program(body: Callable[..., Any], warps: int) -> Callable[..., None]:

@@ -46,10 +46,26 @@ class Launcher:
 
 
 def signature(kernel: Any, args: tuple[Any, ...]) -> Signature:
-    """What compiled code depends on: dtypes, the width of each integer, and the value of each ``constexpr``."""
-    return tuple(
-        arg if constant else _kind(arg) for arg, constant in zip(args, _constants(kernel.fn).values(), strict=True)
-    )
+    """What compiled code depends on: dtypes, the width of each integer, and the value of each ``constexpr``.
+
+    And what Triton looks at of a value unless the kernel tells it not to.
+    """
+    signs = []
+    for (name, constant), arg in zip(_constants(kernel.fn).items(), args, strict=True):
+        signs.append(arg if constant else _kind(arg) + _speciality(kernel, name, arg))
+    return tuple(signs)
+
+
+def _speciality(kernel: Any, name: str, arg: Any) -> str:
+    """What Triton compiles code for beside the type: of a kernel in the interpreter; compiled code tells by itself."""
+    options = getattr(kernel, "kwargs", None)
+    if options is None or isinstance(arg, bool) or name in (options.get("do_not_specialize") or ()):
+        return ""
+    if isinstance(arg, int) and arg == 1:
+        return ", and 1"
+    number = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg if isinstance(arg, int) else 1
+    on_alignment = name not in (options.get("do_not_specialize_on_alignment") or ())
+    return ", a multiple of 16" if on_alignment and number % 16 == 0 else ""
 
 
 def _check(kernel: Any, first: Signature, now: Signature) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
 from harness.far import SIGNED, far_apart
-from optimized import metadata
+from optimized import metadata, topk
 from optimized.kernels.kv_cache import store_cache_kernel
 from optimized.kernels.lengths import expand_seqlens_kernel
+from optimized.kernels.topk import topk_kernel
 from optimized.launch import Launcher, _check, signature
 from reference.types import ForwardMode
 
@@ -60,6 +63,45 @@ def test_signature_is_types_and_constants() -> None:
         changed[number] = other
         with pytest.raises(TypeError, match=told):
             _check(expand_seqlens_kernel, first, signature(expand_seqlens_kernel, tuple(changed)))
+
+
+@triton.jit
+def specialised(cells: tl.tensor, count: tl.tensor, flag: tl.tensor, scale: tl.tensor) -> None: ...
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["cells"])
+def told_not_to(cells: tl.tensor, count: tl.tensor, flag: tl.tensor, scale: tl.tensor) -> None: ...
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled code tells by itself")
+def test_what_a_kernel_does_not_forbid_triton_to_look_at_is_part_of_a_signature() -> None:
+    cells = torch.zeros(8)
+    assert cells.data_ptr() % 16 == 0
+    plain, aligned = "a pointer to torch.float32", "a pointer to torch.float32, a multiple of 16"
+    assert signature(specialised, (cells, 32, True, 16.0)) == (aligned, "of 32 bits, a multiple of 16", "bool", "float")
+    assert signature(specialised, (cells[1:], 1, True, 1.0)) == (plain, "of 32 bits, and 1", "bool", "float")
+    assert signature(specialised, (cells[4:], 7, None, 0.5)) == (aligned, "of 32 bits", "NoneType", "float")
+    for first, count in ((0, 32), (1, 1)):
+        assert signature(told_not_to, (cells[first:], count, 1, 0.5)) == (
+            plain,
+            "of 32 bits",
+            "of 32 bits, and 1",
+            "float",
+        )
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled code tells by itself")
+@pytest.mark.parametrize(("name", "width", "k"), [("k", 32, 2), ("logits_stride", 30, 1)])
+def test_argument_that_triton_may_look_at(name: str, width: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second launch would run what was compiled for one key a row, or for rows that start on 16 numbers."""
+    kept = [other for other in topk_kernel.kwargs["do_not_specialize"] if other != name]
+    monkeypatch.setitem(topk_kernel.kwargs, "do_not_specialize", kept)
+    monkeypatch.setitem(topk_kernel.kwargs, "do_not_specialize_on_alignment", kept)
+    monkeypatch.setattr(topk, "_topk", Launcher(topk_kernel))
+    lengths = torch.tensor([20, 3, 7])
+    topk.topk_indices(torch.randn(3, 32), lengths, 1)
+    with pytest.raises(TypeError, match=f"^topk_kernel: {name} is of 32 bits, and was of 32 bits, "):
+        topk.topk_indices(torch.randn(3, width), lengths, k)
 
 
 def test_floats_and_flags_are_kinds_of_their_own() -> None:
