@@ -61,9 +61,14 @@ def _speciality(kernel: Any, name: str, arg: Any) -> str:
     options = getattr(kernel, "kwargs", None)
     if options is None or isinstance(arg, bool) or name in (options.get("do_not_specialize") or ()):
         return ""
-    if isinstance(arg, int) and arg == 1:
-        return ", and 1"
-    number = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg if isinstance(arg, int) else 1
+    if isinstance(arg, torch.Tensor):
+        number = arg.data_ptr()
+    elif isinstance(arg, int):
+        number = arg
+        if number == 1:
+            return ", and 1"
+    else:
+        return ""
     on_alignment = name not in (options.get("do_not_specialize_on_alignment") or ())
     return ", a multiple of 16" if on_alignment and number % 16 == 0 else ""
 
