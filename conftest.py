@@ -1,3 +1,3 @@
 """Makes the oracle's pytest plugin known to every run from this repository."""
 
-pytest_plugins = ["harness.plugin"]
+pytest_plugins = ["nsa_oracle.harness.plugin"]

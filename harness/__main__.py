@@ -14,22 +14,23 @@ from typing import Annotated
 import torch
 import typer
 
-from harness import interpreter, report
-from harness.bugs import report as kill_report
-from harness.bugs import scores as mutant_scores
-from harness.bugs.matrix import Kill, hunt_all
-from harness.bugs.mutants import all_mutants, sampled
-from harness.bugs.scoring import Score, ScoringError, gathered_cases, score
-from harness.bugs.zoo import ZOO
-from harness.explore import Subject
-from harness.judge import OracleFailure
-from harness.progress import progress_of
-from harness.protocol import BackendError
-from harness.sanitize import CASES, Tool, obstacle
-from harness.sanitize import sanitize as run_sanitizer
-from harness.scenario import ScenarioError, load
-from harness.survey import INTERRUPTED, Survey, ended_by_a_signal
-from harness.tiers import run_tiers
+from nsa_oracle.harness.bugs import kill_matrix as kill_report
+from nsa_oracle.harness.bugs.hunt import Kill, hunt_all
+from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.commands.sanitizer import CASES, Tool, obstacle
+from nsa_oracle.harness.commands.sanitizer import sanitize as run_sanitizer
+from nsa_oracle.harness.commands.terminal import progress_of
+from nsa_oracle.harness.commands.tiers import run_tiers
+from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.mutants import report as mutant_scores
+from nsa_oracle.harness.mutants.mutants import all_mutants, sampled
+from nsa_oracle.harness.mutants.scoring import Score, ScoringError, gathered_cases, score
+from nsa_oracle.harness.protocol import BackendError
+from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.scenarios.scenario import ScenarioError, load
+from nsa_oracle.harness.search.explore import Subject
+from nsa_oracle.harness.search.survey import INTERRUPTED, Survey, ended_by_a_signal
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -81,8 +82,8 @@ def replay(
         try:
             verdict = subject.judge(scenario, where, graphs=graphs)
         except OracleFailure as failure:
-            command = report.replay_command(file, backend, where.type, layer, graphs)
-            typer.echo(report.explain(failure, file, command))
+            command = summary.replay_command(file, backend, where.type, layer, graphs)
+            typer.echo(summary.explain(failure, file, command))
             failed = True
         except (BackendError, ScenarioError) as error:
             raise _unusable(str(error)) from None
@@ -104,7 +105,7 @@ def tiers(
         outcomes = list(run_tiers(file, backend, layer))
     except (ScenarioError, BackendError) as error:
         raise _unusable(str(error)) from None
-    typer.echo(report.render(report.tiers_table(outcomes)))
+    typer.echo(summary.render(summary.tiers_table(outcomes)))
     failed = next((outcome for outcome in outcomes if outcome.passed is False), None)
     if failed is not None:
         typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.told}")
@@ -136,9 +137,9 @@ def survey(
             interrupted = True
     except (BackendError, ScenarioError, ValueError) as error:
         raise _unusable(str(error)) from None
-    typer.echo(report.render(report.survey_table(found.records)))
+    typer.echo(summary.render(summary.survey_table(found.records)))
     if found.left_out:
-        typer.echo(report.not_judged(found.left_out))
+        typer.echo(summary.not_judged(found.left_out))
     if found.cases < cases:
         typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {cases} cases")
     raise typer.Exit(0 if found.holds and not interrupted else 1 if not found.holds else INTERRUPTED)
@@ -168,7 +169,7 @@ def bugs(
             raise _unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
     chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
     if listed:
-        typer.echo(report.render(kill_report.listing(chosen)))
+        typer.echo(summary.render(kill_report.listing(chosen)))
         return
     hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
     found: dict[str, Kill] = {}
@@ -186,7 +187,7 @@ def bugs(
     except KeyboardInterrupt:
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]
-    typer.echo(report.render(kill_report.kills_table(kills), kill_report.LOG_WIDTH))
+    typer.echo(summary.render(kill_report.kills_table(kills), kill_report.LOG_WIDTH))
     typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
     if interrupted:
         typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")
@@ -268,7 +269,7 @@ def mutants(
         raise _unusable(str(error)) from None
     order = {mutant.id: number for number, mutant in enumerate(chosen)}
     scores.sort(key=lambda scored: order[scored.mutant.id])
-    typer.echo(report.render(mutant_scores.matrix(scores)))
+    typer.echo(summary.render(mutant_scores.matrix(scores)))
     alive = [scored for scored in scores if scored.fate.is_alive]
     if alive:
         typer.echo(mutant_scores.survivors(alive))
@@ -280,7 +281,7 @@ def mutants(
 def show(files: Files) -> None:
     """Tell saved cases in plain words."""
     try:
-        told = [(scenario.note, report.tell(scenario)) for scenario in map(load, files)]
+        told = [(scenario.note, summary.tell(scenario)) for scenario in map(load, files)]
     except ScenarioError as error:
         raise _unusable(str(error)) from None
     for note, text in told:
@@ -292,7 +293,7 @@ def _torch_device(wanted: Device) -> torch.device:
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise _unusable("--device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted is not Device.CPU and torch.cuda.is_available() else "cpu")
-    interpreter.prepare_process(device.type)
+    speed.prepare_process(device.type)
     return device
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reference.types import Metadata
+from nsa_oracle.reference.types import Metadata
 
 
 class Axis(enum.Enum):

@@ -12,28 +12,29 @@ from pathlib import Path
 
 import torch
 
-from harness import interpreter
-from harness.boundary import classes_of
-from harness.compare import Finding, Kind, Tally, compare
-from harness.content import Regime
-from harness.engine import Engine, LayerObservation, Observation
-from harness.expected import expected_metadata
-from harness.far import memory_for
-from harness.forms import WrongResult
-from harness.frozen import frozen_value
-from harness.graph import CaptureError
-from harness.graph_audit import AuditTally
-from harness.invariants import diagnosed
-from harness.layer import POISON_BYTES
-from harness.layer_driver import Feed
-from harness.poison import SENTINELS
-from harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
-from harness.relations import Relation, Relations, differs
-from harness.scenario import Eager, Scenario, ScenarioError, Setup
-from harness.stages import Judged, LayerTally, StageJudge
-from harness.variants import Growth, VariantCounter
-from harness.world import Batch
-from reference.types import Metadata
+from nsa_oracle.harness.checks.frozen import frozen_value
+from nsa_oracle.harness.checks.impossible import diagnosed
+from nsa_oracle.harness.checks.layer import Judged, LayerTally, StageJudge
+from nsa_oracle.harness.checks.metadata import Tally, compare
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs
+from nsa_oracle.harness.checks.variants import Growth, VariantCounter
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.engine.cache_state import POISON_BYTES
+from nsa_oracle.harness.engine.engine import Engine, LayerObservation, Observation
+from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.layer_driver import Feed
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.graphs.cuda import CaptureError
+from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.memory.far_apart import memory_for
+from nsa_oracle.harness.memory.poison import SENTINELS
+from nsa_oracle.harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
+from nsa_oracle.harness.scenarios.coverage import classes_of
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, ScenarioError, Setup
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.subjects.results import WrongResult
+from nsa_oracle.reference.types import Metadata
 
 _HERE = Path(__file__).parent
 _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))  # libraries aside
@@ -78,7 +79,7 @@ class Verdict:
         self.boundary_classes.update(other.boundary_classes)
 
 
-@interpreter.deep_stack
+@speed.deep_stack
 def judge(
     scenario: Scenario,
     factory: BackendFactory,
@@ -120,7 +121,7 @@ def _judge_twice(
             return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs, stress)
 
         other = _Run(scenario, build, device, covered, other)
-        with interpreter.without_warnings():
+        with speed.without_warnings():
             other.judge()
 
 

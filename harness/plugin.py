@@ -18,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from harness import gpus, interpreter, report
-from harness.compare import Tally
-from harness.explore import PROFILES, SHARDS, Exploration, Subject
-from harness.graph_audit import AuditTally
-from harness.judge import Verdict
-from harness.protocol import BackendError
-from harness.recovery import Recovery, SubjectSpec
-from harness.scenario import ScenarioError, load
-from harness.seeds import corpus, left_by_the_dead
-from harness.stages import LayerTally, StageTally
+from nsa_oracle.harness import gpus
+from nsa_oracle.harness.checks.layer import LayerTally, StageTally
+from nsa_oracle.harness.checks.metadata import Tally
+from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.judge import Verdict
+from nsa_oracle.harness.protocol import BackendError
+from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.scenarios.files import corpus, left_by_the_dead
+from nsa_oracle.harness.scenarios.scenario import ScenarioError, load
+from nsa_oracle.harness.search.explore import PROFILES, SHARDS, Exploration, Subject
+from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
 
 ENTROPY = "oracle_entropy"
 BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
@@ -130,14 +132,14 @@ class Oracle:
         """The report of a failed outcome, or None."""
         if outcome.failure is None:
             return None
-        text = report.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
+        text = summary.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
         lost = "THE GPU FAULTED: what is left of this process's cases is judged in a process of its own.\n"
         return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
 
     def replay_command(self, outcome: Exploration) -> str:
         saved = outcome.saved or Path("CASE.json")
-        return report.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
+        return summary.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -147,7 +149,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    interpreter.prepare_process(device.type)
+    speed.prepare_process(device.type)
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
         subject = Subject.load(spec, layer_spec, device)
@@ -310,9 +312,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject, oracle.device) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
-        terminalreporter.write_line(report.summary(verdict, failures, seconds, left_out))
+        terminalreporter.write_line(summary.summary(verdict, failures, seconds, left_out))
     if bugs:
-        terminalreporter.write_line(report.bugs_line(bugs["passed"], bugs.total()))
+        terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
 
 
 def _died(oracle: Oracle, file: Path) -> dict[str, str]:

@@ -16,10 +16,10 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from pydantic.fields import FieldInfo
 
-from harness.forms import checked_stages
-from harness.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
-from harness.scenario import Layer, Setup
-from reference.types import (
+from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
+from nsa_oracle.harness.scenarios.scenario import Layer, Setup
+from nsa_oracle.harness.subjects.results import checked_stages
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,
@@ -187,22 +187,24 @@ def optimized_backend(
     config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]
 ) -> MultiStepBackend:
     """The implementation of this repository, with the switches the scenario names."""
-    from optimized.multi_step import MultiStepBackend as Optimized  # late: importing Triton fixes how kernels run
-    from optimized.optimizations import Optimizations
+    from nsa_oracle.optimized.multi_step import (
+        MultiStepBackend as Optimized,  # late: importing Triton fixes how kernels run
+    )
+    from nsa_oracle.optimized.optimizations import Optimizations
 
     return Optimized(config, req_to_token, Optimizations.from_names(optimizations))
 
 
 def optimized_layer(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
     """The layer of this repository."""
-    from optimized.layer import SparseAttention as Optimized  # late: importing Triton fixes how kernels run
+    from nsa_oracle.optimized.layer import SparseAttention as Optimized  # late: importing Triton fixes how kernels run
 
     return Optimized(config, attention)
 
 
 def limits_of_optimized_layer() -> Limits:
     """What ``optimized/``'s layer is made for."""
-    from optimized.layer import SparseAttention as Optimized  # late: likewise
+    from nsa_oracle.optimized.layer import SparseAttention as Optimized  # late: likewise
 
     return declared(Optimized, LAYER_FIELDS, "no layer")
 

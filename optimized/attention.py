@@ -9,13 +9,13 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from optimized import kernels
-from optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
-from optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
-from optimized.kernels.fp8 import INTERPRETED
-from optimized.launch import Launcher, is_wide
-from optimized.library import register
-from reference.types import AttentionConfig
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
+from nsa_oracle.optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
+from nsa_oracle.optimized.kernels.fp8 import INTERPRETED
+from nsa_oracle.optimized.launch import Launcher, is_wide
+from nsa_oracle.optimized.library import register
+from nsa_oracle.reference.types import AttentionConfig
 
 CHUNK = 512  # indices whose partial softmax starts from nothing: changing it changes low bits of every result
 SCAN = 2048  # indices looked at in one go for the last valid one

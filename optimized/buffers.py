@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from optimized.kernels import fields
-from reference.types import BackendConfig, ForwardMode, Metadata
+from nsa_oracle.optimized.kernels import fields
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
 
 WORDS_PER_VECTOR = 4  # int32 words in a 16-byte access: every field and every page-table row starts on one
 

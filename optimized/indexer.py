@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from optimized import kernels
-from optimized.kernels.indexer import indexer_logits_kernel
-from optimized.kv_cache import lanes, page_size_of
-from optimized.launch import Launcher, is_dense, is_wide
-from optimized.library import register
-from reference.types import AttentionConfig
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.kernels.indexer import indexer_logits_kernel
+from nsa_oracle.optimized.kv_cache import lanes, page_size_of
+from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide
+from nsa_oracle.optimized.library import register
+from nsa_oracle.reference.types import AttentionConfig
 
 BLOCK = 64  # tokens that meet all heads in one tile
 FILL_BLOCK = 1024  # columns beyond the row that are set to -inf at once

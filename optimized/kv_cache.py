@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
-from optimized.kernels.kv_cache import store_cache_kernel
-from optimized.launch import Launcher, is_dense, is_wide
-from optimized.library import register
-from reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.kernels.kv_cache import store_cache_kernel
+from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide
+from nsa_oracle.optimized.library import register
+from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
 assert kernels  # imported first: it decides how Triton runs
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from optimized import attention, indexer, kv_cache, topk
-from reference.types import (
+from nsa_oracle.optimized import attention, indexer, kv_cache, topk
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,

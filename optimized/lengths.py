@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
-from optimized.buffers import StepBuffers, field_pitch
-from optimized.kernels import fields
-from optimized.kernels.lengths import expand_seqlens_kernel
-from optimized.launch import Launcher
-from optimized.library import register
-from reference.types import BackendConfig, ForwardBatch, ForwardMode
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.buffers import StepBuffers, field_pitch
+from nsa_oracle.optimized.kernels import fields
+from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
+from nsa_oracle.optimized.launch import Launcher
+from nsa_oracle.optimized.library import register
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carried over
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from optimized import buffers, kernels, lengths, page_table, schedules
-from optimized.buffers import Layout, StepBuffers
-from optimized.kernels import fields
-from optimized.kernels.copy import copy_steps_kernel
-from optimized.kernels.metadata import fill_metadata_kernel
-from optimized.launch import Launcher, is_wide
-from optimized.library import register
-from optimized.optimizations import Optimizations
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
+from nsa_oracle.optimized import buffers, kernels, lengths, page_table, schedules
+from nsa_oracle.optimized.buffers import Layout, StepBuffers
+from nsa_oracle.optimized.kernels import fields
+from nsa_oracle.optimized.kernels.copy import copy_steps_kernel
+from nsa_oracle.optimized.kernels.metadata import fill_metadata_kernel
+from nsa_oracle.optimized.launch import Launcher, is_wide
+from nsa_oracle.optimized.library import register
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 CHUNK = 1024  # tokens of a page-table row moved at once: two 16-byte vectors a thread at 4 warps
 PROGRAMS = 2 * 132  # page-table programs: more find no work in short rows and delay the launch (see docs/benchmarks.md)

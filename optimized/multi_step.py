@@ -9,11 +9,11 @@ import dataclasses
 
 import torch
 
-from optimized import buffers, metadata
-from optimized.buffers import GraphBuffers, StepBuffers
-from optimized.optimizations import Optimizations
-from optimized.page_table import StridedIndices
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from nsa_oracle.optimized import buffers, metadata
+from nsa_oracle.optimized.buffers import GraphBuffers, StepBuffers
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.optimized.page_table import StridedIndices
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 _ALL_OFF = Optimizations()
 

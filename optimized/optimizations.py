@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from reference.types import BackendConfig, StepSemantics
+from nsa_oracle.reference.types import BackendConfig, StepSemantics
 
 
 @dataclass(frozen=True)

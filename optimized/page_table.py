@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from optimized import lengths
-from optimized.optimizations import Optimizations
-from reference.types import BackendConfig, ForwardBatch, ForwardMode
+from nsa_oracle.optimized import lengths
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 # (device, page size, width) -> arange(0, width, page size); shared by all backend instances of the process.
 _GLOBAL_STRIDED_INDICES: dict[tuple[torch.device, int, int], torch.Tensor] = {}

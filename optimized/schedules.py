@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
-from optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
-from optimized.launch import Launcher
-from optimized.library import register
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
+from nsa_oracle.optimized.launch import Launcher
+from nsa_oracle.optimized.library import register
 
 # Tile of multiprocessors x rows that the paged-MQA schedule counts over: 16 counters a thread at 4 warps.
 SM_BLOCK = 64

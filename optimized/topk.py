@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
-from optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_kernel, topk_kernel
-from optimized.launch import Launcher, is_dense, is_wide
-from optimized.library import register
+from nsa_oracle.optimized import kernels
+from nsa_oracle.optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_kernel, topk_kernel
+from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide
+from nsa_oracle.optimized.library import register
 
 # Tokens that one program selects from at once, and its warps. A row is selected from in the smallest block that holds
 # the whole width. Wider rows are filtered, and what is left is selected from in the last, or in the small block.

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from reference.kv_cache import load_kv
-from reference.types import AttentionConfig
+from nsa_oracle.reference.kv_cache import load_kv
+from nsa_oracle.reference.types import AttentionConfig
 
 
 def sparse_mla(

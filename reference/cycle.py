@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from reference import lengths
-from reference.layer import SparseAttention
-from reference.metadata import compute_metadata
-from reference.types import (
+from nsa_oracle.reference import lengths
+from nsa_oracle.reference.layer import SparseAttention
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionInputs,
     AttentionOutputs,

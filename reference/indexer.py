@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from reference.kv_cache import load_index_k
-from reference.types import AttentionConfig
+from nsa_oracle.reference.kv_cache import load_index_k
+from nsa_oracle.reference.types import AttentionConfig
 
 
 def indexer_logits(

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from reference.types import FP8_MAX, NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+from nsa_oracle.reference.types import (
+    FP8_MAX,
+    NUM_QUANT_TILES,
+    AttentionCaches,
+    AttentionConfig,
+    AttentionInputs,
+    KVCacheDtype,
+)
 
 SCALE_BYTES = 4  # of a float32
 

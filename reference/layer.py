@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from reference import attention, indexer, kv_cache, topk
-from reference.types import (
+from nsa_oracle.reference import attention, indexer, kv_cache, topk
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,

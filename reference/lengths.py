@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from reference.types import BackendConfig, ForwardBatch, ForwardMode
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 
 def cache_seqlens_int32(config: BackendConfig, batch: ForwardBatch, step: int) -> torch.Tensor:

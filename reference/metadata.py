@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from reference import lengths, page_table, schedules
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
+from nsa_oracle.reference import lengths, page_table, schedules
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 
 def compute_metadata(

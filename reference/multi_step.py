@@ -9,8 +9,8 @@ import dataclasses
 
 import torch
 
-from reference.metadata import compute_metadata
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 
 def copy_into(buffers: Metadata, values: Metadata) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from harness.bugs.bug import Bug, Check
-from harness.bugs.zoo import ZOO
-from harness.children import Child
-from harness.compare import Finding
-from harness.judge import OracleFailure, judge
-from harness.plugin import BUG
-from harness.protocol import optimized_backend
-from harness.scenario import load
-from harness.seeds import BUG_CASES
+from nsa_oracle.harness.bugs.bug import Bug, Check
+from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.findings import Finding
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.plugin import BUG
+from nsa_oracle.harness.processes import Child
+from nsa_oracle.harness.protocol import optimized_backend
+from nsa_oracle.harness.scenarios.files import BUG_CASES
+from nsa_oracle.harness.scenarios.scenario import load
 
 
 def finding_of(name: str, device: str) -> Finding | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.explore import Exploration
-from harness.plugin import Oracle
+from nsa_oracle.harness.plugin import Oracle
+from nsa_oracle.harness.search.explore import Exploration
 
 Conclude = Callable[[Exploration], None]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from reference.metadata import compute_metadata
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 # Theirs -> ours. What is not named here has the same name on both sides, host scalars included.
 NAMES = {

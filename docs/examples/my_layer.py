@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from harness.limits import Sizes
-from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
+from nsa_oracle.harness.scenarios.limits import Sizes
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 
 class MyAttention:

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from harness.limits import Sizes
-from harness.protocol import Strictness
-from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
+from nsa_oracle.harness.protocol import Strictness
+from nsa_oracle.harness.scenarios.limits import Sizes
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 FOLDER = "ORACLE_SGL_KERNEL"
 PRODUCTION: Sizes = {"kv_lora_rank": (512,), "qk_rope_head_dim": (64,), "far_slots": (False,)}

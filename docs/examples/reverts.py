@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from reference.lengths import cu_seqlens
-from reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from nsa_oracle.reference.lengths import cu_seqlens
+from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 DRAFT_MODES = (ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
 

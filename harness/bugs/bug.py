@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from harness import fields
-from harness.bugs.mutate import Mutation, mutated
-from harness.compare import Finding, Kind
-from harness.explore import Subject
-from harness.protocol import BackendFactory, LayerFactory, optimized_backend, optimized_layer
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.bugs.mutate import Mutation, mutated
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.protocol import BackendFactory, LayerFactory, optimized_backend, optimized_layer
+from nsa_oracle.harness.search.explore import Subject
 
 
 class Check(enum.Enum):

@@ -96,7 +96,7 @@ def _compile(mutation: Mutation, original: Any, module: ModuleType, name: str) -
 
 def _holders(original: Any) -> list[tuple[Any, str]]:
     """Every attribute of ``optimized/`` that is ``original``: modules that import it by name, and launchers."""
-    from optimized.launch import Launcher
+    from nsa_oracle.optimized.launch import Launcher
 
     found: list[tuple[Any, str]] = []
     for module in _modules():
@@ -111,7 +111,7 @@ def _holders(original: Any) -> list[tuple[Any, str]]:
 @contextmanager
 def _recompiling() -> Iterator[None]:
     """Nothing compiled before is used inside, nothing compiled inside is used after: device functions are inlined."""
-    from optimized.launch import Launcher
+    from nsa_oracle.optimized.launch import Launcher
 
     def forget() -> None:
         for module in _modules():
@@ -131,11 +131,11 @@ def _recompiling() -> Iterator[None]:
 
 def _import_all() -> None:
     """What is imported by name under a mutation, for the first time, would keep the changed object for good."""
-    import optimized
+    from nsa_oracle import optimized
 
-    for found in pkgutil.walk_packages(optimized.__path__, "optimized."):
+    for found in pkgutil.walk_packages(optimized.__path__, f"{optimized.__name__}."):
         importlib.import_module(found.name)
 
 
 def _modules() -> list[ModuleType]:
-    return [module for name, module in sys.modules.items() if name.partition(".")[0] == "optimized"]
+    return [module for name, module in sys.modules.items() if f"{name}.".startswith("nsa_oracle.optimized.")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from harness.bugs import accepts, buffers, graphs, layers, padding, tables
-from harness.bugs.bug import Bug
+from nsa_oracle.harness.bugs.bug import Bug
+from nsa_oracle.harness.bugs.catalogue import accepts, buffers, graphs, padding, tables
+from nsa_oracle.harness.bugs.catalogue import layer as layers
 
 MODULES = (buffers, padding, accepts, tables, layers, graphs)
 ZOO: dict[str, Bug] = {bug.name: bug for module in MODULES for bug in module.BUGS}

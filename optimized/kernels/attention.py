@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda, libdevice
 
-from optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
+from nsa_oracle.optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
 
 NUM_QUANT_TILES = tl.constexpr(4)  # scales of a token in the FP8 cache
 CHUNKS_AT_ONCE = tl.constexpr(4)  # that the combine kernel loads before it needs the first

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from optimized.kernels.attention import (
+from nsa_oracle.optimized.kernels.attention import (
     NUM_QUANT_TILES,
     POINTERS,
     SCALARS,

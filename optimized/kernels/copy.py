@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.page_table import write_table_rows
+from nsa_oracle.optimized.kernels.page_table import write_table_rows
 
 _RUNTIME = [
     "packed", "table", "pages", "flattened", "source_packed", "source_table", "source_flattened", "packed_stride",

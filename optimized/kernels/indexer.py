@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fp8 import DOT_DTYPE, from_e4m3_bits
+from nsa_oracle.optimized.kernels.fp8 import DOT_DTYPE, from_e4m3_bits
 
 _RUNTIME = [
     "logits", "q", "weights", "index_k_cache", "page_table", "seqlens_expanded", "logits_stride", "q_stride",

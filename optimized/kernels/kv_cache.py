@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fp8 import E4M3_MAX, FLOAT32_ABS, to_e4m3_bits
+from nsa_oracle.optimized.kernels.fp8 import E4M3_MAX, FLOAT32_ABS, to_e4m3_bits
 
 SCALE_BYTES = tl.constexpr(4)  # of a float32
 ROPE_BYTES = tl.constexpr(2)  # of a bf16

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fields import (
+from nsa_oracle.optimized.kernels.fields import (
     CACHE_SEQLENS,
     CU_SEQLENS_K,
     CU_SEQLENS_Q,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fields import (
+from nsa_oracle.optimized.kernels.fields import (
     EXTEND,
     FLASHMLA_NUM_SPLITS,
     NSA_CACHE_SEQLENS,
@@ -17,9 +17,9 @@ from optimized.kernels.fields import (
     SEQLENS_EXPANDED,
     UNIFORM,
 )
-from optimized.kernels.lengths import sums_before, write_extend_rows, write_lengths
-from optimized.kernels.page_table import write_table_rows
-from optimized.kernels.schedules import write_flashmla_schedule, write_paged_mqa_schedule
+from nsa_oracle.optimized.kernels.lengths import sums_before, write_extend_rows, write_lengths
+from nsa_oracle.optimized.kernels.page_table import write_table_rows
+from nsa_oracle.optimized.kernels.schedules import write_flashmla_schedule, write_paged_mqa_schedule
 
 # Nothing that changes from batch to batch, bucket to bucket or allocation to allocation may select a variant.
 _RUNTIME = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.fp8 import FLOAT32_ABS, INTERPRETED
+from nsa_oracle.optimized.kernels.fp8 import FLOAT32_ABS, INTERPRETED
 
 # What a selected position becomes.
 POSITIONS = tl.constexpr(0)  # itself

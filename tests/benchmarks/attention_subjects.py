@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from docs.examples.peers import FOLDER, sgl_kernel
-from optimized import attention, indexer, kv_cache, topk
-from optimized.layer import SparseAttention
-from reference.kv_cache import store_index_k, store_kv
-from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, ForwardMode, KVCacheDtype
+from nsa_oracle.optimized import attention, indexer, kv_cache, topk
+from nsa_oracle.optimized.layer import SparseAttention
+from nsa_oracle.reference.kv_cache import store_index_k, store_kv
+from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, ForwardMode, KVCacheDtype
 from tests.benchmarks.subjects import CONTEXT, DRAFT_TOKENS, PAGE_SIZE, TOPK, Workload
 
 DEVICE = "cuda"

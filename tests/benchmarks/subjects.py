@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from optimized.lengths import expand_seqlens
-from optimized.multi_step import MultiStepBackend
-from optimized.optimizations import Optimizations
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
+from nsa_oracle.optimized.lengths import expand_seqlens
+from nsa_oracle.optimized.multi_step import MultiStepBackend
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
 
 CONTEXT = 163_840
 DRAFT_TOKENS = 4

@@ -12,7 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from docs.examples.peers import FOLDER
-from reference.types import ForwardMode, KVCacheDtype
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 from tests.benchmarks.attention_subjects import Call, Indexer, SparseMLA, Step, Store, TopK
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels take their time only on a GPU")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from reference.types import ForwardMode
+from nsa_oracle.reference.types import ForwardMode
 from tests.benchmarks.subjects import EAGER, Workload, kernel, loop, vectorized_torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="launch times mean something only on a GPU")

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 import torch
 
-from reference.lengths import cu_seqlens
-from reference.metadata import compute_metadata
-from reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+from nsa_oracle.reference.lengths import cu_seqlens
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 
 class Step(SingleStepBackend):

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import torch
 
-from harness.layer import map_tensors
-from optimized.layer import SparseAttention as Capturable
-from reference import kv_cache, topk
-from reference.layer import SparseAttention
-from reference.types import (
+from nsa_oracle.harness.engine.cache_state import map_tensors
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
+from nsa_oracle.reference import kv_cache, topk
+from nsa_oracle.reference.layer import SparseAttention
+from nsa_oracle.reference.types import (
     FP8_MAX,
     AttentionCaches,
     AttentionConfig,

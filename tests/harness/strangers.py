@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from harness.protocol import Strictness
-from optimized.layer import SparseAttention
-from reference.multi_step import MultiStepBackend
-from reference.types import AttentionConfig, AttentionOutputs, BackendConfig, ForwardBatch, Metadata
+from nsa_oracle.harness.protocol import Strictness
+from nsa_oracle.optimized.layer import SparseAttention
+from nsa_oracle.reference.multi_step import MultiStepBackend
+from nsa_oracle.reference.types import AttentionConfig, AttentionOutputs, BackendConfig, ForwardBatch, Metadata
 
 # Backends
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.children import Child, ChildDied
-from harness.judge import OracleFailure
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.processes import Child, ChildDied
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_closing_ends_the_process() -> None:
 def judged_wrong() -> None:
     from test_detection import DECODE, one_replay
 
-    from harness.compare import Finding, Kind
+    from nsa_oracle.harness.findings import Finding, Kind
 
     raise OracleFailure(one_replay(DECODE), Finding(Kind.VALUE, "seq", "3", "4", step=1), 2)
 

@@ -13,12 +13,12 @@ import torch
 from test_detection import accept_two_then_one, one_replay
 from test_layer_detection import case, lattice
 
-from harness.judge import OracleFailure, judge
-from harness.protocol import load_backend
-from harness.report import tell
-from harness.scenario import Capture, Join, Replay, Scenario, to_json
-from harness.seeds import save
-from reference.types import ForwardMode
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.protocol import load_backend
+from nsa_oracle.harness.report.summary import tell
+from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario, to_json
+from nsa_oracle.reference.types import ForwardMode
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent

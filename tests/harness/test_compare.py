@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import fields
-from harness.compare import Finding, Kind, Neighbour, RowLabels, Tally, compare
-from harness.engine import Observation, StepObservation
-from harness.expected import expected_metadata
-from harness.fields import FIELDS, Axis
-from harness.world import Batch
-from reference.types import BackendConfig, ForwardMode, Metadata
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.checks.metadata import RowLabels, Tally, compare
+from nsa_oracle.harness.engine.engine import Observation, StepObservation
+from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.fields import FIELDS, Axis
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
 
 CPU = torch.device("cpu")
 CONFIG = BackendConfig(

@@ -14,10 +14,10 @@ import pytest
 import torch
 from tensor_core import truncated_dot
 
-from harness.content import MAX_SLOTS, VERSIONS, Content, Origin, Regime
-from harness.exactness import NotExact, check_exact, check_exact_index
-from harness.rng import Stream
-from reference.types import AttentionConfig, KVCacheDtype
+from nsa_oracle.harness.content.content import MAX_SLOTS, VERSIONS, Content, Origin, Regime
+from nsa_oracle.harness.content.exactness import NotExact, check_exact, check_exact_index
+from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 
 SMALL = AttentionConfig(4, 64, 16, 3, 32, sm_scale=math.log(2))
 BIG = AttentionConfig(sm_scale=math.log(2))

@@ -12,12 +12,11 @@ import planted
 import pytest
 import torch
 
-from harness.compare import Finding, Kind
-from harness.explore import Subject, explore
-from harness.judge import OracleFailure, Verdict, judge
-from harness.poison import SENTINELS
-from harness.protocol import BackendError, BackendFactory, checked
-from harness.scenario import (
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.memory.poison import SENTINELS
+from nsa_oracle.harness.protocol import BackendError, BackendFactory, checked
+from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
@@ -35,7 +34,8 @@ from harness.scenario import (
     Setup,
     load,
 )
-from reference.types import ForwardMode, StepSemantics
+from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 DECODE, IDLE, VERIFY = ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY
 DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND = ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2, ForwardMode.EXTEND

@@ -14,16 +14,16 @@ from stand_in_driver import DEVICE, StandInDriver, number
 from test_detection import DECODE, DRAFT_EXTEND_V2, case, factory_of, one_replay
 from test_graph_audit import FREE, HELD, MEMORY, OWN, SEGMENTS
 
-from harness.frozen import frozen_value, other_batch
-from harness.graph import graph_runner
-from harness.graph_audit import Allocator
-from harness.graph_nodes import GraphReader
-from harness.host_values import Difference, NodeValues, differences, of_call, of_nodes
-from harness.judge import judge
-from harness.protocol import optimized_layer
-from harness.scenario import Capture, Join, Replay, Scenario
-from harness.world import PAD_SEQ_LEN
-from reference.types import Metadata
+from nsa_oracle.harness.checks.frozen import frozen_value, other_batch
+from nsa_oracle.harness.graphs.audit import Allocator
+from nsa_oracle.harness.graphs.cuda import graph_runner
+from nsa_oracle.harness.graphs.host_values import Difference, NodeValues, differences, of_call, of_nodes
+from nsa_oracle.harness.graphs.nodes import GraphReader
+from nsa_oracle.harness.judge import judge
+from nsa_oracle.harness.protocol import optimized_layer
+from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.world import PAD_SEQ_LEN
+from nsa_oracle.reference.types import Metadata
 
 
 def node(what: str = "add", **values: str) -> NodeValues:
@@ -187,7 +187,7 @@ class TestFrozenValue:
     """The control: what two captures of one batch do not share is no frozen value."""
 
     def found(self, backend: Any, scenario: Scenario, device: torch.device) -> tuple[Any, Any]:
-        from harness.engine import Engine
+        from nsa_oracle.harness.engine.engine import Engine
 
         def build(scenario: Scenario) -> Engine:
             return Engine(scenario, factory_of(backend), optimized_layer, device, 0x5A5A5A5A, 0xFF)

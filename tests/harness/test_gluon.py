@@ -12,17 +12,17 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
-from harness import ptx
-from harness.bugs.mutate import Mutation, mutated
-from harness.interpreter import without_warnings
-from optimized import attention
-from reference.attention import sparse_mla as reference_sparse_mla
-from reference.kv_cache import store_kv
-from reference.types import AttentionConfig, KVCacheDtype
+from nsa_oracle.harness.bugs.mutate import Mutation, mutated
+from nsa_oracle.harness.interpreter import ptx
+from nsa_oracle.harness.interpreter.speed import without_warnings
+from nsa_oracle.optimized import attention
+from nsa_oracle.reference.attention import sparse_mla as reference_sparse_mla
+from nsa_oracle.reference.kv_cache import store_kv
+from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
 
-KERNELS = "optimized.kernels.attention_hopper"
+KERNELS = "nsa_oracle.optimized.kernels.attention_hopper"
 DEADLOCK = "deadlock: every partition waits"
 UNFENCED = "written behind the last fence"
 
@@ -123,7 +123,7 @@ def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheD
 def test_nobody_has_to_teach_the_interpreter() -> None:
     """What is imported without the harness takes the kernel for other GPUs."""
     told = subprocess.run(
-        [sys.executable, "-c", "from optimized import attention; print(attention._runs_gluon())"],
+        [sys.executable, "-c", "from nsa_oracle.optimized import attention; print(attention._runs_gluon())"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

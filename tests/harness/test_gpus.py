@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness import gpus
-from harness.plugin import share_gpus
+from nsa_oracle.harness import gpus
+from nsa_oracle.harness.plugin import share_gpus
 
 
 @pytest.mark.parametrize(

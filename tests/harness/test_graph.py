@@ -9,16 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
+
+from nsa_oracle.harness.graphs.cuda import CaptureError, CudaGraphRunner, GraphRunner, StorageWatch, graph_runner
+from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
 
 # Without a GPU the raw launches run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import triton
-import triton.language as tl
-
-from harness.graph import CaptureError, CudaGraphRunner, GraphRunner, StorageWatch, graph_runner
-from harness.simulated_graph import SimulatedGraphRunner
 
 Body = Callable[[], None]
 

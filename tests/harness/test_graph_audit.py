@@ -7,21 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_driver import (
-    ARRAY,
-    DEVICE,
-    HOST,
-    SUCCESS,
-    UNIFIED,
-    UNKNOWN,
-    Kind,
-    Node,
-    StandInDriver,
-    number,
-)
+from stand_in_driver import ARRAY, DEVICE, HOST, SUCCESS, UNIFIED, UNKNOWN, Kind, Node, StandInDriver, number
 
-from harness.graph_audit import Allocator, Audit, AuditTally, Reference, audit
-from harness.graph_nodes import (
+from nsa_oracle.harness.graphs.audit import Allocator, Audit, AuditTally, Reference, audit
+from nsa_oracle.harness.graphs.nodes import (
     CopyNode,
     DriverRefusal,
     FillNode,
@@ -341,7 +330,7 @@ class TestAudit:
 
 
 def test_a_simulated_graph_has_no_nodes_to_audit() -> None:
-    from harness.simulated_graph import SimulatedGraphRunner
+    from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
 
     x = torch.zeros(3)
     assert SimulatedGraphRunner().capture(lambda: (x.add_(1), None)[1]).audit() == Audit()

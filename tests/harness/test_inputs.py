@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.engine import Engine
-from harness.inputs import StaticInputs
-from harness.judge import OracleFailure, judge
-from harness.poison import SENTINELS
-from harness.protocol import MultiStepBackend, optimized_layer
-from harness.scenario import Eager, Inputs, IntDtype, Join, Scenario, Setup
-from harness.stress import Delivery
-from harness.world import Batch
-from reference.multi_step import MultiStepBackend as Reference
-from reference.types import BackendConfig, ForwardBatch, ForwardMode
+from nsa_oracle.harness.engine.engine import Engine
+from nsa_oracle.harness.engine.inputs import StaticInputs
+from nsa_oracle.harness.engine.stress import Delivery
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.memory.poison import SENTINELS
+from nsa_oracle.harness.protocol import MultiStepBackend, optimized_layer
+from nsa_oracle.harness.scenarios.scenario import Eager, Inputs, IntDtype, Join, Scenario, Setup
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.reference.multi_step import MultiStepBackend as Reference
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 CPU = torch.device("cpu")
 EXTEND = Batch(ForwardMode.EXTEND, (0, 1), (5, 7), (5, 7), (1, 1), extend_lens=(2, 7))

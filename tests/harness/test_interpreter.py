@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.interpreter import deep_stack, prepare_process
+from nsa_oracle.harness.interpreter.speed import deep_stack, prepare_process
 
 PROGRAM = """
 import torch, triton, triton.language as tl
-from harness import interpreter
+from nsa_oracle.harness.interpreter import speed as interpreter
 if {cured}:
     interpreter.speed_up()
     interpreter.speed_up()

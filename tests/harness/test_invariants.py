@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_detection import case
 
-from harness.compare import Finding, Kind, Neighbour
-from harness.invariants import diagnosed
+from nsa_oracle.harness.checks.impossible import diagnosed
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour
 
 SETUP = case().setup  # 3 rows of 4 pages of 4 tokens, 15 pages in all, tables 16 wide
 

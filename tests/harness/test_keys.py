@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_layer_detection import case
 
-from harness.keys import MadeUpKeys, Tiles, made_up_keys
-from harness.layer import as_bytes, new_caches, with_one_nan
-from reference.kv_cache import load_index_k, quantize, store_cache
-from reference.types import KVCacheDtype
+from nsa_oracle.harness.content.edge_keys import MadeUpKeys, Tiles, made_up_keys
+from nsa_oracle.harness.engine.cache_state import as_bytes, new_caches, with_one_nan
+from nsa_oracle.reference.kv_cache import load_index_k, quantize, store_cache
+from nsa_oracle.reference.types import KVCacheDtype
 
 LAYERS = [{}, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "kv_cache_dtype": KVCacheDtype.FP8}]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=["small", "production"])

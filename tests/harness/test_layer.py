@@ -11,19 +11,34 @@ from hypothesis import given, settings
 from planted_layers import Clean
 from test_layer_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, case
 
-from harness.content import Regime
-from harness.expected import _as_forward_batch, expected_metadata
-from harness.far import far_apart
-from harness.judge import sentinels
-from harness.layer import POISON_BYTES, CacheState, Pass, as_bytes, new_caches, query_rows, unwritten
-from harness.layer_driver import LayerDriver, LayerLoad, dense_copy
-from harness.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
-from harness.strategies import SMALL, scenarios
-from harness.watch import Modified
-from harness.world import Batch, World
-from reference import kv_cache
-from reference.cycle import out_cache_loc, query_positions, request_of_row
-from reference.types import AttentionCaches, BackendConfig, ForwardMode, KVCacheDtype, Metadata, StepSemantics
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.engine.cache_state import (
+    POISON_BYTES,
+    CacheState,
+    Pass,
+    as_bytes,
+    new_caches,
+    query_rows,
+    unwritten,
+)
+from nsa_oracle.harness.engine.expected import _as_forward_batch, expected_metadata
+from nsa_oracle.harness.engine.layer_driver import LayerDriver, LayerLoad, dense_copy
+from nsa_oracle.harness.engine.read_only import Modified
+from nsa_oracle.harness.judge import sentinels
+from nsa_oracle.harness.memory.far_apart import far_apart
+from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
+from nsa_oracle.harness.scenarios.strategies import SMALL, scenarios
+from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.reference import kv_cache
+from nsa_oracle.reference.cycle import out_cache_loc, query_positions, request_of_row
+from nsa_oracle.reference.types import (
+    AttentionCaches,
+    BackendConfig,
+    ForwardMode,
+    KVCacheDtype,
+    Metadata,
+    StepSemantics,
+)
 
 CPU = torch.device("cpu")
 POISON = POISON_BYTES[0]

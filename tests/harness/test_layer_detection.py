@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from planted import Clean as CleanBackend
 from test_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, factory_of, matches
 
-from harness.compare import Finding, Kind
-from harness.content import Regime
-from harness.judge import OracleFailure, Verdict, judge
-from harness.relations import Relation
-from harness.scenario import (
+from nsa_oracle.harness.checks.relations import Relation
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
@@ -34,8 +34,8 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
-from harness.strategies import SMALL_LAYER, scenarios
-from reference.types import ForwardMode, KVCacheDtype, StepSemantics
+from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER, scenarios
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 BACKEND = factory_of(CleanBackend)
 BF16, FP8 = KVCacheDtype.BF16, KVCacheDtype.FP8

@@ -18,16 +18,18 @@ from test_cli import FAILS, PASSES, PROJECT, UNUSABLE, WITH_LAYER, assert_one_li
 from test_layer_detection import VERIFY, lattice
 from test_relations import IN_TURN, InFirstPlace, replay_of_two
 
-from harness import explore, report, survey, tiers
-from harness.explore import Subject
-from harness.limits import LAYER_FIELDS, declared
-from harness.progress import progress_of
-from harness.protocol import BackendError, completed, optimized_backend
-from harness.scenario import Eager, Scenario
-from harness.strategies import SMALL_LAYER
-from harness.survey import INTERRUPTED, Record, Survey
-from harness.tiers import Tier, TierOutcome, run_tiers
-from reference.types import AttentionConfig, BackendConfig, KVCacheDtype
+from nsa_oracle.harness.commands import tiers
+from nsa_oracle.harness.commands.terminal import progress_of
+from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, run_tiers
+from nsa_oracle.harness.protocol import BackendError, completed, optimized_backend
+from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, declared
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
+from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER
+from nsa_oracle.harness.search import explore, survey
+from nsa_oracle.harness.search.explore import Subject
+from nsa_oracle.harness.search.survey import INTERRUPTED, Record, Survey
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 # Tiers
 
@@ -43,7 +45,7 @@ def test_clean_case_passes_every_tier_there_is(tmp_path: Path, monkeypatch: pyte
         *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.SIMULATED)),
         *(TierOutcome(tier, None, missing) for tier in (Tier.EAGER, Tier.GRAPH)),
     ]
-    table = report.render(report.tiers_table(found))
+    table = summary.render(summary.tiers_table(found))
     assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line] == [
         ["CPU reference", "case itself", "passes"],
         ["interpreter", "logic", "passes"],
@@ -77,7 +79,7 @@ def outcomes(
     commands: list[list[str]] = []
 
     def run(command: Sequence[str], **_: object) -> Finished:
-        assert list(command[1:5]) == ["-m", "harness", "replay", "case.json"]
+        assert list(command[1:5]) == ["-m", "nsa_oracle", "replay", "case.json"]
         commands.append(list(command[5:]))
         code, output, errors = replay(commands[-1])
         return subprocess.CompletedProcess(command, code, output, errors)
@@ -95,7 +97,12 @@ def test_each_tier_is_told_where_and_what_to_run(cuda: bool, monkeypatch: pytest
     on_cpu = [
         [
             *("--device", "cpu", "--no-graphs"),
-            *("--backend", "reference.multi_step:MultiStepBackend", "--layer", "reference.layer:SparseAttention"),
+            *(
+                "--backend",
+                "nsa_oracle.reference.multi_step:MultiStepBackend",
+                "--layer",
+                "nsa_oracle.reference.layer:SparseAttention",
+            ),
         ],
         ["--device", "cpu", "--no-graphs", *theirs],
         ["--device", "cpu", *theirs],
@@ -178,7 +185,7 @@ def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.
     counts = {name: records[name].checked for name in RELATIONS}
     eagerly = {"same bits: other pages", "same bits: requests in reverse order", "same bits: a request alone"}
     assert counts == {name: 2 if name in eagerly else 1 for name in RELATIONS}
-    assert all(name in report.render(report.survey_table(records)) for name in records)
+    assert all(name in summary.render(summary.survey_table(records)) for name in records)
 
 
 def test_exact_content_is_compared_and_not_related(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from harness.content import Regime
-from harness.explore import SCALES, Subject, explore, own_draws
-from harness.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
-from harness.protocol import BackendError, optimized_backend
-from harness.scenario import (
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.protocol import BackendError, optimized_backend
+from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
+from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Drive,
@@ -32,9 +31,10 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
-from harness.strategies import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
-from harness.survey import Survey
-from reference.types import (
+from nsa_oracle.harness.scenarios.strategies import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
+from nsa_oracle.harness.search.explore import SCALES, Subject, explore, own_draws
+from nsa_oracle.harness.search.survey import Survey
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,

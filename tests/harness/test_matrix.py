@@ -16,18 +16,18 @@ import torch
 from test_recovery import CROWDED, FAULT
 from typer.testing import CliRunner
 
-import harness.__main__
-from harness.bugs import matrix
-from harness.bugs.bug import Check
-from harness.bugs.matrix import Kill, hunt, hunt_all
-from harness.bugs.report import LOG_WIDTH, kills_table, told_in_one_line
-from harness.bugs.zoo import ZOO
-from harness.children import Child, ChildDied
-from harness.explore import DeviceLost
-from harness.judge import OracleFailure
-from harness.report import render
-from harness.scenario import to_json
-from harness.survey import INTERRUPTED
+import nsa_oracle.harness.__main__ as main
+from nsa_oracle.harness.bugs import hunt as matrix
+from nsa_oracle.harness.bugs.bug import Check
+from nsa_oracle.harness.bugs.hunt import Kill, hunt, hunt_all
+from nsa_oracle.harness.bugs.kill_matrix import LOG_WIDTH, kills_table, told_in_one_line
+from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.processes import Child, ChildDied
+from nsa_oracle.harness.report.summary import render
+from nsa_oracle.harness.scenarios.scenario import to_json
+from nsa_oracle.harness.search.explore import DeviceLost
+from nsa_oracle.harness.search.survey import INTERRUPTED
 
 CPU = torch.device("cpu")
 BUG = ZOO["workspace-cleared-by-the-mirror"]
@@ -47,7 +47,7 @@ def test_a_bug_that_its_saved_case_does_not_show_survives(tmp_path: Path) -> Non
 
 
 def _plants_nothing() -> Any:
-    from harness.bugs.bug import by_mutation
+    from nsa_oracle.harness.bugs.bug import by_mutation
 
     return by_mutation()()
 
@@ -116,11 +116,11 @@ def test_a_hunt_that_is_interrupted_tells_what_it_has(
             tidied.append(True)
         raise AssertionError("the signal was lost")
 
-    monkeypatch.setattr(harness.__main__, "hunt_all", one_kill)
+    monkeypatch.setattr(main, "hunt_all", one_kill)
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # put back what --device cpu sets
     only = [word for bug in THREE for word in ("--only", bug.name)]
     file = tmp_path / "kills.json"
-    done = CliRunner().invoke(harness.__main__.app, ["bugs", "--device", "cpu", "--json", str(file), *only])
+    done = CliRunner().invoke(main.app, ["bugs", "--device", "cpu", "--json", str(file), *only])
     assert done.exit_code == code, done.output
     assert done.output.splitlines()[-1] == "interrupted: 1 of 3 bugs"
     assert [kill["bug"] for kill in json.loads(file.read_text())] == [BUG.name]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.content import Regime
-from harness.minimise import MOST_TRIALS, SIMPLEST_SETUP, minimise
-from harness.scenario import (
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Finish,
@@ -22,7 +21,8 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
-from reference.types import ForwardMode, KVCacheDtype
+from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, SIMPLEST_SETUP, minimise
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 
 EVERYTHING = Scenario(
     setup=Setup(

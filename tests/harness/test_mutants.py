@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from test_cli import UNUSABLE, assert_one_line_error, harness
 
-from harness.bugs.bug import Check
-from harness.bugs.mutants import TREE, Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
-from harness.bugs.operators import Edit, edits
-from harness.bugs.scores import as_json, matrix, sum_line, survivors
-from harness.bugs.scoring import (
+from nsa_oracle.harness.bugs.bug import Check
+from nsa_oracle.harness.mutants.mutants import TREE, Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
+from nsa_oracle.harness.mutants.operators import Edit, edits
+from nsa_oracle.harness.mutants.report import as_json, matrix, sum_line, survivors
+from nsa_oracle.harness.mutants.scoring import (
     ANY_LINE,
     Case,
     Deadliness,
@@ -32,9 +32,9 @@ from harness.bugs.scoring import (
     score,
     within,
 )
-from harness.report import render
-from harness.scenario import Eager, Join, Scenario, Setup, to_json
-from reference.types import ForwardMode
+from nsa_oracle.harness.report.summary import render
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario, Setup, to_json
+from nsa_oracle.reference.types import ForwardMode
 
 # Each snippet with every change that the operators find in it, in order.
 CHANGES: list[tuple[str, list[tuple[str, str]]]] = [
@@ -227,8 +227,8 @@ def test_probes_tell_the_lines_that_run() -> None:
 def test_a_module_reaches_whoever_imports_it() -> None:
     sources = {
         "low.py": "",
-        "middle.py": "from optimized.low import x",
-        "high.py": "from optimized import middle",
+        "middle.py": "from nsa_oracle.optimized.low import x",
+        "high.py": "from nsa_oracle.optimized import middle",
         "other.py": "",
     }
     importers = importers_of(sources)
@@ -288,8 +288,8 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from harness.bugs.scoring import _note_kernels
-from optimized.kernels.attention import sparse_mla_combine_kernel as kernel
+from nsa_oracle.harness.mutants.scoring import _note_kernels
+from nsa_oracle.optimized.kernels.attention import sparse_mla_combine_kernel as kernel
 
 pointers = dict(zip(("out", "lse", "accs", "stats"), ("*bf16", "*fp32", "*fp32", "*fp32")))
 signature = {**pointers, "num_chunks": "i32", "scale": "fp32", "scale_log2": "fp32"}
@@ -308,7 +308,7 @@ def test_lines_of_the_branch_that_was_compiled(early: bool, tmp_path: Path) -> N
     wait = next(number for number, line in enumerate(lines, start=1) if "gdc_wait()" in line)
     told = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE % early],
-        cwd=TREE.parent,
+        cwd=TREE.parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -9,21 +9,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import optimized.kernels
-from harness.bugs.mutate import Mutation, MutationError, mutated
-from optimized import attention, indexer, kv_cache, topk
-from optimized.kernels import fp8
-from optimized.layer import SparseAttention
-from reference.types import AttentionConfig, BackendConfig
+from nsa_oracle import optimized
+from nsa_oracle.harness.bugs.mutate import Mutation, MutationError, mutated
+from nsa_oracle.optimized import attention, indexer, kv_cache, topk
+from nsa_oracle.optimized.kernels import fp8
+from nsa_oracle.optimized.layer import SparseAttention
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BEST_OF_THREE = [1, 2]  # of 0, 1, 2
 
-WIDER_LANES = Mutation("optimized.kv_cache:lanes", "1 <<", "2 <<")
-FIRST_TWO = Mutation("optimized.kernels.topk:topk_kernel", "if length <= k:", "if length <= k + 1:")
-WORST = Mutation("optimized.kernels.topk:score", "(logits,", "(-logits,")
-ABSENT = Mutation("optimized.kv_cache:lanes", "no such text", "")
-AMBIGUOUS = Mutation("optimized.kv_cache:lanes", "int", "float")
+WIDER_LANES = Mutation("nsa_oracle.optimized.kv_cache:lanes", "1 <<", "2 <<")
+FIRST_TWO = Mutation("nsa_oracle.optimized.kernels.topk:topk_kernel", "if length <= k:", "if length <= k + 1:")
+WORST = Mutation("nsa_oracle.optimized.kernels.topk:score", "(logits,", "(-logits,")
+ABSENT = Mutation("nsa_oracle.optimized.kv_cache:lanes", "no such text", "")
+AMBIGUOUS = Mutation("nsa_oracle.optimized.kv_cache:lanes", "int", "float")
 
 
 def selected() -> list[int]:
@@ -36,7 +36,7 @@ def selected() -> list[int]:
 
 def contents() -> dict[tuple[str, str], object]:
     """Every attribute of every module of ``optimized/``, and the kernel of each launcher."""
-    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "optimized"}
+    modules = {name: module for name, module in sys.modules.items() if f"{name}.".startswith("nsa_oracle.optimized.")}
     found = {(name, attribute): value for name, module in modules.items() for attribute, value in vars(module).items()}
     kernels = {(*key, "kernel"): vars(value)["kernel"] for key, value in found.items() if hasattr(value, "_compiled")}
     return {**found, **kernels}
@@ -75,15 +75,15 @@ def test_a_device_function_inlined_into_one_that_is_inlined_into_a_kernel() -> N
 def test_a_method() -> None:
     layer = SparseAttention(BackendConfig(1, 4, 2, 1, 1), AttentionConfig())
     logits, length = torch.zeros(1, 3, device=DEVICE), torch.tensor([3], device=DEVICE)
-    method = Mutation("optimized.layer:SparseAttention.topk_indices", "self.config.index_topk", "1")
+    method = Mutation("nsa_oracle.optimized.layer:SparseAttention.topk_indices", "self.config.index_topk", "1")
     with mutated(method):
         assert layer.topk_indices(logits, length).shape == (1, 1)
-        assert not hasattr(sys.modules["optimized.layer"], "topk_indices")
+        assert not hasattr(sys.modules["nsa_oracle.optimized.layer"], "topk_indices")
     assert layer.topk_indices(logits, length).shape == (1, 2)
 
 
 def test_a_cached_function_forgets_what_it_knew() -> None:
-    programs = Mutation("optimized.attention:_multiprocessors", "return 8", "return 9")
+    programs = Mutation("nsa_oracle.optimized.attention:_multiprocessors", "return 8", "return 9")
     before = attention._multiprocessors(torch.device("cpu"))
     with mutated(programs):
         assert attention._multiprocessors(torch.device("cpu")) == 9
@@ -101,7 +101,7 @@ def test_no_launcher_keeps_what_was_compiled_of_the_other_tree() -> None:
 
 
 def test_two_of_one_function() -> None:
-    with mutated(WIDER_LANES, Mutation("optimized.kv_cache:lanes", "(size - 1)", "size")):
+    with mutated(WIDER_LANES, Mutation("nsa_oracle.optimized.kv_cache:lanes", "(size - 1)", "size")):
         assert kv_cache.lanes(8) == 32
     assert kv_cache.lanes(8) == 8
 
@@ -117,7 +117,10 @@ def test_nested() -> None:
 
 @pytest.mark.parametrize(("refused", "count"), [(ABSENT, 0), (AMBIGUOUS, 2)])
 def test_a_text_that_does_not_occur_once_is_refused(refused: Mutation, count: int) -> None:
-    with pytest.raises(MutationError, match=f"optimized.kv_cache:lanes: .* occurs {count} times"), mutated(refused):
+    with (
+        pytest.raises(MutationError, match=f"nsa_oracle.optimized.kv_cache:lanes: .* occurs {count} times"),
+        mutated(refused),
+    ):
         pass
 
 
@@ -135,9 +138,9 @@ def test_put_back_after_an_exception() -> None:
 
 
 def test_a_module_imported_later_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "optimized.kernels.kv_cache"
+    name = "nsa_oracle.optimized.kernels.kv_cache"
     monkeypatch.setattr(optimized.kernels, "kv_cache", sys.modules[name])  # to be put back
     monkeypatch.delitem(sys.modules, name)
-    with mutated(Mutation("optimized.kernels.fp8:to_e4m3_bits", "& 0x80", "& 0x00")):
+    with mutated(Mutation("nsa_oracle.optimized.kernels.fp8:to_e4m3_bits", "& 0x80", "& 0x00")):
         assert importlib.import_module(name).to_e4m3_bits is fp8.to_e4m3_bits
     assert importlib.import_module(name).to_e4m3_bits is fp8.to_e4m3_bits

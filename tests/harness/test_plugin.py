@@ -16,13 +16,14 @@ import torch
 from test_cli import WITH_LAYER
 from test_detection import accept_two_then_one, factory_of, one_replay
 
-from harness import plugin, seeds
-from harness.explore import SHARDS, Exploration, Subject
-from harness.judge import OracleFailure, Verdict, judge
-from harness.plugin import Oracle, _add_property, _as_property
-from harness.scenario import Replay, load
-from harness.seeds import save
-from reference.types import ForwardMode
+from nsa_oracle.harness import plugin
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.plugin import Oracle, _add_property, _as_property
+from nsa_oracle.harness.scenarios import files as seeds
+from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.scenarios.scenario import Replay, load
+from nsa_oracle.harness.search.explore import SHARDS, Exploration, Subject
+from nsa_oracle.reference.types import ForwardMode
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
@@ -72,7 +73,7 @@ def run(folder: Path, *words: str) -> Run:
         "PYTHONPATH": os.pathsep.join([str(PROJECT), str(HERE), *sys.path]),
         "COLUMNS": "200",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "--oracle-device=cpu", *words]
+    command = [sys.executable, "-m", "pytest", "-p", "nsa_oracle.harness.plugin", "--oracle-device=cpu", *words]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
     )

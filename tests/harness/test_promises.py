@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from harness.bugs.mutate import Mutation, mutated
-from harness.judge import OracleFailure, judge
-from harness.protocol import optimized_backend
-from harness.scenario import Inputs, load
-from harness.seeds import CORPUS
-from optimized import indexer
+from nsa_oracle.harness.bugs.mutate import Mutation, mutated
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.protocol import optimized_backend
+from nsa_oracle.harness.scenarios.files import CORPUS
+from nsa_oracle.harness.scenarios.scenario import Inputs, load
+from nsa_oracle.optimized import indexer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
 
@@ -101,8 +101,8 @@ def test_promises_that_are_broken(kernel: Any, args: tuple[int, ...], told: str)
 
 
 VIEW = Inputs(wide_req_to_token=True)  # three columns more on either side
-ROWS = Mutation("optimized.metadata:_source_aligned", "row_stride % buffers.WORDS_PER_VECTOR == 0", "True")
-START = Mutation("optimized.metadata:_source_aligned", "table.data_ptr() % 16 == 0", "True")
+ROWS = Mutation("nsa_oracle.optimized.metadata:_source_aligned", "row_stride % buffers.WORDS_PER_VECTOR == 0", "True")
+START = Mutation("nsa_oracle.optimized.metadata:_source_aligned", "table.data_ptr() % 16 == 0", "True")
 
 
 @contextmanager

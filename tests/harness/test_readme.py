@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from docs.examples.my_layer import MyAttention
-from harness.__main__ import app
-from harness.content import Regime
-from harness.explore import PROFILES, SHARDS
-from harness.fields import HOST_SCALARS
-from harness.judge import OracleFailure, judge
-from harness.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
-from harness.protocol import STAGES, SparseAttention, Strictness, load_backend, load_layer, optimized_backend
-from harness.relations import Relation
-from harness.report import explain, render, tiers_table
-from harness.scenario import (
+from nsa_oracle.harness.__main__ import app
+from nsa_oracle.harness.checks.relations import Relation
+from nsa_oracle.harness.commands.tiers import Tier, TierOutcome
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.fields import HOST_SCALARS
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness, load_backend, load_layer, optimized_backend
+from nsa_oracle.harness.report.summary import explain, render, tiers_table
+from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
+from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
@@ -38,10 +38,10 @@ from harness.scenario import (
     from_json,
     to_json,
 )
-from harness.strategies import SMALL_LAYER, restricted
-from harness.tiers import Tier, TierOutcome
-from reference.metadata import compute_metadata
-from reference.types import (
+from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER, restricted
+from nsa_oracle.harness.search.explore import PROFILES, SHARDS
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import (
     AttentionConfig,
     AttentionInputs,
     AttentionOutputs,

@@ -10,14 +10,14 @@ import pytest
 import torch
 from test_detection import DECODE, VERIFY, case, one_replay
 
-from harness import recovery
-from harness.children import ChildDied
-from harness.compare import Finding, Kind
-from harness.explore import DeviceLost, has_lost_the_device
-from harness.judge import OracleFailure
-from harness.recovery import Recovery, SubjectSpec
-from harness.scenario import Capture, Finish, Join, Replay, load
-from harness.seeds import save
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.scenarios.scenario import Capture, Finish, Join, Replay, load
+from nsa_oracle.harness.search import recovery
+from nsa_oracle.harness.search.explore import DeviceLost, has_lost_the_device
+from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
 
 CPU = torch.device("cpu")
 CROWDED = case(

@@ -7,28 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_detection import (
-    BACKEND,
-    BF16,
-    DECODE,
-    DRAFT_EXTEND,
-    DRAFT_EXTEND_V2,
-    EXTEND,
-    FP8,
-    VERIFY,
-    case,
-    random,
-)
+from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, FP8, VERIFY, case, random
 
-from harness.compare import Finding, Kind
-from harness.content import Regime
-from harness.engine import Engine, LayerObservation
-from harness.judge import OracleFailure, judge, sentinels
-from harness.layer import POISON_BYTES
-from harness.relations import Relation, Relations, differs
-from harness.scenario import Accept, Capture, Eager, Event, Finish, Join, PageLayout, Replay, Scenario
-from optimized.layer import SparseAttention as Capturable
-from reference.types import (
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.engine.cache_state import POISON_BYTES
+from nsa_oracle.harness.engine.engine import Engine, LayerObservation
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import OracleFailure, judge, sentinels
+from nsa_oracle.harness.scenarios.scenario import (
+    Accept,
+    Capture,
+    Eager,
+    Event,
+    Finish,
+    Join,
+    PageLayout,
+    Replay,
+    Scenario,
+)
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.judge import OracleFailure, judge
-from harness.protocol import load_backend
-from harness.scenario import load
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.protocol import load_backend
+from nsa_oracle.harness.scenarios.scenario import load
 
 PROJECT = Path(__file__).parent.parent.parent
 CASES = {path.stem.removeprefix("revert-"): path for path in (PROJECT / "tests/cases").glob("revert-*.json")}

@@ -14,14 +14,15 @@ import torch
 from test_detection import DECODE, case, factory_of
 from typer.testing import CliRunner
 
-import harness.__main__ as main
-from harness import sanitize
-from harness.__main__ import app
-from harness.compare import Kind
-from harness.judge import OracleFailure, judge
-from harness.poison import BandedInput, GuardedAllocations, overrun, without_bands
-from harness.sanitize import CASES, FOUND, Outcome, Tool, verdict_of
-from harness.scenario import Capture, Eager, Join, Replay
+import nsa_oracle.harness.__main__ as main
+from nsa_oracle.harness.__main__ import app
+from nsa_oracle.harness.commands import sanitizer
+from nsa_oracle.harness.commands import sanitizer as sanitize
+from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.memory.poison import BandedInput, GuardedAllocations, overrun, without_bands
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -74,13 +75,13 @@ class TestRun:
         return calls
 
     def test_each_tool_once(self, calls: list[dict[str, Any]]) -> None:
-        outcomes = list(sanitize.sanitize([Path("a.json")], list(Tool), 60))
+        outcomes = list(sanitizer.sanitize([Path("a.json")], list(Tool), 60))
         assert [outcome.line().partition(" (")[0] for outcome in outcomes] == [
             f"{tool.value}: clean: 1 case" for tool in Tool
         ]
         for call, tool in zip(calls, Tool, strict=True):
             assert call["command"][:3] == ["compute-sanitizer", "--tool", tool.value]
-            assert call["command"][-4:] == [sys.executable, "-m", "harness.sanitize", "a.json"]
+            assert call["command"][-4:] == [sys.executable, "-m", "nsa_oracle.harness.commands.sanitizer", "a.json"]
             assert ("PYTORCH_NO_CUDA_MEMORY_CACHING" in call["env"]) is (tool is Tool.MEMCHECK)
 
     def test_too_slow(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,18 +90,18 @@ class TestRun:
 
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
-        (outcome,) = sanitize.sanitize([Path("a.json")], [Tool.MEMCHECK], 60)
+        (outcome,) = sanitizer.sanitize([Path("a.json")], [Tool.MEMCHECK], 60)
         assert (outcome.clean, outcome.told) == (None, "it took longer than 60 seconds")
 
 
 def test_why_nothing_can_be_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert sanitize.obstacle() == "torch sees no CUDA device here"
+    assert sanitizer.obstacle() == "torch sees no CUDA device here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
-    assert "compute-sanitizer" in (sanitize.obstacle() or "")
+    assert "compute-sanitizer" in (sanitizer.obstacle() or "")
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
-    assert sanitize.obstacle() is None
+    assert sanitizer.obstacle() is None
 
 
 class TestCommand:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from test_detection import factory_of
 
-from harness.bugs.bug import by_mutation
-from harness.bugs.mutate import Mutation
-from harness.findings import Kind
-from harness.judge import OracleFailure, judge
-from harness.scenario import load
-from reference.multi_step import copy_into
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
+from nsa_oracle.harness.bugs.bug import by_mutation
+from nsa_oracle.harness.bugs.mutate import Mutation
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.scenarios.scenario import load
+from nsa_oracle.reference.multi_step import copy_into
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 PROJECT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., An
 
 def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
     """1.6 kB behind it, where a process without wide bands would have been ended by what it had overwritten."""
-    kernel = "optimized.kernels.topk:topk_filter_kernel"
+    kernel = "nsa_oracle.optimized.kernels.topk:topk_filter_kernel"
     twice_the_room = by_mutation(Mutation(kernel, "if count + total <= CAPACITY", "if count + total <= 2 * CAPACITY"))
     with twice_the_room() as subject, pytest.raises(OracleFailure) as failure:
         subject.judge(load(PROJECT / "tests/cases/layer-last-row-fills-its-only-share.json"), device)
@@ -229,7 +229,7 @@ def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
 
 def test_a_line_more_than_there_is_room_for_is_told(device: torch.device) -> None:
     """Whatever is lost at the end of a row was among its best once."""
-    kernel = "optimized.kernels.topk:topk_kernel"
+    kernel = "nsa_oracle.optimized.kernels.topk:topk_kernel"
     one_line_more = by_mutation(Mutation(kernel, "num_lines <= BLOCK // LINE", "num_lines <= BLOCK // LINE + 1"))
     with one_line_more() as subject, pytest.raises(OracleFailure) as failure:
         subject.judge(load(PROJECT / "tests/cases/layer-one-token-wider-than-a-block.json"), device)

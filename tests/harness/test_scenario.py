@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.boundary import classes_of
-from harness.content import Regime
-from harness.report import tell
-from harness.scenario import (
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.report.summary import tell
+from nsa_oracle.harness.scenarios.coverage import classes_of
+from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Eager,
@@ -30,8 +30,8 @@ from harness.scenario import (
     load,
     to_json,
 )
-from harness.strategies import LARGE, LARGE_LAYER, scenarios
-from reference.types import ForwardMode, KVCacheDtype
+from nsa_oracle.harness.scenarios.strategies import LARGE, LARGE_LAYER, scenarios
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 
 SETUP = {
     "page_size": 4,

@@ -15,11 +15,9 @@ import pytest
 import torch
 from test_detection import accept_two_then_one, factory_of, one_replay, two_lengths
 
-from harness.explore import Subject, explore
-from harness.judge import OracleFailure, judge
-from harness.report import explain
-from harness.scenario import Scenario, from_json, load, to_json
-from harness.seeds import (
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.report.summary import explain
+from nsa_oracle.harness.scenarios.files import (
     PRODUCTION,
     RUNNING,
     FailureFiles,
@@ -29,8 +27,10 @@ from harness.seeds import (
     left_by_the_dead,
     save,
 )
-from harness.world import World
-from reference.types import ForwardMode
+from nsa_oracle.harness.scenarios.scenario import Scenario, from_json, load, to_json
+from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.reference.types import ForwardMode
 
 ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
 

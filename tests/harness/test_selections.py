@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_layer_detection import case
 
-from harness.selections import Numbers, Selection, selection
-from reference.topk import topk_indices
+from nsa_oracle.harness.content.edge_logits import Numbers, Selection, selection
+from nsa_oracle.reference.topk import topk_indices
 
 SENTINEL = 7
 SIZES = [(20, 8), (20, 4), (33, 17), (261, 64), (1100, 1030), (9, 8), (20, 1), (2, 1)]  # width, K: longer rows than K

@@ -14,21 +14,21 @@ import torch
 from planted_layers import Clean
 from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, FP8, VERIFY, case
 
-from harness.bounds import attention_bound
-from harness.compare import Finding, Kind
-from harness.content import Regime
-from harness.engine import Engine, LayerObservation, Observation
-from harness.expected import expected_metadata
-from harness.judge import Verdict, sentinels
-from harness.layer import POISON_BYTES, as_bytes
-from harness.layer_driver import Feed, LayerStep, dense_copy
-from harness.protocol import STAGES, Strictness, optimized_layer
-from harness.report import summary
-from harness.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
-from harness.selections import Numbers
-from harness.stages import LayerTally, StageJudge
-from reference import attention, kv_cache
-from reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
+from nsa_oracle.harness.checks.bounds import attention_bound
+from nsa_oracle.harness.checks.layer import LayerTally, StageJudge
+from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.content.edge_logits import Numbers
+from nsa_oracle.harness.engine.cache_state import POISON_BYTES, as_bytes
+from nsa_oracle.harness.engine.engine import Engine, LayerObservation, Observation
+from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.layer_driver import Feed, LayerStep, dense_copy
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import Verdict, sentinels
+from nsa_oracle.harness.protocol import STAGES, Strictness, optimized_layer
+from nsa_oracle.harness.report.summary import summary
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
+from nsa_oracle.reference import attention, kv_cache
+from nsa_oracle.reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

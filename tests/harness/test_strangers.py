@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_layer_detection import DECODE, EXTEND, VERIFY, case, lattice
 
-from harness.explore import Subject
-from harness.findings import Kind
-from harness.judge import OracleFailure
-from harness.protocol import BackendError
-from harness.scenario import Capture, Eager, Join, Replay
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.protocol import BackendError
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
+from nsa_oracle.harness.search.explore import Subject
 
 METADATA = case(
     *(Join(seq_len=6), Eager(mode=VERIFY), Capture(mode=DECODE, buckets=(2,)), Replay(mode=DECODE)),

@@ -14,16 +14,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
-from harness.boundary import ALL_CLASSES, LAYER_CLASSES, classes_of
-from harness.explore import Subject, explore
-from harness.judge import Verdict
-from harness.minimise import minimise
-from harness.protocol import optimized_backend
-from harness.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
-from harness.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, scenarios
-from harness.world import World
-from optimized.optimizations import OPTIMIZATION_NAMES
-from reference.types import BackendConfig, ForwardMode, StepSemantics
+from nsa_oracle.harness.judge import Verdict
+from nsa_oracle.harness.protocol import optimized_backend
+from nsa_oracle.harness.scenarios.coverage import ALL_CLASSES, LAYER_CLASSES, classes_of
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
+from nsa_oracle.harness.scenarios.simplify import minimise
+from nsa_oracle.harness.scenarios.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, scenarios
+from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.optimized.optimizations import OPTIMIZATION_NAMES
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, StepSemantics
 
 DRAWN = {"small": 260, "large": 90, "small, layer": 60, "large, layer": 60}
 SCALES = {"small": SMALL, "large": LARGE, "small, layer": SMALL_LAYER, "large, layer": LARGE_LAYER}
@@ -94,7 +94,7 @@ def within(scenario: Scenario, scale: Scale) -> None:
 @settings(quick, max_examples=150)
 @given(scenarios(SMALL))
 def test_drawn_switches_can_be_built(scenario: Scenario) -> None:
-    from optimized.optimizations import Optimizations  # late: the plugin decides first how kernels run
+    from nsa_oracle.optimized.optimizations import Optimizations  # late: the plugin decides first how kernels run
 
     config: BackendConfig = scenario.setup.backend_config()
     Optimizations.from_names(scenario.optimizations).check(config)

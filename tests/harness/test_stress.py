@@ -7,16 +7,16 @@ import pytest
 import torch
 from test_detection import DECODE, case, factory_of, one_replay
 
-from harness.compare import Kind
-from harness.engine import Engine
-from harness.free_memory import spoil_storage
-from harness.graph import GraphRunner, graph_runner
-from harness.judge import OracleFailure, judge
-from harness.poison import BandedInput
-from harness.protocol import optimized_layer
-from harness.scenario import Capture, Inputs, Join, Replay
-from harness.simulated_graph import SimulatedCapturedGraph, SimulatedGraphRunner
-from harness.stress import Delivery
+from nsa_oracle.harness.engine.engine import Engine
+from nsa_oracle.harness.engine.stress import Delivery
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.graphs.cuda import GraphRunner, graph_runner
+from nsa_oracle.harness.graphs.free_memory import spoil_storage
+from nsa_oracle.harness.graphs.simulated import SimulatedCapturedGraph, SimulatedGraphRunner
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.memory.poison import BandedInput
+from nsa_oracle.harness.protocol import optimized_layer
+from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Join, Replay
 
 CPU = torch.device("cpu")
 SENTINEL = 0x5A5A5A5A

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harness.compare import Kind
-from harness.variants import FRESH, WARM_UP, Growth, VariantCounter
-from harness.world import Batch
-from reference.types import ForwardMode
+from nsa_oracle.harness.checks.variants import FRESH, WARM_UP, Growth, VariantCounter
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.reference.types import ForwardMode
 
 DECODE, EXTEND = ForwardMode.DECODE, ForwardMode.EXTEND
 ODD = [131 + 2 * i for i in range(WARM_UP + FRESH)]  # between two powers of two, of no multiple of 16

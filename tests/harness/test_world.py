@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.rng import Stream
-from harness.scenario import (
+from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Eager,
@@ -27,9 +27,9 @@ from harness.scenario import (
     Scenario,
     Setup,
 )
-from harness.strategies import LARGE, SMALL, scenarios
-from harness.world import Batch, World
-from reference.types import ForwardMode
+from nsa_oracle.harness.scenarios.strategies import LARGE, SMALL, scenarios
+from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.reference.types import ForwardMode
 
 POISON = 0x5A5A5A5A
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND

@@ -17,19 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, and before the kernels would choose the interpreter
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from optimized import attention, indexer, kv_cache, topk
-from optimized.multi_step import MultiStepBackend
-from optimized.optimizations import Optimizations
-from reference.types import (
+from nsa_oracle.optimized import attention, indexer, kv_cache, topk
+from nsa_oracle.optimized.multi_step import MultiStepBackend
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,
@@ -40,6 +36,10 @@ from reference.types import (
     SpecInfo,
     StepSemantics,
 )
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, and before the kernels would choose the interpreter
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 class StandInDriver:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimized.multi_step import MultiStepBackend
-from optimized.optimizations import Optimizations
-from reference.metadata import compute_metadata
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
+from nsa_oracle.optimized.multi_step import MultiStepBackend
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GRAPH_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-import reference.indexer
-import reference.kv_cache
-from optimized import indexer, kv_cache
-from optimized.kernels.fp8 import from_e4m3_bits, to_e4m3_bits
-from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+from nsa_oracle.optimized import indexer, kv_cache
+from nsa_oracle.optimized.kernels.fp8 import from_e4m3_bits, to_e4m3_bits
+from nsa_oracle.reference import indexer as reference_indexer
+from nsa_oracle.reference import kv_cache as reference_kv_cache
+from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = AttentionConfig(num_heads=2, kv_lora_rank=48, qk_rope_head_dim=12, index_n_heads=3, index_head_dim=24)
@@ -126,7 +126,7 @@ def test_store_cache(config: AttentionConfig, gap: int, dtype: KVCacheDtype, pag
     got, got_memory = empty_caches(config, num_slots, page_size, gap)
     expected, expected_memory = empty_caches(config, num_slots, page_size, gap)
     kv_cache.store_cache(config, got, inputs)
-    reference.kv_cache.store_cache(config, expected, inputs)
+    reference_kv_cache.store_cache(config, expected, inputs)
     for mine, theirs in zip(got_memory, expected_memory, strict=True):
         assert_same_bits(mine, theirs)
 
@@ -143,11 +143,11 @@ def test_nan_and_infinity_reach_the_caches() -> None:
     expected, _ = empty_caches(SMALL, 16, 16, 0)
     inputs = key_inputs(SMALL, k, index_k, slots)
     kv_cache.store_cache(SMALL, caches, inputs)
-    reference.kv_cache.store_cache(SMALL, expected, inputs)
-    loads = [reference.kv_cache.load_kv(SMALL, side.kv, slots) for side in (caches, expected)]
+    reference_kv_cache.store_cache(SMALL, expected, inputs)
+    loads = [reference_kv_cache.load_kv(SMALL, side.kv, slots) for side in (caches, expected)]
     torch.testing.assert_close(*loads, rtol=0, atol=0, equal_nan=True)
     (keys, scales), (expected_keys, expected_scales) = (
-        reference.kv_cache.load_index_k(SMALL, side.index_k, slots) for side in (caches, expected)
+        reference_kv_cache.load_index_k(SMALL, side.index_k, slots) for side in (caches, expected)
     )
     torch.testing.assert_close(keys, expected_keys, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
@@ -182,7 +182,7 @@ class Scoring:
         )  # fmt: skip
 
     def expected(self) -> torch.Tensor:
-        return reference.indexer.indexer_logits(
+        return reference_indexer.indexer_logits(
             self.config, self.index_q, self.index_weights, self.index_k_cache, self.real_page_table,
             self.seqlens_expanded.clamp(0, self.width), self.width,
         )  # fmt: skip

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
-from harness.far import SIGNED, far_apart
-from optimized import metadata, topk
-from optimized.kernels.kv_cache import store_cache_kernel
-from optimized.kernels.lengths import expand_seqlens_kernel
-from optimized.kernels.topk import topk_kernel
-from optimized.launch import Launcher, _check, signature
-from reference.types import ForwardMode
+from nsa_oracle.harness.memory.far_apart import SIGNED, far_apart
+from nsa_oracle.optimized import metadata, topk
+from nsa_oracle.optimized.kernels.kv_cache import store_cache_kernel
+from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
+from nsa_oracle.optimized.kernels.topk import topk_kernel
+from nsa_oracle.optimized.launch import Launcher, _check, signature
+from nsa_oracle.reference.types import ForwardMode
 
 
 def test_pool_whose_rows_lie_far_apart_after_one_that_is_dense() -> None:

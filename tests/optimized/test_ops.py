@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimized import buffers, indexer, kv_cache, lengths, metadata, schedules, topk
-from optimized.buffers import Layout, StepBuffers
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
+from nsa_oracle.optimized import buffers, indexer, kv_cache, lengths, metadata, schedules, topk
+from nsa_oracle.optimized.buffers import Layout, StepBuffers
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, SpecInfo
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = BackendConfig(16, 64, 32, 2, 2, paged_mqa_num_sms=3, flashmla_num_sm_parts=2)

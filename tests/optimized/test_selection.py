@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import reference.topk
-from optimized import kernels, topk
+from nsa_oracle.optimized import kernels, topk
+from nsa_oracle.reference import topk as reference_topk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 24
@@ -102,14 +102,14 @@ def lengths_about(*numbers: int) -> list[int]:
 def check(logits: torch.Tensor, lengths: torch.Tensor, k: int) -> None:
     """Each transform, with int32 and int64 lengths."""
     rows, width = logits.shape
-    positions = reference.topk.topk_indices(logits, lengths, k)
+    positions = reference_topk.topk_indices(logits, lengths, k)
     assert_same_bits(topk.topk_indices(logits, lengths, k), positions)
     table = torch.randint(0, 10**9, (rows, width + 9), generator=generator(), dtype=torch.int32, device=DEVICE)[:, 9:]
     table[torch.arange(width, device=DEVICE) >= lengths[:, None]] = GARBAGE
-    expected = reference.topk.transform_paged(positions, table)
+    expected = reference_topk.transform_paged(positions, table)
     assert_same_bits(topk.topk_transform_paged(logits, lengths.int(), table, k), expected)
     offsets = torch.arange(2 * rows, dtype=torch.int32, device=DEVICE)[::2] * 1000
-    expected = reference.topk.transform_ragged(positions, offsets)
+    expected = reference_topk.transform_ragged(positions, offsets)
     assert_same_bits(topk.topk_transform_ragged(logits, lengths, offsets, k), expected)
 
 
@@ -160,7 +160,7 @@ def test_wide_tables(width: int, k: int) -> None:
 
 def test_no_row_is_longer_than_its_logits() -> None:
     logits = randn(2, 40)
-    expected = reference.topk.topk_indices(logits, torch.tensor([40, 40]), 7)
+    expected = reference_topk.topk_indices(logits, torch.tensor([40, 40]), 7)
     assert_same_bits(topk.topk_indices(logits, torch.tensor([45, 40], device=DEVICE), 7), expected)
     assert topk.topk_indices(logits, torch.tensor([-3, 0], device=DEVICE), 2).tolist() == [[-1, -1]] * 2
 
@@ -168,7 +168,7 @@ def test_no_row_is_longer_than_its_logits() -> None:
 def test_one_row_of_memory_shown_by_all() -> None:
     logits, lengths = randn(1, 300).expand(ROWS, -1), torch.arange(ROWS, device=DEVICE) * 12
     table = torch.arange(300, dtype=torch.int32, device=DEVICE).flip(0)[None].expand(ROWS, -1)
-    expected = reference.topk.topk_transform_paged(logits, lengths, table, 32)
+    expected = reference_topk.topk_transform_paged(logits, lengths, table, 32)
     assert_same_bits(topk.topk_transform_paged(logits, lengths, table, 32), expected)
 
 
@@ -284,7 +284,7 @@ def test_whatever_was_kept(name: str, distribution: str) -> None:
     out = torch.empty(1, k, dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([length], device=DEVICE)
     topk.topk_op(out, scores[None], lengths, None, None, *kept)
-    assert_same_bits(out, reference.topk.topk_indices(scores[None], lengths, k))
+    assert_same_bits(out, reference_topk.topk_indices(scores[None], lengths, k))
     if k <= sum(sizes) and name.startswith("a "):
         scores[:] = torch.nan  # not looked at: what was kept is
         again = torch.empty_like(out)
@@ -329,5 +329,5 @@ def test_reference_agrees_with_numpy() -> None:
     for logits in DISTRIBUTIONS.values():
         scores = np.nan_to_num(logits(300).cpu().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         best = sorted(range(300), key=lambda token: (-scores[token], token))[:33]
-        got = reference.topk.topk_indices(logits(300)[None], torch.tensor([300]), 33)
+        got = reference_topk.topk_indices(logits(300)[None], torch.tensor([300]), 33)
         assert got[0].tolist() == sorted(best)

@@ -11,10 +11,10 @@ import math
 import pytest
 import torch
 
-from optimized import attention
-from reference.attention import sparse_mla as reference_sparse_mla
-from reference.kv_cache import load_kv, store_kv
-from reference.types import AttentionConfig, KVCacheDtype
+from nsa_oracle.optimized import attention
+from nsa_oracle.reference.attention import sparse_mla as reference_sparse_mla
+from nsa_oracle.reference.kv_cache import load_kv, store_kv
+from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS = 96

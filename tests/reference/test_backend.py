@@ -11,9 +11,9 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from reference.metadata import compute_metadata
-from reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend, copy_into
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
 
 WIDTH = 37
 POOL_SIZE = 6

@@ -18,9 +18,9 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from reference import schedules
-from reference.metadata import compute_metadata
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
+from nsa_oracle.reference import schedules
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
 
 POOL_SIZE = 5
 GRAPH_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]

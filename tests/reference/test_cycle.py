@@ -16,10 +16,10 @@ import pytest
 import torch
 from exact_numbers import dot, exact_attention, to_float32
 
-from reference.cycle import Pass, SpeculativeCycle, out_cache_loc, query_positions, request_of_row
-from reference.layer import SparseAttention
-from reference.metadata import compute_metadata
-from reference.types import (
+from nsa_oracle.reference.cycle import Pass, SpeculativeCycle, out_cache_loc, query_positions, request_of_row
+from nsa_oracle.reference.layer import SparseAttention
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,

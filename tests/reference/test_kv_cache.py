@@ -12,7 +12,7 @@ import pytest
 import torch
 from exact_numbers import to_bfloat16, to_float32
 
-from reference.kv_cache import (
+from nsa_oracle.reference.kv_cache import (
     dequantize,
     load_index_k,
     load_kv,
@@ -21,7 +21,7 @@ from reference.kv_cache import (
     store_index_k,
     store_kv,
 )
-from reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
 SMALL = AttentionConfig(num_heads=2, kv_lora_rank=16, qk_rope_head_dim=4, index_n_heads=2, index_head_dim=8)
 SMALL_BF16 = dataclasses.replace(SMALL, kv_cache_dtype=KVCacheDtype.BF16)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from reference import lengths, page_table
-from reference.metadata import compute_metadata
-from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
+from nsa_oracle.reference import lengths, page_table
+from nsa_oracle.reference.metadata import compute_metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo, StepSemantics
 
 _: None = None  # a dead cell
 

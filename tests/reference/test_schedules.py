@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reference.schedules import flashmla_schedule, paged_mqa_schedule
+from nsa_oracle.reference.schedules import flashmla_schedule, paged_mqa_schedule
 
 Schedule = list[list[int]]
 FAST = settings(deadline=None, max_examples=200, derandomize=True)

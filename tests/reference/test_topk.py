@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from reference.topk import (
+from nsa_oracle.reference.topk import (
     topk_indices,
     topk_transform_paged,
     topk_transform_ragged,

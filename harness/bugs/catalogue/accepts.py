@@ -1,0 +1,116 @@
+"""Accept lengths, and what verify and the draft extends make of them."""
+
+from __future__ import annotations
+
+from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.mutate import Mutation
+from nsa_oracle.harness.bugs.wrappers import Between, KeepsFields, Moment, Numbers
+from nsa_oracle.harness.protocol import SingleStepBackend
+from nsa_oracle.reference.types import ForwardBatch
+
+
+class IgnoresPadding(Between):
+    """KV lengths end with the real requests, though the queries do not."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.REPLAY:
+            raw_bs, metadata = Numbers.of(batch).raw_bs, backend.forward_metadata
+            metadata.cache_seqlens_int32[raw_bs:] = 0
+            metadata.cu_seqlens_k[raw_bs + 1 :] = metadata.cu_seqlens_k[raw_bs].clone()
+
+
+class KeepsPlan(KeepsFields):
+    names = ("paged_mqa_schedule_metadata", "flashmla_metadata", "flashmla_num_splits")
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        return len(self.attn_backends) > 1 and batch.forward_mode.is_decode_or_idle
+
+
+BUGS = (
+    Bug(
+        name="no-accept-underflows-offset",
+        group=Group.ACCEPTS,
+        sentence="The rows of a request are found from its last, which one that accepted nothing does not have.",
+        reference="tokenspeed#298",
+        trigger="DRAFT_EXTEND in which a request accepted nothing",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:write_lengths",
+                "rows = row_ends - q_lens + j",
+                "rows = row_ends - tl.maximum(q_lens, 1) + j",
+            ),
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:write_lengths", "(j < q_lens)", "(j < tl.maximum(q_lens, 1))"
+            ),
+        ),
+    ),
+    Bug(
+        name="one-token-per-request",
+        group=Group.ACCEPTS,
+        sentence="One token of each request is prepared, the other drafts are left as they were.",
+        reference="sglang#16310",
+        trigger="several draft tokens a request",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:write_lengths",
+                "for j in range(rows_per_request):",
+                "for j in range(1):",
+            )
+        ),
+    ),
+    Bug(
+        name="kv-lengths-ignore-padded-queries",
+        group=Group.ACCEPTS,
+        sentence="KV lengths and their bounds end with the real requests, while padded queries go on.",
+        reference="sglang#12295",
+        trigger="a batch smaller than its bucket",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(IgnoresPadding),
+    ),
+    Bug(
+        name="verify-loses-its-drafts",
+        group=Group.ACCEPTS,
+        sentence="Verify sees the committed tokens alone, not the drafts it is to verify.",
+        reference="sglang#36430",
+        trigger="TARGET_VERIFY",
+        caught_by=frozenset({Check.METADATA, Check.SHAPE}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.lengths:extra_tokens",
+                "config.speculative_num_draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0",
+                "0",
+            )
+        ),
+    ),
+    Bug(
+        name="top-k-skipped-in-draft-extend",
+        group=Group.ACCEPTS,
+        sentence="A shortcut for short prefills, which select every key, is taken in the draft extend at any length.",
+        reference="sglang#12816",
+        trigger="DRAFT_EXTEND of a request longer than top-k",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:write_lengths",
+                "tl.minimum(expanded, index_topk)",
+                "tl.minimum(expanded, index_topk if ROW_LAYOUT == UNIFORM else index_topk + expanded)",
+            ),
+            Mutation(
+                "nsa_oracle.optimized.lengths:fill_lengths",
+                "max=config.index_topk",
+                "max=config.max_context_len if mode is ForwardMode.DRAFT_EXTEND else config.index_topk",
+            ),
+        ),
+    ),
+    Bug(
+        name="plan-kept-across-draft-steps",
+        group=Group.ACCEPTS,
+        sentence="Draft replays keep the top-k plan and the schedules of the replay before.",
+        reference="sglang#30839",
+        trigger="DECODE with several steps and schedules, lengths that change the splits",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(KeepsPlan),
+    ),
+)

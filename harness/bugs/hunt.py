@@ -1,0 +1,127 @@
+"""Hunts bugs with fresh cases, and tells which check killed which, after how many cases."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nsa_oracle.harness.bugs.bug import Bug, Check
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.processes import Child, ChildDied
+from nsa_oracle.harness.scenarios.files import BUG_CASES
+from nsa_oracle.harness.scenarios.scenario import Scenario, from_json, load, to_json
+from nsa_oracle.harness.search.explore import DeviceLost, explore, has_lost_the_device
+
+# Trials: enough to read a case by, cheap enough to do for every bug. What is drawn on a GPU takes seconds each.
+MOST_SHRINKING = {"cpu": 60, "cuda": 20}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """How a bug fared. check: None if it survived ``cases`` cases. case: JSON of the shrunk scenario.
+
+    lost: whether it cost the process its GPU.
+    """
+
+    bug: str
+    check: Check | None
+    meant: bool  # whether that check is one that is meant to find it
+    cases: int
+    seconds: float
+    sentence: str = ""
+    case: str = ""
+    lost: bool = False
+
+    @property
+    def scenario(self) -> Scenario:
+        return from_json(self.case)
+
+
+def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) -> Kill:
+    """Judge up to ``cases`` fresh scenarios with ``bug`` planted; stop at the first that fails.
+
+    A bug that no drawn scenario would show in reasonable time is judged on its saved case alone.
+    """
+    started = time.monotonic()
+    with bug.plant() as subject:
+        failure: OracleFailure | None = None
+        judged = 0
+        if not bug.drawn:
+            try:
+                subject.judge(load(BUG_CASES / f"{bug.name}.json"), device)
+                judged = 1
+            except OracleFailure as caught:
+                failure = caught
+        else:
+            try:
+                most = MOST_SHRINKING[device.type]
+                outcome = explore(subject, device, cases, seed, save_dir, with_layer=bug.layer, most_shrinking=most)
+                failure, judged = outcome.failure, outcome.verdict.cases
+            except DeviceLost as lost:
+                failure, judged = lost.failure, lost.cases
+    seconds = time.monotonic() - started
+    if failure is None:
+        return Kill(bug.name, None, False, judged, seconds)
+    finding = failure.finding
+    check = Check.of(finding)
+    lost_device = has_lost_the_device(finding, device)
+    case = to_json(failure.scenario)
+    return Kill(bug.name, check, check in bug.caught_by, judged + 1, seconds, finding.sentence(), case, lost_device)
+
+
+def hunt_all(
+    bugs: Sequence[Bug], device: torch.device, cases: int, seed: int, save_dir: Path, jobs: int
+) -> Generator[Kill, None, None]:
+    """Hunt every bug, ``jobs`` at a time, each in a process that it leaves clean; kills as they come.
+
+    Closed, or interrupted, it gives up what it hunts at the moment.
+    """
+    free: queue.SimpleQueue[Child] = queue.SimpleQueue()
+    children = [Child(device.type, number) for number in range(jobs)]
+    for child in children:
+        free.put(child)
+    threads = ThreadPoolExecutor(jobs)
+    longest_first = sorted(bugs, key=lambda bug: not bug.layer)
+    hunts = [
+        threads.submit(_hunt_in_a_child, free, device.type, cases, seed, save_dir, bug.name) for bug in longest_first
+    ]
+    try:
+        for done in as_completed(hunts):
+            yield done.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.end()
+        threads.shutdown()
+        for child in children:
+            child.close()
+
+
+def _hunt_in_a_child(
+    free: queue.SimpleQueue[Child], device: str, cases: int, seed: int, save_dir: Path, name: str
+) -> Kill:
+    child, started = free.get(), time.monotonic()
+    try:
+        kill = child.call(_hunt_by_name, name, device, cases, seed, save_dir)
+        if kill.lost:
+            child.close()  # the next bug needs a GPU that works
+        return kill
+    except ChildDied as died:
+        from nsa_oracle.harness.bugs.zoo import ZOO
+
+        meant = Check.CRASH in ZOO[name].caught_by
+        return Kill(name, Check.CRASH, meant, 0, time.monotonic() - started, str(died))
+    finally:
+        free.put(child)
+
+
+def _hunt_by_name(name: str, device: str, cases: int, seed: int, save_dir: Path) -> Kill:
+    from nsa_oracle.harness.bugs.zoo import ZOO  # late: bugs name what imports Triton
+
+    return hunt(ZOO[name], torch.device(device), cases, seed, save_dir)

@@ -1,0 +1,103 @@
+"""The kill matrix for a person, as a table, and for machines, as JSON and HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from nsa_oracle.harness.bugs.bug import Bug, Check
+from nsa_oracle.harness.bugs.hunt import Kill
+from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.scenarios.scenario import Event, Scenario
+
+HTML_WIDTH = 260
+LOG_WIDTH = 10_000  # no case is so long that its line would be broken
+
+
+def listing(bugs: Sequence[Bug]) -> Table:
+    """What each bug is."""
+    table = Table("bug", "what is wrong", "seen in", "needs")
+    for bug in bugs:
+        needs = ["a GPU"] * bug.gpu + ["a layer"] * bug.layer
+        table.add_row(bug.name, bug.sentence, bug.reference, ", ".join(needs))
+    return table
+
+
+def kills_table(kills: Sequence[Kill]) -> Table:
+    """The matrix for a log, where a bug is one line: the check that killed it by name, ``?`` if it is not meant to."""
+    table = Table("bug", "check", "cases", "seconds", "smallest case", box=None)
+    for kill in kills:
+        check = "" if kill.check is None else kill.check.value if kill.meant else f"{kill.check.value} ?"
+        table.add_row(kill.bug, check, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
+    return table
+
+
+def matrix(kills: Sequence[Kill]) -> Table:
+    """Bug by check. ``x``: killed by a check that is meant to; ``?``: by another one."""
+    met = [check for check in Check if any(kill.check is check for kill in kills)]
+    table = Table("bug", *(check.value for check in met), "cases", "seconds", "smallest case")
+    for kill in kills:
+        marks = [("x" if kill.meant else "?") if kill.check is check else "" for check in met]
+        table.add_row(kill.bug, *marks, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
+    return table
+
+
+def _smallest_case(kill: Kill) -> str:
+    return told_in_one_line(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
+
+
+def sum_line(kills: Sequence[Kill], left_out: int = 0) -> str:
+    """The matrix in one line."""
+    killed = [kill for kill in kills if kill.meant]
+    cases = [kill.cases for kill in killed]
+    spread = f", after {statistics.median(cases):g} cases in the middle and {max(cases)} at most" if cases else ""
+    gpu = f"; {left_out} need a GPU" if left_out else ""
+    return f"bugs: {len(killed)} of {len(kills)} killed by the check that is meant to{spread}{gpu}"
+
+
+def as_json(kills: Sequence[Kill]) -> str:
+    """One record a bug, what the bug is included."""
+    records = []
+    for kill in kills:
+        bug = ZOO[kill.bug]
+        record = dataclasses.asdict(kill) | {
+            "check": kill.check.value if kill.check is not None else None,
+            "case": json.loads(kill.case) if kill.case else None,
+            "group": bug.group.value,
+            "what": bug.sentence,
+            "reference": bug.reference,
+            "trigger": bug.trigger,
+            "meant_checks": sorted(check.value for check in bug.caught_by),
+        }
+        records.append(record)
+    return json.dumps(records, indent=1) + "\n"
+
+
+def as_html(kills: Sequence[Kill]) -> str:
+    """A page of its own."""
+    console = Console(file=io.StringIO(), width=HTML_WIDTH, record=True)
+    console.print(matrix(kills))
+    console.print(sum_line(kills))
+    return console.export_html()
+
+
+def told_in_one_line(scenario: Scenario) -> str:
+    """Sizes and events of a case, as short as can be read."""
+    setup = scenario.setup
+    sizes = f"P {setup.page_size}, W {setup.max_context_len}, K {setup.index_topk}"
+    sizes += f", N {setup.num_steps}, nd {setup.num_draft_tokens}"
+    layer = "" if setup.layer is None else f", {setup.layer.regime.value} {setup.layer.kv_cache_dtype.value}"
+    switches = "".join(f" +{name}" for name in scenario.optimizations)
+    return f"{sizes}{layer}{switches}: {'; '.join(_event(event) for event in scenario.events)}"
+
+
+def _event(event: Event) -> str:
+    values = event.model_dump(mode="json", exclude_defaults=True, exclude={"event"})
+    told = " ".join(",".join(map(str, value)) if isinstance(value, list) else str(value) for value in values.values())
+    return f"{event.event} {told}".strip()

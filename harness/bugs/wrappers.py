@@ -1,0 +1,281 @@
+"""``optimized/`` behind something of one's own: where bugs are planted that no single changed line makes.
+
+All classes here are clean as they stand. Each is a factory of (config, req_to_token, optimisations).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.protocol import SingleStepBackend, optimized_backend
+from nsa_oracle.harness.scenarios.world import PAD_REQ_POOL_INDEX, PAD_SEQ_LEN
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+
+DRAFT_EXTENDS = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+
+
+class Moment(enum.Enum):
+    """Which call the engine makes."""
+
+    EAGER = "eager"
+    CAPTURE = "capture"  # binding, just before it
+    IN_GRAPH = "in graph"  # inside it
+    REPLAY = "replay"
+
+
+class Between:
+    """Hands every call on, whichever methods the engine drives; the hooks may change what goes in and what comes out.
+
+    A hook is given the step that the call is for, or None if it is for all steps at once: an engine makes either all
+    its calls on the steps or all on the whole, so what a hook remembers it remembers by step.
+    """
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        self.config = config
+        self.pool = req_to_token
+        self.inner: Any = optimized_backend(config, self.pool_for(req_to_token), optimizations)
+        self.attn_backends = [_Step(self, backend, step) for step, backend in enumerate(self.inner.attn_backends)]
+
+    # The hooks.
+
+    def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
+        """The table that the backend gets as ``req_to_token``."""
+        return req_to_token
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        """The batch that the backend gets instead of ``batch``. Called at every moment."""
+        return batch
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        """After each call but those in a graph: may change what step ``index`` prepared for the engine's ``batch``."""
+
+    # The calls.
+
+    def steps(self, step: int | None) -> list[int]:
+        """The steps that a call is for."""
+        return list(range(len(self.attn_backends))) if step is None else [step]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self.inner.init_forward_metadata(self.given(forward_batch, Moment.EAGER, None))
+        self.finish(forward_batch, Moment.EAGER, None)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata_capture_cuda_graph(self, forward_batch: ForwardBatch) -> None:
+        self.inner.init_forward_metadata_capture_cuda_graph(self.given(forward_batch, Moment.CAPTURE, None))
+        self.finish(forward_batch, Moment.CAPTURE, None)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        self.inner.init_forward_metadata_in_graph(self.given(forward_batch, Moment.IN_GRAPH, None), bs)
+
+    def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        batch = self.given(forward_batch, Moment.REPLAY, None)
+        self.inner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+        self.finish(forward_batch, Moment.REPLAY, None)
+
+    def finish(self, batch: ForwardBatch, moment: Moment, step: int | None) -> None:
+        for index in self.steps(step):
+            self.done(self.attn_backends[index], batch, moment, index)
+
+
+class _Step:
+    """One step of ``Between``: the same, driven by itself."""
+
+    def __init__(self, whole: Between, inner: Any, step: int) -> None:
+        self.whole = whole
+        self.inner = inner
+        self.step = step
+
+    @property
+    def forward_metadata(self) -> Metadata:
+        metadata: Metadata = self.inner.forward_metadata
+        return metadata
+
+    @forward_metadata.setter
+    def forward_metadata(self, metadata: Metadata) -> None:
+        self.inner.forward_metadata = metadata
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self.inner.init_forward_metadata(self.whole.given(forward_batch, Moment.EAGER, self.step))
+        self.whole.finish(forward_batch, Moment.EAGER, self.step)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata_capture_cuda_graph(
+        self,
+        bs: int,
+        num_tokens: int,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None,
+        forward_mode: ForwardMode,
+        spec_info: SpecInfo | None,
+    ) -> None:
+        batch = ForwardBatch(forward_mode, bs, req_pool_indices, seq_lens, spec_info=spec_info)
+        given = self.whole.given(batch, Moment.CAPTURE, self.step)
+        self.inner.init_forward_metadata_capture_cuda_graph(
+            given.batch_size, num_tokens, given.req_pool_indices, given.seq_lens, encoder_lens, forward_mode,
+            given.spec_info,
+        )  # fmt: skip
+        self.whole.finish(batch, Moment.CAPTURE, self.step)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        self.inner.init_forward_metadata_in_graph(self.whole.given(forward_batch, Moment.IN_GRAPH, self.step), bs)
+
+    def init_forward_metadata_replay_cuda_graph(
+        self,
+        bs: int,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_sum: int | None,
+        encoder_lens: torch.Tensor | None,
+        forward_mode: ForwardMode,
+        spec_info: SpecInfo | None,
+        seq_lens_cpu: torch.Tensor | None,
+        out_cache_loc: torch.Tensor | None = None,
+    ) -> None:
+        batch = ForwardBatch(
+            forward_mode, bs, req_pool_indices, seq_lens, seq_lens_cpu, seq_lens_sum, spec_info=spec_info
+        )
+        given = self.whole.given(batch, Moment.REPLAY, self.step)
+        self.inner.init_forward_metadata_replay_cuda_graph(
+            given.batch_size, given.req_pool_indices, given.seq_lens, given.seq_lens_sum, encoder_lens, forward_mode,
+            given.spec_info, given.seq_lens_cpu, out_cache_loc,
+        )  # fmt: skip
+        self.whole.finish(batch, Moment.REPLAY, self.step)
+
+
+@dataclass
+class Numbers:
+    """A batch on the host, request by request; a bug may change or shorten it."""
+
+    seq_lens: list[int]
+    pool_rows: list[int]
+    accept_lengths: list[int]  # empty outside the draft-extend modes
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Numbers:
+        accepts = [] if batch.spec_info is None else batch.spec_info.accept_length.tolist()
+        return cls(batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), accepts)
+
+    @property
+    def raw_bs(self) -> int:
+        """How many requests there are before the padding. (One that looks like padding counts as padding.)"""
+        count = len(self.seq_lens)
+        while count and (self.seq_lens[count - 1], self.pool_rows[count - 1]) == (PAD_SEQ_LEN, PAD_REQ_POOL_INDEX):
+            count -= 1
+        return count
+
+
+class OwnInputs(Between):
+    """A graph runner with static inputs of its own, which it fills from the engine's; ``load`` may fill them wrongly.
+
+    A graph that prepares itself reads these inputs too. As in an engine all graphs share them, and a smaller batch
+    leaves what lies behind it as it was.
+    """
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.inputs: dict[tuple[int | None, str], torch.Tensor] = {}
+
+    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+        """What is written to the static inputs when the engine sends ``numbers``."""
+        return numbers
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is Moment.EAGER:
+            return batch
+        if moment is not Moment.IN_GRAPH:
+            numbers = self.load(Numbers.of(batch), batch, moment, step)
+            self._write(step, "seq_lens", batch.seq_lens, numbers.seq_lens)
+            self._write(step, "req_pool_indices", batch.req_pool_indices, numbers.pool_rows)
+            if batch.spec_info is not None:
+                self._write(step, "accept_length", batch.spec_info.accept_length, numbers.accept_lengths)
+        bs = batch.batch_size
+        spec_info = None if batch.spec_info is None else SpecInfo(self.inputs[step, "accept_length"][:bs])
+        return dataclasses.replace(
+            batch,
+            req_pool_indices=self.inputs[step, "req_pool_indices"][:bs],
+            seq_lens=self.inputs[step, "seq_lens"][:bs],
+            spec_info=spec_info,
+        )
+
+    def _write(self, step: int | None, name: str, like: torch.Tensor, numbers: Sequence[int]) -> None:
+        key = (step, name)
+        if key not in self.inputs:
+            capacity = max(len(like), self.pool.shape[0])
+            self.inputs[key] = torch.zeros(capacity, dtype=like.dtype, device=like.device)
+        self.inputs[key][: len(numbers)] = torch.tensor(list(numbers), dtype=like.dtype)
+
+
+class OwnPool(Between):
+    """A page mapping of the backend's own, copied from the engine's before each call; ``mapped`` may spoil it."""
+
+    def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
+        self.copy = req_to_token.contiguous().clone()
+        return self.copy
+
+    def mapped(self, mapping: torch.Tensor, batch: ForwardBatch, moment: Moment) -> None:
+        """Changes ``mapping`` [pool_size, max_context_len], fresh from the engine, in place."""
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is not Moment.IN_GRAPH:
+            self.copy.copy_(self.pool)
+            self.mapped(self.copy, batch, moment)
+        return batch
+
+
+class KeepsFields(Between):
+    """Replays leave some fields of the bound buffers as they were. A graph that fills them itself still does."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.bound: dict[tuple[int, ForwardMode, int], Metadata] = {}
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        """Whether a replay of ``batch`` leaves them."""
+        return True
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is Moment.REPLAY:
+            for index in self.steps(step):
+                held = fields.tensors(self.bound[self._key(index, batch)])
+                self.kept[index] = {name: tensor.clone() for name, tensor in held.items() if name in self.names}
+        return batch
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.CAPTURE:
+            self.bound[self._key(index, batch)] = backend.forward_metadata
+        elif moment is Moment.REPLAY and self.keeps(batch):
+            held = fields.tensors(backend.forward_metadata)
+            for name, content in self.kept[index].items():
+                held[name].copy_(content)
+
+    def _key(self, index: int, batch: ForwardBatch) -> tuple[int, ForwardMode, int]:
+        mode = ForwardMode.DECODE if batch.forward_mode.is_decode_or_idle else batch.forward_mode
+        return index, mode, batch.batch_size
+
+
+class MovesFields(Between):
+    """Replays hand out some fields in fresh tensors, whose content is right, and leave the bound ones behind."""
+
+    names: tuple[str, ...] = ()
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.REPLAY:
+            metadata = backend.forward_metadata
+            held = ((name, getattr(metadata, name)) for name in self.names)
+            fresh: dict[str, Any] = {name: tensor.clone() for name, tensor in held if tensor is not None}
+            backend.forward_metadata = dataclasses.replace(metadata, **fresh)

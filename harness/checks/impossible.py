@@ -1,0 +1,53 @@
+"""Says of a wrong number what is impossible about it, in the words of whoever reads it next.
+
+Kernels take lengths and bounds for unsigned numbers, and slots and pages for addresses: a length of -3 is not a little
+wrong but an access to nowhere. No reference is needed to see that. It adds a clause to what was found, and finds
+nothing itself: every live cell, of every row and of padding too, is compared anyway, and no other cell is specified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nsa_oracle.harness.fields import FIELDS, Axis
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.scenarios.scenario import Setup
+
+LENGTHS = ("cache_seqlens_int32", "seqlens_expanded", "nsa_cache_seqlens_int32")
+RUNNING_SUMS = ("cu_seqlens_q", "cu_seqlens_k", "nsa_cu_seqlens_q", "nsa_cu_seqlens_k", "flashmla_num_splits")
+SLOTS = ("page_table_1", "page_table_1_flattened")
+_FIRST = tuple(f"{axis.value} 0" for axis in (Axis.REQUEST_BOUND, Axis.ROW_BOUND))
+_METADATA = {field.name for field in FIELDS}
+
+
+def diagnosed(finding: Finding | None, setup: Setup) -> Finding | None:
+    """``finding`` with what is impossible about the wrong value, if it is a value of the metadata and anything is."""
+    if finding is None or finding.kind is not Kind.VALUE or finding.field not in _METADATA:
+        return finding
+    clause = _impossible(finding, int(finding.got), setup)
+    return finding if clause is None else dataclasses.replace(finding, got=f"{finding.got} ({clause})")
+
+
+def _impossible(finding: Finding, value: int, setup: Setup) -> str | None:
+    name, slots = finding.field, setup.num_pages * setup.page_size
+    if name in LENGTHS:
+        if value < 0:
+            return "a length below 0"
+        return "a length beyond the table" if value > setup.max_context_len else None
+    if name in RUNNING_SUMS:
+        if value and finding.place in _FIRST:
+            return "a running sum that does not start at 0"
+        before = _before(finding)
+        return "below the one before it, in a running sum" if before is not None and value < before else None
+    if name in SLOTS:
+        return None if 0 <= value < slots else "no slot that exists"
+    if name == "real_page_table":
+        return None if 0 <= value < setup.num_pages else "no page that exists"
+    return "below 0" if value < 0 else None
+
+
+def _before(finding: Finding) -> int | None:
+    """What was found in the cell before the wrong one, or None if that is not known."""
+    places = [cell.place for cell in finding.neighbours]
+    number = places.index(finding.place) if finding.place in places else 0
+    return int(finding.neighbours[number - 1].got) if number else None

@@ -1,0 +1,223 @@
+"""Changes that must not change one bit of what a request gets, on any data.
+
+After a call of the layer, the same batch is served once more under one change: by a backend that has seen nothing
+before, in another order, alone, behind other padding, from other pages, without the graph. Since the batch comes from
+the middle of a scenario, each relation is checked after any history.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nsa_oracle.harness.engine.engine import Engine, LayerObservation
+from nsa_oracle.harness.engine.layer_driver import Feed, LayerLoad
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.scenarios.scenario import Capture, Scenario
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, ForwardMode
+
+
+class Relation(enum.StrEnum):
+    """What is changed."""
+
+    COLD = "captured by a backend without history"
+    TWICE = "replayed twice"
+    REPEATED = "replayed again without a preparation"
+    EAGER = "run without the graph"
+    ALONE = "a request alone"
+    PERMUTED = "requests in reverse order"
+    PADDED = "another bucket"
+    RELABELLED = "other pages"
+    POISONED = "other content of unspecified memory"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """The same work once more, changed. order: the requests of the original batch that it has, in its own order."""
+
+    batch: Batch
+    order: tuple[int, ...]
+    load: LayerLoad
+    bucket: int | None
+    req_to_token: np.ndarray
+    original_slot: Callable[[torch.Tensor], torch.Tensor] = lambda slots: slots
+
+
+EngineFactory = Callable[[Scenario], Engine]
+
+
+class Relations:
+    """Checks one relation after each call it is given, taking turns. ``build`` makes an engine without history."""
+
+    def __init__(self, scenario: Scenario, build: EngineFactory) -> None:
+        self.scenario = scenario
+        self.build = build
+        self.turn = scenario.seed
+
+    def check(self, engine: Engine, seen: LayerObservation) -> tuple[Relation, Finding | None] | None:
+        """The relation whose turn it is, and how the layer broke it; None if no relation fits this call."""
+        fitting = list(self._fitting(engine, seen))
+        if not fitting:
+            return None
+        relation, rerun = fitting[self.turn % len(fitting)]
+        self.turn += 1
+        return relation, rerun()
+
+    def check_all(self, engine: Engine, seen: LayerObservation) -> Iterator[tuple[Relation, Finding | None]]:
+        """Every relation that fits this call, and how the layer broke it."""
+        for relation, rerun in self._fitting(engine, seen):
+            yield relation, rerun()
+
+    def _fitting(
+        self, engine: Engine, seen: LayerObservation
+    ) -> Iterator[tuple[Relation, Callable[[], Finding | None]]]:
+        if not seen.raw_bs:
+            return
+        batch = seen.batch.of_requests(range(seen.raw_bs))
+        everyone = tuple(range(seen.raw_bs))
+        table = engine.world.req_to_token
+        same = Variation(batch, everyone, seen.load, seen.bucket, table)
+
+        def rerun(relation: Relation, variation: Variation) -> tuple[Relation, Callable[[], Finding | None]]:
+            return relation, lambda: self._compare(relation, seen, variation, self._run(variation))
+
+        if seen.bucket is not None:
+            yield rerun(Relation.COLD, same)
+            yield rerun(Relation.EAGER, replace(same, bucket=None))
+            yield rerun(Relation.PADDED, replace(same, bucket=seen.bucket + 1))
+            yield (
+                Relation.TWICE,
+                lambda: self._compare(
+                    Relation.TWICE, seen, same, _last(engine.replay(seen.bucket or 0, batch, seen.load))
+                ),
+            )
+        yield rerun(Relation.RELABELLED, self._relabelled(same))
+        if seen.raw_bs > 1:
+            yield rerun(Relation.PERMUTED, _of_requests(same, everyone[::-1]))
+            alone = self.turn % seen.raw_bs
+            if not _reads_what_others_write(seen, alone, table):
+                yield rerun(Relation.ALONE, _of_requests(same, (alone,)))
+
+    def _run(self, variation: Variation) -> LayerObservation:
+        """Serve a variation from an engine of its own."""
+        bucket, mode = variation.bucket, variation.batch.mode
+        graph_mode = ForwardMode.DECODE if mode is ForwardMode.IDLE else mode
+        events = () if bucket is None else (Capture(mode=graph_mode, buckets=(bucket,)),)
+        engine = self.build(self.scenario.model_copy(update={"events": events}))
+        engine.place(variation.req_to_token)
+        if bucket is None:
+            return _last(engine.call_eagerly(variation.batch, variation.load, [Feed.CHAIN]))
+        engine.capture(graph_mode, bucket)
+        return _last(engine.replay(bucket, variation.batch, variation.load))
+
+    def _relabelled(self, variation: Variation) -> Variation:
+        """The same requests on other pages: all pages that requests can hold, in reverse order."""
+        setup = self.scenario.setup
+        page_size, last = setup.page_size, setup.num_pages - 3
+        pages = np.arange(setup.num_pages)
+        pages[1 : last + 1] = pages[last:0:-1]
+        slots = pages[:, None] * page_size + np.arange(page_size)
+        new_slot = torch.from_numpy(slots.reshape(-1))  # an involution: it is its own inverse
+        caches = variation.load.caches
+        device = caches.kv.device
+        kv, index_k = torch.empty_like(caches.kv), torch.empty_like(caches.index_k)
+        kv[new_slot.to(device)] = caches.kv
+        index_k[torch.from_numpy(pages).to(device)] = caches.index_k
+        passes = tuple(
+            replace(p, inputs=replace(p.inputs, out_cache_loc=new_slot[p.inputs.out_cache_loc]))
+            for p in variation.load.passes
+        )
+
+        def original(indices: torch.Tensor) -> torch.Tensor:
+            known = (indices >= 0) & (indices < len(new_slot))
+            return torch.where(known, new_slot.to(indices.device)[indices.clamp(0, len(new_slot) - 1)].int(), indices)
+
+        table = new_slot.numpy()[variation.req_to_token].astype(np.int32)
+        return replace(
+            variation,
+            load=LayerLoad(passes, AttentionCaches(kv, index_k)),
+            req_to_token=table,
+            original_slot=original,
+        )
+
+    def _compare(
+        self, relation: Relation, seen: LayerObservation, variation: Variation, again: LayerObservation
+    ) -> Finding | None:
+        for step, (first, second) in enumerate(zip(seen.steps, again.steps, strict=True)):
+            a_pass = seen.load.passes[step]
+            rows = [row for request in variation.order for row in range(a_pass.rows) if a_pass.requests[row] == request]
+            finding = differs(first.outputs, second.outputs, rows, variation.original_slot)
+            if finding is not None:
+                return replace(finding, step=step, how=relation.value)
+        return None
+
+
+def differs(
+    first: AttentionOutputs,
+    second: AttentionOutputs,
+    rows: list[int],
+    original_slot: Callable[[torch.Tensor], torch.Tensor] = lambda slots: slots,
+) -> Finding | None:
+    """The first stage whose bits differ between ``rows`` of ``first`` and the first rows of ``second``, or None."""
+    for name in ("logits", "indices", "out", "lse"):
+        want = getattr(first, name)[rows]
+        got = getattr(second, name)[: len(rows)]
+        if name == "indices":
+            got = original_slot(got)
+        if want.shape != got.shape:  # eager logits are as wide as the longest request
+            width = min(want.shape[-1], got.shape[-1])
+            want, got = want[..., :width], got[..., :width]
+        wrong = _bits(want) != _bits(got)
+        if bool(wrong.any()):
+            place = [int(i) for i in wrong.nonzero()[0]]
+            return Finding(
+                Kind.RELATION,
+                name,
+                str(got[tuple(place)].item()),
+                str(want[tuple(place)].item()),
+                place=f"row {rows[place[0]]}, element {place[1:]}",
+                differing=int(wrong.sum()),
+                compared=wrong.numel(),
+            )
+    return None
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def _of_requests(variation: Variation, order: tuple[int, ...]) -> Variation:
+    passes = tuple(a_pass.of_requests(order) for a_pass in variation.load.passes)
+    return replace(
+        variation,
+        batch=variation.batch.of_requests(order),
+        order=order,
+        load=LayerLoad(passes, variation.load.caches),
+    )
+
+
+def _reads_what_others_write(seen: LayerObservation, alone: int, table: np.ndarray) -> bool:
+    """Whether a request sees a key that another one writes in the same call, in a shared prefix."""
+    pool_row = seen.batch.pool_rows[alone]
+    longest = max(
+        (n for p in seen.load.passes for r, n in zip(p.requests, p.seqlens, strict=True) if r == alone), default=0
+    )
+    visible = set(table[pool_row, :longest].tolist())
+    written = {
+        int(slot)
+        for p in seen.load.passes
+        for r, slot in zip(p.requests, p.inputs.out_cache_loc.tolist(), strict=True)
+        if r != alone
+    }
+    return bool(visible & written)
+
+
+def _last(observations: Iterator[object]) -> LayerObservation:
+    *_, last = observations
+    assert isinstance(last, LayerObservation)
+    return last

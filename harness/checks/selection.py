@@ -1,0 +1,104 @@
+"""What top-k selected, compared entry by entry, or as a set of tokens where a layer declares no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+
+NEIGHBOURS = 3  # entries shown on either side of the first difference
+
+
+class Rows(Protocol):
+    """Rows that top-k selects from: how long each is, and what its positions become."""
+
+    @property
+    def seqlens_expanded(self) -> torch.Tensor: ...
+
+    @property
+    def page_table_1(self) -> torch.Tensor: ...
+
+    @property
+    def topk_indices_offset(self) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Entries:
+    """One result of top-k, positions or what they become: got and want are [R, index_topk] int32.
+
+    scores: what each entry that a row may select scores. row_name, entry_name: a row, and an entry of it, for a person.
+    """
+
+    name: str
+    got: torch.Tensor
+    want: torch.Tensor
+    scores: Callable[[int], Mapping[int, float]]
+    row_name: Callable[[int], str]
+    entry_name: Callable[[int, int], str]
+
+    def wrong_form(self) -> Finding | None:
+        """Another shape or dtype than it should have, or another kind of device."""
+        got, want = self.got, self.want
+        if got.device.type != want.device.type:
+            return Finding(Kind.DEVICE, self.name, str(got.device), str(want.device))
+        if got.shape != want.shape or got.dtype is not want.dtype:
+            got_form, want_form = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (got, want))
+            return Finding(Kind.SHAPE, self.name, got_form, want_form)
+        return None
+
+    def first_wrong(self, as_sets: bool) -> Finding | None:
+        """The first entry that is not as it should be. as_sets: forgive the order of a row, and ties."""
+        wrong = self.got != self.want
+        for row in wrong.any(1).nonzero().flatten().tolist() if as_sets else ():
+            if _equally_good(self.got[row], self.want[row], self.scores(row)):
+                wrong[row] = False
+        if not bool(wrong.any()):
+            return None
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        got, want = self.got[row].tolist(), self.want[row].tolist()
+        near = range(max(0, column - NEIGHBOURS), min(len(want), column + NEIGHBOURS + 1))
+        at = self.row_name(row)
+        return Finding(
+            Kind.VALUE,
+            self.name,
+            self.entry_name(row, got[column]),
+            self.entry_name(row, want[column]),
+            place=f"{at}, entry {column}",
+            differing=int(wrong.sum()),
+            compared=self.want.numel(),
+            neighbours=tuple(Neighbour(f"{at}, entry {i}", str(got[i]), str(want[i])) for i in near),
+        )
+
+
+def entries_of(name: str, rows: Rows, row: int) -> list[int]:
+    """What each token of a row is called in a result of top-k: a position, a slot, a place in the concatenated KV."""
+    length = int(rows.seqlens_expanded[row])
+    match name:
+        case "indices":
+            return rows.page_table_1[row, :length].tolist()
+        case "topk_ragged":
+            assert rows.topk_indices_offset is not None
+            first = int(rows.topk_indices_offset[row])
+            return list(range(first, first + length))
+        case _:
+            return list(range(length))
+
+
+def scores_of(name: str, rows: Rows, logits: torch.Tensor, row: int) -> dict[int, float]:
+    """What each entry that a row may select scores. NaN counts as -inf."""
+    entries = entries_of(name, rows, row)
+    scores = logits[row, : len(entries)].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+    return dict(zip(entries, scores.tolist(), strict=True))
+
+
+def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, float]) -> bool:
+    """Whether a row selected as many different entries as it should, of the same scores."""
+    chosen = [entry for entry in got.tolist() if entry != -1]
+    best = [entry for entry in want.tolist() if entry != -1]
+    if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
+        return False
+    return sorted(scores[entry] for entry in chosen) == sorted(scores[entry] for entry in best)

@@ -1,0 +1,137 @@
+"""Runs saved cases under NVIDIA's compute-sanitizer, which sees what no output shows: stray accesses, races, barriers.
+
+Every tool runs the cases in a process of its own. Under memcheck each tensor is an allocation of its own with nothing
+beside it, so that an access one byte past its end is one; graphs cannot be captured then, and the cases run eagerly.
+
+``python -m harness.sanitize FILE...`` is what runs inside: ``python -m harness sanitize`` is for people.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nsa_oracle.harness.commands.tiers import module_path
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.memory.poison import without_bands
+from nsa_oracle.harness.protocol import optimized_backend
+from nsa_oracle.harness.scenarios.files import CORPUS
+from nsa_oracle.harness.scenarios.scenario import load
+
+CASES = tuple(
+    CORPUS / f"{name}.json"
+    for name in ("one-launch-fills-cu-seqlens-k", "loop-small-large-small", "layer-two-speculative-cycles")
+)
+FOUND = 86  # exit code of the tool when it has something to report
+PLACES = (Path("/usr/local/cuda/bin/compute-sanitizer"), Path("/opt/cuda/bin/compute-sanitizer"))
+EAGERLY = "ORACLE_SANITIZE_EAGERLY"  # set for the process inside
+
+
+class Tool(enum.StrEnum):
+    """What compute-sanitizer looks for."""
+
+    MEMCHECK = "memcheck"  # accesses outside allocations, misaligned ones
+    RACECHECK = "racecheck"  # shared memory written and read without a barrier
+    INITCHECK = "initcheck"  # global memory read before it was written
+    SYNCCHECK = "synccheck"  # barriers that not every thread reaches
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """clean: None if the tool did not run to its end. told: what it found, or why it did not run."""
+
+    tool: Tool
+    clean: bool | None
+    told: str
+    seconds: float
+
+    def line(self) -> str:
+        word = {True: "clean", False: "FOUND", None: "not run"}[self.clean]
+        return f"{self.tool.value}: {word}: {self.told} ({self.seconds:.0f} s)"
+
+
+def find_sanitizer() -> str | None:
+    """The tool, on the PATH or where CUDA puts it."""
+    beside_cuda = (str(place) for place in PLACES if place.exists())
+    return shutil.which("compute-sanitizer") or next(beside_cuda, None)
+
+
+def obstacle() -> str | None:
+    """Why nothing can be sanitized here, in one line, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if find_sanitizer() is None:
+        return "there is no compute-sanitizer on the PATH; it comes with the CUDA toolkit"
+    return None
+
+
+def sanitize(files: Sequence[Path], tools: Sequence[Tool], seconds: float) -> Iterator[Outcome]:
+    """Judge ``files`` under each tool, ``seconds`` at most each."""
+    sanitizer = find_sanitizer()
+    assert sanitizer is not None
+    for tool in tools:
+        started = time.monotonic()
+        clean, told = _run(sanitizer, tool, files, seconds)
+        yield Outcome(tool, clean, told, time.monotonic() - started)
+
+
+def _run(sanitizer: str, tool: Tool, files: Sequence[Path], seconds: float) -> tuple[bool | None, str]:
+    command = [sanitizer, "--tool", tool.value, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    command += [sys.executable, "-m", "nsa_oracle.harness.commands.sanitizer", *map(str, files)]
+    eagerly = {EAGERLY: "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool is Tool.MEMCHECK else {}
+    environment = {**os.environ, **eagerly, "PYTHONPATH": module_path()}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"it took longer than {seconds:.0f} seconds"
+    except OSError as error:
+        return None, f"{sanitizer} cannot be run: {error.strerror}"
+    return verdict_of(done.returncode, done.stdout + done.stderr, len(files))
+
+
+def verdict_of(code: int, output: str, cases: int) -> tuple[bool | None, str]:
+    """What an exit code and the output behind it mean: whether it is clean (None: it did not run), and one line."""
+    said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
+    said = [line for line in said if line]
+    reports = [line for line in said if not re.match(r"COMPUTE-SANITIZER|.*SUMMARY|Target application", line)]
+    refused = next((line for line in said if "not supported" in line), None)
+    if refused is not None:
+        return None, refused
+    if code == FOUND:
+        summary = next((line for line in said if "SUMMARY" in line), "errors")
+        return False, "; ".join([summary, *reports[:1]])
+    if code == 0:
+        return True, f"{cases} case{'' if cases == 1 else 's'}"
+    failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
+    if failed:
+        return False, failed[0]
+    last = (reports or [line for line in output.splitlines() if line.strip()] or ["no output"])[-1]
+    return None, f"it ended with {code}: {last.strip()[:200]}"
+
+
+def _judge_inside(files: Sequence[str]) -> int:
+    """Judge each file on the GPU; the exit code of the process inside."""
+    eagerly = EAGERLY in os.environ
+    with without_bands() if eagerly else nullcontext():
+        for file in files:
+            try:
+                judge(load(Path(file)), optimized_backend, torch.device("cuda"), graphs=not eagerly)
+            except OracleFailure as failure:
+                print(f"FAILED {file}: {failure.finding.sentence()}")
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_judge_inside(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""One case on every tier, from the reference to a captured graph: the first to fail tells where to look.
+
+A tier is a process of its own, since how kernels run is fixed when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nsa_oracle.harness.protocol import BackendError
+
+FAILED, UNUSABLE = 1, 2  # exit codes of ``python -m harness replay``
+VERDICT = "ORACLE FAILURE  "
+
+
+class Tier(enum.Enum):
+    """In the order in which they add something that can go wrong."""
+
+    REFERENCE = "CPU reference"
+    INTERPRETER = "interpreter"
+    SIMULATED = "simulated graph"
+    EAGER = "eager GPU"
+    GRAPH = "captured graph"
+
+    @property
+    def blames(self) -> str:
+        match self:
+            case Tier.REFERENCE:
+                return "case itself"
+            case Tier.INTERPRETER:
+                return "logic"
+            case Tier.EAGER:
+                return "compile"
+            case _:
+                return "capture"
+
+    @property
+    def arguments(self) -> list[str]:
+        device = "cuda" if self in (Tier.EAGER, Tier.GRAPH) else "cpu"
+        eager = ["--no-graphs"] if self in (Tier.REFERENCE, Tier.INTERPRETER, Tier.EAGER) else []
+        return ["--device", device, *eager]
+
+
+@dataclass(frozen=True)
+class TierOutcome:
+    """passed: None where the tier could not run here. told: the verdict, or why it did not run."""
+
+    tier: Tier
+    passed: bool | None
+    told: str = ""
+
+
+def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[TierOutcome]:
+    """Replay ``file`` on every tier, cheapest first, also after one has failed.
+
+    Raises BackendError if the backend or layer cannot be judged at all.
+    """
+    for tier in Tier:
+        if tier in (Tier.EAGER, Tier.GRAPH) and not torch.cuda.is_available():
+            yield TierOutcome(tier, None, "torch sees no CUDA device here")
+            continue
+        spec = ["nsa_oracle.reference.multi_step:MultiStepBackend", "nsa_oracle.reference.layer:SparseAttention"]
+        if tier is not Tier.REFERENCE:
+            spec = [backend or "", layer or ""]
+        options = [
+            word for name, value in zip(("--backend", "--layer"), spec, strict=True) if value for word in (name, value)
+        ]
+        command = [sys.executable, "-m", "nsa_oracle", "replay", str(file), *tier.arguments, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": module_path()})
+        if done.returncode == UNUSABLE:
+            raise BackendError(done.stderr.strip().removeprefix("error: "))
+        if done.returncode == 0:
+            yield TierOutcome(tier, True)
+            continue
+        said = [line.removeprefix(VERDICT) for line in done.stdout.splitlines() if line.startswith(VERDICT)]
+        crash = f"the process ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"
+        yield TierOutcome(tier, False, said[0] if said else crash)
+
+
+def module_path() -> str:
+    """Where this process finds modules, the current folder included."""
+    return os.pathsep.join([str(Path.cwd()), *(path for path in sys.path if path)])

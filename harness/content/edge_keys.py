@@ -1,0 +1,173 @@
+"""Made-up keys, for the store by itself: what a model hands over when something went wrong, or only just went right.
+
+Whatever the case, each row is of one kind: in some of its tiles a NaN, an infinity, zeros of both signs, denormals, the
+largest number there is, numbers half-way between two of e4m3's, or one magnitude alone; its other tiles are ordinary.
+Index keys are one tile, and so always of that kind. The RoPE part is stored as it is, whatever its bits.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nsa_oracle.harness.content.content import as_bf16
+from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
+from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
+
+Ints = NDArray[np.int64]
+Bits = NDArray[np.uint16]  # bf16 numbers by their bits: no processor flushes a denormal or quietens a NaN then
+
+
+class Tiles(enum.Enum):
+    """What tiles of a key consist of."""
+
+    NAN = "NaN"
+    INFINITE = "infinities"
+    ZEROS = "zeros of both signs"
+    DENORMAL = "denormals"
+    LARGEST = "largest number"
+    HALFWAY = "half-way between codes"
+    EQUAL = "one magnitude"
+
+
+@dataclass(frozen=True)
+class MadeUpKeys:
+    """Rows to store, each of one kind, in slots that are all different. On the CPU.
+
+    inputs: keys, index keys and slots; what the store does not look at is 0.
+    """
+
+    kinds: tuple[Tiles, ...]
+    inputs: AttentionInputs
+
+    def kind_in(self, slot: int) -> Tiles | None:
+        """The kind of the row that is stored in ``slot``, or None."""
+        slots = self.inputs.out_cache_loc.tolist()
+        return self.kinds[slots.index(slot)] if slot in slots else None
+
+
+def made_up_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: int) -> MadeUpKeys:
+    """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
+
+    One of each kind, unless the setup has fewer slots; never on the dummy page.
+    """
+    slots = np.arange(setup.page_size, setup.num_pages * setup.page_size)
+    count = min(len(Tiles), len(slots))
+    kinds = tuple(list(Tiles)[(call + row) % len(Tiles)] for row in range(count))
+    places = [(call, row) for row in range(count)]
+    rank, rope, index_dim = config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim
+    # Of the row, then of each tile, then of each of their elements, and the RoPE part at the end.
+    numbers = 2 + 2 * (NUM_QUANT_TILES + 1) + 3 * (rank + index_dim) + rope
+    random = Stream(seed, f"made-up keys {run}").halves_at(places, numbers)
+    keys = np.empty((count, config.qk_head_dim), dtype=np.uint16)
+    index_keys = np.empty((count, index_dim), dtype=np.uint16)
+    for row, kind in enumerate(kinds):
+        words = iter(random[row, 1:].astype(np.int64))
+        chosen = next(words) % ((1 << NUM_QUANT_TILES) - 1) + 1  # a bit for each tile; one at least is set
+        for tile in range(NUM_QUANT_TILES):
+            begin = tile * config.quant_tile
+            draw = _Draw.of(words, config.quant_tile)
+            ordinary = not chosen >> tile & 1
+            keys[row, begin : begin + config.quant_tile] = draw.ordinary if ordinary else _TILES[kind](draw)
+        index_keys[row] = _TILES[kind](_Draw.of(words, index_dim))
+        keys[row, rank:] = random[row, -rope:]
+    first = int(random[0, 0]) if count else 0
+    where = slots[(first + np.arange(count)) * coprime_step(len(slots)) % len(slots)]
+    return MadeUpKeys(
+        kinds,
+        AttentionInputs(
+            q=torch.zeros(count, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
+            k=as_bf16(keys),
+            index_q=torch.zeros(count, config.index_n_heads, index_dim).to(torch.float8_e4m3fn),
+            index_weights=torch.zeros(count, config.index_n_heads),
+            index_k=as_bf16(index_keys),
+            out_cache_loc=torch.from_numpy(where),
+        ),
+    )
+
+
+# The numbers of a tile
+
+_SIGN = 1 << 15
+_INF, _LARGEST = 0x7F80, 0x7F7F
+_NANS = np.array([0x7FC0, 0xFFC0, 0x7F81, 0xFFFF], dtype=np.uint16)
+_CODES: NDArray[np.float32] = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What a tile is made from: random numbers of 16 bits, two for it, one of them a place, and three an element."""
+
+    choice: int
+    place: int
+    order: Ints
+    values: Ints
+    signs: Bits
+
+    @staticmethod
+    def of(words: Iterator[np.int64], size: int) -> _Draw:
+        choice, place = int(next(words)), int(next(words)) % size
+        order, values, signs = (np.fromiter(words, np.int64, size) for _ in range(3))
+        return _Draw(choice, place, order, values, ((signs & 1) * _SIGN).astype(np.uint16))
+
+    @property
+    def ordinary(self) -> Bits:
+        """Magnitudes from 2^-7 to below 4."""
+        exponents = 120 + self.order % 9
+        return (exponents << 7 | self.values % 128).astype(np.uint16) | self.signs
+
+    def with_one(self, bits: Bits, number: int) -> Bits:
+        """``bits`` with ``number`` in one place."""
+        bits[self.place] = number
+        return bits
+
+
+def _nan(draw: _Draw) -> Bits:
+    return draw.with_one(draw.ordinary, int(_NANS[draw.choice % len(_NANS)]))
+
+
+def _infinite(draw: _Draw) -> Bits:
+    return draw.with_one(draw.ordinary, _INF | int(draw.signs[draw.place]))
+
+
+def _zeros(draw: _Draw) -> Bits:
+    return draw.signs
+
+
+def _denormal(draw: _Draw) -> Bits:
+    return (draw.values % 127 + 1).astype(np.uint16) | draw.signs
+
+
+def _largest(draw: _Draw) -> Bits:
+    return draw.with_one(draw.ordinary, _LARGEST | int(draw.signs[draw.place]))
+
+
+def _halfway(draw: _Draw) -> Bits:
+    """The largest is 448 times a power of two, which is the scale; all others tie between two neighbouring codes."""
+    codes = draw.values % (len(_CODES) - 1)
+    numbers = (_CODES[codes] + _CODES[codes + 1]) / 2  # 5 bits at most, of bf16's 8
+    numbers[draw.place] = _CODES[-1]
+    scaled: NDArray[np.float32] = np.ldexp(numbers, draw.choice % 64 - 32)
+    return (scaled.view(np.uint32) >> 16).astype(np.uint16) | draw.signs
+
+
+def _equal(draw: _Draw) -> Bits:
+    magnitude = (127 - 64 << 7) + draw.choice % (128 << 7)  # 2^-64 to below 2^64
+    return draw.signs | np.uint16(magnitude)
+
+
+_TILES: dict[Tiles, Callable[[_Draw], Bits]] = {
+    Tiles.NAN: _nan,
+    Tiles.INFINITE: _infinite,
+    Tiles.ZEROS: _zeros,
+    Tiles.DENORMAL: _denormal,
+    Tiles.LARGEST: _largest,
+    Tiles.HALFWAY: _halfway,
+    Tiles.EQUAL: _equal,
+}

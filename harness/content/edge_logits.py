@@ -1,0 +1,209 @@
+"""Made-up logits, for top-k by itself: what the indexer's scores of a drawn case hardly ever are.
+
+Whatever the case, one row each has NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than
+places, one number alone, or numbers in order, the best of them at an end; and behind every row lies rubbish, at which
+nobody may look. What is right is the contract's: ties go to the lower position, zeros tie, NaN counts as -inf, and no
+other two numbers are the same.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
+from nsa_oracle.harness.scenarios.scenario import Setup
+
+Ints = NDArray[np.int64]
+Bits = NDArray[np.uint32]  # float32 numbers by their bits: no processor flushes a denormal or quietens a NaN then
+
+
+class Numbers(enum.Enum):
+    """What a row of logits consists of."""
+
+    NAN = "NaN"
+    INFINITE = "infinities"
+    ZEROS = "zeros of both signs"
+    DENORMAL = "denormals"
+    NEIGHBOURS = "neighbouring floats"
+    TIES = "more ties than places"
+    EQUAL = "one number"
+    FEW = "at most K tokens"
+    SORTED = "numbers in order"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows for top-k and its transforms, each of one kind of numbers. All tensors are on the CPU.
+
+    logits: [n, W] float32. seqlens_expanded: [n] int32. page_table_1: [n, W] int32, the slots of a row all different,
+    the engine's sentinel in dead cells. topk_indices_offset: [n] int32.
+    """
+
+    kinds: tuple[Numbers, ...]
+    logits: torch.Tensor
+    seqlens_expanded: torch.Tensor
+    page_table_1: torch.Tensor
+    topk_indices_offset: torch.Tensor
+
+
+def selection(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> Selection:
+    """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
+
+    They are as wide as the page tables of a graph. If no row can have more than index_topk tokens, all are FEW.
+    """
+    width, topk = setup.max_context_len, setup.index_topk
+    kinds = tuple(Numbers) if width > topk else (Numbers.FEW, Numbers.FEW)
+    places = [(call, row) for row in range(len(kinds))]
+    words = (Stream(seed, f"selection {run}").words_at(places, 4 + 2 * width) >> 1).astype(np.int64)  # 63 random bits
+    lengths = [_length(kind, width, topk, int(row[0])) for kind, row in zip(kinds, words, strict=True)]
+    bits = np.resize(_BEYOND, (len(kinds), width))
+    for row, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
+        _, choice, *_ = words[row, :4]
+        order, values = words[row, 4 : 4 + length], words[row, 4 + width : 4 + width + length]
+        bits[row, :length] = _ROWS[kind](_Draw(topk, int(choice), order, values)) if length else ()
+    slots = _slots(len(kinds), width, setup.num_pages * setup.page_size, int(words[0, 2] % (1 << 16)))
+    slots[np.arange(width) >= np.array(lengths)[:, None]] = sentinel
+    return Selection(
+        kinds,
+        torch.from_numpy(bits.view(np.int32)).view(torch.float32),
+        torch.tensor(lengths, dtype=torch.int32),
+        torch.from_numpy(slots.astype(np.int32)),
+        torch.from_numpy((words[:, 3] % (1 << 20)).astype(np.int32)),
+    )
+
+
+def _length(kind: Numbers, width: int, topk: int, word: int) -> int:
+    """At most ``topk`` for FEW, else more."""
+    if kind is Numbers.FEW:
+        choices = [n for n in (0, 1, topk - 1, topk) if n <= width]
+    else:
+        near = (topk + 1, topk + 2, 2 * topk + 1, (topk + width + 1) // 2, width - 1, width)
+        choices = [n for n in near if topk < n <= width]
+        if kind is Numbers.SORTED:
+            choices = choices[-2:]
+    return choices[word % len(choices)]
+
+
+def _slots(rows: int, width: int, slots: int, start: int) -> Ints:
+    """[rows, width] numbers below ``slots``, of which there are at least ``width``; those of a row are different."""
+    places = start + np.arange(rows)[:, None] * (width // 2 + 1) + np.arange(width)
+    return places * coprime_step(slots) % slots
+
+
+# The numbers of a row
+
+_SIGN = np.uint32(1 << 31)
+_INF, _NEGATIVE_INF, _LARGEST = (np.uint32(bits) for bits in (0x7F800000, 0xFF800000, 0x7F7FFFFF))
+_NANS: Bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], dtype=np.uint32)
+_ONE_NUMBER: Bits = np.array([0x3FC00000, 0xC0000000, 0, _SIGN, 1, _INF, _NEGATIVE_INF, _NANS[0]], dtype=np.uint32)
+_BEYOND: Bits = np.array([_NANS[0], _INF, _LARGEST, _NANS[3]], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What a row of ``topk`` places is made from: random numbers of 63 bits, two for each token."""
+
+    topk: int
+    choice: int
+    order: Ints
+    values: Ints
+
+    @property
+    def length(self) -> int:
+        return len(self.values)
+
+    @property
+    def ranks(self) -> Ints:
+        """A permutation of the tokens."""
+        return np.argsort(np.argsort(self.order, kind="stable"), kind="stable")
+
+    @property
+    def ordinary(self) -> Bits:
+        """Numbers in [-4, 4)."""
+        return ((self.values % (1 << 23)).astype(np.float32) * np.float32(2**-20) - np.float32(4)).view(np.uint32)
+
+    def tied(self, larger: Bits, tied: Bits, smaller: Bits, above: int | None = None) -> Bits:
+        """``above`` places, or half of them, go to ``larger`` numbers; not all that are ``tied`` get one then."""
+        above = self.topk // 2 if above is None else above
+        ranks, most = self.ranks, max(self.topk + 1, self.length - self.length // 4)
+        return np.where(ranks < above, larger, np.where(ranks < most, tied, smaller))
+
+
+def _nan(draw: _Draw) -> Bits:
+    nothing = np.where(draw.values % 3 == 0, _NEGATIVE_INF, _NANS[(draw.values >> 8) % 4])
+    nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # one at least
+    return draw.tied(draw.ordinary, nothing, nothing)
+
+
+def _infinite(draw: _Draw) -> Bits:
+    if draw.choice % 2:
+        return draw.tied(np.full_like(draw.ordinary, _INF), np.full_like(draw.ordinary, _INF), draw.ordinary)
+    lowest = np.full_like(draw.ordinary, _NEGATIVE_INF)
+    return draw.tied(np.where(draw.values % 5 == 0, _LARGEST, draw.ordinary), lowest, lowest)
+
+
+def _zeros(draw: _Draw) -> Bits:
+    positive = draw.ordinary & ~_SIGN | np.uint32(1)
+    row = draw.tied(positive, np.where(draw.values % 2, _SIGN, np.uint32(0)), positive | _SIGN)
+    zeros = np.flatnonzero(row << np.uint32(1) == 0)
+    row[zeros[0]], row[zeros[-1]] = _SIGN, 0  # whoever ranks them by sign takes the last, which gets no place
+    return row
+
+
+def _denormal(draw: _Draw) -> Bits:
+    row = (draw.values % 0x7FFFFF + 1).astype(np.uint32) | np.where(draw.order % 2, _SIGN, np.uint32(0))
+    row[-1] = 0x7FFFFF  # the largest: whoever takes all for zero leaves it out
+    return row
+
+
+def _neighbours(draw: _Draw) -> Bits:
+    ranks = draw.ranks
+    ranks[ranks == draw.length - 1] = ranks[-1]
+    ranks[-1] = draw.length - 1  # likewise
+    first = 0x3F000000 + draw.choice // 2 % 0x1000000
+    if draw.choice % 2:
+        return (first + ranks).astype(np.uint32)
+    return (first + draw.length - ranks).astype(np.uint32) | _SIGN
+
+
+def _ties(draw: _Draw) -> Bits:
+    few = (draw.values % 0x10000).astype(np.uint32)
+    two = np.full_like(few, 0x40000000) | np.where(draw.choice % 2, _SIGN, np.uint32(0))
+    above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # so one, or every, place is for ties
+    return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few, above)
+
+
+def _equal(draw: _Draw) -> Bits:
+    return np.full(draw.length, _ONE_NUMBER[draw.choice % len(_ONE_NUMBER)])
+
+
+def _sorted(draw: _Draw) -> Bits:
+    """Of whoever loses a token at an end of the row, none of the others takes its place by chance."""
+    positions = np.arange(draw.length)
+    ascending = (0x3F000000 + positions).astype(np.uint32)
+    best_last = np.where(positions < draw.length - draw.topk, np.uint32(0x3F000000), ascending)
+    return (best_last, ascending, ascending[::-1])[draw.choice % 3]
+
+
+def _few(draw: _Draw) -> Bits:
+    anything = np.concatenate([_NANS, _ONE_NUMBER, draw.ordinary[:4]])
+    return anything[draw.values % len(anything)]
+
+
+_ROWS: dict[Numbers, Callable[[_Draw], Bits]] = {
+    Numbers.NAN: _nan,
+    Numbers.INFINITE: _infinite,
+    Numbers.ZEROS: _zeros,
+    Numbers.DENORMAL: _denormal,
+    Numbers.NEIGHBOURS: _neighbours,
+    Numbers.TIES: _ties,
+    Numbers.EQUAL: _equal,
+    Numbers.FEW: _few,
+    Numbers.SORTED: _sorted,
+}

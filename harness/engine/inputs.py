@@ -1,0 +1,86 @@
+"""The input tensors that an engine hands to a backend: at fixed addresses, between poison, of any width and stride."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from nsa_oracle.harness.engine.stress import Delivery
+from nsa_oracle.harness.memory.poison import BandedInput
+from nsa_oracle.harness.scenarios.scenario import Inputs, IntDtype
+from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo
+
+INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
+
+
+class StaticInput:
+    """One input tensor at a fixed address."""
+
+    def __init__(
+        self, name: str, dtype: IntDtype, capacity: int, columns: int, sentinel: int, delivery: Delivery
+    ) -> None:
+        self.name = name
+        self._banded = BandedInput((capacity, columns), INT_DTYPES[dtype], sentinel, delivery.device)
+        self._delivery = delivery
+        self._column = columns // 2
+
+    def write(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Put ``numbers`` at the front and return that part; what lies behind stays as earlier batches left it."""
+        count, banded = len(numbers), self._banded
+        banded.content[:count, self._column] = torch.tensor(numbers, dtype=banded.content.dtype)
+        self._delivery.send(banded.memory, banded.expected)
+        return banded.tensor[:count, self._column]
+
+    def is_modified(self) -> bool:
+        return self._banded.is_modified()
+
+
+class StaticInputs:
+    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did.
+
+    What is loaded is there when ``delivery`` delivers it.
+    """
+
+    def __init__(self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery) -> None:
+        def static(name: str, dtype: IntDtype, columns: int) -> StaticInput:
+            return StaticInput(name, dtype, capacity, columns if inputs.strided else 1, sentinel, delivery)
+
+        # A strided input is a column of several, of another number for each: no stride may stand for another.
+        self.seq_lens = static("seq_lens", inputs.seq_lens, 3)
+        self.req_pool_indices = static("req_pool_indices", inputs.req_pool_indices, 2)
+        self.accept_length = static("accept_length", inputs.accept_length, 4)
+        self.extend_seq_lens = static("extend_seq_lens", inputs.accept_length, 5)
+        self.extend_prefix_lens = static("extend_prefix_lens", inputs.accept_length, 6)
+
+    def load(self, batch: Batch) -> ForwardBatch:
+        """Write the batch into the static tensors and return it as the engine hands it to a backend."""
+        mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
+        accept_length = self.accept_length.write(batch.accept_lengths)
+        drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+        forward_batch = ForwardBatch(
+            forward_mode=batch.mode,
+            batch_size=batch.size,
+            req_pool_indices=self.req_pool_indices.write(batch.pool_rows),
+            seq_lens=self.seq_lens.write(batch.seq_lens),
+            seq_lens_cpu=mirror,
+            seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
+            spec_info=SpecInfo(accept_length) if drafts else None,
+        )
+        if batch.mode is not ForwardMode.EXTEND:
+            return forward_batch
+        prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
+        return dataclasses.replace(
+            forward_batch,
+            extend_seq_lens=self.extend_seq_lens.write(batch.extend_lens),
+            extend_prefix_lens=self.extend_prefix_lens.write(prefix_lens),
+            extend_seq_lens_cpu=batch.extend_lens,
+            extend_prefix_lens_cpu=prefix_lens,
+        )
+
+    def modified(self) -> str | None:
+        """The name of an input whose memory is not as the engine left it, or None."""
+        inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
+        return next((static.name for static in inputs if static.is_modified()), None)

@@ -1,0 +1,150 @@
+"""Each stage of a layer by itself: every one is given the reference's result of the stage before.
+
+The store and top-k get made-up keys and logits as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_oracle.harness.content.edge_keys import MadeUpKeys
+from nsa_oracle.harness.content.edge_logits import Selection
+from nsa_oracle.harness.engine.expected import ExpectedLayer, LayerRows
+from nsa_oracle.harness.engine.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy
+from nsa_oracle.harness.engine.read_only import Modified, Watched, first_modified, handed
+from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.memory.poison import GuardedAllocations
+from nsa_oracle.harness.subjects.results import found_in, out_and_lse_of, tensor_of
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
+
+_RESULTS = {
+    "indexer_logits": "logits",
+    "topk_transform_paged": "indices",
+    "topk_transform_ragged": "topk_ragged",
+}
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What top-k made of made-up logits: positions, and their slots or places in the concatenated KV."""
+
+    given: Selection
+    positions: torch.Tensor
+    indices: torch.Tensor | None = None
+    ragged: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store left in the caches when it was given made-up keys."""
+
+    given: MadeUpKeys
+    caches: AttentionCaches
+
+
+class Stages:
+    """Runs the stages of one layer, between guard bands, on inputs that are theirs alone."""
+
+    def __init__(self, driver: LayerDriver, expected: ExpectedLayer, sentinel: int) -> None:
+        self.driver = driver
+        self.expected = expected
+        self.guard = GuardedAllocations(sentinel, driver.device)
+        self.modified: Modified | None = None
+        self._step = 0
+
+    def run(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[LayerStep, ...]:
+        """Every stage of every pass."""
+        # 1. All passes write their keys.
+        self.driver.load_caches(load.caches)
+        stored = [self._store(step, a_pass.inputs) for step, a_pass in enumerate(load.passes)]
+
+        # 2. The other stages, over caches as the reference writes them.
+        truth = dense_copy(load.caches)
+        steps = []
+        for step, (a_pass, step_metadata) in enumerate(zip(load.passes, metadata, strict=True)):
+            self._step = step
+            rows = self.expected.rows(a_pass, step_metadata, truth)
+            self.driver.load_caches(truth)
+            with found_in(step, Feed.ISOLATED.value):
+                steps.append(self._compute(rows, stored[step]))
+        return tuple(steps)
+
+    def store(self, given: MadeUpKeys) -> Stored:
+        """The store of made-up keys, into caches as the last pass left them."""
+        with speed.without_warnings(), found_in(0, Feed.ISOLATED.value):
+            return Stored(given, self._store(0, given.inputs))
+
+    def select(self, given: Selection, ragged: bool) -> Selected:
+        """Top-k, and one of its transforms, of made-up logits."""
+        self._step = 0
+        with found_in(0, Feed.ISOLATED.value):
+            return self._select(given, ragged)
+
+    def _select(self, given: Selection, ragged: bool) -> Selected:
+        logits = self._hand("logits", given.logits)
+        lengths = self._hand("seqlens_expanded", given.seqlens_expanded)
+        positions = self._tensor("topk_indices", logits, lengths)
+        if ragged:
+            offset = self._hand("topk_indices_offset", given.topk_indices_offset)
+            ragged_places = self._tensor("topk_transform_ragged", logits, lengths, offset)
+            return Selected(given, positions, ragged=ragged_places)
+        table = self._hand("page_table_1", given.page_table_1)
+        return Selected(given, positions, indices=self._tensor("topk_transform_paged", logits, lengths, table))
+
+    def _store(self, step: int, inputs: AttentionInputs) -> AttentionCaches:
+        self._step = step
+        watched = [self._hand(name, tensor) for name, tensor in vars(inputs).items()]
+        given = AttentionInputs(**{one.name: one.given for one in watched})
+        self._call("store_cache", self.driver.caches, given, watched=watched)
+        return self.driver.cached()
+
+    def _compute(self, rows: LayerRows, stored: AttentionCaches) -> LayerStep:
+        inputs, fed = rows.inputs, self.expected.logits(rows)
+        lengths = self._hand("seqlens_expanded", rows.seqlens_expanded)
+        logits = self._tensor(
+            "indexer_logits",
+            self._hand("index_q", inputs.index_q),
+            self._hand("index_weights", inputs.index_weights),
+            Watched("index_k_cache", self.driver.caches.index_k, rows.caches.index_k),
+            self._hand("real_page_table", rows.real_page_table),
+            lengths,
+            rows.page_table_1.shape[1],
+        )
+        scores = self._hand("logits", fed)
+        positions = self._tensor("topk_indices", scores, lengths)
+        table = self._hand("page_table_1", rows.page_table_1)
+        indices = self._tensor("topk_transform_paged", scores, lengths, table)
+        ragged = None
+        if rows.topk_indices_offset is not None:
+            offset = self._hand("topk_indices_offset", rows.topk_indices_offset)
+            ragged = self._tensor("topk_transform_ragged", scores, lengths, offset)
+        attention = self._call(
+            "sparse_mla",
+            self._hand("q", inputs.q),
+            Watched("kv_cache", self.driver.caches.kv, rows.caches.kv),
+            self._hand("indices", self.expected.indices_with_holes(rows, fed)),
+        )
+        out, lse = out_and_lse_of(attention)
+        return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
+
+    def _hand(self, name: str, tensor: torch.Tensor) -> Watched:
+        with self.guard:
+            return handed(name, tensor, self.driver.device, self.driver.is_strided(name))
+
+    def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
+        """A copy of what a stage gives: the next call may use the same memory."""
+        return tensor_of(_RESULTS.get(stage, stage), self._call(stage, *arguments)).clone()
+
+    def _call(self, stage: str, *arguments: Any, watched: Sequence[Watched] = ()) -> Any:
+        with self.guard:
+            result = getattr(self.driver.layer, stage)(
+                *(one.given if isinstance(one, Watched) else one for one in arguments)
+            )
+        name = first_modified([*watched, *(one for one in arguments if isinstance(one, Watched))])
+        if name is not None:
+            self.modified = self.modified or Modified(self._step, name)
+        return result

@@ -1,0 +1,273 @@
+"""Audits a captured CUDA graph: does everything that its nodes read and write still belong to somebody?
+
+The torch operators of a body are followed while it runs (``harness.graph``). What is launched past torch, a raw kernel
+or a copy out of pinned memory, shows in the graph's nodes alone.
+
+When a number is taken for an address. Only a parameter of exactly eight bytes is, and only if the driver knows memory
+there: no length or stride comes near the addresses of a GPU. Of a C++ kernel it has to be declared a pointer, and
+structures are left alone, since what lies in their padding may be the address of something long gone. An address is
+dangling only if it lies in a block of torch's allocator that nobody holds, in the pool from which every allocation is
+served: memory of other allocators, of a graph's own pool and of private pools belongs to somebody who is not asked.
+Whatever cannot be read is counted and not judged.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nsa_oracle.harness.graphs.nodes import (
+    HOST_FUNCTION,
+    CopyNode,
+    DriverRefusal,
+    FillNode,
+    GraphReader,
+    KernelNode,
+    Kind,
+    Node,
+    OtherNode,
+    Side,
+    UnreadNode,
+    readable,
+)
+
+ADDRESS_BYTES = 8
+SHARED_POOL = (0, 0)  # what torch calls the pool that is no graph's
+
+
+@dataclass
+class AuditTally:
+    """What was looked at in captured graphs, and what was not, by reason.
+
+    compared: graphs that were captured once more, from other values, to find what is frozen in them.
+    """
+
+    graphs: int = 0
+    kernels: int = 0
+    addresses: int = 0
+    compared: int = 0
+    other_nodes: dict[str, int] = field(default_factory=dict)
+    not_audited: dict[str, int] = field(default_factory=dict)
+
+    def saw(self, kind: str, count: int = 1) -> None:
+        self.other_nodes[kind] = self.other_nodes.get(kind, 0) + count
+
+    def missed(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.not_audited[reason] = self.not_audited.get(reason, 0) + count
+
+    def add(self, other: AuditTally) -> None:
+        self.graphs += other.graphs
+        self.kernels += other.kernels
+        self.addresses += other.addresses
+        self.compared += other.compared
+        for kind, count in other.other_nodes.items():
+            self.saw(kind, count)
+        for reason, count in other.not_audited.items():
+            self.missed(reason, count)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a graph must not hold. part: of the graph, such as a kernel and its parameter. reason: one clause."""
+
+    part: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An address that the graph uses, and the part of the graph that does. node: its number in the graph."""
+
+    part: str
+    address: int
+    node: int = 0
+
+
+@dataclass
+class Audit:
+    """What one look at a captured graph found. references: into memory that others could drop later."""
+
+    tally: AuditTally = field(default_factory=AuditTally)
+    fault: Fault | None = None
+    references: list[Reference] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of memory of torch's allocator.
+
+    requested: bytes of it that somebody asked for; a block is rounded up to 512. held: whether somebody has it. free:
+    whether the next allocation may get it; what nobody holds is not free as long as a stream uses it.
+    """
+
+    address: int
+    size: int
+    requested: int
+    held: bool
+    free: bool
+    pool: tuple[int, int]
+    stream: int
+
+
+class Allocator:
+    """The blocks of torch's CUDA allocator at one moment."""
+
+    def __init__(self, segments: Iterable[Mapping[str, Any]], device: int) -> None:
+        """``segments``: what ``torch.cuda.memory_snapshot()`` returns."""
+        self.blocks = sorted(
+            (block for segment in segments if segment["device"] == device for block in _blocks(segment)),
+            key=lambda block: block.address,
+        )
+        self._addresses = [block.address for block in self.blocks]
+
+    @classmethod
+    def now(cls, device: torch.device) -> Allocator | None:
+        """As it is; None if blocks come from another allocator than torch's own, or are not cached at all."""
+        if torch.cuda.get_allocator_backend() != "native":
+            return None
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allocator = cls(torch.cuda.memory_snapshot(), index)  # type: ignore[no-untyped-call]
+        return allocator if allocator.blocks else None
+
+    def block_at(self, address: int) -> Block | None:
+        """The block that holds ``address``, or None if it is of another allocator."""
+        number = bisect.bisect_right(self._addresses, address) - 1
+        if number < 0:
+            return None
+        block = self.blocks[number]
+        return block if address < block.address + block.size else None
+
+    def dangling(self, references: Sequence[Reference]) -> tuple[Reference, Block] | None:
+        """The first of ``references`` into a block that nobody holds, or None."""
+        for reference in references:
+            block = self.block_at(reference.address)
+            if block is None or block.held or block.pool != SHARED_POOL:
+                continue
+            if not self._may_be_an_end(reference, block, references):
+                return reference, block
+        return None
+
+    def _may_be_an_end(self, reference: Reference, block: Block, references: Sequence[Reference]) -> bool:
+        """Whether ``reference`` may say where the buffer before ``block`` ends, as some kernels are told.
+
+        Nothing is read there, and where that buffer begins is a parameter of the same kernel. A buffer that leaves the
+        last bytes of its block unused ends before.
+        """
+        before = self.block_at(block.address - 1)
+        return (
+            reference.address == block.address
+            and before is not None
+            and before.held
+            and before.requested == before.size
+            and any(r.node == reference.node and before.address <= r.address < block.address for r in references)
+        )
+
+
+def _blocks(segment: Mapping[str, Any]) -> Iterable[Block]:
+    pool = tuple(segment.get("segment_pool_id", SHARED_POOL))
+    address = segment["address"]
+    for block in segment["blocks"]:
+        address = block.get("address", address)
+        held, free = block["state"] == "active_allocated", block["state"] == "inactive"
+        requested = block.get("requested_size", block["size"])
+        yield Block(address, block["size"], requested, held, free, pool, segment["stream"])
+        address += block["size"]
+
+
+@functools.cache
+def driver_bindings() -> Any | None:
+    """The module ``cuda.bindings.driver``, or None where it is not installed."""
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        return None
+
+
+HostMemory = Callable[[int], bool | None]
+"""Whether pinned memory at an address is still held by anybody but the graph; None if nobody knows."""
+
+
+def audit(reader: GraphReader, nodes: Sequence[Node], allocator: Allocator | None, is_held: HostMemory) -> Audit:
+    """Look at every node. ``allocator``: as it is now, before anything else is allocated."""
+    found = Audit()
+    found.tally.graphs = 1
+    for number, node in enumerate(nodes):
+        fault = _audit_node(reader, node, number, is_held, found)
+        found.fault = found.fault or fault
+    if allocator is None:
+        found.tally.missed("addresses, for memory is not of torch's own allocator", len(found.references))
+    elif found.fault is None and (hit := allocator.dangling(found.references)) is not None:
+        found.fault = dangling_fault(*hit)
+    return found
+
+
+def dangling_fault(reference: Reference, block: Block) -> Fault:
+    """What is wrong with using ``block``."""
+    inside = f"{reference.address - block.address} bytes into a free block of {block.size}"
+    return Fault(reference.part, f"uses memory that nobody holds any more ({inside}): a later allocation may get it")
+
+
+def _audit_node(reader: GraphReader, node: Node, number: int, is_held: HostMemory, found: Audit) -> Fault | None:
+    match node:
+        case KernelNode():
+            found.tally.kernels += 1
+            return _audit_kernel(reader, node, number, is_held, found)
+        case CopyNode():
+            found.tally.saw("copy")
+            part = f"copy of {node.size} bytes (node {number})"
+            if node.source.side is Side.HOST:
+                return Fault(part, "copies from host memory, which may be gone or changed when the graph is replayed")
+            ends = (node.source, node.target)
+            found.references += [Reference(part, place.address, number) for place in ends if place.side is Side.DEVICE]
+            found.tally.missed("ends of copies that are no plain memory", sum(end.side is None for end in ends))
+        case FillNode():
+            found.tally.saw("fill")
+            part = f"fill of {node.width * node.height} elements (node {number})"
+            found.references.append(Reference(part, node.address, number))
+        case OtherNode():
+            found.tally.saw(node.what)
+            if node.what == HOST_FUNCTION:
+                return Fault(f"{HOST_FUNCTION} (node {number})", "runs on the host in the middle of a replay")
+        case UnreadNode():
+            found.tally.missed(f"{node.what}: {node.reason}")
+    return None
+
+
+def _audit_kernel(
+    reader: GraphReader, node: KernelNode, number: int, is_held: HostMemory, found: Audit
+) -> Fault | None:
+    missed = found.tally.missed
+    places = node.places_of(Kind.ADDRESS)
+    if node.parameters is None or places is None:
+        missed("kernels whose parameters are not told")
+        return None
+    fault = None
+    for place in places:
+        parameter = node.parameters[place]
+        if len(parameter) != ADDRESS_BYTES:
+            continue
+        address = int.from_bytes(parameter, "little")
+        try:
+            side = reader.side(address)
+            managed = side is Side.HOST and reader.is_managed(address)
+        except DriverRefusal as refusal:
+            missed(str(refusal))
+            continue
+        if side is None:
+            continue  # a number, or no memory that a kernel could reach
+        found.tally.addresses += 1
+        part = f"kernel {readable(node.kernel)}, parameter {place} (node {number})"
+        if side is Side.DEVICE:
+            found.references.append(Reference(part, address, number))
+        elif managed or (held := is_held(address)) is None:
+            missed("pinned or managed memory that torch did not see")
+        elif not held:
+            fault = fault or Fault(part, "reads pinned host memory that nobody holds any more")
+    return fault

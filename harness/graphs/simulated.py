@@ -1,0 +1,627 @@
+"""A graph for CPU tensors that keeps the contract of a CUDA graph: recorded operations, replayed on fixed storages.
+
+On a CPU every tensor has the same device, so the simulation decides which side a tensor would be on:
+
+* *host*: the tensors named in `host_tensors`, tensors made from host data (`torch.tensor`, `from_numpy`), factories
+  without a device or with the string "cpu", and whatever is computed from those alone;
+* *device*: everything else. A `torch.device` object always names the device, the string "cpu" always the host.
+
+Work on host tensors alone runs once, at capture, as Python does; the values it yields are frozen. Work on device
+tensors is recorded. A copy between the two sides, and a host's look at a device value, are what a capture refuses.
+
+Recorded are the operations that a device would see: inside a `torch.library` operator written in Python these are its
+inner operations and kernel launches, so that no Python of the operator runs again in a replay.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device as default_device
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from nsa_oracle.harness.graphs.audit import Audit
+from nsa_oracle.harness.graphs.cuda import CaptureError, StorageWatch, calling_line, operation_name, use_count
+from nsa_oracle.harness.graphs.free_memory import spoil_storage
+from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
+
+aten = torch.ops.aten
+
+_HUGE = 1 << 28  # bytes
+
+_HOST_COPY = "copies from host memory (a mirror, host data, or a factory without device=), which a capture refuses"
+_HOST_READ = "reads host memory (a mirror, host data, or a factory without device=) from the device"
+_SYNC = "needs a device value on the host, which synchronises"
+
+_SYNC_FUNCTIONS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("item", "tolist", "numpy", "cpu", "is_nonzero", "__array__", "__repr__", "__format__", "__contains__"),
+        *("__bool__", "__int__", "__float__", "__complex__", "__index__"),
+    )
+} | {torch.is_nonzero, torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose}
+
+_SYNC_OPERATORS = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.allclose,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.unique_dim_consecutive,
+    aten.bincount,
+}
+
+# These look at a value to check it when the tensor is on a CPU, and do not when it is on a GPU.
+_CHECKS_ON_CPU_ONLY = {
+    torch.nn.functional.one_hot,
+    torch.quantile,
+    torch.Tensor.quantile,
+    torch.nanquantile,
+    torch.Tensor.nanquantile,
+}
+
+_FROM_HOST_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
+
+_EMPTY_FACTORIES = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.empty_permuted,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
+_LIKE_FACTORIES = _EMPTY_FACTORIES | {
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.randint_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
+_WRITES_WITHOUT_READING = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.random_}
+_CHANGES_SHAPE_ONLY = {aten.resize_, aten.resize_as_, aten.set_}
+_MASK_INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
+_NEEDS_DEVICE_OPERANDS = _MASK_INDEXING | {aten.copy_, aten.copy}
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """A recorded operator: its arguments, and the outputs that its result belongs in (None: already in place)."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[torch.Tensor | None, ...]
+
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        names = [argument.name for argument in _arguments(self.func)]
+        return of_call(str(self.func), names, self.args, self.kwargs, is_host)
+
+    def run(self) -> None:
+        results = tree_leaves(self.func(*self.args, **self.kwargs))
+        for output, result in zip(self.outputs, results, strict=True):
+            if output is not None:
+                output.copy_(result)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A recorded Triton launch: an executor with its grid resolved, and its arguments."""
+
+    executor: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        given = {"grid": tuple(self.executor.grid), **self.kwargs}
+        return of_call(f"kernel {self.executor.fn.__name__}", self.executor.arg_names, self.args, given, is_host)
+
+    def run(self) -> None:
+        self.executor(*self.args, **self.kwargs)
+
+
+class SimulatedCapturedGraph:
+    """Recorded operations, with every tensor they use held alive.
+
+    `storages_read` and `storages_written` are the (address, bytes) of storages that existed before the capture;
+    `allocations` counts the storages that the recorded operations made.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[_Operation | _Launch],
+        storages_read: frozenset[tuple[int, int]],
+        storages_written: frozenset[tuple[int, int]],
+        made: Sequence[torch.UntypedStorage],
+        found: dict[int, torch.UntypedStorage],
+        host_scalars: frozenset[int],
+    ) -> None:
+        self._nodes = tuple(nodes)
+        self._found = found
+        self._made = {storage._cdata: storage for storage in made}
+        self._host_scalars = host_scalars  # storages of the copies that the nodes hold
+        self.storages_read = storages_read
+        self.storages_written = storages_written
+        self.allocations = len(made)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for node in self._nodes:
+                node.run()
+
+    def dangling_bytes(self) -> int:
+        # What no node holds was looked at by the host alone.
+        return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
+
+    def audit(self) -> Audit:
+        return Audit()
+
+    def host_values(self) -> Sequence[NodeValues]:
+        return [node.host_values(self._is_host_scalar) for node in self._nodes]
+
+    def spoil(self, value: int) -> None:
+        for storage in self._held_by_nodes_alone(self._made):
+            spoil_storage(storage, value)
+
+    def _is_host_scalar(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host_scalars
+
+    def _held_by_nodes_alone(self, storages: dict[int, torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
+        """Those of `storages`, of each of which this object has one handle, that nobody has but it and its nodes."""
+        for key, tensors in self._tensors_of_nodes.items():
+            if key in storages and use_count(storages[key]) == 1 + tensors:
+                yield storages[key]
+
+    @functools.cached_property
+    def _tensors_of_nodes(self) -> dict[int, int]:
+        """By storage: through how many tensors the nodes hold it."""
+        held: dict[int, set[int]] = {}
+        for node in self._nodes:
+            for tensor in _tensors(vars(node)):
+                held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        return {key: len(tensors) for key, tensors in held.items()}
+
+
+class SimulatedGraphRunner:
+    """Captures bodies on CPU tensors. See the module for which tensors count as the host's."""
+
+    def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> SimulatedCapturedGraph:
+        """Run `body` once for real, then record it and undo what the recording run did to tensors.
+
+        Raises CaptureError for what a CUDA capture refuses; other exceptions are the body's own and pass unchanged.
+        """
+        watch = StorageWatch()
+        with watch:
+            body()
+        recorder = _Recorder(host_tensors)
+        random_state = torch.get_rng_state()
+        try:
+            with watch, recorder.active(), recorder.hooked_launches():
+                body()
+            if recorder.fault is not None:
+                # The body swallowed it; a real capture stays invalidated and says so at its end.
+                raise recorder.fault
+        finally:
+            recorder.undo()
+            torch.set_rng_state(random_state)
+        return recorder.finish(watch.found)
+
+
+class _Recorder:
+    """What one recording run has seen: its nodes, which storages are the host's, which are new, what to undo."""
+
+    def __init__(self, host_tensors: Sequence[torch.Tensor]) -> None:
+        self.fault: CaptureError | None = None
+        self.paused = False
+        self.function: Callable[..., Any] | None = None  # the Python-level function being called
+        self.factories_on_host: bool | None = None  # where a factory puts its tensor; None: beside its operands
+        self.nodes: list[_Operation | _Launch] = []
+        # Both keep their storages alive: an address that is handed out again would change sides.
+        self._host: dict[int, torch.UntypedStorage] = {}
+        self._made: dict[int, torch.UntypedStorage] = {}
+        self._host_scalars: set[int] = set()  # copies that nodes hold
+        self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._read: set[tuple[int, int]] = set()
+        self._written: set[tuple[int, int]] = set()
+        self._functions = _RecordFunctions(self)
+        self._operators = _RecordOperators(self)
+        for tensor in host_tensors:
+            self.mark_host(tensor)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Both modes, on top of whatever is active; entered again for the body of a custom operator."""
+        with self._functions, self._operators:
+            yield
+
+    @contextmanager
+    def pausing(self, paused: bool = True) -> Iterator[None]:
+        before, self.paused = self.paused, paused
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    @contextmanager
+    def calling(self, func: Callable[..., Any] | None, factories_on_host: bool | None) -> Iterator[None]:
+        before = self.function, self.factories_on_host
+        self.function, self.factories_on_host = func, factories_on_host
+        try:
+            yield
+        finally:
+            self.function, self.factories_on_host = before
+
+    def reject(self, func: Callable[..., Any] | str, reason: str) -> NoReturn:
+        """Refuse an operation, under the name that the body called it by."""
+        name = func if isinstance(func, str) else operation_name(self.function or func)
+        error = CaptureError(name, calling_line(), reason)
+        self.fault = self.fault or error
+        raise error
+
+    # Sides and storages.
+
+    def mark_host(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._host[_address(storage)] = storage
+
+    def is_host(self, tensor: torch.Tensor) -> bool:
+        return _address(tensor.untyped_storage()) in self._host
+
+    def note_made(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._made[storage._cdata] = storage
+
+    def note_read(self, tensor: torch.Tensor) -> None:
+        self._note(tensor, self._read)
+
+    def note_write(self, tensor: torch.Tensor) -> None:
+        """Keep what the storage held before this recording first touches it, to put it back afterwards."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made:
+            if storage._cdata not in self._saved:
+                with self.pausing():
+                    self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
+            self._note(tensor, self._written)
+
+    def _note(self, tensor: torch.Tensor, storages: set[tuple[int, int]]) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made and storage.nbytes():
+            storages.add((storage.data_ptr(), storage.nbytes()))
+
+    def freeze(self, tree: Any) -> Any:
+        """Own aliases, because the body may still reshape its tensors in place; a copy of a host scalar."""
+        with self.pausing():
+            return tree_map_only(torch.Tensor, self._own, tree)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.is_host(tensor):
+            return tensor.detach()
+        own = tensor.clone()
+        self._host_scalars.add(own.untyped_storage()._cdata)
+        return own
+
+    # Triton launches that no operator wraps.
+
+    @contextmanager
+    def hooked_launches(self) -> Iterator[None]:
+        """Record launches of Triton's interpreter, if it is loaded; a dispatch mode does not see them."""
+        interpreter = sys.modules.get("triton.runtime.interpreter")
+        if interpreter is None:
+            yield
+            return
+        executor_class = interpreter.GridExecutor
+        launch = executor_class.__call__
+
+        def record_launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self._record_launch(launch, executor, args, kwargs)
+
+        executor_class.__call__ = record_launch
+        try:
+            yield
+        finally:
+            executor_class.__call__ = launch
+
+    def _record_launch(
+        self, launch: Callable[..., None], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for tensor in _tensors((args, kwargs)):
+            if self.is_host(tensor):
+                self.reject(f"triton kernel {executor.fn.__name__}", _HOST_READ)
+            # A kernel does not say which of its pointers it writes.
+            self.note_read(tensor)
+            self.note_write(tensor)
+        resolved = copy.copy(executor)
+        resolved_grid: list[Any] = []
+
+        def resolve(meta: dict[str, Any]) -> Any:
+            # The grid is computed once, by the capture; a look at a device value there is a synchronisation.
+            with self.pausing(False):
+                resolved_grid.append(executor.grid(meta))
+            return resolved_grid[-1]
+
+        if callable(executor.grid):
+            resolved.grid = resolve
+        with self.pausing():
+            launch(resolved, *args, **kwargs)
+        if resolved_grid:
+            resolved.grid = resolved_grid[-1]
+        self.nodes.append(_Launch(resolved, self.freeze(args), self.freeze(kwargs)))
+
+    # The end of a recording.
+
+    def undo(self) -> None:
+        """Put every storage back: a capture runs nothing on the device."""
+        for memory, saved in self._saved.values():
+            memory.copy_(saved)
+        self._saved.clear()  # they hold the storages, and the recorder lives until its cycles are collected
+
+    def finish(self, found: dict[int, torch.UntypedStorage]) -> SimulatedCapturedGraph:
+        for storage in self._made.values():
+            # No replay has filled these yet: whoever reads them first must not find a right answer by luck.
+            storage.fill_(0xFF)  # type: ignore[attr-defined]
+        read, written = frozenset(self._read), frozenset(self._written)
+        made = tuple(self._made.values())
+        self._made = {}  # its handles would count as holders for as long as the recorder is not collected
+        return SimulatedCapturedGraph(self.nodes, read, written, made, found, frozenset(self._host_scalars))
+
+
+class _RecordFunctions(TorchFunctionMode):
+    """Sees calls as the body wrote them, among them the ones that never reach the dispatcher."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if recorder.paused or isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        with recorder.calling(func, self._factories_on_host(args, kwargs)):
+            if func in _FROM_HOST_DATA or func is torch.Tensor.new_tensor:
+                return self._from_host_data(func, args, kwargs)
+            tensors = _tensors((args, kwargs))
+            if func in _SYNC_FUNCTIONS and any(not recorder.is_host(tensor) for tensor in tensors):
+                recorder.reject(func, _SYNC)
+            if func is torch.nn.functional.one_hot and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) < 0:
+                recorder.reject(func, f"{_SYNC}: give it num_classes")
+            if func is torch.Tensor.to:
+                self._check_move(func, args[0], _destination(recorder, (args[1:], kwargs)))
+            return func(*args, **kwargs)
+
+    def _factories_on_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+        """Where this call puts a new tensor: where it was told to, or beside its operands, or on the host."""
+        named = _names_host(kwargs.get("device"))
+        if named is not None:
+            return named
+        if _tensors((args, kwargs)) or default_device.CURRENT_DEVICE is not None:
+            return None
+        return True
+
+    def _from_host_data(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """`torch.tensor` and its kin: host data stays on the host, or is copied to the device and refused."""
+        recorder = self.recorder
+        beside = args[0] if func is torch.Tensor.new_tensor else None
+        data = kwargs.get("data", args[beside is not None] if len(args) > (beside is not None) else None)
+        on_host = _names_host(kwargs.get("device"))
+        if on_host is None:
+            on_host = recorder.is_host(beside) if beside is not None else default_device.CURRENT_DEVICE is None
+        if isinstance(data, torch.Tensor):
+            if kwargs.get("device") is None and beside is None:
+                on_host = recorder.is_host(data)
+            self._check_move(func, data, on_host)
+            moved: torch.Tensor = func(*args, **kwargs)
+            return moved
+        if any(not recorder.is_host(tensor) for tensor in _tensors(data)):
+            recorder.reject(func, _SYNC)
+        with recorder.pausing():
+            made: torch.Tensor = func(*args, **kwargs)
+        if on_host:
+            recorder.mark_host(made)
+        elif made.numel():
+            recorder.reject(func, _HOST_COPY)
+        return made
+
+    def _check_move(self, func: Callable[..., Any], tensor: torch.Tensor, to_host: bool | None) -> None:
+        from_host = self.recorder.is_host(tensor)
+        if to_host is not None and to_host != from_host:
+            self.recorder.reject(func, _HOST_COPY if from_host else _SYNC)
+
+
+class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees what a device would execute: operators below autograd and below composite functions."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if recorder.paused:
+            return func(*args, **kwargs)
+        tensors = _tensors((args, kwargs))
+        if self._is_host_work(func, tensors):
+            result = func(*args, **kwargs)
+            for tensor in _tensors(result):
+                recorder.mark_host(tensor)
+            return result
+        self._reject_synchronisation(func, args, kwargs)
+        self._reject_host_operands(func, args, tensors)
+        written = _written_arguments(func, args, kwargs)
+        self._note_accesses(func, tensors, written)
+        if func.namespace not in ("aten", "prims"):
+            return self._run_custom(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def _is_host_work(self, func: Any, tensors: list[torch.Tensor]) -> bool:
+        packet, recorder = func.overloadpacket, self.recorder
+        if packet is aten.lift_fresh:
+            return True  # Only data that Python just handed over passes through it.
+        if (packet in _LIKE_FACTORIES or not tensors) and recorder.factories_on_host is not None:
+            return recorder.factories_on_host
+        return bool(tensors) and all(recorder.is_host(tensor) for tensor in tensors)
+
+    def _reject_synchronisation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        packet, recorder = func.overloadpacket, self.recorder
+        only_checks = packet is aten._local_scalar_dense and recorder.function in _CHECKS_ON_CPU_ONLY
+        if packet in _SYNC_OPERATORS and not only_checks:
+            recorder.reject(func, _SYNC)
+        if packet is aten.repeat_interleave and kwargs.get("output_size") is None:
+            recorder.reject(func, f"{_SYNC}: give it output_size")
+        if packet in _MASK_INDEXING and _has_mask(args[1]) and not self._fills_mask(packet, args):
+            recorder.reject(func, f"{_SYNC}: the length of a boolean mask's selection")
+
+    def _reject_host_operands(self, func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
+        """Host tensors beside device tensors: a scalar is frozen into the launch, anything else needs a copy."""
+        packet, recorder = func.overloadpacket, self.recorder
+        host = [tensor for tensor in tensors if recorder.is_host(tensor)]
+        if not host:
+            return
+        if packet is aten.copy_ and recorder.is_host(args[0]):
+            recorder.reject(func, _SYNC)
+        if packet in _NEEDS_DEVICE_OPERANDS and not self._fills_mask(packet, args):
+            recorder.reject(func, _HOST_COPY)
+        if any(tensor.dim() for tensor in host):
+            recorder.reject(func, _HOST_READ)
+
+    def _fills_mask(self, packet: Any, args: tuple[Any, ...]) -> bool:
+        """`x[mask] = 5.0` is a masked_fill on a GPU when the value is a host scalar and the mask the only index."""
+        if packet is not aten.index_put_:
+            return False
+        indices = [index for index in args[1] if index is not None]
+        value = args[2]
+        return len(indices) == 1 and _has_mask(indices) and value.dim() == 0 and self.recorder.is_host(value)
+
+    def _note_accesses(self, func: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+        recorder = self.recorder
+        only_written = func.overloadpacket in _WRITES_WITHOUT_READING or any(a.is_out for a in _arguments(func))
+        if not _is_view(func):
+            for tensor in tensors:
+                if not (only_written and any(tensor is target for target in written)):
+                    recorder.note_read(tensor)
+        for tensor in written:
+            recorder.note_write(tensor)
+
+    def _run_custom(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record what a Python operator does inside; an operator that shows nothing inside is recorded whole."""
+        recorder = self.recorder
+        recorded = len(recorder.nodes)
+        if not any(func.has_kernel_for_dispatch_key(key) for key in _CPU_KEYS):
+            result = func(*args, **kwargs)
+        else:
+            with recorder.active(), recorder.calling(None, None):
+                # The kernel itself: calling the operator would come back here for ever.
+                result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        if len(recorder.nodes) == recorded:
+            self._record(func, args, kwargs, result)
+        return result
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        recorder = self.recorder
+        held = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        results = tree_leaves(result)
+        fresh = [isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in held for leaf in results]
+        for leaf, is_fresh in zip(results, fresh, strict=True):
+            if is_fresh:
+                recorder.note_made(leaf)
+        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in _arguments(func))
+        reshapes = func.overloadpacket in _CHANGES_SHAPE_ONLY or torch.Tag.inplace_view in func.tags
+        if reshapes or func.overloadpacket in _EMPTY_FACTORIES or not (writes or any(fresh)):
+            return  # A change of shape, untouched memory, or a view: nothing for a device to execute.
+        outputs = tuple(
+            recorder.freeze(leaf) if is_fresh else None for leaf, is_fresh in zip(results, fresh, strict=True)
+        )
+        recorder.nodes.append(_Operation(func, recorder.freeze(args), recorder.freeze(kwargs), outputs))
+
+
+_CPU_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CompositeExplicitAutograd)
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """The storage's memory; an empty storage has none, and is known by its (negated) object instead."""
+    return storage.data_ptr() or -storage._cdata
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
+    found = []
+    for leaf in tree_leaves(tree):
+        tensor = leaf if isinstance(leaf, torch.Tensor) else getattr(leaf, "base", None)
+        if isinstance(tensor, torch.Tensor):
+            found.append(tensor)
+    return found
+
+
+def _names_host(device: Any) -> bool | None:
+    """Whether a `device=` argument names the host (True) or the device (False); None when it names neither."""
+    if device is None:
+        return None
+    return isinstance(device, str) and device.startswith("cpu")
+
+
+def _destination(recorder: _Recorder, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> bool | None:
+    """Whether `Tensor.to(*args, **kwargs)` names the host; None when it names no device."""
+    args, kwargs = arguments
+    for argument in (*args, kwargs.get("device"), kwargs.get("other")):
+        if isinstance(argument, torch.Tensor):
+            return recorder.is_host(argument)
+        if isinstance(argument, str | torch.device):
+            return _names_host(argument)
+    return None
+
+
+def _arguments(func: Any) -> Sequence[Any]:
+    arguments: Sequence[Any] = func._schema.arguments
+    return arguments
+
+
+def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that the operator's schema says it writes."""
+    written: list[torch.Tensor] = []
+    for position, argument in enumerate(_arguments(func)):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written.extend(_tensors(value))
+    return written
+
+
+def _is_view(func: Any) -> bool:
+    returns_alias = any(value.alias_info is not None for value in func._schema.returns)
+    writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in _arguments(func))
+    return returns_alias and not writes
+
+
+def _has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of all its storage, an alias; of a huge one only what the tensor shows, as the rest is untouched."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() > _HUGE:
+        return tensor.detach()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)

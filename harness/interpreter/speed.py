@@ -1,0 +1,208 @@
+"""Makes Triton's interpreter about five times faster, for the many small launches of a run without a GPU.
+
+And makes that of 3.6 run at all beside numpy 2.4, which no longer takes an array of one element for a number. Five of
+its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
+device function, although the launch around it already has; it recomputes each integer operation in 64 bits to look for
+overflow, which sizes that fit the interpreter cannot reach; it builds a table of dtypes whenever it looks one up; it
+validates and wraps the shape of every intermediate, of which there are few different ones; and it promotes and
+broadcasts operands that are alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from nsa_oracle.harness.interpreter import promises
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_CONSTANTS = 4096
+
+
+def prepare_process(device: str) -> None:
+    """Before anything imports Triton: fix how kernels run in this process, whatever its environment says."""
+    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+    if device == "cpu":
+        speed_up()
+        promises.keep()
+        from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
+
+        gluon.teach()
+    torch.set_num_threads(1)  # tensors are tiny; threads of several processes would only get in each other's way
+
+
+def speed_up() -> None:
+    """Cure all of them. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
+    from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
+
+    builder: Any = interpreter.interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter.InterpretedFunction.__call__ = _call_device_function
+    if not hasattr(interpreter._get_np_dtype, "__wrapped__"):
+        interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
+    if not hasattr(interpreter._patch_lang_tensor, "__wrapped__"):
+        interpreter._patch_lang_tensor = _with_numbers(interpreter._patch_lang_tensor)
+    for kind in (interpreter.tl.core.block_type, interpreter.tl.core.tensor):
+        if not hasattr(kind.__init__, "__wrapped__"):
+            kind.__init__ = _remembering_shapes(kind.__init__, kind is interpreter.tl.core.tensor)
+    semantic: Any = interpreter.interpreter_semantic
+    if "broadcast_impl_value" not in vars(semantic):
+        semantic.cast = _unless_of_that_type(semantic.cast)
+        semantic.broadcast_impl_value = _unless_alike(semantic.broadcast_impl_value)
+        semantic.binary_op_type_checking_impl = _remembering_constants(
+            semantic.binary_op_type_checking_impl, interpreter.tl.core.tensor
+        )
+
+
+def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a device function inside a launch. What it sees of the language is patched at most once."""
+    from triton.runtime import interpreter
+
+    if any(interpreter.tl.core.is_builtin(module.load) for module in _languages(function.fn)):
+        interpreter._patch_lang(function.fn)
+    return function.rewrite()(*args, **kwargs)
+
+
+def _with_numbers(patch_tensor: Callable[..., None]) -> Callable[..., None]:
+    """``patch_tensor``, after which a tensor of one element is a number whatever its shape."""
+
+    @functools.wraps(patch_tensor)
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope puts back what there was before
+
+    return patch
+
+
+@functools.cache
+def _languages(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """The modules of Triton's language that ``function`` can name."""
+    import triton.language as tl
+
+    return tuple({id(v): v for v in function.__globals__.values() if v is tl or v is tl.core}.values())
+
+
+def _remembering(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``get_np_dtype``, asked once for each scalar type: a block has the numpy dtype of its elements."""
+    known: dict[str, Any] = {}
+
+    @functools.wraps(get_np_dtype)
+    def remembered(triton_type: Any) -> Any:
+        scalar = triton_type.scalar
+        name = str(scalar)
+        if name not in known:
+            known[name] = get_np_dtype(scalar)
+        return known[name]
+
+    return remembered
+
+
+def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[..., None]:
+    """The constructor of a block type or of a tensor, run once for each type and shape; then its results are shared."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(init)
+    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        key = (id(element_ty), sizes)
+        if key not in known:
+            init(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)  # one for all elements: to be told by identity
+            known[key] = dict(vars(self))  # holds the element type, so that its id is not given to another
+        else:
+            vars(self).update(known[key])
+
+    @functools.wraps(init)
+    def make_tensor(self: Any, handle: Any, tensor_type: Any) -> None:
+        key = (tensor_type.name,)
+        if key not in known:
+            init(self, handle, tensor_type)
+            known[key] = {name: getattr(self, name) for name in ("shape", "numel")}
+        else:
+            vars(self).update(known[key], handle=handle, type=tensor_type, dtype=tensor_type.scalar)
+
+    return make_tensor if of_tensor else make_type
+
+
+def _unless_of_that_type(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """``cast``, which leaves what is of the type already as it is."""
+
+    @functools.wraps(cast)
+    def to_type(tensor: Any, dtype: Any, *rounding: Any) -> Any:
+        return tensor if tensor.type.scalar is dtype and not rounding else cast(tensor, dtype, *rounding)
+
+    return to_type
+
+
+def _unless_alike(broadcast: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``broadcast``, which leaves operands of one shape as they are."""
+
+    @functools.wraps(broadcast)
+    def shared(lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if one.is_block() and other.is_block() and one.shape is other.shape:
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    return shared
+
+
+def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Callable[..., Any]:
+    """``promote``, which makes a block of a whole number once for each type of the tensor that it meets.
+
+    Operands of one integer type need no promotion. No operation writes to its operands.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(promote)
+    def promoted(lhs: Any, rhs: Any, *how: bool, **named: bool) -> Any:
+        tensor_first, tensor_last = isinstance(lhs, tensor_type), isinstance(rhs, tensor_type)
+        if tensor_first and tensor_last:
+            alike = lhs.type.name == rhs.type.name and lhs.dtype.is_int()
+            return (lhs, rhs) if alike else promote(lhs, rhs, *how, **named)
+        tensor, number = (lhs, rhs) if tensor_first else (rhs, lhs)
+        # A block of 1 would be handed out for True, and one of 0.0 for -0.0: they are equal keys.
+        if not (tensor_first or tensor_last) or type(number) is not int:
+            return promote(lhs, rhs, *how, **named)
+        key = (number, tensor_first, tensor.type.name, how, *named.items())
+        if key not in known:
+            both = promote(lhs, rhs, *how, **named)
+            if both[tensor_last] is not tensor:  # it was promoted as well
+                return both
+            if len(known) == MOST_CONSTANTS:
+                known.clear()
+            known[key] = both[tensor_first]
+        return (tensor, known[key]) if tensor_first else (known[key], tensor)
+
+    return promoted
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep numpy from warning of NaN and infinity, which rows of padding and poison are full of; no GPU would warn."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def deep_stack(function: F) -> F:
+    """Give ``function`` a frame so large that all calls below it find room behind it.
+
+    CPython keeps frames in chunks of 16 KiB and returns a chunk to the system as soon as the call that opened it
+    returns. The interpreter's small calls can sit right at the end of a chunk, whatever called it permitting, and then
+    each maps and unmaps memory: seen to double the time of a run. A larger frame opens a larger chunk.
+    """
+    code = function.__code__.replace(co_stacksize=1 << 16)  # 512 KiB, in a chunk of 1 MiB
+    function.__code__ = code
+    return function

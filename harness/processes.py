@@ -1,0 +1,101 @@
+"""A process to judge in that may be lost: a kernel that faults leaves the GPU unusable for the process that ran it.
+
+What is called in a child, its arguments and its result travel by pickle. A child that dies, or takes too long, is
+replaced by a fresh one at the next call.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from nsa_oracle.harness import gpus
+from nsa_oracle.harness.interpreter import speed
+
+T = TypeVar("T")
+SECONDS_TO_END = 3
+
+
+class ChildDied(Exception):
+    """The process ended, or was ended, before it had an answer. One line says how."""
+
+
+class Child:
+    """A process of its own in which kernels run on ``device``; started by the first call.
+
+    number: of those that work side by side; on several GPUs it says which is used.
+    """
+
+    def __init__(self, device: str, number: int = 0) -> None:
+        self.device = device
+        self.number = number
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def call(self, function: Callable[..., T], *arguments: object, timeout: float | None = None) -> T:
+        """What ``function`` returns there. Raises what it raises, and ChildDied if there is no answer in ``timeout``.
+
+        Whatever an Exception is not (such as a KeyboardInterrupt) ends the child.
+        """
+        if self._process is None:
+            self._start()
+        assert self._pipe is not None
+        self._pipe.send((function, arguments))
+        if not self._pipe.poll(timeout):
+            self.close()
+            raise ChildDied(f"it took longer than {timeout:.0f} seconds and was ended")
+        try:
+            answer, error = self._pipe.recv()
+        except EOFError:
+            code = self.close()
+            raise ChildDied(f"its process ended with {code}") from None
+        if error is not None:
+            raise error
+        result: T = answer
+        return result
+
+    def end(self) -> None:
+        """End the process at once, whatever it does; a thread that waits for its answer gets ChildDied."""
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> int | None:
+        """End the process, if there is one, and return its exit code."""
+        process, pipe = self._process, self._pipe
+        self._process = self._pipe = None
+        if process is None or pipe is None:
+            return None
+        pipe.close()  # a child that waits for work ends at this
+        process.join(timeout=SECONDS_TO_END)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return process.exitcode
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.device, self.number), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is seen as one
+
+
+def _serve(pipe: Connection, device: str, number: int) -> None:
+    """Answer calls until the other end is gone."""
+    gpus.take_one(number)
+    speed.prepare_process(device)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        answer: Any = None
+        error: Exception | None = None
+        try:
+            answer = function(*arguments)
+        except Exception as raised:
+            error = raised
+        pipe.send((answer, error))

@@ -1,0 +1,107 @@
+"""Saved failures: small JSON files that replay anywhere. A kill at any moment loses none.
+
+Each failure has up to two files named after the digest of the case as it was found: ``<digest>.raw.json``, written
+before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking gets further. The case at hand is in
+``<digest>.<process>.running.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from nsa_oracle.harness.scenarios.scenario import Scenario, to_json
+
+_TESTS = Path(__file__).resolve().parents[2] / "tests"
+CORPUS = _TESTS / "cases"  # what every run judges first
+PRODUCTION = CORPUS / "production"  # and what every run on a GPU does: sizes that would take the interpreter hours
+BUG_CASES = _TESTS / "bugs"  # by the name of a bug: a case that shows it
+
+
+def digest(scenario: Scenario) -> str:
+    """Twelve hex digits that name the scenario, whatever its note says."""
+    return hashlib.sha256(to_json(scenario.model_copy(update={"note": ""})).encode()).hexdigest()[:12]
+
+
+def corpus(device: torch.device) -> list[Path]:
+    """The saved cases that a run on ``device`` judges first."""
+    folders = (CORPUS, PRODUCTION) if device.type == "cuda" else (CORPUS,)
+    return [file for folder in folders for file in sorted(folder.glob("*.json"))]
+
+
+def save(scenario: Scenario, path: Path) -> None:
+    """Write the scenario to ``path`` in one step: other processes see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(to_json(scenario))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+RUNNING = ".running.json"
+
+
+@contextmanager
+def kept_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
+    """Keep a case in ``folder`` for as long as it is judged: if that takes the process down, it is what is left."""
+    path = folder / f"{digest(scenario)}.{os.getpid()}{RUNNING}"
+    made = not folder.exists()
+    with suppress(OSError):  # where nothing can be written, a finding will say so
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(scenario), encoding="utf-8")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            if made:
+                folder.rmdir()  # fails if there is anything in it
+
+
+def left_by_the_dead(folder: Path, since: float) -> list[Path]:
+    """Cases in ``folder`` that took the process down which judged them, after the time ``since``."""
+
+    def is_dead(path: Path) -> bool:
+        try:
+            os.kill(int(path.name.removesuffix(RUNNING).rpartition(".")[2]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
+
+    return sorted(path for path in folder.glob(f"*{RUNNING}") if is_dead(path) and path.stat().st_mtime >= since)
+
+
+class FailureFiles:
+    """The files of one failure while it is being shrunk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stem: str | None = None
+
+    @property
+    def raw(self) -> Path:
+        return self.directory / f"{self._stem}.raw.json"
+
+    @property
+    def minimal(self) -> Path:
+        return self.directory / f"{self._stem}.min.json"
+
+    def record(self, scenario: Scenario, sentence: str) -> None:
+        """Keep a failing scenario: the first as the raw case, any later one as the smallest so far."""
+        noted = scenario.model_copy(update={"note": sentence})
+        if self._stem is None:
+            self._stem = digest(scenario)
+            save(noted, self.raw)
+        save(noted, self.minimal)

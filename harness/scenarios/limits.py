@@ -1,0 +1,163 @@
+"""What a backend or a layer says it is made for: allowed values of sizes, and forward modes. Nothing else is judged."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Layer, Scenario, Setup, one_line
+from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.reference.types import ForwardMode
+
+Sizes = Mapping[str, Sequence[Any]]
+"""The values that fields of ``Setup``, ``Inputs`` or ``Layer`` may take."""
+
+BACKEND_FIELDS: dict[str, FieldInfo] = {
+    **{name: info for name, info in Setup.model_fields.items() if name not in ("inputs", "layer")},
+    **Inputs.model_fields,
+}
+LAYER_FIELDS: dict[str, FieldInfo] = {**BACKEND_FIELDS, **Layer.model_fields}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Allowed values by field, those not named being free; and the modes of replays and eager calls."""
+
+    sizes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    modes: tuple[ForwardMode, ...] = tuple(ForwardMode)
+
+    def of(self, name: str, choices: Iterable[Any]) -> tuple[Any, ...]:
+        """Those of ``choices`` that are allowed."""
+        allowed = self.sizes.get(name)
+        return tuple(choice for choice in choices if allowed is None or choice in allowed)
+
+    def __and__(self, other: Limits) -> Limits:
+        """What both allow."""
+        sizes = {**self.sizes, **{name: self.of(name, values) for name, values in other.sizes.items()}}
+        return Limits(sizes, tuple(mode for mode in self.modes if mode in other.modes))
+
+    def misfit(self, scenario: Scenario) -> str | None:
+        """What of ``scenario`` is not allowed, such as "page_size 1", or None. An absent layer has no size."""
+        setup = scenario.setup
+        known = {**dict(setup), **dict(setup.inputs), **dict(setup.layer or ())}
+        for name, allowed in self.sizes.items():
+            if name in known and known[name] not in allowed:
+                return f"{name} {shown(known[name])}"
+        modes = () if self.modes == tuple(ForwardMode) else modes_of(scenario)
+        return next((f"mode {mode.value}" for mode in modes if mode not in self.modes), None)
+
+    def excluded(self, drawn: Mapping[str, Sequence[Any]]) -> list[str]:
+        """What is not judged of the choices that are ``drawn``, such as "page_size 1, 16", and of the modes."""
+        told = []
+        for name, choices in drawn.items():
+            if gone := [shown(choice) for choice in choices if choice not in self.of(name, choices)]:
+                told.append(f"{name} {', '.join(gone)}")
+        if gone := [mode.value for mode in ForwardMode if mode not in self.modes]:
+            told.append(f"modes {', '.join(gone)}")
+        return told
+
+
+EVERYTHING = Limits()
+
+
+def modes_of(scenario: Scenario) -> list[ForwardMode]:
+    """The modes that a backend meets, in order: of captures, replays and eager calls. An empty DECODE batch is IDLE."""
+    world = World(scenario, poison=0)
+    met = []
+    for event in scenario.events:
+        batch = world.apply(event)
+        if isinstance(event, Capture):
+            met.append(event.mode)
+        if batch is not None:
+            met.append(batch.mode)
+    return met
+
+
+def within(scenario: Scenario, limits: Limits) -> Scenario:
+    """``scenario`` without the calls and captures of other modes than those allowed."""
+    if limits.modes == tuple(ForwardMode):
+        return scenario
+    kept = scenario.model_copy(update={"events": ()})
+    for event in scenario.events:
+        more = kept.model_copy(update={"events": (*kept.events, event)})
+        if set(modes_of(more)) <= set(limits.modes):
+            kept = more
+    return kept
+
+
+def shown(value: object) -> str:
+    return str(value.value if isinstance(value, enum.Enum) else value)
+
+
+def declared(thing: object, fields: Mapping[str, FieldInfo], what: str) -> Limits:
+    """The limits in the attributes ``sizes`` and ``modes`` of ``thing``, if it has them.
+
+    ``fields``: those that it may name. Raises ValueError, in one line that names the cause and the mend.
+    """
+    sizes, modes = getattr(thing, "sizes", None), getattr(thing, "modes", None)
+    return Limits(
+        {} if sizes is None else _checked_sizes(sizes, fields, what),
+        tuple(ForwardMode) if modes is None else _checked_modes(modes),
+    )
+
+
+def _checked_sizes(sizes: object, fields: Mapping[str, FieldInfo], what: str) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(sizes, Mapping):
+        raise ValueError(
+            f"sizes must map fields to allowed values, as {{'page_size': (64,)}} does; it is {_kind(sizes)}"
+        )
+    for name in sizes:
+        if name in ("inputs", "layer"):
+            raise ValueError(f"sizes: name the fields of '{name}' themselves, not '{name}'")
+        if name not in fields:
+            raise ValueError(f"sizes: {what} has '{_brief(name)}'; there are {', '.join(fields)}")
+    return {name: _checked_values(name, values, fields[name]) for name, values in sizes.items()}
+
+
+def _checked_values(name: str, values: object, info: FieldInfo) -> tuple[Any, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ValueError(f"sizes: '{name}' must have a list or tuple of allowed values, not {_brief(values)}")
+    if not values:
+        raise ValueError(f"sizes: '{name}' allows no value at all")
+    return tuple(_checked_value(name, value, info) for value in values)
+
+
+def _checked_value(name: str, value: object, info: FieldInfo) -> Any:
+    kind: Any = info.annotation
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        if value in list(kind):
+            return value
+        named = {member.value: member for member in kind}
+        if isinstance(value, str) and value in named:
+            return named[value]
+        raise ValueError(f"sizes: '{name}' cannot be {_brief(value)}; choose from {', '.join(named)}")
+    checked: TypeAdapter[Any] = TypeAdapter(Annotated[(kind, *info.metadata)] if info.metadata else kind)
+    try:
+        return checked.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"sizes: '{name}' cannot be {_brief(value)}: {error.errors()[0]['msg']}") from None
+
+
+def _checked_modes(modes: object) -> tuple[ForwardMode, ...]:
+    known = {mode.value: mode for mode in ForwardMode}
+    if not isinstance(modes, Sequence | set | frozenset) or isinstance(modes, str | bytes):
+        raise ValueError(f"modes must be a list or tuple of modes, not {_brief(modes)}")
+    for mode in modes:
+        if not isinstance(mode, ForwardMode) and not (isinstance(mode, str) and mode in known):
+            raise ValueError(f"modes: there is no {_brief(mode)}; choose from {', '.join(known)}")
+    if not modes:
+        raise ValueError("modes allows no mode at all")
+    return tuple(mode for mode in ForwardMode if mode in modes or mode.value in modes)
+
+
+def _kind(thing: object) -> str:
+    return f"of type {type(thing).__name__}"
+
+
+def _brief(thing: object) -> str:
+    return one_line(thing if isinstance(thing, str) else repr(thing), 60)

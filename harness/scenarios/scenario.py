@@ -1,0 +1,396 @@
+"""A test case: one frozen, readable record of sizes, flags, events and a seed. It never holds tensor contents.
+
+The JSON form is the lasting record of a failure: a person can read and edit it, and it means the same bytes on every
+machine. ``SCHEMA_VERSION`` changes whenever an old file would mean something else.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from nsa_oracle.harness.content.content import Regime, most_coded_slots
+from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, ForwardMode, KVCacheDtype, StepSemantics
+
+SCHEMA_VERSION: Literal[1] = 1
+MAX_BATCH = 4096
+MAX_STEPS = 8
+MAX_CONTEXT = 1 << 20
+MAX_CELLS = 1 << 28  # of all page tables together: a gigabyte
+MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
+MAX_EXACT_KEYS = 2048
+SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot be used. The message is one line and names the cause."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PageLayout(enum.Enum):
+    """Order in which free pages are handed to requests."""
+
+    CONTIGUOUS = "contiguous"
+    DESCENDING = "descending"
+    INTERLEAVED = "interleaved"  # neighbouring pages belong to different requests
+    SHUFFLED = "shuffled"
+
+
+class Mirror(enum.Enum):
+    """State of the host copy ``seq_lens_cpu``, and with it of ``seq_lens_sum``, when the backend is called."""
+
+    EQUAL = "equal"
+    STALE = "stale"  # from before the last accept
+    AHEAD = "ahead"  # as if every draft token had been accepted
+    ABSENT = "absent"
+
+
+class Order(enum.Enum):
+    """Order of the running requests within a batch."""
+
+    JOINED = "joined"
+    REVERSED = "reversed"
+    SHUFFLED = "shuffled"
+
+
+class Drive(enum.Enum):
+    """Whose methods the engine calls: the N-step backend's, or those of each of its single-step backends."""
+
+    MULTI_STEP = "multi_step"
+    SINGLE_STEP = "single_step"
+
+
+class IntDtype(enum.Enum):
+    INT32 = "int32"
+    INT64 = "int64"
+
+
+class Inputs(_Record):
+    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements.
+
+    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. strided: numbers of requests are
+    columns of something wider; with a layer, so are the rows and heads of what it is given. wide_req_to_token: a view
+    of a wider tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements,
+    needs more than 32 bits, as in a large pool; its last rows are the first that requests get.
+    """
+
+    seq_lens: IntDtype = IntDtype.INT64
+    req_pool_indices: IntDtype = IntDtype.INT64
+    accept_length: IntDtype = IntDtype.INT32
+    strided: bool = False
+    wide_req_to_token: bool = False
+    far_req_to_token: bool = False
+
+
+class Layer(_Record):
+    """The sparse attention layer behind the metadata: its sizes, and what its inputs hold. See ``AttentionConfig``.
+
+    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets would wrap.
+    """
+
+    num_heads: int = Field(default=2, ge=1, le=128)
+    kv_lora_rank: int = Field(default=64, ge=64, le=512, multiple_of=64)
+    qk_rope_head_dim: int = Field(default=16, ge=16, le=64, multiple_of=16)
+    index_n_heads: int = Field(default=2, ge=1, le=64)
+    index_head_dim: int = Field(default=32, ge=32, le=128, multiple_of=32)
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.BF16
+    regime: Regime = Regime.DOMINATING
+    far_slots: bool = False
+
+    def attention_config(self) -> AttentionConfig:
+        exact = self.regime is not Regime.RANDOM
+        return AttentionConfig(
+            num_heads=self.num_heads,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            index_n_heads=self.index_n_heads,
+            index_head_dim=self.index_head_dim,
+            kv_cache_dtype=self.kv_cache_dtype,
+            sm_scale=SCALE_OF_EXACT_REGIMES if exact else (self.kv_lora_rank + self.qk_rope_head_dim) ** -0.5,
+        )
+
+
+class Setup(_Record):
+    """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight."""
+
+    page_size: int = Field(ge=1, le=1024)
+    max_context_len: int = Field(ge=2, le=MAX_CONTEXT)
+    index_topk: int = Field(ge=1, le=MAX_CONTEXT)
+    num_steps: int = Field(ge=1, le=MAX_STEPS)
+    num_draft_tokens: int = Field(ge=1, le=MAX_STEPS)
+    step_semantics: StepSemantics = StepSemantics.SHARED
+    paged_mqa_num_sms: int = Field(default=0, ge=0, le=1024)
+    flashmla_num_sm_parts: int = Field(default=0, ge=0, le=1024)
+    pool_size: int = Field(ge=1, le=MAX_BATCH)
+    page_layout: PageLayout = PageLayout.CONTIGUOUS
+    drive: Drive = Drive.MULTI_STEP
+    inputs: Inputs = Inputs()
+    layer: Layer | None = None  # None: metadata alone
+
+    @property
+    def pages_per_request(self) -> int:
+        return -(-self.max_context_len // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the caches: the dummy page 0, those that requests can hold, and two that nobody may read."""
+        return 1 + self.pool_size * self.pages_per_request + 2
+
+    @property
+    def is_far(self) -> bool:
+        """Whether anything lies so far apart that a GPU spends gigabytes on it."""
+        return self.inputs.far_req_to_token or (self.layer is not None and self.layer.far_slots)
+
+    @property
+    def draft_overshoot(self) -> int:
+        """Tokens beyond seq_lens that drafting and verification may address."""
+        return max(self.num_draft_tokens, self.num_steps)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest request that can still be drafted for."""
+        return self.max_context_len - self.draft_overshoot
+
+    @model_validator(mode="after")
+    def _leaves_room_for_drafts(self) -> Setup:
+        if self.max_seq_len < 1:
+            raise ValueError(f"max_context_len must exceed the {self.draft_overshoot} tokens a draft may overshoot")
+        return self
+
+    def backend_config(self) -> BackendConfig:
+        return BackendConfig(
+            page_size=self.page_size,
+            max_context_len=self.max_context_len,
+            index_topk=self.index_topk,
+            speculative_num_steps=self.num_steps,
+            speculative_num_draft_tokens=self.num_draft_tokens,
+            step_semantics=self.step_semantics,
+            paged_mqa_num_sms=self.paged_mqa_num_sms,
+            flashmla_num_sm_parts=self.flashmla_num_sm_parts,
+        )
+
+
+GRAPH_MODES = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+
+
+def _has_a_graph(mode: ForwardMode) -> ForwardMode:
+    if mode not in GRAPH_MODES:
+        raise ValueError(f"{mode.value} has no graph; choose from {', '.join(m.value for m in GRAPH_MODES)}")
+    return mode
+
+
+GraphMode = Annotated[ForwardMode, AfterValidator(_has_a_graph)]
+
+
+class Capture(_Record):
+    """Capture a graph of ``mode`` for each bucket (padded batch size)."""
+
+    event: Literal["capture"] = "capture"
+    mode: GraphMode
+    buckets: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = Field(min_length=1)
+
+
+class Join(_Record):
+    """A request starts with ``seq_len`` cached tokens, on the pool row and pages freed last.
+
+    With ``prefix_of`` it shares its first ``prefix_pages`` pages with that running request (counted modulo the number
+    running). ``count`` such requests join, each a token longer than the one before, from 1 again at the limit. Nothing
+    happens when the pool is full.
+    """
+
+    event: Literal["join"] = "join"
+    seq_len: int = Field(ge=1)
+    count: int = Field(default=1, ge=1, le=MAX_BATCH)
+    prefix_of: int | None = Field(default=None, ge=0)
+    prefix_pages: int = Field(default=1, ge=1)
+
+
+class Finish(_Record):
+    """Running request number ``request`` (modulo the number running) ends; its row and pages are free at once.
+
+    ``count`` of them end one by one, each the one that has that number then; all, if fewer are running.
+    """
+
+    event: Literal["finish"] = "finish"
+    request: int = Field(ge=0)
+    count: int = Field(default=1, ge=1, le=MAX_BATCH)
+
+
+class Accept(_Record):
+    """Verification accepted ``accept_lengths[i]`` tokens of running request i (repeated if there are more requests)."""
+
+    event: Literal["accept"] = "accept"
+    accept_lengths: tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...] = Field(min_length=1)
+
+
+class Remap(_Record):
+    """Running request ``request`` gets its first ``prefix_pages`` pages replaced by those of ``prefix_of``."""
+
+    event: Literal["remap"] = "remap"
+    request: int = Field(ge=0)
+    prefix_of: int = Field(ge=0)
+    prefix_pages: int = Field(default=1, ge=1)
+
+
+class Replay(_Record):
+    """The running requests go through the graph of ``mode``: ``times`` preparations, a replay after each.
+
+    ``bucket``: which captured graph; by default the smallest that holds the batch. If there is none, the engine calls
+    the backend eagerly, as a server does.
+    """
+
+    event: Literal["replay"] = "replay"
+    mode: GraphMode
+    bucket: int | None = Field(default=None, ge=1, le=MAX_BATCH)
+    mirror: Mirror = Mirror.EQUAL
+    order: Order = Order.JOINED
+    times: int = Field(default=1, ge=1, le=16)
+
+
+class Eager(_Record):
+    """The running requests go through ``mode`` without a graph.
+
+    ``extend_lens[i]`` (EXTEND only, repeated if there are more requests): how many of request i's tokens are new; the
+    others are a cached prefix.
+    """
+
+    event: Literal["eager"] = "eager"
+    mode: ForwardMode
+    mirror: Mirror = Mirror.EQUAL
+    order: Order = Order.JOINED
+    extend_lens: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+
+    @model_validator(mode="after")
+    def _extends_something(self) -> Eager:
+        if not self.extend_lens:
+            raise ValueError("extend_lens must name at least one length")
+        return self
+
+
+Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Field(discriminator="event")]
+
+
+def _an_int(version: object) -> object:
+    """Literal[1] would take True and 1.0."""
+    return version if type(version) is int else repr(version)
+
+
+class Scenario(_Record):
+    """What happens to one backend from its construction on.
+
+    optimizations: names of ``optimized.Optimizations`` switches; ignored when another backend is judged.
+    note: free text for the reader, such as where the case came from.
+    """
+
+    schema_version: Annotated[Literal[1], BeforeValidator(_an_int)] = SCHEMA_VERSION
+    note: str = ""
+    setup: Setup
+    optimizations: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    events: tuple[Event, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_context_and_memory(self) -> Scenario:
+        setup = self.setup
+        longest = setup.max_seq_len
+        for number, event in enumerate(self.events):
+            if isinstance(event, Join) and event.seq_len > longest:
+                raise ValueError(f"event {number}: seq_len {event.seq_len} leaves no room to draft; at most {longest}")
+        buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
+        rows = max(buckets, default=setup.pool_size) * setup.num_draft_tokens * setup.num_steps
+        if (cells := (setup.pool_size + rows) * setup.max_context_len) > MAX_CELLS:
+            raise ValueError(f"its page tables would have {cells:,} cells; at most {MAX_CELLS:,}")
+        return self
+
+    @model_validator(mode="after")
+    def _caches_fit_memory(self) -> Scenario:
+        setup, layer = self.setup, self.setup.layer
+        if layer is None:
+            return self
+        config = layer.attention_config()
+        slots = setup.num_pages * setup.page_size
+        # A page table's poison is a slot that exists; taken for a page, it has to exist as well.
+        bytes_ = slots * (2 * config.qk_head_dim + config.index_page_bytes(setup.page_size))
+        if bytes_ > MAX_CACHE_BYTES:
+            raise ValueError(f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}")
+        if setup.page_size & (setup.page_size - 1):
+            raise ValueError(f"a layer needs a page size that is a power of two, not {setup.page_size}")
+        if layer.regime is not Regime.RANDOM and setup.index_topk > MAX_EXACT_KEYS:
+            raise ValueError(f"the exact regimes hold for at most {MAX_EXACT_KEYS} keys; index_topk is larger")
+        if layer.regime is Regime.DOMINATING and slots > (most := most_coded_slots(config)):
+            raise ValueError(
+                f"a RoPE part of {layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizations_exist(self) -> Scenario:
+        try:
+            Optimizations.from_names(self.optimizations).check(self.setup.backend_config())
+        except ValueError as error:
+            raise ValueError(f"optimizations: {error}") from None
+        return self
+
+
+def to_json(scenario: Scenario) -> str:
+    """The scenario as readable JSON: one event a line, defaults left out."""
+    data = scenario.model_dump(mode="json", exclude_defaults=True)
+    events = [e.model_dump(mode="json", exclude_defaults=True) | {"event": e.event} for e in scenario.events]
+    data.pop("events", None)
+    head = {"schema_version": SCHEMA_VERSION, **data}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    body = ",\n".join("    " + json.dumps({"event": e.pop("event"), **e}) for e in events)
+    lines.append('  "events": [\n' + body + "\n  ]" if events else '  "events": []')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(text: str, source: str = "scenario") -> Scenario:
+    """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
+    try:
+        scenario = Scenario.model_validate_json(text, strict=True)  # true is no 1, and "4" no 4
+        json.loads(text, object_pairs_hook=_each_name_once)
+    except _Twice as error:
+        raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
+    return scenario
+
+
+class _Twice(Exception):
+    """A name that an object of a file has twice, of which one would be lost."""
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> None:
+    names = Counter(name for name, _ in pairs)
+    for name, count in names.items():
+        if count > 1:
+            raise _Twice(name)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= most else plain[:most] + "..."
+
+
+def load(path: Path) -> Scenario:
+    """Read a scenario file. Raises ScenarioError if it cannot be read or is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return from_json(text, str(path))

@@ -1,0 +1,128 @@
+"""Simplifies a failing scenario record by record, after Hypothesis has simplified the choices that made it.
+
+Hypothesis cannot leave out an event on whose choice a later one depends; on the finished record nothing depends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from nsa_oracle.harness.scenarios.scenario import (
+    Capture,
+    Finish,
+    Inputs,
+    Join,
+    Layer,
+    Mirror,
+    Order,
+    Replay,
+    Scenario,
+    Setup,
+)
+
+SIMPLEST_SETUP: dict[str, Any] = {
+    "paged_mqa_num_sms": 0,
+    "flashmla_num_sm_parts": 0,
+    "num_steps": 1,
+    "num_draft_tokens": 1,
+    "page_size": 1,
+    **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "drive")},
+    "inputs": Inputs(),
+    "layer": None,
+}
+SMALLEST_LAYER = Layer()
+SIMPLEST_LAYER: dict[str, Any] = {
+    "far_slots": False,
+    "regime": SMALLEST_LAYER.regime,
+    "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
+}
+MOST_TRIALS = 400
+
+
+def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
+    """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried.
+
+    Goes round the simplifications, on from the last that was tried: most that did not help stay unhelpful, so it comes
+    back to them only after all others.
+    """
+    changes, place, since = list(_changes(scenario)), 0, 0
+    tried = {scenario}
+    while since < len(changes):  # until a whole round helped nowhere
+        place %= len(changes)
+        candidate = _changed(scenario, changes[place])
+        place, since = place + 1, since + 1
+        if candidate is None or candidate in tried:
+            continue
+        if len(tried) > most_trials:
+            break
+        tried.add(candidate)
+        if still_fails(candidate):
+            scenario, changes = candidate, list(_changes(candidate))
+            place, since = place - 1, 0  # the next of its kind has taken its place
+    return scenario
+
+
+def _changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario | None:
+    try:
+        return Scenario.model_validate({**dict(scenario), **changes})
+    except ValidationError:
+        return None
+
+
+def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
+    yield from _simpler_layers(scenario.setup)  # first: trials of what follows are cheaper then
+    events = scenario.events
+    for number in reversed(range(len(events))):
+        yield {"events": events[:number] + events[number + 1 :]}
+    for number, event in enumerate(events):
+        for simpler in _simpler_events(event):
+            yield {"events": (*events[:number], simpler, *events[number + 1 :])}
+    for name in scenario.optimizations:
+        yield {"optimizations": tuple(other for other in scenario.optimizations if other != name)}
+    for name, value in SIMPLEST_SETUP.items():
+        yield {"setup": scenario.setup.model_copy(update={name: value})}
+    for name, field in Inputs.model_fields.items():  # one by one, where a failure needs some of them
+        inputs = scenario.setup.inputs.model_copy(update={name: field.default})
+        yield {"setup": scenario.setup.model_copy(update={"inputs": inputs})}
+    yield {"seed": 0}
+
+
+def _simpler_layers(setup: Setup) -> Iterator[dict[str, Any]]:
+    layer = setup.layer
+    if layer is None:
+        return
+    kept = {name: getattr(layer, name) for name in SIMPLEST_LAYER}
+    for candidate in (
+        SMALLEST_LAYER.model_copy(update={**kept, "num_heads": 1, "index_n_heads": 1}),
+        SMALLEST_LAYER.model_copy(update={**kept, "num_heads": min(layer.num_heads, 16)}),
+        layer.model_copy(update={"num_heads": 1}),
+        layer.model_copy(update={"num_heads": max(1, layer.num_heads // 2)}),
+        layer.model_copy(update={"index_n_heads": 1}),
+        *(layer.model_copy(update={name: value}) for name, value in SIMPLEST_LAYER.items()),
+    ):
+        if _size(candidate) <= _size(layer):
+            yield {"setup": setup.model_copy(update={"layer": candidate})}
+
+
+def _size(layer: Layer) -> int:
+    return layer.num_heads * layer.kv_lora_rank + layer.index_n_heads * layer.index_head_dim
+
+
+def _simpler_events(event: object) -> Iterator[object]:
+    if isinstance(event, Capture) and len(event.buckets) > 1:
+        for bucket in event.buckets:
+            yield event.model_copy(update={"buckets": tuple(other for other in event.buckets if other != bucket)})
+    if isinstance(event, Join):
+        yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"prefix_of": None})
+    if isinstance(event, Finish):
+        yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"request": 0})
+    if isinstance(event, Replay):
+        yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
+
+
+def _with(event: BaseModel, *changes: dict[str, Any]) -> Iterator[object]:
+    for change in changes:
+        yield event.model_copy(update=change)

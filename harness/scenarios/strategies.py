@@ -1,0 +1,423 @@
+"""Hypothesis strategies that draw scenarios. They draw structure only, and shrink towards one request and one event.
+
+Lengths are drawn near the boundaries where implementations change behaviour; everything else follows from the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hypothesis import reject
+from hypothesis import strategies as st
+
+from nsa_oracle.harness.content.content import Regime, most_coded_slots
+from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits, Sizes, shown, within
+from nsa_oracle.harness.scenarios.scenario import (
+    GRAPH_MODES,
+    Accept,
+    Capture,
+    Drive,
+    Eager,
+    Event,
+    Finish,
+    Inputs,
+    IntDtype,
+    Join,
+    Layer,
+    Mirror,
+    Order,
+    PageLayout,
+    Remap,
+    Replay,
+    Scenario,
+    Setup,
+)
+from nsa_oracle.optimized.optimizations import OPTIMIZATION_NAMES
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
+
+_RARELY = (False,) * 5 + (True,)
+_MORE_RARELY = (False,) * 11 + (True,)  # on a GPU it takes gigabytes, for which processes wait
+NARROW = 67  # columns: a page table for which an interpreter, too, has time in many rows
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large scenarios get. Small ones keep Triton's interpreter quick; a GPU takes larger ones for free."""
+
+    max_context_lens: tuple[int, ...]
+    max_requests: int
+    many_requests: int  # as many instead, where tables are narrow and rows not too many
+    max_events: int  # after the first requests; what engines do one right after the other counts as one
+    max_rows: int  # of one request over all steps
+    crowds: tuple[int, ...]  # how many requests may join at once, beside 1
+    parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
+    layers: tuple[Sizes, ...] = ()  # of the attention layer behind the metadata, alternatives; none: metadata alone
+    page_sizes: tuple[int, ...] = (1, 16, 32, 64)
+    index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
+    num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
+    num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
+    most_new_tokens: int | None = None  # of one request in a prefill; None: any number
+    far_slots: tuple[bool, ...] = _RARELY
+    far_req_to_token: tuple[bool, ...] = _RARELY  # not both, if the limits leave a choice
+    limits: Limits = EVERYTHING
+
+    def most_requests(self, max_context_len: int, rows: int) -> int:
+        """Of one scenario. rows: of one request over all steps; short ones cost half."""
+        cheap = max_context_len <= NARROW and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
+        return self.many_requests if cheap else self.max_requests
+
+    def drawn(self) -> Sizes:
+        """What is drawn of each field, on its own, that ``limits`` can name."""
+        both = (False, True)
+        sizes: dict[str, tuple[Any, ...]] = {
+            "page_size": self.page_sizes,
+            "max_context_len": self.max_context_lens,
+            "index_topk": self.index_topks,
+            "num_steps": self.num_steps,
+            "num_draft_tokens": self.num_draft_tokens,
+            "step_semantics": tuple(StepSemantics),
+            "paged_mqa_num_sms": self.parts,
+            "flashmla_num_sm_parts": self.parts,
+            "pool_size": tuple(range(1, max(self.max_requests, self.many_requests) + 3)),
+            "page_layout": tuple(PageLayout),
+            "drive": tuple(Drive),
+            "seq_lens": (IntDtype.INT64, IntDtype.INT32),
+            "req_pool_indices": (IntDtype.INT64, IntDtype.INT32),
+            "accept_length": (IntDtype.INT32, IntDtype.INT64),
+            "strided": both,
+            "wide_req_to_token": both,
+            "far_req_to_token": tuple(sorted(set(self.far_req_to_token))),
+        }
+        if self.layers:
+            sizes |= {
+                "kv_cache_dtype": tuple(KVCacheDtype),
+                "regime": tuple(Regime),
+                "far_slots": tuple(sorted(set(self.far_slots))),
+            }
+        for layer in self.layers:
+            for name, choices in layer.items():
+                sizes[name] = tuple(dict.fromkeys((*sizes.get(name, ()), *choices)))
+        return sizes
+
+
+SMALL = Scale(
+    max_context_lens=(20, 33, 67, 130, 261, 520, 2300),
+    max_requests=4,
+    many_requests=12,
+    max_events=9,
+    max_rows=16,
+    crowds=(2,),
+    parts=(0, 1, 3, 6),  # 6: neither fills whole vectors with a schedule nor comes near it by chance
+)
+LARGE = Scale(
+    max_context_lens=(33, 261, 2300, 4100, 9001),
+    max_requests=48,
+    many_requests=48,
+    max_events=18,
+    max_rows=512,
+    crowds=(3,),
+    parts=(0, 1, 7, 132),
+    far_slots=_MORE_RARELY,
+    far_req_to_token=_MORE_RARELY,
+)
+# With a layer behind: what the interpreter computes must stay few numbers; a GPU takes the sizes of production.
+SMALL_LAYER = Scale(
+    max_context_lens=(20, 33, 67, 130, 261, 1100),  # several tiles and several chunks of keys
+    max_requests=3,
+    many_requests=6,
+    max_events=4,
+    max_rows=6,
+    crowds=(2,),
+    parts=(0,),
+    layers=(
+        *4
+        * (
+            {
+                "num_heads": (1, 2, 3, 16),
+                "kv_lora_rank": (64, 64, 128),  # what takes longest is drawn least
+                "qk_rope_head_dim": (16, 32),
+                "index_n_heads": (1, 2, 3, 1, 2, 3, 17),
+                "index_head_dim": (32, 32, 96),
+            },
+        ),
+        {  # keys of production, for which there may be a kernel of their own
+            "num_heads": (1, 3, 20),
+            "kv_lora_rank": (512,),
+            "qk_rope_head_dim": (64,),
+            "index_n_heads": (1, 2),
+            "index_head_dim": (32,),
+            "regime": (*Regime, Regime.DOMINATING, Regime.EQUAL, Regime.LATTICE),  # random ones are run several times
+        },
+    ),
+    index_topks=(4, 8, 17, 64, 200, 520, 1030),
+    num_steps=(1, 2, 3),
+    most_new_tokens=16,
+)
+LARGE_LAYER = Scale(
+    max_context_lens=(33, 261, 2300, 4100, 9001),  # the last: wider than top-k's largest block
+    max_requests=8,
+    many_requests=20,
+    max_events=9,
+    max_rows=32,
+    crowds=(3,),
+    parts=(0, 132),
+    layers=(
+        {
+            "num_heads": (16, 32, 64, 128),
+            "kv_lora_rank": (512,),
+            "qk_rope_head_dim": (64,),
+            "index_n_heads": (64,),
+            "index_head_dim": (128,),
+        },
+        {
+            "num_heads": (1, 3, 20, 100),
+            "kv_lora_rank": (64, 256),
+            "qk_rope_head_dim": (16, 32),
+            "index_n_heads": (1, 4, 32),
+            "index_head_dim": (32, 64),
+        },
+    ),
+    index_topks=(4, 64, 200, 512, 2048),
+    num_steps=(1, 2, 4),
+    most_new_tokens=64,
+    far_slots=_MORE_RARELY,
+    far_req_to_token=_MORE_RARELY,
+)
+
+_OF_ACCEPTED = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
+_POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # where tiles, blocks and chunks end
+PREPARATION_SWITCHES = OPTIMIZATION_NAMES[: OPTIMIZATION_NAMES.index("one_launch")]
+
+
+def restricted(scale: Scale, limits: Limits) -> Scale:
+    """``scale`` with nothing drawn beyond ``limits``. Raises ValueError, in one line, if that leaves nothing."""
+    for name, choices in scale.drawn().items():
+        if not limits.of(name, choices):
+            allowed, drawn = (", ".join(map(shown, values)) for values in (limits.sizes[name], choices))
+            raise ValueError(
+                f"none of the sizes that are drawn here fits: {name} may be {allowed}, and is one of {drawn}"
+            )
+    layers = tuple({name: limits.of(name, choices) for name, choices in layer.items()} for layer in scale.layers)
+    left = tuple(layer for layer in layers if all(layer.values()))
+    if scale.layers and not left:
+        raise ValueError(f"no layer that is drawn here has all of the sizes {dict(limits.sizes)} at once")
+    if not limits.modes:
+        raise ValueError("backend and layer have no mode in common")
+    return replace(scale, layers=left, limits=limits)
+
+
+@st.composite
+def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
+    """A layer of the scale's sizes, of any cache and content."""
+    if not scale.layers:
+        return None
+    regimes = (*Regime, Regime.RANDOM)  # twice: nothing else is rounded when it is stored
+    anything: Sizes = {"regime": regimes, "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
+    sizes = {**anything, **draw(st.sampled_from(scale.layers))}
+    return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})
+
+
+@st.composite
+def optimizations(draw: st.DrawFn, semantics: StepSemantics) -> tuple[str, ...]:
+    """Any subset of the five switches, or the one-launch path in either wiring; steps aliased where that is sound."""
+    if draw(st.booleans()):
+        chosen = ["one_launch"] + (["in_graph"] if draw(st.booleans()) else [])
+    else:
+        chosen = sorted(draw(st.sets(st.sampled_from(PREPARATION_SWITCHES))), key=PREPARATION_SWITCHES.index)
+    if semantics is StepSemantics.SHARED and draw(st.booleans()):
+        chosen.append("aliased_steps")
+    return tuple(chosen)
+
+
+@st.composite
+def setups(draw: st.DrawFn, scale: Scale) -> Setup:
+    drawn, limits = scale.drawn(), scale.limits
+
+    def pick(name: str, choices: Sequence[Any] = (), freely: st.SearchStrategy[Any] | None = None) -> Any:
+        """One of ``choices``, or of all that are drawn of a field, that the limits allow; else as ``freely`` has it."""
+        if freely is not None and name not in limits.sizes:
+            return draw(freely)
+        return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
+
+    max_context_len = pick("max_context_len")
+    num_steps = pick("num_steps")
+    # Every step writes every row: what the interpreter does one store at a time must stay few.
+    most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
+    num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
+    index_topks = limits.of("index_topk", scale.index_topks)
+    most_requests = scale.most_requests(max_context_len, num_steps * num_draft_tokens)
+    largest_pool = most_requests + 2
+    pools = (*range(1, largest_pool + 1), *[largest_pool] * largest_pool)  # half the time the largest
+    layer = draw(layers(scale))
+    far = layer is not None and layer.far_slots
+    setup = Setup(
+        page_size=pick("page_size"),
+        max_context_len=max_context_len,
+        index_topk=pick("index_topk", _not_wasted(index_topks, max_context_len)),
+        num_steps=num_steps,
+        num_draft_tokens=num_draft_tokens,
+        step_semantics=pick("step_semantics"),
+        paged_mqa_num_sms=pick("paged_mqa_num_sms"),
+        flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
+        pool_size=pick("pool_size", freely=st.sampled_from(pools)),
+        page_layout=pick("page_layout"),
+        drive=pick("drive"),
+        inputs=Inputs(
+            seq_lens=pick("seq_lens"),
+            req_pool_indices=pick("req_pool_indices"),
+            accept_length=pick("accept_length"),
+            strided=pick("strided", freely=st.booleans()),
+            wide_req_to_token=pick("wide_req_to_token", freely=st.booleans()),
+            far_req_to_token=pick("far_req_to_token", (False,) if far else scale.far_req_to_token),
+        ),
+        layer=layer,
+    )
+    return _with_codes_for_all(_from_the_far_end(setup, limits), limits)
+
+
+def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:
+    """Far caches are far at their end: requests get the last pages first."""
+    low = setup.page_layout in (PageLayout.CONTIGUOUS, PageLayout.INTERLEAVED)
+    if setup.layer is None or not setup.layer.far_slots or not low:
+        return setup
+    layouts = limits.of("page_layout", (PageLayout.DESCENDING, PageLayout.SHUFFLED, setup.page_layout))
+    return setup.model_copy(update={"page_layout": layouts[0]})
+
+
+def _with_codes_for_all(setup: Setup, limits: Limits) -> Setup:
+    """The pool no larger than content can tell slots apart."""
+    if setup.layer is None or setup.layer.regime is not Regime.DOMINATING:
+        return setup
+    most = most_coded_slots(setup.layer.attention_config())
+    for pool_size in (setup.pool_size, *limits.of("pool_size", range(setup.pool_size - 1, 0, -1))):
+        smaller = setup.model_copy(update={"pool_size": pool_size})
+        if smaller.num_pages * smaller.page_size <= most:
+            return smaller
+    return reject()
+
+
+def _not_wasted(index_topks: Sequence[int], max_context_len: int) -> list[int]:
+    """Those that some row can exceed; the least, if there are none."""
+    return [k for k in index_topks if k <= max(8, max_context_len)] or [min(index_topks)]
+
+
+def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
+    """Lengths of a running request: any, and with preference those next to a boundary, or as far below as drafts go."""
+    limit = setup.max_seq_len
+
+    def near(*boundaries: int) -> st.SearchStrategy[int]:
+        around = {n + off for n in boundaries for off in (-setup.num_draft_tokens, -1, 0, 1)}
+        return st.sampled_from(sorted(n for n in around if 1 <= n <= limit))
+
+    own = (1, setup.page_size, setup.index_topk, limit)
+    return st.one_of(st.integers(1, limit), near(*own), near(*own, *_POWERS_OF_TWO))
+
+
+@st.composite
+def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, ...]:
+    """Mixed accepts, or one and the same for everybody, and that with preference none or all."""
+    one = st.integers(0, setup.num_draft_tokens)
+    if draw(st.booleans()):
+        return (draw(st.one_of(st.just(0), st.just(setup.num_draft_tokens), one)),)
+    return tuple(draw(st.lists(one, min_size=1, max_size=max(1, requests))))
+
+
+@st.composite
+def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
+    """Captures first, as a server warms up; then requests come, draft, verify and go; sometimes a later capture."""
+    rows = setup.num_steps * setup.num_draft_tokens
+    most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
+    joining = draw(st.sampled_from((*range(most + 1), *[most] * (most // 2))))  # a third of the time as many as can
+    # With preference one that those who join first fill, or the largest there can be.
+    bucket = st.one_of(st.integers(1, most), st.just(max(1, joining)), st.just(most))
+    graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
+    modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
+    buckets = st.sampled_from((2, 2, 2, 5)).flatmap(lambda count: st.sets(bucket, min_size=1, max_size=count))
+    captures = {mode: tuple(sorted(draw(buckets))) for mode in modes}
+    drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
+
+    # Counts are drawn apart: st.lists by itself favours short ones.
+    drawn += [draw(_joins(setup, most)) for _ in range(joining)]
+    happenings = _happenings(setup, scale, most, modes, bucket)
+    for _ in range(draw(st.integers(1, scale.max_events))):
+        drawn += draw(draw(happenings))
+    return tuple(drawn)
+
+
+def _happenings(
+    setup: Setup, scale: Scale, most: int, modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]
+) -> st.SearchStrategy[st.SearchStrategy[tuple[Event, ...]]]:
+    """What may happen to a server that has graphs of ``modes``, of which some buckets are captured: what to draw next.
+
+    What engines do one right after the other is drawn so too; by chance little of it would meet.
+    """
+    replays = _replays(modes or GRAPH_MODES, bucket)
+    of_accepted = _replays([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES, bucket)
+    eager_calls = _eager_calls(setup, scale, most)
+    accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
+    joins = _joins(setup, most, (1,) * 4 + scale.crowds)  # a crowd soon outgrows every bucket
+    finishes = st.builds(Finish, request=st.integers(0, most - 1))
+    everybody_finishes = st.just(Finish(request=0, count=most))  # a rank runs out of work; rows and pages go to others
+    remaps = st.builds(
+        Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
+    )
+    late_captures = st.builds(Capture, mode=st.sampled_from(modes or GRAPH_MODES), buckets=st.tuples(bucket))
+    weighted: tuple[tuple[tuple[st.SearchStrategy[Any], ...], int], ...] = (
+        *(((replays,), 11 if modes else 0), ((eager_calls,), 3 if modes else 13)),
+        *(((accepts,), 1), ((accepts, of_accepted), 3 if modes else 0)),
+        *(((joins,), 2), ((finishes,), 2), ((remaps,), 1), ((late_captures,), 1 if modes else 0)),
+        ((replays, everybody_finishes, replays, joins), 1 if modes else 0),
+    )
+    # one_of would not weigh
+    return st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
+
+
+def _joins(setup: Setup, most: int, counts: tuple[int, ...] = (1,)) -> st.SearchStrategy[Join]:
+    return st.builds(
+        Join,
+        seq_len=seq_lens(setup),
+        count=st.sampled_from(counts),
+        prefix_of=st.one_of(st.none(), st.integers(0, most - 1)),
+        prefix_pages=st.integers(1, 3),
+    )
+
+
+def _replays(modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]) -> st.SearchStrategy[Replay]:
+    return st.builds(
+        Replay,
+        mode=st.sampled_from(modes),
+        bucket=st.one_of(st.none(), bucket),
+        mirror=st.sampled_from(Mirror),
+        order=st.sampled_from(Order),
+        times=st.sampled_from((1, 1, 1, 2)),
+    )
+
+
+def _eager_calls(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[Eager]:
+    new_tokens = seq_lens(setup)
+    if scale.most_new_tokens is not None:
+        new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
+    never_replayed = (mode for mode in scale.limits.modes if mode not in GRAPH_MODES)
+    return st.builds(
+        Eager,
+        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they are met nowhere else
+        mirror=st.sampled_from(Mirror),
+        order=st.sampled_from(Order),
+        extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
+    )
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, scale: Scale = SMALL, switches: bool = True) -> Scenario:
+    """Whole scenarios. ``switches``: draw the optimisations of ``optimized/`` too."""
+    setup = draw(setups(scale))
+    scenario = Scenario(
+        setup=setup,
+        optimizations=draw(optimizations(setup.step_semantics)) if switches else (),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        events=draw(events(setup, scale)),
+    )
+    return within(scenario, scale.limits)

@@ -1,0 +1,270 @@
+"""The serving engine's host state: running requests, their pool rows and their pages, as events change them.
+
+Everything here follows from the scenario alone, in Python and numpy, so that the same file means the same bytes on
+every machine. Nothing here knows a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.scenario import (
+    Accept,
+    Capture,
+    Eager,
+    Event,
+    Finish,
+    Join,
+    Mirror,
+    Order,
+    PageLayout,
+    Remap,
+    Replay,
+    Scenario,
+    Setup,
+)
+from nsa_oracle.reference.types import ForwardMode
+
+PAD_SEQ_LEN = 1  # what engines put into the lengths of a padded request
+PAD_REQ_POOL_INDEX = 0
+
+
+@dataclass
+class Request:
+    """One running request. ``pages`` may be shared with other requests in a common prefix."""
+
+    pool_row: int
+    seq_len: int
+    pages: list[int]
+    accept_length: int = 1
+    previous_seq_len: int = 0  # before the last accept: what a lagging host still believes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the engine sends for one replay or eager call, before padding. All tuples have one entry a request.
+
+    seq_lens_cpu: the host mirror, or None when it is absent; it may disagree with ``seq_lens``.
+    extend_lens: new tokens of each request; empty unless the mode is EXTEND.
+    """
+
+    mode: ForwardMode
+    pool_rows: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    seq_lens_cpu: tuple[int, ...] | None
+    accept_lengths: tuple[int, ...]
+    extend_lens: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.seq_lens)
+
+    def of_requests(self, order: Sequence[int]) -> Batch:
+        """Some of the requests, in that order."""
+
+        def pick(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(numbers[i] for i in order) if numbers else ()
+
+        return Batch(
+            self.mode,
+            pick(self.pool_rows),
+            pick(self.seq_lens),
+            None if self.seq_lens_cpu is None else pick(self.seq_lens_cpu),
+            pick(self.accept_lengths),
+            pick(self.extend_lens),
+        )
+
+    def padded(self, bs: int, num_draft_tokens: int) -> Batch:
+        """The batch filled up to the bucket ``bs`` with the values engines use for requests that are not there."""
+        missing = bs - self.size
+        accept = num_draft_tokens if self.mode is ForwardMode.DRAFT_EXTEND_V2 else 1
+        mirror = self.seq_lens_cpu
+        return Batch(
+            self.mode,
+            self.pool_rows + (PAD_REQ_POOL_INDEX,) * missing,
+            self.seq_lens + (PAD_SEQ_LEN,) * missing,
+            None if mirror is None else mirror + (PAD_SEQ_LEN,) * missing,
+            self.accept_lengths + (accept,) * missing,
+        )
+
+
+def choose_bucket(wanted: int | None, size: int, captured: Collection[int]) -> int | None:
+    """The captured bucket that serves ``size`` requests: the one wanted if it can, else the smallest that can."""
+    fitting = [bucket for bucket in captured if bucket >= size]
+    return wanted if wanted in fitting else min(fitting, default=None)
+
+
+@dataclass
+class World:
+    """Applies events. ``req_to_token`` [pool_size, max_context_len] int32 holds ``poison`` wherever no token is."""
+
+    scenario: Scenario
+    poison: int
+    running: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        setup = self.scenario.setup
+        self.req_to_token: NDArray[np.int32] = np.full(
+            (setup.pool_size, setup.max_context_len), self.poison, dtype=np.int32
+        )
+        self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: the row freed last is reused first
+        if setup.inputs.far_req_to_token:  # far at its end, where few scenarios would have a request else
+            self.free_rows.reverse()
+        self.free_pages = self._pages_in_order(setup)  # likewise
+        self._random = Stream(self.scenario.seed, "world")
+
+    def apply(self, event: Event) -> Batch | None:
+        """Apply one event. Replay and eager events return the batch that the engine sends."""
+        match event:
+            case Join():
+                for number in range(event.count):
+                    self._join(event, (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1)
+            case Finish():
+                for _ in range(min(event.count, len(self.running))):
+                    self._finish(self.running[event.request % len(self.running)])
+            case Accept():
+                self._accept(event)
+            case Remap():
+                self._remap(event)
+            case Replay():
+                return self._batch(event.mode, event.mirror, event.order)
+            case Eager():
+                return self._batch(event.mode, event.mirror, event.order, event.extend_lens)
+            case Capture():
+                pass
+        return None
+
+    def _join(self, event: Join, seq_len: int) -> None:
+        if not self.free_rows:
+            return
+        shared: list[int] = []
+        if event.prefix_of is not None and self.running:
+            source = self.running[event.prefix_of % len(self.running)]
+            shared = self._full_pages(source, seq_len, event.prefix_pages)
+        request = Request(self.free_rows.pop(), seq_len, list(shared), previous_seq_len=seq_len)
+        self.running.append(request)
+        self._map(request)
+
+    def _finish(self, request: Request) -> None:
+        self.running.remove(request)
+        self.free_rows.append(request.pool_row)
+        self._free_unshared(request.pages)
+        self.req_to_token[request.pool_row] = self.poison
+
+    def _accept(self, event: Accept) -> None:
+        setup = self.scenario.setup
+        for number, request in enumerate(self.running):
+            accepted = min(event.accept_lengths[number % len(event.accept_lengths)], setup.num_draft_tokens)
+            accepted = min(accepted, setup.max_context_len - request.seq_len)
+            request.previous_seq_len = request.seq_len
+            request.accept_length = accepted
+            request.seq_len += accepted
+            self._map(request)
+
+    def _remap(self, event: Remap) -> None:
+        if not self.running:
+            return
+        request = self.running[event.request % len(self.running)]
+        source = self.running[event.prefix_of % len(self.running)]
+        shared = self._full_pages(source, request.seq_len, event.prefix_pages)
+        replaced = request.pages
+        others = {page for other in self.running if other is not request for page in other.pages}
+        # A page belongs to what lies before it: behind another prefix, shared pages are replaced by fresh ones.
+        behind = [self.free_pages.pop() if page in others else page for page in replaced[len(shared) :]]
+        request.pages = shared + behind
+        self._free_unshared([page for page in replaced if page not in request.pages])
+        self._map(request)
+
+    def _batch(self, mode: ForwardMode, mirror: Mirror, order: Order, extend_lens: tuple[int, ...] = ()) -> Batch:
+        drafts = mode.is_decode_or_idle or mode is ForwardMode.TARGET_VERIFY
+        if drafts:  # a request without room for another draft has reached its limit: the server ends it first
+            for request in [r for r in self.running if r.seq_len > self.scenario.setup.max_seq_len]:
+                self._finish(request)
+        requests = [] if mode is ForwardMode.IDLE else self._in_order(order)
+        extends = mode is ForwardMode.EXTEND
+        return Batch(
+            ForwardMode.IDLE if mode is ForwardMode.DECODE and not requests else mode,
+            tuple(r.pool_row for r in requests),
+            tuple(r.seq_len for r in requests),
+            self._mirror(mirror, requests),
+            tuple(r.accept_length for r in requests),
+            tuple(min(extend_lens[i % len(extend_lens)], r.seq_len) for i, r in enumerate(requests)) if extends else (),
+        )
+
+    def _in_order(self, order: Order) -> list[Request]:
+        match order:
+            case Order.JOINED:
+                return list(self.running)
+            case Order.REVERSED:
+                return self.running[::-1]
+            case Order.SHUFFLED:
+                return [self.running[i] for i in self._random.permutation(len(self.running))]
+
+    def _mirror(self, mirror: Mirror, requests: list[Request]) -> tuple[int, ...] | None:
+        match mirror:
+            case Mirror.EQUAL:
+                return tuple(r.seq_len for r in requests)
+            case Mirror.ABSENT:
+                return None
+            case Mirror.STALE:
+                return tuple(self._stale(r) for r in requests)
+            case Mirror.AHEAD:
+                return tuple(self._ahead(r) for r in requests)
+
+    def _stale(self, request: Request) -> int:
+        """A length the host may still believe: the one before the last accept, or else any wrong one."""
+        if request.previous_seq_len != request.seq_len:
+            return request.previous_seq_len
+        wrong = self._random.integers(1, self.scenario.setup.max_seq_len)[0]
+        return wrong if wrong < request.seq_len else wrong + 1
+
+    def _ahead(self, request: Request) -> int:
+        """A length that the host may count on before it knows what was accepted; at the context's end any wrong one."""
+        setup = self.scenario.setup
+        refused = setup.num_draft_tokens - request.accept_length
+        hoped = request.seq_len + (refused if refused > 0 else setup.num_draft_tokens)
+        return hoped if hoped <= setup.max_context_len else max(1, request.seq_len - 1)
+
+    def _map(self, request: Request) -> None:
+        """Give the request pages for its tokens and the draft's overshoot, and write their slots into its row."""
+        setup = self.scenario.setup
+        covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
+        while len(request.pages) * setup.page_size < covered:
+            request.pages.append(self.free_pages.pop())
+        pages = np.asarray(request.pages, dtype=np.int32)  # [pages]
+        slots = pages[:, None] * setup.page_size + np.arange(setup.page_size, dtype=np.int32)  # [pages, page_size]
+        row = self.req_to_token[request.pool_row]
+        row[:covered] = slots.reshape(-1)[:covered]
+        row[covered:] = self.poison
+
+    def _full_pages(self, source: Request, seq_len: int, count: int) -> list[int]:
+        """Up to ``count`` leading pages that both ``source`` and a request of ``seq_len`` tokens have filled.
+
+        A page still being written is never shared: two requests would write different tokens into it.
+        """
+        filled = min(source.seq_len, seq_len) // self.scenario.setup.page_size
+        return source.pages[: min(count, filled)]
+
+    def _free_unshared(self, pages: list[int]) -> None:
+        still_used = {page for request in self.running for page in request.pages}
+        self.free_pages.extend(page for page in reversed(pages) if page not in still_used)
+
+    def _pages_in_order(self, setup: Setup) -> list[int]:
+        """All pages but the dummy page 0, the first to be used last in the list."""
+        count = setup.pool_size * setup.pages_per_request
+        pages = list(range(1, count + 1))
+        match setup.page_layout:
+            case PageLayout.CONTIGUOUS:
+                ordered = pages
+            case PageLayout.DESCENDING:
+                ordered = pages[::-1]
+            case PageLayout.INTERLEAVED:
+                ordered = [page for start in range(3) for page in pages[start::3]]
+            case PageLayout.SHUFFLED:
+                ordered = [pages[i] for i in Stream(self.scenario.seed, "pages").permutation(count)]
+        return ordered[::-1]

@@ -1,0 +1,165 @@
+"""Goes on after a kernel has cost the process its GPU: what is left to judge is judged in processes that can be lost.
+
+Until then everything runs in the process that pytest started, since each further one has to load torch and Triton
+first. A case that faults is shrunk there too: on the CPU if it fails there as well, where no trial costs a process, and
+else with few trials on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.processes import Child, ChildDied
+from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.simplify import minimise
+from nsa_oracle.harness.search.explore import DeviceLost, Exploration, Subject, explore, has_lost_the_device, minimised
+
+T = TypeVar("T")
+MOST_TRIALS_ON_CPU = 100
+MOST_TRIALS_ON_GPU = 40
+MOST_LOSSES = 8  # of those trials: each costs the start of a process
+SECONDS_ON_CPU = 60.0  # for one case of a GPU's sizes, in the interpreter
+
+
+@dataclass(frozen=True)
+class SubjectSpec:
+    """What is judged, as named on the command line, so that another process can build it."""
+
+    backend: str | None = None
+    layer: str | None = None
+
+    def build(self, device: torch.device) -> Subject:
+        """Raises BackendError if there is no such backend or layer."""
+        return Subject.load(self.backend, self.layer, device)
+
+
+class Recovery:
+    """Runs explorations and saved cases: here while the device lasts, then in a child."""
+
+    def __init__(self, spec: SubjectSpec, subject: Subject, device: torch.device) -> None:
+        self.spec = spec
+        self.subject = subject
+        self.device = device
+        self.lost = False
+        self._child = Child(device.type)
+
+    def explore(self, *arguments: Any, **options: Any) -> Exploration:
+        """``harness.explore.explore`` of the subject. A failure that costs the device is shrunk and marked ``lost``."""
+        return self._run(_explore, arguments, options)
+
+    def judge(self, scenario: Scenario) -> Exploration:
+        """One case as it is, without shrinking."""
+        return self._run(_judge, (scenario,), {})
+
+    def close(self) -> None:
+        self._child.close()
+
+    def _run(
+        self, function: Callable[..., Exploration], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Exploration:
+        if self.lost:
+            outcome: Exploration = self._child.call(_there, self.spec, self.device.type, function, arguments, options)
+        else:
+            outcome = function(self.subject, self.device, *arguments, **options)
+        if outcome.lost:
+            is_first, self.lost = not self.lost, True
+            self._child.close()  # if it was the child's
+            # Each loss costs processes to shrink, and the next is often the same bug again: its raw case must do.
+            if is_first and function is _explore and outcome.failure is not None and outcome.saved is not None:
+                outcome.failure = self._shrunk(outcome.failure)
+                outcome.saved = outcome.saved.with_name(outcome.saved.name.replace(".raw.", ".min."))
+                note = outcome.failure.finding.sentence()
+                save(outcome.failure.scenario.model_copy(update={"note": note}), outcome.saved)
+        return outcome
+
+    def _shrunk(self, failure: OracleFailure) -> OracleFailure:
+        """The smallest failure found near ``failure`` that fails on the device, in as few processes as will do."""
+        cpu = Child("cpu")
+        try:
+            on_cpu = cpu.call(_failure_there, self.spec, "cpu", failure.scenario, timeout=SECONDS_ON_CPU)
+            if on_cpu is not None:
+                small = cpu.call(_minimised_there, self.spec, on_cpu, timeout=5 * SECONDS_ON_CPU)
+                confirmed = self._failure(small.scenario)
+                if confirmed is not None:
+                    return confirmed
+        except ChildDied:
+            pass  # too large for the CPU, or it takes that process down too
+        finally:
+            cpu.close()
+        return self._shrunk_on_device(failure)
+
+    def _shrunk_on_device(self, failure: OracleFailure) -> OracleFailure:
+        smallest, losses = failure, 0
+
+        def still_fails(scenario: Scenario) -> bool:
+            nonlocal smallest, losses
+            if losses >= MOST_LOSSES:
+                return False
+            other = self._failure(scenario)
+            if other is None or not alike(other, failure):
+                return False
+            losses += has_lost_the_device(other.finding, self.device)
+            smallest = other
+            return True
+
+        minimise(failure.scenario, still_fails, MOST_TRIALS_ON_GPU)
+        return smallest
+
+    def _failure(self, scenario: Scenario) -> OracleFailure | None:
+        """How ``scenario`` fails in the child, which is replaced if that costs it the device."""
+        try:
+            failure = self._child.call(_failure_there, self.spec, self.device.type, scenario)
+        except ChildDied:
+            return None
+        if failure is not None and has_lost_the_device(failure.finding, self.device):
+            self._child.close()
+        return failure
+
+
+def alike(one: OracleFailure, other: OracleFailure) -> bool:
+    """Whether two cases fail in the same way."""
+    return (one.finding.kind, one.finding.field) == (other.finding.kind, other.finding.field)
+
+
+def _explore(subject: Subject, device: torch.device, *arguments: Any, **options: Any) -> Exploration:
+    try:
+        return explore(subject, device, *arguments, **options)
+    except DeviceLost as lost:
+        return Exploration(failure=lost.failure, saved=lost.saved, lost=True)
+
+
+def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Exploration:
+    outcome = Exploration()
+    try:
+        subject.judge(scenario, device, outcome.verdict)
+    except OracleFailure as failure:
+        outcome.failure = failure
+        outcome.lost = has_lost_the_device(failure.finding, device)
+    return outcome
+
+
+# In a child.
+
+
+def _there(
+    spec: SubjectSpec, device: str, function: Callable[..., T], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> T:
+    where = torch.device(device)
+    return function(spec.build(where), where, *arguments, **options)
+
+
+def _failure_there(spec: SubjectSpec, device: str, scenario: Scenario) -> OracleFailure | None:
+    where = torch.device(device)
+    subject = spec.build(where)
+    return _judge(subject, where, scenario).failure if subject.misfit(scenario) is None else None
+
+
+def _minimised_there(spec: SubjectSpec, failure: OracleFailure) -> OracleFailure:
+    where = torch.device("cpu")
+    return minimised(failure, spec.build(where), where, MOST_TRIALS_ON_CPU)

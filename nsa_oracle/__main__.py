@@ -1,0 +1,5 @@
+"""``python -m nsa_oracle``: the same as the command ``nsa-oracle``."""
+
+from nsa_oracle.harness.__main__ import app
+
+app()
