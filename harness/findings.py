@@ -28,6 +28,14 @@ class Kind(enum.Enum):
     CRASH = "backend raised"
 
 
+RADIUS = 3  # cells that a report shows on either side of the first wrong one
+
+
+def around(place: int, count: int) -> range:
+    """The places next to ``place``, itself included, among ``count``."""
+    return range(max(0, place - RADIUS), min(count, place + RADIUS + 1))
+
+
 @dataclass(frozen=True)
 class Neighbour:
     """One cell near the first difference."""
@@ -55,6 +63,10 @@ class Finding:
     compared: int = 0
     neighbours: tuple[Neighbour, ...] = ()
     how: str = ""
+
+    def is_like(self, other: Finding) -> bool:
+        """Whether both are wrong in the same way: the same field, and the same kind of disagreement."""
+        return (self.kind, self.field) == (other.kind, other.field)
 
     def sentence(self) -> str:
         where = [part for part in (f"step {self.step}" if self.step is not None else "", self.place) if part]

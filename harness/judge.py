@@ -14,26 +14,29 @@ import torch
 
 from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.impossible import diagnosed
-from nsa_oracle.harness.checks.layer import Judged, LayerTally, StageJudge
-from nsa_oracle.harness.checks.metadata import Tally, compare
+from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
+from nsa_oracle.harness.checks.metadata import compare_metadata
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs
-from nsa_oracle.harness.checks.variants import Growth, VariantCounter
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.engine.cache_state import POISON_BYTES
-from nsa_oracle.harness.engine.engine import Engine, LayerObservation, Observation
+from nsa_oracle.harness.checks.tally import LayerTally, Tally
+from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
+from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
-from nsa_oracle.harness.engine.layer_driver import Feed
+from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
+from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.graphs.cuda import CaptureError
+from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.far_apart import memory_for
-from nsa_oracle.harness.memory.poison import SENTINELS
-from nsa_oracle.harness.protocol import BackendError, BackendFactory, LayerFactory, optimized_layer
+from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
+from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, ScenarioError, Setup
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.harness.subjects.results import WrongResult
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import Metadata
 
 _HERE = Path(__file__).parent
@@ -94,7 +97,7 @@ def judge(
     BackendError and ScenarioError pass through: nothing was judged then.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
-    with memory_for(scenario.setup, device):
+    with memory_for(scenario.setup.is_far, device):
         try:
             _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
         except OracleFailure as failure:
@@ -103,6 +106,17 @@ def judge(
     total = verdict or Verdict()
     total.add(covered)
     return total
+
+
+def judge_subject(
+    subject: Subject,
+    scenario: Scenario,
+    device: torch.device,
+    verdict: Verdict | None = None,
+    graphs: bool = True,
+) -> Verdict:
+    """``judge`` the backend and the layer of ``subject``."""
+    return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
 
 
 def _judge_twice(
@@ -118,7 +132,7 @@ def _judge_twice(
         stress = other is not None  # in the second run
 
         def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison, stress: bool = stress) -> Engine:
-            return Engine(scenario, factory, layer_factory, device, sentinel, poison, graphs, stress)
+            return Engine(scenario, factory, layer_factory, device, Conditions(sentinel, poison, graphs, stress))
 
         other = _Run(scenario, build, device, covered, other)
         with speed.without_warnings():
@@ -152,9 +166,9 @@ class _Run:
         self.build = build
         self.device = device
         self.verdict = verdict
-        self.calls: list[list[Judged]] = []  # of the layer: what each pass of each call computed
+        self.calls: list[list[JudgedPass]] = []  # of the layer: what each pass of each call computed
         self._is_first = other is None
-        self._counter, self._growth = VariantCounter(), Growth()
+        self._counter, self._growth = VariantCounter(), VariantGrowth()
         self._others = iter(other.calls if other is not None else ())
 
     def judge(self) -> None:
@@ -181,9 +195,9 @@ class _Run:
         except (Exception, SystemExit) as error:
             if self.device.type == "cuda" and _is_shortage(error):
                 raise ScenarioError(
-                    f"the GPU has too little memory left ({_one_line(error)}): let fewer processes share it (-n)"
+                    f"the GPU has too little memory left ({error_line(error)}): let fewer processes share it (-n)"
                 ) from error
-            finding = Finding(Kind.CRASH, type(error).__name__, _one_line(error), "no exception", place=_origin(error))
+            finding = Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception", place=_origin(error))
             raise OracleFailure(self.scenario, finding, number) from error
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
@@ -193,7 +207,7 @@ class _Run:
             batch = seen.batch
             if isinstance(seen, Observation):
                 metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                finding = diagnosed(compare(seen, metadata, self.device, self.verdict.tally), engine.setup)
+                finding = diagnosed(compare_metadata(seen, metadata, self.device, self.verdict.tally), engine.setup)
                 if seen.in_graph:
                     self.verdict.replays += 1
                 else:
@@ -229,7 +243,7 @@ class _Run:
             finding = _differing(twin, seen, Relation.POISONED)
             if finding is not None:
                 return finding
-        if seen.feed is Feed.ISOLATED or engine.cache_state.content.regime is not Regime.RANDOM:
+        if seen.feed is Feed.ISOLATED or stages.layer.content.regime is not Regime.RANDOM:
             return None  # what has one right answer is compared with that
         checked = self._relations.check(engine, seen)
         if checked is None:
@@ -240,8 +254,7 @@ class _Run:
 
     def _stages(self, engine: Engine) -> StageJudge:
         assert engine.layer is not None
-        weaker = getattr(engine.layer.layer, "weaker", {})
-        return StageJudge(engine, weaker, self.verdict.layers)
+        return StageJudge(engine.layer.judged(), self.verdict.layers)
 
     @functools.cached_property
     def _relations(self) -> Relations:
@@ -257,7 +270,7 @@ def _forget_locals(failure: BaseException | None) -> None:
         failure = failure.__context__ if failure.__cause__ is None else failure.__cause__
 
 
-def _differing(first: Sequence[Judged], second: LayerObservation, relation: Relation) -> Finding | None:
+def _differing(first: Sequence[JudgedPass], second: LayerObservation, relation: Relation) -> Finding | None:
     """The first bit of a real row that two calls of the same work do not share."""
     for step, (before, now) in enumerate(zip(first, second.steps, strict=True)):
         finding = differs(before.outputs, now.outputs, list(range(second.load.passes[step].rows)))
@@ -268,7 +281,7 @@ def _differing(first: Sequence[Judged], second: LayerObservation, relation: Rela
 
 def _intact(engine: Engine) -> Finding | None:
     """What the backend wrote where it must not, or None."""
-    overrun = engine.overrun()
+    overrun = engine.guards.overrun()
     if overrun is not None:
         buffer = f"buffer of shape {list(overrun.shape)} made by {overrun.operation}"
         return Finding(Kind.GUARD, buffer, "a written guard band", "no write around it")
@@ -276,16 +289,9 @@ def _intact(engine: Engine) -> Finding | None:
     return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
 
 
-def _one_line(error: BaseException) -> str:
-    try:
-        return " ".join(str(error).split())[:200]
-    except Exception:  # an exception of the backend's own that cannot even tell what it is
-        return "no text"
-
-
 def _is_shortage(error: BaseException) -> bool:
     """Whether a GPU without memory refused the harness or the reference: no fault of what is judged."""
-    told = _one_line(error)
+    told = error_line(error)
     refused = "out of memory" in told or "ALLOC_FAILED" in told
     return refused and all(any(Path(f.filename).is_relative_to(own) for own in _NOT_JUDGED) for f in _frames(error))
 

@@ -18,18 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_oracle.harness import gpus
-from nsa_oracle.harness.checks.layer import LayerTally, StageTally
-from nsa_oracle.harness.checks.metadata import Tally
+from nsa_oracle.harness import processes
+from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
+from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.judge import Verdict
-from nsa_oracle.harness.protocol import BackendError
-from nsa_oracle.harness.report import summary
-from nsa_oracle.harness.scenarios.files import corpus, left_by_the_dead
-from nsa_oracle.harness.scenarios.scenario import ScenarioError, load
-from nsa_oracle.harness.search.explore import PROFILES, SHARDS, Exploration, Subject
+from nsa_oracle.harness.report import failure, summary
+from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, corpus, load
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
+from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
+from nsa_oracle.harness.subjects.subject import Subject
 
 ENTROPY = "oracle_entropy"
 BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
@@ -124,7 +123,6 @@ class Oracle:
             self.entropy + shard,
             self.save_dir,
             self.deadline,
-            switches=self.backend_spec is None,
             with_layer=with_layer,
         )
 
@@ -132,14 +130,14 @@ class Oracle:
         """The report of a failed outcome, or None."""
         if outcome.failure is None:
             return None
-        text = summary.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
+        text = failure.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
         lost = "THE GPU FAULTED: what is left of this process's cases is judged in a process of its own.\n"
         return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
 
     def replay_command(self, outcome: Exploration) -> str:
         saved = outcome.saved or Path("CASE.json")
-        return summary.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
+        return failure.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -149,7 +147,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    speed.prepare_process(device.type)
+    processes.prepare_process(device.type)
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
         subject = Subject.load(spec, layer_spec, device)
@@ -180,7 +178,7 @@ def share_gpus(config: pytest.Config) -> None:
     """Workers of pytest-xdist, which are gw0, gw1, ..., take a GPU each. Their controller leaves them all to them."""
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     if worker is not None:
-        gpus.take_one(int(worker["workerid"].removeprefix("gw")))
+        processes.take_gpu(int(worker["workerid"].removeprefix("gw")))
 
 
 def _writable_folder(name: str) -> Path:
@@ -255,7 +253,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _corpus(subject: Subject, device: torch.device) -> list[tuple[Path, str | None]]:
     """The saved cases, and why one is not for ``subject``."""
     try:
-        return [(file, subject.misfit(load(file))) for file in corpus(device)]
+        saved = [(file, load(file)) for file in corpus(device)]
+        for file, scenario in saved:
+            subject.check_switches(scenario, file)
+        return [(file, subject.misfit(scenario)) for file, scenario in saved]
     except ScenarioError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -305,14 +306,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                     judged = True
     oracle = config.stash[ORACLE]
     seconds = time.monotonic() - config.stash[STARTED]
-    failures += [_died(oracle, file) for file in left_by_the_dead(oracle.save_dir, time.time() - seconds)]
+    failures += [_died(oracle, file) for file in cases_of_dead_processes(oracle.save_dir, time.time() - seconds)]
     if judged or failures:
         terminalreporter.section("oracle")
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject, oracle.device) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
-        terminalreporter.write_line(summary.summary(verdict, failures, seconds, left_out))
+        terminalreporter.write_line(summary.summary(verdict, failures, seconds, oracle.subject.switches, left_out))
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
 

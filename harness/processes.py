@@ -7,13 +7,16 @@ replaced by a fresh one at the next call.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from nsa_oracle.harness import gpus
-from nsa_oracle.harness.interpreter import speed
+import torch
+
+from nsa_oracle.harness.interpreter import promises
+from nsa_oracle.harness.interpreter.speed import speed_up
 
 T = TypeVar("T")
 SECONDS_TO_END = 3
@@ -85,8 +88,8 @@ class Child:
 
 def _serve(pipe: Connection, device: str, number: int) -> None:
     """Answer calls until the other end is gone."""
-    gpus.take_one(number)
-    speed.prepare_process(device)
+    take_gpu(number)
+    prepare_process(device)
     while True:
         try:
             function, arguments = pipe.recv()
@@ -99,3 +102,28 @@ def _serve(pipe: Connection, device: str, number: int) -> None:
         except Exception as raised:
             error = raised
         pipe.send((answer, error))
+
+
+def take_gpu(number: int) -> None:
+    """Of the GPUs that this process sees, leave it number ``number``, counted round.
+
+    Before anything uses CUDA, which looks once. Nothing changes where there is one GPU or none.
+    """
+    count = torch.cuda.device_count()  # asks the driver's library, and starts no CUDA
+    if count < 2:
+        return
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(index) for index in range(count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]
+
+
+def prepare_process(device: str) -> None:
+    """Before anything imports Triton: fix how kernels run in this process, whatever its environment says."""
+    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+    if device == "cpu":
+        speed_up()
+        promises.install()
+        from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
+
+        gluon.install()
+    torch.set_num_threads(1)  # tensors are tiny; threads of several processes would only get in each other's way

@@ -1,5 +1,6 @@
 """``python -m nsa_oracle``: the same as the command ``nsa-oracle``."""
 
-from nsa_oracle.harness.__main__ import app
+from nsa_oracle.harness.__main__ import main
 
-app()
+if __name__ == "__main__":
+    main()

@@ -82,7 +82,7 @@ def store_index_k(
     index_k_cache [num_pages, index_page_bytes] uint8: each page has the e4m3 keys of all its tokens, then a float32
     scale of each. Source: DeepGEMM's paged MQA logits, which read the two planes separately.
     """
-    pages, key_bytes, scale_bytes = _index_k_bytes(config, index_k_cache, out_cache_loc)
+    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, out_cache_loc)
     values, scales = quantize(index_k, config.index_head_dim)  # [R, index_head_dim], [R, 1]
     index_k_cache[pages, key_bytes] = _to_bytes(values)
     index_k_cache[pages, scale_bytes] = _to_bytes(scales)
@@ -92,7 +92,7 @@ def load_index_k(
     config: AttentionConfig, index_k_cache: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Index keys at ``slots`` [...], not yet scaled: float32 [..., index_head_dim]; their scales: float32 [...]."""
-    pages, key_bytes, scale_bytes = _index_k_bytes(config, index_k_cache, slots)
+    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, slots)
     values = _from_bytes(index_k_cache[pages, key_bytes], torch.float8_e4m3fn)  # [..., index_head_dim]
     scales = _from_bytes(index_k_cache[pages, scale_bytes], torch.float32)  # [..., 1]
     return values.to(torch.float32), scales.squeeze(-1)
@@ -104,7 +104,7 @@ def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: Attent
     store_index_k(config, caches.index_k, inputs.index_k, inputs.out_cache_loc)
 
 
-def _index_k_bytes(
+def index_k_bytes(
     config: AttentionConfig, index_k_cache: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where index keys lie, for slots [...]: page [..., 1], bytes of the key [..., head_dim], of the scale [..., 4]."""

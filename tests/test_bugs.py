@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Check
+from nsa_oracle.harness.bugs.bug import Bug
 from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.findings import Finding
-from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
 from nsa_oracle.harness.plugin import BUG
 from nsa_oracle.harness.processes import Child
-from nsa_oracle.harness.protocol import optimized_backend
-from nsa_oracle.harness.scenarios.files import BUG_CASES
-from nsa_oracle.harness.scenarios.scenario import load
+from nsa_oracle.harness.scenarios.files import BUG_CASES, load
+from nsa_oracle.harness.subjects.default import optimized_backend
 
 
 def finding_of(name: str, device: str) -> Finding | None:
@@ -24,7 +24,7 @@ def finding_of(name: str, device: str) -> Finding | None:
     judge(scenario, optimized_backend, torch.device(device))
     with bug.plant() as subject:
         try:
-            subject.judge(scenario, torch.device(device))
+            judge_subject(subject, scenario, torch.device(device))
         except OracleFailure as failure:
             return failure.finding
     return None

@@ -7,56 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from nsa_oracle.harness import fields
 from nsa_oracle.harness.bugs.mutate import Mutation, mutated
-from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.protocol import BackendFactory, LayerFactory, optimized_backend, optimized_layer
-from nsa_oracle.harness.search.explore import Subject
-
-
-class Check(enum.Enum):
-    """What the oracle looks at. A finding belongs to exactly one."""
-
-    METADATA = "metadata"  # live cells of the metadata against the reference
-    SHAPE = "shape"  # shapes, dtypes, devices, presence, host scalars
-    ADDRESS = "address"  # buffers that moved after capture
-    CAPTURE = "capture"  # what a graph cannot hold, and what it must not
-    COMPILATION = "compilation"  # kernels compiled for every size
-    BOUNDS = "bounds"  # writes outside buffers, and into inputs
-    STORE = "store"  # every byte of the caches
-    LOGITS = "logits"
-    SELECTION = "selection"  # top-k and its transforms
-    ATTENTION = "attention"  # out and lse
-    RELATION = "relation"  # what must not change a bit
-    CRASH = "crash"  # an exception out of the backend
-
-    @staticmethod
-    def of(finding: Finding) -> Check:
-        by_kind = {
-            Kind.ADDRESS: Check.ADDRESS,
-            Kind.CAPTURE: Check.CAPTURE,
-            Kind.FROZEN: Check.CAPTURE,
-            Kind.VARIANTS: Check.COMPILATION,
-            Kind.GUARD: Check.BOUNDS,
-            Kind.INPUT: Check.BOUNDS,
-            Kind.RELATION: Check.RELATION,
-            Kind.CRASH: Check.CRASH,
-        }
-        if finding.kind in by_kind:
-            return by_kind[finding.kind]
-        if finding.kind not in (Kind.VALUE, Kind.BOUND):
-            return Check.SHAPE
-        if finding.field in {field.name for field in fields.FIELDS}:
-            return Check.METADATA
-        match finding.field:
-            case "kv_cache" | "index_k_cache":
-                return Check.STORE
-            case "logits":
-                return Check.LOGITS
-            case "out" | "lse":
-                return Check.ATTENTION
-            case _:
-                return Check.SELECTION
+from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES, optimized_backend, optimized_layer
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 
 
 class Group(enum.Enum):
@@ -98,7 +53,7 @@ def by_mutation(*mutations: Mutation) -> Callable[[], AbstractContextManager[Sub
     @contextmanager
     def plant() -> Iterator[Subject]:
         with mutated(*mutations):
-            yield Subject(optimized_backend)
+            yield optimized_subject()
 
     return plant
 
@@ -110,6 +65,23 @@ def by_wrapping(
 
     @contextmanager
     def plant() -> Iterator[Subject]:
-        yield Subject(backend, layer)
+        yield Subject(backend, layer, switches=OPTIMIZED_SWITCHES)
 
     return plant
+
+
+REVIEW = "kernel review"  # seen in review before it went anywhere
+
+
+def layer_bug(
+    name: str,
+    sentence: str,
+    reference: str,
+    trigger: str,
+    caught_by: Check | frozenset[Check],
+    *mutations: Mutation,
+    group: Group = Group.LAYER,
+    gpu: bool = False,
+) -> Bug:
+    checks = caught_by if isinstance(caught_by, frozenset) else frozenset({caught_by})
+    return Bug(name, group, sentence, reference, trigger, checks, by_mutation(*mutations), layer=True, gpu=gpu)

@@ -6,41 +6,20 @@ import queue
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Check
-from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.bugs.bug import Bug
+from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied
-from nsa_oracle.harness.scenarios.files import BUG_CASES
-from nsa_oracle.harness.scenarios.scenario import Scenario, from_json, load, to_json
+from nsa_oracle.harness.scenarios.files import BUG_CASES, load, to_json
 from nsa_oracle.harness.search.explore import DeviceLost, explore, has_lost_the_device
 
 # Trials: enough to read a case by, cheap enough to do for every bug. What is drawn on a GPU takes seconds each.
 MOST_SHRINKING = {"cpu": 60, "cuda": 20}
-
-
-@dataclass(frozen=True)
-class Kill:
-    """How a bug fared. check: None if it survived ``cases`` cases. case: JSON of the shrunk scenario.
-
-    lost: whether it cost the process its GPU.
-    """
-
-    bug: str
-    check: Check | None
-    meant: bool  # whether that check is one that is meant to find it
-    cases: int
-    seconds: float
-    sentence: str = ""
-    case: str = ""
-    lost: bool = False
-
-    @property
-    def scenario(self) -> Scenario:
-        return from_json(self.case)
 
 
 def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) -> Kill:
@@ -54,7 +33,7 @@ def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) 
         judged = 0
         if not bug.drawn:
             try:
-                subject.judge(load(BUG_CASES / f"{bug.name}.json"), device)
+                judge_subject(subject, load(BUG_CASES / f"{bug.name}.json"), device)
                 judged = 1
             except OracleFailure as caught:
                 failure = caught

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from nsa_oracle.harness.bugs.bug import Bug, Check
-from nsa_oracle.harness.bugs.hunt import Kill
+from nsa_oracle.harness.bugs.bug import Bug
+from nsa_oracle.harness.bugs.kills import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
 
 HTML_WIDTH = 260
@@ -49,7 +50,7 @@ def matrix(kills: Sequence[Kill]) -> Table:
 
 
 def _smallest_case(kill: Kill) -> str:
-    return told_in_one_line(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
+    return one_line_story(kill.scenario) if kill.case else kill.sentence or "SURVIVED"
 
 
 def sum_line(kills: Sequence[Kill], left_out: int = 0) -> str:
@@ -87,7 +88,7 @@ def as_html(kills: Sequence[Kill]) -> str:
     return console.export_html()
 
 
-def told_in_one_line(scenario: Scenario) -> str:
+def one_line_story(scenario: Scenario) -> str:
     """Sizes and events of a case, as short as can be read."""
     setup = scenario.setup
     sizes = f"P {setup.page_size}, W {setup.max_context_len}, K {setup.index_topk}"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.protocol import SingleStepBackend, optimized_backend
+from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.harness.scenarios.world import PAD_REQ_POOL_INDEX, PAD_SEQ_LEN
+from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 DRAFT_EXTENDS = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
@@ -30,7 +31,7 @@ class Moment(enum.Enum):
     REPLAY = "replay"
 
 
-class Between:
+class BackendWrapper:
     """Hands every call on, whichever methods the engine drives; the hooks may change what goes in and what comes out.
 
     A hook is given the step that the call is for, or None if it is for all steps at once: an engine makes either all
@@ -89,7 +90,7 @@ class Between:
 class _Step:
     """One step of ``Between``: the same, driven by itself."""
 
-    def __init__(self, whole: Between, inner: Any, step: int) -> None:
+    def __init__(self, whole: BackendWrapper, inner: Any, step: int) -> None:
         self.whole = whole
         self.inner = inner
         self.step = step
@@ -155,7 +156,7 @@ class _Step:
 
 
 @dataclass
-class Numbers:
+class HostNumbers:
     """A batch on the host, request by request; a bug may change or shorten it."""
 
     seq_lens: list[int]
@@ -163,7 +164,7 @@ class Numbers:
     accept_lengths: list[int]  # empty outside the draft-extend modes
 
     @classmethod
-    def of(cls, batch: ForwardBatch) -> Numbers:
+    def of(cls, batch: ForwardBatch) -> HostNumbers:
         accepts = [] if batch.spec_info is None else batch.spec_info.accept_length.tolist()
         return cls(batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), accepts)
 
@@ -176,7 +177,7 @@ class Numbers:
         return count
 
 
-class OwnInputs(Between):
+class OwnInputs(BackendWrapper):
     """A graph runner with static inputs of its own, which it fills from the engine's; ``load`` may fill them wrongly.
 
     A graph that prepares itself reads these inputs too. As in an engine all graphs share them, and a smaller batch
@@ -187,7 +188,7 @@ class OwnInputs(Between):
         super().__init__(config, req_to_token, optimizations)
         self.inputs: dict[tuple[int | None, str], torch.Tensor] = {}
 
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         """What is written to the static inputs when the engine sends ``numbers``."""
         return numbers
 
@@ -195,7 +196,7 @@ class OwnInputs(Between):
         if moment is Moment.EAGER:
             return batch
         if moment is not Moment.IN_GRAPH:
-            numbers = self.load(Numbers.of(batch), batch, moment, step)
+            numbers = self.load(HostNumbers.of(batch), batch, moment, step)
             self._write(step, "seq_lens", batch.seq_lens, numbers.seq_lens)
             self._write(step, "req_pool_indices", batch.req_pool_indices, numbers.pool_rows)
             if batch.spec_info is not None:
@@ -217,7 +218,7 @@ class OwnInputs(Between):
         self.inputs[key][: len(numbers)] = torch.tensor(list(numbers), dtype=like.dtype)
 
 
-class OwnPool(Between):
+class OwnPool(BackendWrapper):
     """A page mapping of the backend's own, copied from the engine's before each call; ``mapped`` may spoil it."""
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
@@ -234,7 +235,7 @@ class OwnPool(Between):
         return batch
 
 
-class KeepsFields(Between):
+class KeepsFields(BackendWrapper):
     """Replays leave some fields of the bound buffers as they were. A graph that fills them itself still does."""
 
     names: tuple[str, ...] = ()
@@ -268,7 +269,7 @@ class KeepsFields(Between):
         return index, mode, batch.batch_size
 
 
-class MovesFields(Between):
+class MovesFields(BackendWrapper):
     """Replays hand out some fields in fresh tensors, whose content is right, and leave the bound ones behind."""
 
     names: tuple[str, ...] = ()

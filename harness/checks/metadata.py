@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.engine.engine import Observation, StepObservation
+from nsa_oracle.harness.checks.places import RowLabels
+from nsa_oracle.harness.checks.tally import Tally
+from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import Axis, Field
-from nsa_oracle.harness.findings import Finding, Kind, Neighbour
-from nsa_oracle.harness.subjects.results import told
-from nsa_oracle.reference.types import ForwardMode, Metadata
-
-TABLE_RADIUS = 3  # cells shown on either side of the first difference
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
+from nsa_oracle.harness.subjects.results import described
+from nsa_oracle.reference.types import Metadata
 
 
-@dataclass
-class Tally:
-    """How much was compared."""
-
-    fields: int = 0
-    cells: int = 0
-
-
-def compare(seen: Observation, expected: Sequence[Metadata], device: torch.device, tally: Tally) -> Finding | None:
+def compare_metadata(
+    seen: Observation, expected: Sequence[Metadata], device: torch.device, tally: Tally
+) -> Finding | None:
     """The first disagreement in step and field order, or None."""
     if len(seen.steps) != len(expected):
         return Finding(Kind.SHAPE, "attn_backends", f"{len(seen.steps)} steps", f"{len(expected)} steps")
@@ -38,37 +31,6 @@ def compare(seen: Observation, expected: Sequence[Metadata], device: torch.devic
         if finding is not None:
             return dataclasses.replace(finding, step=step)
     return None
-
-
-class RowLabels:
-    """Names rows, requests and columns of one observation for a person."""
-
-    def __init__(self, seen: Observation) -> None:
-        self.raw_bs = seen.raw_bs
-        self.extends = seen.batch.mode is ForwardMode.EXTEND
-        self.rows: list[str] = []
-        per_request = _rows_per_request(seen)
-        for request, count in enumerate(per_request):
-            self.rows += [f"{self.request(request)}, draft token {token}" for token in range(count)]
-
-    def request(self, number: int) -> str:
-        return f"request {number}" + (" (padding)" if number >= self.raw_bs else "")
-
-    def row(self, number: int) -> str:
-        return f"row {number} ({self.rows[number] if number < len(self.rows) else 'unused tail'})"
-
-    def at(self, axis: Axis, number: int) -> str:
-        match axis:
-            case Axis.REQUEST:
-                return self.request(number)
-            case Axis.ROW:
-                return self.row(number)
-            case _:
-                return f"{axis.value} {number}"
-
-    def place(self, field: Field, index: Sequence[int]) -> str:
-        axes = field.extend_axes or field.axes if self.extends else field.axes
-        return ", ".join(self.at(axis, int(i)) for axis, i in zip(axes, index, strict=True))
 
 
 def _compare_step(
@@ -104,7 +66,7 @@ def _compare_field(
         if expected is None and seen is None and name not in got.odd:
             return None
         kind = Kind.UNEXPECTED if expected is None else Kind.MISSING
-        return Finding(kind, name, got.odd.get(name) or told(seen), told(expected))
+        return Finding(kind, name, got.odd.get(name) or described(seen), described(expected))
     if name in got.moved:
         return Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
     if got.devices[name].type != device.type:
@@ -161,17 +123,5 @@ def _neighbours(
 ) -> list[Neighbour]:
     """Cells around the first difference along the last axis; dead ones are left out."""
     *outer, inner = first
-    around = range(max(0, inner - TABLE_RADIUS), min(got.shape[-1], inner + TABLE_RADIUS + 1))
-    cells = [(*outer, i) for i in around]
+    cells = [(*outer, i) for i in around(inner, got.shape[-1])]
     return [Neighbour(labels.place(field, i), str(got[i]), str(want[i])) for i in cells if live[i]]
-
-
-def _rows_per_request(seen: Observation) -> Sequence[int]:
-    match seen.batch.mode:
-        case ForwardMode.EXTEND:
-            return seen.batch.extend_lens
-        case ForwardMode.DRAFT_EXTEND:
-            return seen.batch.accept_lengths
-        case _:
-            rows = len(seen.steps[0].tensors.get("seqlens_expanded", ()))
-            return [rows // max(1, seen.batch.size)] * seen.batch.size

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nsa_oracle.harness.engine.engine import Engine, LayerObservation
-from nsa_oracle.harness.engine.layer_driver import Feed, LayerLoad
+from nsa_oracle.harness.engine.engine import Engine
+from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.scenarios.scenario import Capture, Scenario
+from nsa_oracle.harness.scenarios.scenario import Capture, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch
-from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, ForwardMode
+from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 
 class Relation(enum.StrEnum):
@@ -106,13 +106,12 @@ class Relations:
     def _run(self, variation: Variation) -> LayerObservation:
         """Serve a variation from an engine of its own."""
         bucket, mode = variation.bucket, variation.batch.mode
-        graph_mode = ForwardMode.DECODE if mode is ForwardMode.IDLE else mode
-        events = () if bucket is None else (Capture(mode=graph_mode, buckets=(bucket,)),)
+        events = () if bucket is None else (Capture(mode=graph_mode(mode), buckets=(bucket,)),)
         engine = self.build(self.scenario.model_copy(update={"events": events}))
         engine.place(variation.req_to_token)
         if bucket is None:
             return _last(engine.call_eagerly(variation.batch, variation.load, [Feed.CHAIN]))
-        engine.capture(graph_mode, bucket)
+        engine.capture(graph_mode(mode), bucket)
         return _last(engine.replay(bucket, variation.batch, variation.load))
 
     def _relabelled(self, variation: Variation) -> Variation:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.content.edge_logits import EdgeLogits
+from nsa_oracle.harness.engine.judged_layer import JudgedLayer
+from nsa_oracle.harness.engine.observations import Selected
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
+from nsa_oracle.harness.protocol import Strictness
+from nsa_oracle.reference.topk import topk_indices, transform_paged, transform_ragged
 
-NEIGHBOURS = 3  # entries shown on either side of the first difference
 
-
-class Rows(Protocol):
+class SelectableRows(Protocol):
     """Rows that top-k selects from: how long each is, and what its positions become."""
 
     @property
@@ -27,7 +32,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Entries:
+class SelectedEntries:
     """One result of top-k, positions or what they become: got and want are [R, index_topk] int32.
 
     scores: what each entry that a row may select scores. row_name, entry_name: a row, and an entry of it, for a person.
@@ -60,7 +65,6 @@ class Entries:
             return None
         row, column = (int(i) for i in wrong.nonzero()[0])
         got, want = self.got[row].tolist(), self.want[row].tolist()
-        near = range(max(0, column - NEIGHBOURS), min(len(want), column + NEIGHBOURS + 1))
         at = self.row_name(row)
         return Finding(
             Kind.VALUE,
@@ -70,11 +74,13 @@ class Entries:
             place=f"{at}, entry {column}",
             differing=int(wrong.sum()),
             compared=self.want.numel(),
-            neighbours=tuple(Neighbour(f"{at}, entry {i}", str(got[i]), str(want[i])) for i in near),
+            neighbours=tuple(
+                Neighbour(f"{at}, entry {i}", str(got[i]), str(want[i])) for i in around(column, len(want))
+            ),
         )
 
 
-def entries_of(name: str, rows: Rows, row: int) -> list[int]:
+def entries_of(name: str, rows: SelectableRows, row: int) -> list[int]:
     """What each token of a row is called in a result of top-k: a position, a slot, a place in the concatenated KV."""
     length = int(rows.seqlens_expanded[row])
     match name:
@@ -88,7 +94,7 @@ def entries_of(name: str, rows: Rows, row: int) -> list[int]:
             return list(range(length))
 
 
-def scores_of(name: str, rows: Rows, logits: torch.Tensor, row: int) -> dict[int, float]:
+def scores_of(name: str, rows: SelectableRows, logits: torch.Tensor, row: int) -> dict[int, float]:
     """What each entry that a row may select scores. NaN counts as -inf."""
     entries = entries_of(name, rows, row)
     scores = logits[row, : len(entries)].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
@@ -102,3 +108,57 @@ def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, fl
     if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
         return False
     return sorted(scores[entry] for entry in chosen) == sorted(scores[entry] for entry in best)
+
+
+def compare_entries(entries: SelectedEntries, declared: Strictness | None, tally: LayerTally) -> Finding | None:
+    """Entry by entry, or as the layer declares. ``declared``: its weaker way for this stage, if any."""
+    finding = entries.wrong_form()
+    if finding is not None:
+        return finding
+    stage, as_sets = tally.stage(entries.name), declared is Strictness.SAME_SET
+    if declared is Strictness.SAME_SET:
+        stage.count_weaker(entries.want.numel(), declared)
+    else:
+        stage.exact += entries.want.numel()
+    return entries.first_wrong(as_sets)
+
+
+def compare_edge_logits(seen: Selected, layer: JudgedLayer, tally: LayerTally) -> Finding | None:
+    """Top-k by itself, of made-up logits, and one of its transforms."""
+    given = seen.given
+    positions = topk_indices(given.logits, given.seqlens_expanded, layer.setup.index_topk)
+    for name, got, want in (
+        ("topk_indices", seen.positions, positions),
+        ("indices", seen.indices, transform_paged(positions, given.page_table_1)),
+        ("topk_ragged", seen.ragged, transform_ragged(positions, given.topk_indices_offset)),
+    ):
+        if got is None:
+            continue
+        entries = SelectedEntries(
+            name,
+            got,
+            want.to(layer.device),
+            scores=partial(scores_of, name, given, given.logits),
+            row_name=partial(_row_of_edge_logits, given),
+            entry_name=partial(_entry_of_edge_logits, name, given),
+        )
+        finding = compare_entries(entries, layer.weaker.get(name), tally)
+        if finding is not None:
+            return finding
+    for kind in given.kinds:
+        tally.selections[kind.value] = tally.selections.get(kind.value, 0) + 1
+    return None
+
+
+def _row_of_edge_logits(given: EdgeLogits, row: int) -> str:
+    return f"row {row} (made-up logits: {given.kinds[row].value}, length {int(given.seqlens_expanded[row])})"
+
+
+def _entry_of_edge_logits(name: str, given: EdgeLogits, row: int, entry: int) -> str:
+    """An entry, and the logit that it was selected for."""
+    entries = entries_of(name, given, row)
+    if entry not in entries:
+        return str(entry)
+    position = entries.index(entry)
+    at = "" if name == "topk_indices" else f"position {position}, "
+    return f"{entry} ({at}logit {float(given.logits[row, position]):.9g})"

@@ -65,7 +65,7 @@ class _Calls:
     new: dict[str, list[bool]] = field(default_factory=dict)
 
 
-class Growth:
+class VariantGrowth:
     """The variants that the calls of one scenario used, in their order."""
 
     def __init__(self) -> None:

@@ -25,9 +25,8 @@ import torch
 from nsa_oracle.harness.commands.tiers import module_path
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import without_bands
-from nsa_oracle.harness.protocol import optimized_backend
-from nsa_oracle.harness.scenarios.files import CORPUS
-from nsa_oracle.harness.scenarios.scenario import load
+from nsa_oracle.harness.scenarios.files import CORPUS, load
+from nsa_oracle.harness.subjects.default import optimized_backend
 
 CASES = tuple(
     CORPUS / f"{name}.json"

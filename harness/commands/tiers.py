@@ -9,13 +9,14 @@ import enum
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
-from nsa_oracle.harness.protocol import BackendError
+from nsa_oracle.harness.errors import BackendError
 
 FAILED, UNUSABLE = 1, 2  # exit codes of ``python -m harness replay``
 VERDICT = "ORACLE FAILURE  "
@@ -88,3 +89,12 @@ def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[Ti
 def module_path() -> str:
     """Where this process finds modules, the current folder included."""
     return os.pathsep.join([str(Path.cwd()), *(path for path in sys.path if path)])
+
+
+def tiers_table(outcomes: Sequence[TierOutcome]) -> Table:
+    """One line a tier."""
+    table = Table("tier", "what it adds", "outcome")
+    for outcome in outcomes:
+        word = {True: "passes", False: "FAILS", None: "not run"}[outcome.passed]
+        table.add_row(outcome.tier.value, outcome.tier.blames, f"{word}: {outcome.told}" if outcome.told else word)
+    return table

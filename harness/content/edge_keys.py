@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.content import as_bf16
+from nsa_oracle.harness.content.numbers import as_bf16
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 Bits = NDArray[np.uint16]  # bf16 numbers by their bits: no processor flushes a denormal or quietens a NaN then
 
 
-class Tiles(enum.Enum):
+class KeyKind(enum.Enum):
     """What tiles of a key consist of."""
 
     NAN = "NaN"
@@ -37,29 +37,29 @@ class Tiles(enum.Enum):
 
 
 @dataclass(frozen=True)
-class MadeUpKeys:
+class EdgeKeys:
     """Rows to store, each of one kind, in slots that are all different. On the CPU.
 
     inputs: keys, index keys and slots; what the store does not look at is 0.
     """
 
-    kinds: tuple[Tiles, ...]
+    kinds: tuple[KeyKind, ...]
     inputs: AttentionInputs
 
-    def kind_in(self, slot: int) -> Tiles | None:
+    def kind_in(self, slot: int) -> KeyKind | None:
         """The kind of the row that is stored in ``slot``, or None."""
         slots = self.inputs.out_cache_loc.tolist()
         return self.kinds[slots.index(slot)] if slot in slots else None
 
 
-def made_up_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: int) -> MadeUpKeys:
+def edge_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: int) -> EdgeKeys:
     """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
 
     One of each kind, unless the setup has fewer slots; never on the dummy page.
     """
     slots = np.arange(setup.page_size, setup.num_pages * setup.page_size)
-    count = min(len(Tiles), len(slots))
-    kinds = tuple(list(Tiles)[(call + row) % len(Tiles)] for row in range(count))
+    count = min(len(KeyKind), len(slots))
+    kinds = tuple(list(KeyKind)[(call + row) % len(KeyKind)] for row in range(count))
     places = [(call, row) for row in range(count)]
     rank, rope, index_dim = config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim
     # Of the row, then of each tile, then of each of their elements, and the RoPE part at the end.
@@ -72,14 +72,14 @@ def made_up_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, cal
         chosen = next(words) % ((1 << NUM_QUANT_TILES) - 1) + 1  # a bit for each tile; one at least is set
         for tile in range(NUM_QUANT_TILES):
             begin = tile * config.quant_tile
-            draw = _Draw.of(words, config.quant_tile)
+            draw = _KeyDraw.of(words, config.quant_tile)
             ordinary = not chosen >> tile & 1
             keys[row, begin : begin + config.quant_tile] = draw.ordinary if ordinary else _TILES[kind](draw)
-        index_keys[row] = _TILES[kind](_Draw.of(words, index_dim))
+        index_keys[row] = _TILES[kind](_KeyDraw.of(words, index_dim))
         keys[row, rank:] = random[row, -rope:]
     first = int(random[0, 0]) if count else 0
     where = slots[(first + np.arange(count)) * coprime_step(len(slots)) % len(slots)]
-    return MadeUpKeys(
+    return EdgeKeys(
         kinds,
         AttentionInputs(
             q=torch.zeros(count, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
@@ -101,7 +101,7 @@ _CODES: NDArray[np.float32] = torch.arange(0x7F, dtype=torch.uint8).view(torch.f
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _KeyDraw:
     """What a tile is made from: random numbers of 16 bits, two for it, one of them a place, and three an element."""
 
     choice: int
@@ -111,10 +111,10 @@ class _Draw:
     signs: Bits
 
     @staticmethod
-    def of(words: Iterator[np.int64], size: int) -> _Draw:
+    def of(words: Iterator[np.int64], size: int) -> _KeyDraw:
         choice, place = int(next(words)), int(next(words)) % size
         order, values, signs = (np.fromiter(words, np.int64, size) for _ in range(3))
-        return _Draw(choice, place, order, values, ((signs & 1) * _SIGN).astype(np.uint16))
+        return _KeyDraw(choice, place, order, values, ((signs & 1) * _SIGN).astype(np.uint16))
 
     @property
     def ordinary(self) -> Bits:
@@ -128,27 +128,27 @@ class _Draw:
         return bits
 
 
-def _nan(draw: _Draw) -> Bits:
+def _nan(draw: _KeyDraw) -> Bits:
     return draw.with_one(draw.ordinary, int(_NANS[draw.choice % len(_NANS)]))
 
 
-def _infinite(draw: _Draw) -> Bits:
+def _infinite(draw: _KeyDraw) -> Bits:
     return draw.with_one(draw.ordinary, _INF | int(draw.signs[draw.place]))
 
 
-def _zeros(draw: _Draw) -> Bits:
+def _zeros(draw: _KeyDraw) -> Bits:
     return draw.signs
 
 
-def _denormal(draw: _Draw) -> Bits:
+def _denormal(draw: _KeyDraw) -> Bits:
     return (draw.values % 127 + 1).astype(np.uint16) | draw.signs
 
 
-def _largest(draw: _Draw) -> Bits:
+def _largest(draw: _KeyDraw) -> Bits:
     return draw.with_one(draw.ordinary, _LARGEST | int(draw.signs[draw.place]))
 
 
-def _halfway(draw: _Draw) -> Bits:
+def _halfway(draw: _KeyDraw) -> Bits:
     """The largest is 448 times a power of two, which is the scale; all others tie between two neighbouring codes."""
     codes = draw.values % (len(_CODES) - 1)
     numbers = (_CODES[codes] + _CODES[codes + 1]) / 2  # 5 bits at most, of bf16's 8
@@ -157,17 +157,17 @@ def _halfway(draw: _Draw) -> Bits:
     return (scaled.view(np.uint32) >> 16).astype(np.uint16) | draw.signs
 
 
-def _equal(draw: _Draw) -> Bits:
+def _equal(draw: _KeyDraw) -> Bits:
     magnitude = (127 - 64 << 7) + draw.choice % (128 << 7)  # 2^-64 to below 2^64
     return draw.signs | np.uint16(magnitude)
 
 
-_TILES: dict[Tiles, Callable[[_Draw], Bits]] = {
-    Tiles.NAN: _nan,
-    Tiles.INFINITE: _infinite,
-    Tiles.ZEROS: _zeros,
-    Tiles.DENORMAL: _denormal,
-    Tiles.LARGEST: _largest,
-    Tiles.HALFWAY: _halfway,
-    Tiles.EQUAL: _equal,
+_TILES: dict[KeyKind, Callable[[_KeyDraw], Bits]] = {
+    KeyKind.NAN: _nan,
+    KeyKind.INFINITE: _infinite,
+    KeyKind.ZEROS: _zeros,
+    KeyKind.DENORMAL: _denormal,
+    KeyKind.LARGEST: _largest,
+    KeyKind.HALFWAY: _halfway,
+    KeyKind.EQUAL: _equal,
 }

@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 Bits = NDArray[np.uint32]  # float32 numbers by their bits: no processor flushes a denormal or quietens a NaN then
 
 
-class Numbers(enum.Enum):
+class LogitKind(enum.Enum):
     """What a row of logits consists of."""
 
     NAN = "NaN"
@@ -38,27 +38,27 @@ class Numbers(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Selection:
+class EdgeLogits:
     """Rows for top-k and its transforms, each of one kind of numbers. All tensors are on the CPU.
 
     logits: [n, W] float32. seqlens_expanded: [n] int32. page_table_1: [n, W] int32, the slots of a row all different,
     the engine's sentinel in dead cells. topk_indices_offset: [n] int32.
     """
 
-    kinds: tuple[Numbers, ...]
+    kinds: tuple[LogitKind, ...]
     logits: torch.Tensor
     seqlens_expanded: torch.Tensor
     page_table_1: torch.Tensor
     topk_indices_offset: torch.Tensor
 
 
-def selection(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> Selection:
+def edge_logits(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> EdgeLogits:
     """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
 
     They are as wide as the page tables of a graph. If no row can have more than index_topk tokens, all are FEW.
     """
     width, topk = setup.max_context_len, setup.index_topk
-    kinds = tuple(Numbers) if width > topk else (Numbers.FEW, Numbers.FEW)
+    kinds = tuple(LogitKind) if width > topk else (LogitKind.FEW, LogitKind.FEW)
     places = [(call, row) for row in range(len(kinds))]
     words = (Stream(seed, f"selection {run}").words_at(places, 4 + 2 * width) >> 1).astype(np.int64)  # 63 random bits
     lengths = [_length(kind, width, topk, int(row[0])) for kind, row in zip(kinds, words, strict=True)]
@@ -66,10 +66,10 @@ def selection(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> Se
     for row, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
         _, choice, *_ = words[row, :4]
         order, values = words[row, 4 : 4 + length], words[row, 4 + width : 4 + width + length]
-        bits[row, :length] = _ROWS[kind](_Draw(topk, int(choice), order, values)) if length else ()
+        bits[row, :length] = _ROWS[kind](_LogitDraw(topk, int(choice), order, values)) if length else ()
     slots = _slots(len(kinds), width, setup.num_pages * setup.page_size, int(words[0, 2] % (1 << 16)))
     slots[np.arange(width) >= np.array(lengths)[:, None]] = sentinel
-    return Selection(
+    return EdgeLogits(
         kinds,
         torch.from_numpy(bits.view(np.int32)).view(torch.float32),
         torch.tensor(lengths, dtype=torch.int32),
@@ -78,14 +78,14 @@ def selection(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> Se
     )
 
 
-def _length(kind: Numbers, width: int, topk: int, word: int) -> int:
+def _length(kind: LogitKind, width: int, topk: int, word: int) -> int:
     """At most ``topk`` for FEW, else more."""
-    if kind is Numbers.FEW:
+    if kind is LogitKind.FEW:
         choices = [n for n in (0, 1, topk - 1, topk) if n <= width]
     else:
         near = (topk + 1, topk + 2, 2 * topk + 1, (topk + width + 1) // 2, width - 1, width)
         choices = [n for n in near if topk < n <= width]
-        if kind is Numbers.SORTED:
+        if kind is LogitKind.SORTED:
             choices = choices[-2:]
     return choices[word % len(choices)]
 
@@ -106,7 +106,7 @@ _BEYOND: Bits = np.array([_NANS[0], _INF, _LARGEST, _NANS[3]], dtype=np.uint32)
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _LogitDraw:
     """What a row of ``topk`` places is made from: random numbers of 63 bits, two for each token."""
 
     topk: int
@@ -135,20 +135,20 @@ class _Draw:
         return np.where(ranks < above, larger, np.where(ranks < most, tied, smaller))
 
 
-def _nan(draw: _Draw) -> Bits:
+def _nan(draw: _LogitDraw) -> Bits:
     nothing = np.where(draw.values % 3 == 0, _NEGATIVE_INF, _NANS[(draw.values >> 8) % 4])
     nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # one at least
     return draw.tied(draw.ordinary, nothing, nothing)
 
 
-def _infinite(draw: _Draw) -> Bits:
+def _infinite(draw: _LogitDraw) -> Bits:
     if draw.choice % 2:
         return draw.tied(np.full_like(draw.ordinary, _INF), np.full_like(draw.ordinary, _INF), draw.ordinary)
     lowest = np.full_like(draw.ordinary, _NEGATIVE_INF)
     return draw.tied(np.where(draw.values % 5 == 0, _LARGEST, draw.ordinary), lowest, lowest)
 
 
-def _zeros(draw: _Draw) -> Bits:
+def _zeros(draw: _LogitDraw) -> Bits:
     positive = draw.ordinary & ~_SIGN | np.uint32(1)
     row = draw.tied(positive, np.where(draw.values % 2, _SIGN, np.uint32(0)), positive | _SIGN)
     zeros = np.flatnonzero(row << np.uint32(1) == 0)
@@ -156,13 +156,13 @@ def _zeros(draw: _Draw) -> Bits:
     return row
 
 
-def _denormal(draw: _Draw) -> Bits:
+def _denormal(draw: _LogitDraw) -> Bits:
     row = (draw.values % 0x7FFFFF + 1).astype(np.uint32) | np.where(draw.order % 2, _SIGN, np.uint32(0))
     row[-1] = 0x7FFFFF  # the largest: whoever takes all for zero leaves it out
     return row
 
 
-def _neighbours(draw: _Draw) -> Bits:
+def _neighbours(draw: _LogitDraw) -> Bits:
     ranks = draw.ranks
     ranks[ranks == draw.length - 1] = ranks[-1]
     ranks[-1] = draw.length - 1  # likewise
@@ -172,18 +172,18 @@ def _neighbours(draw: _Draw) -> Bits:
     return (first + draw.length - ranks).astype(np.uint32) | _SIGN
 
 
-def _ties(draw: _Draw) -> Bits:
+def _ties(draw: _LogitDraw) -> Bits:
     few = (draw.values % 0x10000).astype(np.uint32)
     two = np.full_like(few, 0x40000000) | np.where(draw.choice % 2, _SIGN, np.uint32(0))
     above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # so one, or every, place is for ties
     return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few, above)
 
 
-def _equal(draw: _Draw) -> Bits:
+def _equal(draw: _LogitDraw) -> Bits:
     return np.full(draw.length, _ONE_NUMBER[draw.choice % len(_ONE_NUMBER)])
 
 
-def _sorted(draw: _Draw) -> Bits:
+def _sorted(draw: _LogitDraw) -> Bits:
     """Of whoever loses a token at an end of the row, none of the others takes its place by chance."""
     positions = np.arange(draw.length)
     ascending = (0x3F000000 + positions).astype(np.uint32)
@@ -191,19 +191,19 @@ def _sorted(draw: _Draw) -> Bits:
     return (best_last, ascending, ascending[::-1])[draw.choice % 3]
 
 
-def _few(draw: _Draw) -> Bits:
+def _few(draw: _LogitDraw) -> Bits:
     anything = np.concatenate([_NANS, _ONE_NUMBER, draw.ordinary[:4]])
     return anything[draw.values % len(anything)]
 
 
-_ROWS: dict[Numbers, Callable[[_Draw], Bits]] = {
-    Numbers.NAN: _nan,
-    Numbers.INFINITE: _infinite,
-    Numbers.ZEROS: _zeros,
-    Numbers.DENORMAL: _denormal,
-    Numbers.NEIGHBOURS: _neighbours,
-    Numbers.TIES: _ties,
-    Numbers.EQUAL: _equal,
-    Numbers.FEW: _few,
-    Numbers.SORTED: _sorted,
+_ROWS: dict[LogitKind, Callable[[_LogitDraw], Bits]] = {
+    LogitKind.NAN: _nan,
+    LogitKind.INFINITE: _infinite,
+    LogitKind.ZEROS: _zeros,
+    LogitKind.DENORMAL: _denormal,
+    LogitKind.NEIGHBOURS: _neighbours,
+    LogitKind.TIES: _ties,
+    LogitKind.EQUAL: _equal,
+    LogitKind.FEW: _few,
+    LogitKind.SORTED: _sorted,
 }

@@ -6,92 +6,21 @@ in and the forward pass that wrote it, so that a stale or misplaced one is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.content import Content
-from nsa_oracle.harness.memory.poison import NAN_BYTE
+from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.passes import Pass
+from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.harness.scenarios.world import Batch, World
 from nsa_oracle.reference import kv_cache
-from nsa_oracle.reference.types import (
-    AttentionCaches,
-    AttentionConfig,
-    AttentionInputs,
-    BackendConfig,
-    ForwardMode,
-    KVCacheDtype,
-)
-
-# What cache memory that nobody wrote is made of, by run.
-POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass of the layer: draft step ``step`` of one batch, its R rows in batch order, padding left out.
-
-    requests, tokens: the request (its place in the batch) and draft token of each row. seqlens: KV length that each row
-    sees, its own key included. positions: where its own key belongs, below 0 for a row that stands for no token.
-    inputs: on the host.
-    """
-
-    step: int
-    requests: tuple[int, ...]
-    tokens: tuple[int, ...]
-    seqlens: tuple[int, ...]
-    positions: tuple[int, ...]
-    inputs: AttentionInputs
-
-    @property
-    def rows(self) -> int:
-        return len(self.requests)
-
-    def of_requests(self, order: Sequence[int]) -> Pass:
-        """The rows of some requests, in that order of requests, as a batch of those alone."""
-        rows = [row for request in order for row in range(self.rows) if self.requests[row] == request]
-        place = {request: number for number, request in enumerate(order)}
-        return Pass(
-            self.step,
-            requests=tuple(place[self.requests[row]] for row in rows),
-            tokens=tuple(self.tokens[row] for row in rows),
-            seqlens=tuple(self.seqlens[row] for row in rows),
-            positions=tuple(self.positions[row] for row in rows),
-            inputs=map_tensors(self.inputs, lambda tensor: tensor[rows]),
-        )
-
-
-def map_tensors(inputs: AttentionInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:
-    """``inputs`` with every tensor replaced by ``change`` of it."""
-    return AttentionInputs(**{name: change(tensor) for name, tensor in vars(inputs).items()})
-
-
-def query_rows(batch: Batch, config: BackendConfig, step: int) -> Iterator[tuple[int, int, int, int]]:
-    """(request, draft token, KV length seen, position of the own key) of each row of ``batch``, padding included.
-
-    A draft step writes the token behind those that the step before wrote, whether or not its metadata shows them.
-    """
-    mode = batch.mode
-    for request, seq_len in enumerate(batch.seq_lens):
-        if mode.is_decode_or_idle:
-            yield request, 0, seq_len + config.step_advance(mode, step), seq_len + step
-            continue
-        unverified = config.speculative_num_draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0
-        match mode:
-            case ForwardMode.EXTEND:
-                count = batch.extend_lens[request]
-            case ForwardMode.DRAFT_EXTEND:
-                count = batch.accept_lengths[request]
-            case _:
-                count = config.speculative_num_draft_tokens
-        for token in range(count):
-            position = seq_len + unverified - count + token
-            yield request, token, max(position + 1, 0), position
+from nsa_oracle.reference.types import AttentionInputs, BackendConfig, ForwardMode
 
 
 class CacheState:
@@ -185,87 +114,29 @@ class CacheState:
             return
         where = torch.from_numpy(slots).to(self.truth.kv.device)
         as_bytes(self.truth.kv)[where] = self.poison
-        pages, values, scales = _index_k_bytes(self.config, self.truth.index_k, where)
+        pages, values, scales = kv_cache.index_k_bytes(self.config, self.truth.index_k, where)
         self.truth.index_k[pages, values] = self.poison
         self.truth.index_k[pages, scales] = self.poison
 
 
-def new_caches(
-    setup: Setup, config: AttentionConfig, num_pages: int, device: torch.device, poison: int, band: int = 0
-) -> AttentionCaches:
-    """Dense caches full of poison: all slots of the setup, and ``num_pages`` pages of index keys.
+def query_rows(batch: Batch, config: BackendConfig, step: int) -> Iterator[tuple[int, int, int, int]]:
+    """(request, draft token, KV length seen, position of the own key) of each row of ``batch``, padding included.
 
-    band: so many slots and pages more at either end of both.
+    A draft step writes the token behind those that the step before wrote, whether or not its metadata shows them.
     """
-    slots = setup.num_pages * setup.page_size + 2 * band
-    num_pages += 2 * band
-    if config.kv_cache_dtype is KVCacheDtype.FP8:
-        kv = torch.empty(slots, 1, config.kv_token_bytes, dtype=torch.uint8, device=device)
-    else:
-        kv = torch.empty(slots, 1, config.qk_head_dim, dtype=torch.bfloat16, device=device)
-    index_k = torch.empty(num_pages, config.index_page_bytes(setup.page_size), dtype=torch.uint8, device=device)
-    as_bytes(kv).fill_(poison)
-    index_k.fill_(poison)
-    return AttentionCaches(kv, index_k)
-
-
-def with_one_nan(config: AttentionConfig, caches: AttentionCaches, slots: torch.Tensor) -> AttentionCaches:
-    """A copy of dense ``caches`` in which every NaN in ``slots`` [n] has the same bits."""
-    kv, index_k = caches.kv.clone(), caches.index_k.clone()
-    tokens = as_bytes(kv[slots, 0])  # [n, bytes]
-    if config.kv_cache_dtype is KVCacheDtype.FP8:
-        scales_begin, rope_begin = config.kv_lora_rank, config.kv_token_bytes - 2 * config.qk_rope_head_dim
-        parts = [
-            _of_one_nan(tokens[:, :scales_begin], torch.float8_e4m3fn),
-            _of_one_nan(tokens[:, scales_begin:rope_begin], torch.float32),
-            _of_one_nan(tokens[:, rope_begin:], torch.bfloat16),
-        ]
-    else:
-        parts = [_of_one_nan(tokens, torch.bfloat16)]
-    as_bytes(kv)[slots, 0] = torch.cat(parts, dim=1)
-    pages, values, scales = _index_k_bytes(config, index_k, slots)
-    index_k[pages, values] = _of_one_nan(index_k[pages, values], torch.float8_e4m3fn)
-    index_k[pages, scales] = _of_one_nan(index_k[pages, scales], torch.float32)
-    return AttentionCaches(kv, index_k)
-
-
-def _of_one_nan(content: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes ``content`` [n, bytes] of numbers, every NaN among them made NAN_BYTEs."""
-    nan = content.clone(memory_format=torch.contiguous_format).view(dtype).float().isnan()
-    return torch.where(nan.repeat_interleave(dtype.itemsize, dim=1), NAN_BYTE, content)
-
-
-def _index_k_bytes(
-    config: AttentionConfig, index_k: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where index keys of ``slots`` [n] lie: pages [n, 1], bytes of the values [n, dim], of the scales [n, 4]."""
-    dim = config.index_head_dim
-    page_size = index_k.shape[1] // config.index_page_bytes(1)
-    pages, offsets = slots[:, None] // page_size, slots[:, None] % page_size
-    columns = torch.arange(dim, device=slots.device)
-    return pages, offsets * dim + columns, page_size * dim + offsets * 4 + columns[:4]
-
-
-GAP = 16  # elements between rows of strided inputs: whole vectors of 16 bytes, as slices of something wider have
-
-
-def unwritten(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool) -> torch.Tensor:
-    """Memory of ``shape``, every byte 0xFF: NaN, or -1. strided: rows, and what they consist of, lie apart.
-
-    The last dimension stays dense, unless it is the only one: that has every other element of its memory.
-    """
-    if not strided or not shape:
-        whole = memory = torch.empty(*shape, dtype=dtype, device=device)
-    elif len(shape) == 1:
-        whole = torch.empty(*shape, 2, dtype=dtype, device=device)
-        memory = whole[:, 0]
-    else:
-        whole = torch.empty(*shape[:-1], shape[-1] + GAP, dtype=dtype, device=device)
-        memory = whole[..., : shape[-1]]
-    as_bytes(whole.view(-1)).fill_(NAN_BYTE)
-    return memory
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``tensor``: uint8, the last dimension as many times longer. A view."""
-    return tensor.view(torch.uint8)
+    mode = batch.mode
+    for request, seq_len in enumerate(batch.seq_lens):
+        if mode.is_decode_or_idle:
+            yield request, 0, seq_len + config.step_advance(mode, step), seq_len + step
+            continue
+        unverified = config.speculative_num_draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0
+        match mode:
+            case ForwardMode.EXTEND:
+                count = batch.extend_lens[request]
+            case ForwardMode.DRAFT_EXTEND:
+                count = batch.accept_lengths[request]
+            case _:
+                count = config.speculative_num_draft_tokens
+        for token in range(count):
+            position = seq_len + unverified - count + token
+            yield request, token, max(position + 1, 0), position

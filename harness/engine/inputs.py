@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.memory.poison import BandedInput
-from nsa_oracle.harness.scenarios.scenario import Inputs, IntDtype
+from nsa_oracle.harness.scenarios.scenario import Inputs, IntDtype, Setup
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo
 
@@ -84,3 +86,25 @@ class StaticInputs:
         """The name of an input whose memory is not as the engine left it, or None."""
         inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
         return next((static.name for static in inputs if static.is_modified()), None)
+
+
+class PoolInput:
+    """``req_to_token`` at a fixed address: dense, a view of a wider tensor, or of rows far apart, as the setup says."""
+
+    def __init__(self, setup: Setup, sentinel: int, delivery: Delivery) -> None:
+        margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
+        width = setup.max_context_len
+        far = setup.inputs.far_req_to_token and setup.pool_size > 1
+        shape = (setup.pool_size, width + 2 * margin)
+        self._banded = BandedInput(shape, torch.int32, sentinel, delivery.device, far)
+        self._columns = slice(margin, margin + width)
+        self._delivery = delivery
+        self.tensor = self._banded.tensor[:, self._columns]  # [pool_size, max_context_len] int32
+
+    def send(self, req_to_token: NDArray[np.int32]) -> None:
+        """What the table holds from the next delivery on."""
+        self._banded.content[:, self._columns] = torch.from_numpy(req_to_token)
+        self._delivery.send(self._banded.memory, self._banded.expected)
+
+    def is_modified(self) -> bool:
+        return self._banded.is_modified()

@@ -6,19 +6,28 @@ The store and top-k get made-up keys and logits as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nsa_oracle.harness.content.edge_keys import MadeUpKeys
-from nsa_oracle.harness.content.edge_logits import Selection
+from nsa_oracle.harness.content.edge_keys import EdgeKeys
+from nsa_oracle.harness.content.edge_logits import EdgeLogits
 from nsa_oracle.harness.engine.expected import ExpectedLayer, LayerRows
-from nsa_oracle.harness.engine.layer_driver import Feed, LayerDriver, LayerLoad, LayerStep, copied, dense_copy
-from nsa_oracle.harness.engine.read_only import Modified, Watched, first_modified, handed
+from nsa_oracle.harness.engine.layer_driver import LayerDriver
+from nsa_oracle.harness.engine.observations import (
+    Feed,
+    LayerLoad,
+    LayerStep,
+    Modified,
+    Selected,
+    Stored,
+    copied,
+    dense_copy,
+)
+from nsa_oracle.harness.engine.read_only import ReadOnly, first_modified, handed_out
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.poison import GuardedAllocations
-from nsa_oracle.harness.subjects.results import found_in, out_and_lse_of, tensor_of
+from nsa_oracle.harness.subjects.results import locating_results, out_and_lse_of, tensor_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
 
 _RESULTS = {
@@ -28,25 +37,7 @@ _RESULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Selected:
-    """What top-k made of made-up logits: positions, and their slots or places in the concatenated KV."""
-
-    given: Selection
-    positions: torch.Tensor
-    indices: torch.Tensor | None = None
-    ragged: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What the store left in the caches when it was given made-up keys."""
-
-    given: MadeUpKeys
-    caches: AttentionCaches
-
-
-class Stages:
+class IsolatedStages:
     """Runs the stages of one layer, between guard bands, on inputs that are theirs alone."""
 
     def __init__(self, driver: LayerDriver, expected: ExpectedLayer, sentinel: int) -> None:
@@ -69,22 +60,22 @@ class Stages:
             self._step = step
             rows = self.expected.rows(a_pass, step_metadata, truth)
             self.driver.load_caches(truth)
-            with found_in(step, Feed.ISOLATED.value):
+            with locating_results(step, Feed.ISOLATED.value):
                 steps.append(self._compute(rows, stored[step]))
         return tuple(steps)
 
-    def store(self, given: MadeUpKeys) -> Stored:
+    def store(self, given: EdgeKeys) -> Stored:
         """The store of made-up keys, into caches as the last pass left them."""
-        with speed.without_warnings(), found_in(0, Feed.ISOLATED.value):
+        with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))
 
-    def select(self, given: Selection, ragged: bool) -> Selected:
+    def select(self, given: EdgeLogits, ragged: bool) -> Selected:
         """Top-k, and one of its transforms, of made-up logits."""
         self._step = 0
-        with found_in(0, Feed.ISOLATED.value):
+        with locating_results(0, Feed.ISOLATED.value):
             return self._select(given, ragged)
 
-    def _select(self, given: Selection, ragged: bool) -> Selected:
+    def _select(self, given: EdgeLogits, ragged: bool) -> Selected:
         logits = self._hand("logits", given.logits)
         lengths = self._hand("seqlens_expanded", given.seqlens_expanded)
         positions = self._tensor("topk_indices", logits, lengths)
@@ -109,7 +100,7 @@ class Stages:
             "indexer_logits",
             self._hand("index_q", inputs.index_q),
             self._hand("index_weights", inputs.index_weights),
-            Watched("index_k_cache", self.driver.caches.index_k, rows.caches.index_k),
+            ReadOnly("index_k_cache", self.driver.caches.index_k, rows.caches.index_k),
             self._hand("real_page_table", rows.real_page_table),
             lengths,
             rows.page_table_1.shape[1],
@@ -125,26 +116,26 @@ class Stages:
         attention = self._call(
             "sparse_mla",
             self._hand("q", inputs.q),
-            Watched("kv_cache", self.driver.caches.kv, rows.caches.kv),
+            ReadOnly("kv_cache", self.driver.caches.kv, rows.caches.kv),
             self._hand("indices", self.expected.indices_with_holes(rows, fed)),
         )
         out, lse = out_and_lse_of(attention)
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
 
-    def _hand(self, name: str, tensor: torch.Tensor) -> Watched:
+    def _hand(self, name: str, tensor: torch.Tensor) -> ReadOnly:
         with self.guard:
-            return handed(name, tensor, self.driver.device, self.driver.is_strided(name))
+            return handed_out(name, tensor, self.driver.device, self.driver.is_strided(name))
 
     def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
         """A copy of what a stage gives: the next call may use the same memory."""
         return tensor_of(_RESULTS.get(stage, stage), self._call(stage, *arguments)).clone()
 
-    def _call(self, stage: str, *arguments: Any, watched: Sequence[Watched] = ()) -> Any:
+    def _call(self, stage: str, *arguments: Any, watched: Sequence[ReadOnly] = ()) -> Any:
         with self.guard:
             result = getattr(self.driver.layer, stage)(
-                *(one.given if isinstance(one, Watched) else one for one in arguments)
+                *(one.given if isinstance(one, ReadOnly) else one for one in arguments)
             )
-        name = first_modified([*watched, *(one for one in arguments if isinstance(one, Watched))])
+        name = first_modified([*watched, *(one for one in arguments if isinstance(one, ReadOnly))])
         if name is not None:
             self.modified = self.modified or Modified(self._step, name)
         return result

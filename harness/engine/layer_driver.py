@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
-from nsa_oracle.harness.engine.cache_state import CacheState, Pass, as_bytes, map_tensors, new_caches, unwritten
-from nsa_oracle.harness.engine.read_only import Modified, WatchedMetadata, first_modified, handed, same_bits
+from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
+from nsa_oracle.harness.engine.passes import Pass, map_tensors
+from nsa_oracle.harness.engine.read_only import ReadOnlyMetadata, first_modified, handed_out
+from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes, same_bits, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
-from nsa_oracle.harness.memory.poison import NAN_BYTE, GuardedAllocations, band
+from nsa_oracle.harness.memory.poison import GuardedAllocations, band
 from nsa_oracle.harness.protocol import SparseAttention
 from nsa_oracle.harness.scenarios.scenario import Setup
-from nsa_oracle.harness.subjects.results import found_in, outputs_of
-from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, AttentionOutputs, Metadata
+from nsa_oracle.harness.subjects.results import locating_results, outputs_of
+from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, Metadata
 
 BAND = 16  # slots, pages or rows on either side: any multiple of 4 bytes times this keeps memory aligned to 64
-
-
-class Feed(enum.Enum):
-    """What the stages of a layer were given."""
-
-    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
-    CHAIN = "eager chain"  # likewise, without a graph
-    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
-
-
-@dataclass(frozen=True)
-class LayerLoad:
-    """What one replay or eager call gives the layer: the passes, one a step, and the caches before the first."""
-
-    passes: tuple[Pass, ...]
-    caches: AttentionCaches  # dense, the setup's pages; nobody writes to them
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """What one pass of the layer computed, and what it left in the caches (dense, the setup's pages).
-
-    Isolated stages also show top-k before each of its transforms. fed: the reference's logits that they selected from.
-    """
-
-    outputs: AttentionOutputs
-    caches: AttentionCaches
-    positions: torch.Tensor | None = None
-    ragged: torch.Tensor | None = None
-    fed: torch.Tensor | None = None
 
 
 class LayerDriver:
@@ -123,7 +92,7 @@ class LayerDriver:
         What it left in the caches lies in memory that all graphs share.
         """
         inputs = map_tensors(self._static[step], lambda tensor: tensor[:rows])
-        with found_in(step, Feed.GRAPH.value):
+        with locating_results(step, Feed.GRAPH.value):
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         left = self._left[step]
         left.kv.copy_(self.caches.kv)
@@ -134,10 +103,11 @@ class LayerDriver:
         self, a_pass: Pass, metadata: Metadata, guard: GuardedAllocations
     ) -> tuple[LayerStep, Modified | None]:
         """The pass on inputs of its own, between guard bands; and what the layer wrote to besides the caches."""
-        watched_metadata = WatchedMetadata(metadata)
-        with guard, found_in(a_pass.step, Feed.CHAIN.value):
+        watched_metadata = ReadOnlyMetadata(metadata)
+        with guard, locating_results(a_pass.step, Feed.CHAIN.value):
             watched = [
-                handed(name, tensor, self.device, self.is_strided(name)) for name, tensor in vars(a_pass.inputs).items()
+                handed_out(name, tensor, self.device, self.is_strided(name))
+                for name, tensor in vars(a_pass.inputs).items()
             ]
             inputs = AttentionInputs(**{one.name: one.given for one in watched})
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
@@ -163,26 +133,13 @@ def _between(tensor: torch.Tensor, beside: int) -> torch.Tensor:
     return tensor[beside : len(tensor) - beside]
 
 
-def copied(outputs: AttentionOutputs) -> AttentionOutputs:
-    """A copy of all tensors, each in memory of its own."""
-    return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
-
-
-def dense_copy(caches: AttentionCaches) -> AttentionCaches:
-    return AttentionCaches(caches.kv.clone(), caches.index_k.clone())
-
-
-def load_of(state: CacheState, passes: Sequence[Pass]) -> LayerLoad:
-    return LayerLoad(tuple(passes), dense_copy(state.truth))
-
-
 def _poisoned_inputs(
     config: AttentionConfig, rows: int, slot: int, device: torch.device, strided: bool
 ) -> AttentionInputs:
     """Inputs of ``rows`` rows, all NaN, that write to ``slot``."""
 
     def nan(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return unwritten(shape, dtype, device, strided)
+        return unwritten_memory(shape, dtype, device, strided)
 
     return AttentionInputs(
         q=nan(rows, config.num_heads, config.qk_head_dim, dtype=torch.bfloat16),
@@ -190,5 +147,5 @@ def _poisoned_inputs(
         index_q=nan(rows, config.index_n_heads, config.index_head_dim, dtype=torch.float8_e4m3fn),
         index_weights=nan(rows, config.index_n_heads, dtype=torch.float32),
         index_k=nan(rows, config.index_head_dim, dtype=torch.bfloat16),
-        out_cache_loc=unwritten((rows,), torch.int64, device, strided).fill_(slot),
+        out_cache_loc=unwritten_memory((rows,), torch.int64, device, strided).fill_(slot),
     )

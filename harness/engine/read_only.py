@@ -8,18 +8,11 @@ from typing import NamedTuple
 import torch
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.engine.cache_state import as_bytes, unwritten
+from nsa_oracle.harness.memory.bits import same_bits, unwritten_memory
 from nsa_oracle.reference.types import Metadata
 
 
-class Modified(NamedTuple):
-    """An input that a layer has written to, and the pass in which it did, if that is known."""
-
-    step: int | None
-    name: str
-
-
-class Watched(NamedTuple):
+class ReadOnly(NamedTuple):
     """A tensor that a layer is given, and what its first rows must still hold afterwards."""
 
     name: str
@@ -30,26 +23,17 @@ class Watched(NamedTuple):
         return not same_bits(self.given[: len(self.kept)] if self.kept.dim() else self.given, self.kept)
 
 
-def handed(name: str, tensor: torch.Tensor, device: torch.device, strided: bool = False) -> Watched:
+def handed_out(name: str, tensor: torch.Tensor, device: torch.device, strided: bool = False) -> ReadOnly:
     """A copy of ``tensor`` to give away, dense or with gaps between rows."""
-    return Watched(name, unwritten(tensor.shape, tensor.dtype, device, strided).copy_(tensor), tensor)
+    return ReadOnly(name, unwritten_memory(tensor.shape, tensor.dtype, device, strided).copy_(tensor), tensor)
 
 
-def first_modified(watched: Iterable[Watched]) -> str | None:
+def first_modified(watched: Iterable[ReadOnly]) -> str | None:
     """The name of the first that was written to, or None."""
     return next((one.name for one in watched if one.is_modified()), None)
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bytes, wherever they are. NaN is like any other."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    # Not ``contiguous``: what has at most one element counts as that, whatever its stride.
-    a, b = (as_bytes(tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)) for tensor in (one, other))
-    return torch.equal(a.to(b.device), b)
-
-
-class WatchedMetadata:
+class ReadOnlyMetadata:
     """Metadata that a layer is given. It must neither write to it nor put other tensors or numbers in."""
 
     def __init__(self, metadata: Metadata) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -28,6 +28,7 @@ class Delivery:
     def __init__(self, device: torch.device, late: bool) -> None:
         self.device = device
         self.late = late and device.type == "cuda"
+        self.calls = 0  # that were made under stress
         self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def send(self, target: torch.Tensor, content: torch.Tensor) -> None:
@@ -42,6 +43,18 @@ class Delivery:
         for target, staged in self._waiting.values():
             target.copy_(staged)
         self._waiting.clear()
+
+
+def under_stress(delivery: Delivery) -> AbstractContextManager[None]:
+    """Around a preparation and what depends on it: inputs arrive late, or in every other call other streams are slow.
+
+    Without stress, inputs are delivered at once.
+    """
+    delivery.calls += 1
+    if not delivery.late or delivery.calls % 2:
+        return late_inputs(delivery)
+    delivery.deliver()
+    return slow_side_streams(delivery.device)
 
 
 @contextmanager

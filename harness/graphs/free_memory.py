@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from nsa_oracle.harness.graphs.audit import SHARED_POOL, Allocator
+from nsa_oracle.harness.graphs.allocator import SHARED_POOL, Allocator
 
-MOST_BYTES = 1 << 31  # of one call: a bound on time, more than any case leaves behind
+MOST_SPOILED_BYTES = 1 << 31  # of one call: a bound on time, more than any case leaves behind
 _WORD = 4
 
 
@@ -39,7 +39,7 @@ def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: t
     stream, spoiled = torch.cuda.current_stream(device).cuda_stream, 0
     for block in allocator.blocks:
         shared = block.pool == SHARED_POOL and block.stream == stream
-        if block.free and (shared or block.pool == own_pool) and spoiled + block.size <= MOST_BYTES:
+        if block.free and (shared or block.pool == own_pool) and spoiled + block.size <= MOST_SPOILED_BYTES:
             words = torch.as_tensor(_Words(block.address, block.size // _WORD), device=device)
             words.fill_(value)
             spoiled += block.size

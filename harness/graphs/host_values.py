@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
-from nsa_oracle.harness.graphs.audit import Allocator
+from nsa_oracle.harness.graphs.allocator import Allocator
 from nsa_oracle.harness.graphs.nodes import (
     CopyNode,
     DriverRefusal,
     FillNode,
     GraphReader,
     KernelNode,
-    Kind,
     Node,
+    ParameterKind,
     readable,
 )
 
@@ -101,7 +101,7 @@ def of_nodes(reader: GraphReader, nodes: Iterable[Node], allocator: Allocator | 
                 shape = {"grid": str(node.grid), "block": str(node.block), "shared memory": str(node.shared_bytes)}
                 values = {
                     f"parameter {place}": _of_parameter(reader, node.parameters[place], allocator)
-                    for place in node.places_of(Kind.NUMBER) or ()
+                    for place in node.places_of(ParameterKind.NUMBER) or ()
                     if node.parameters is not None
                 }
                 told.append(NodeValues(f"kernel {readable(node.kernel)}", shape | values))

@@ -39,7 +39,7 @@ _NUMBERS = {
 }  # types without padding
 
 
-class Kind(enum.Enum):
+class ParameterKind(enum.Enum):
     """What a parameter of a kernel is."""
 
     ADDRESS = "address"
@@ -63,7 +63,7 @@ class KernelNode:
     shared_bytes: int
     parameters: tuple[bytes, ...] | None
 
-    def places_of(self, kind: Kind) -> list[int] | None:
+    def places_of(self, kind: ParameterKind) -> list[int] | None:
         """Which parameters can be of a kind. None: the parameters are not known, or not what is declared.
 
         C++ declares its parameters, in the mangled name. In other languages (Triton, C) there are no structures, and
@@ -76,7 +76,7 @@ class KernelNode:
         types = declared_types(self.kernel)
         if types is None or len(types) != len(self.parameters):
             return None
-        wanted = (lambda name: name.endswith("*")) if kind is Kind.ADDRESS else _NUMBERS.__contains__
+        wanted = (lambda name: name.endswith("*")) if kind is ParameterKind.ADDRESS else _NUMBERS.__contains__
         return [place for place, name in enumerate(types) if wanted(name)]
 
 

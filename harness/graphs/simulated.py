@@ -16,11 +16,9 @@ inner operations and kernel launches, so that no Python of the operator runs aga
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -29,174 +27,36 @@ from torch.utils import _device as default_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nsa_oracle.harness.graphs.audit import Audit
-from nsa_oracle.harness.graphs.cuda import CaptureError, StorageWatch, calling_line, operation_name, use_count
-from nsa_oracle.harness.graphs.free_memory import spoil_storage
-from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
-
-aten = torch.ops.aten
+from nsa_oracle.harness.graphs.callers import calling_line, operation_name
+from nsa_oracle.harness.graphs.capture import CaptureError
+from nsa_oracle.harness.graphs.operators import (
+    CHANGES_SHAPE_ONLY,
+    CHECKS_ON_CPU_ONLY,
+    CPU_KEYS,
+    EMPTY_FACTORIES,
+    FROM_HOST_DATA,
+    LIKE_FACTORIES,
+    MASK_INDEXING,
+    NEEDS_DEVICE_OPERANDS,
+    SYNC_FUNCTIONS,
+    SYNC_OPERATORS,
+    WRITES_WITHOUT_READING,
+    aten,
+    has_mask,
+    is_view,
+    names_host,
+    schema_arguments,
+    tensors_in,
+    written_arguments,
+)
+from nsa_oracle.harness.graphs.recording import Launch, Operation, SimulatedCapturedGraph
+from nsa_oracle.harness.graphs.storages import StorageWatch
 
 _HUGE = 1 << 28  # bytes
 
 _HOST_COPY = "copies from host memory (a mirror, host data, or a factory without device=), which a capture refuses"
 _HOST_READ = "reads host memory (a mirror, host data, or a factory without device=) from the device"
 _SYNC = "needs a device value on the host, which synchronises"
-
-_SYNC_FUNCTIONS = {
-    getattr(torch.Tensor, name)
-    for name in (
-        *("item", "tolist", "numpy", "cpu", "is_nonzero", "__array__", "__repr__", "__format__", "__contains__"),
-        *("__bool__", "__int__", "__float__", "__complex__", "__index__"),
-    )
-} | {torch.is_nonzero, torch.equal, torch.Tensor.equal, torch.allclose, torch.Tensor.allclose}
-
-_SYNC_OPERATORS = {
-    aten._local_scalar_dense,
-    aten.equal,
-    aten.allclose,
-    aten.is_nonzero,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.unique_dim_consecutive,
-    aten.bincount,
-}
-
-# These look at a value to check it when the tensor is on a CPU, and do not when it is on a GPU.
-_CHECKS_ON_CPU_ONLY = {
-    torch.nn.functional.one_hot,
-    torch.quantile,
-    torch.Tensor.quantile,
-    torch.nanquantile,
-    torch.Tensor.nanquantile,
-}
-
-_FROM_HOST_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
-
-_EMPTY_FACTORIES = {
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.empty_permuted,
-    aten.new_empty,
-    aten.new_empty_strided,
-}
-_LIKE_FACTORIES = _EMPTY_FACTORIES | {
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-    aten.rand_like,
-    aten.randn_like,
-    aten.randint_like,
-    aten.new_zeros,
-    aten.new_ones,
-    aten.new_full,
-}
-_WRITES_WITHOUT_READING = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.random_}
-_CHANGES_SHAPE_ONLY = {aten.resize_, aten.resize_as_, aten.set_}
-_MASK_INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
-_NEEDS_DEVICE_OPERANDS = _MASK_INDEXING | {aten.copy_, aten.copy}
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """A recorded operator: its arguments, and the outputs that its result belongs in (None: already in place)."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[torch.Tensor | None, ...]
-
-    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
-        names = [argument.name for argument in _arguments(self.func)]
-        return of_call(str(self.func), names, self.args, self.kwargs, is_host)
-
-    def run(self) -> None:
-        results = tree_leaves(self.func(*self.args, **self.kwargs))
-        for output, result in zip(self.outputs, results, strict=True):
-            if output is not None:
-                output.copy_(result)
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A recorded Triton launch: an executor with its grid resolved, and its arguments."""
-
-    executor: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
-        given = {"grid": tuple(self.executor.grid), **self.kwargs}
-        return of_call(f"kernel {self.executor.fn.__name__}", self.executor.arg_names, self.args, given, is_host)
-
-    def run(self) -> None:
-        self.executor(*self.args, **self.kwargs)
-
-
-class SimulatedCapturedGraph:
-    """Recorded operations, with every tensor they use held alive.
-
-    `storages_read` and `storages_written` are the (address, bytes) of storages that existed before the capture;
-    `allocations` counts the storages that the recorded operations made.
-    """
-
-    def __init__(
-        self,
-        nodes: Sequence[_Operation | _Launch],
-        storages_read: frozenset[tuple[int, int]],
-        storages_written: frozenset[tuple[int, int]],
-        made: Sequence[torch.UntypedStorage],
-        found: dict[int, torch.UntypedStorage],
-        host_scalars: frozenset[int],
-    ) -> None:
-        self._nodes = tuple(nodes)
-        self._found = found
-        self._made = {storage._cdata: storage for storage in made}
-        self._host_scalars = host_scalars  # storages of the copies that the nodes hold
-        self.storages_read = storages_read
-        self.storages_written = storages_written
-        self.allocations = len(made)
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for node in self._nodes:
-                node.run()
-
-    def dangling_bytes(self) -> int:
-        # What no node holds was looked at by the host alone.
-        return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
-
-    def audit(self) -> Audit:
-        return Audit()
-
-    def host_values(self) -> Sequence[NodeValues]:
-        return [node.host_values(self._is_host_scalar) for node in self._nodes]
-
-    def spoil(self, value: int) -> None:
-        for storage in self._held_by_nodes_alone(self._made):
-            spoil_storage(storage, value)
-
-    def _is_host_scalar(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._host_scalars
-
-    def _held_by_nodes_alone(self, storages: dict[int, torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
-        """Those of `storages`, of each of which this object has one handle, that nobody has but it and its nodes."""
-        for key, tensors in self._tensors_of_nodes.items():
-            if key in storages and use_count(storages[key]) == 1 + tensors:
-                yield storages[key]
-
-    @functools.cached_property
-    def _tensors_of_nodes(self) -> dict[int, int]:
-        """By storage: through how many tensors the nodes hold it."""
-        held: dict[int, set[int]] = {}
-        for node in self._nodes:
-            for tensor in _tensors(vars(node)):
-                held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
-        return {key: len(tensors) for key, tensors in held.items()}
 
 
 class SimulatedGraphRunner:
@@ -232,7 +92,7 @@ class _Recorder:
         self.paused = False
         self.function: Callable[..., Any] | None = None  # the Python-level function being called
         self.factories_on_host: bool | None = None  # where a factory puts its tensor; None: beside its operands
-        self.nodes: list[_Operation | _Launch] = []
+        self.nodes: list[Operation | Launch] = []
         # Both keep their storages alive: an address that is handed out again would change sides.
         self._host: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
@@ -341,7 +201,7 @@ class _Recorder:
     def _record_launch(
         self, launch: Callable[..., None], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if self.is_host(tensor):
                 self.reject(f"triton kernel {executor.fn.__name__}", _HOST_READ)
             # A kernel does not say which of its pointers it writes.
@@ -362,7 +222,7 @@ class _Recorder:
             launch(resolved, *args, **kwargs)
         if resolved_grid:
             resolved.grid = resolved_grid[-1]
-        self.nodes.append(_Launch(resolved, self.freeze(args), self.freeze(kwargs)))
+        self.nodes.append(Launch(resolved, self.freeze(args), self.freeze(kwargs)))
 
     # The end of a recording.
 
@@ -397,10 +257,10 @@ class _RecordFunctions(TorchFunctionMode):
         if recorder.paused or isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         with recorder.calling(func, self._factories_on_host(args, kwargs)):
-            if func in _FROM_HOST_DATA or func is torch.Tensor.new_tensor:
+            if func in FROM_HOST_DATA or func is torch.Tensor.new_tensor:
                 return self._from_host_data(func, args, kwargs)
-            tensors = _tensors((args, kwargs))
-            if func in _SYNC_FUNCTIONS and any(not recorder.is_host(tensor) for tensor in tensors):
+            tensors = tensors_in((args, kwargs))
+            if func in SYNC_FUNCTIONS and any(not recorder.is_host(tensor) for tensor in tensors):
                 recorder.reject(func, _SYNC)
             if func is torch.nn.functional.one_hot and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) < 0:
                 recorder.reject(func, f"{_SYNC}: give it num_classes")
@@ -410,10 +270,10 @@ class _RecordFunctions(TorchFunctionMode):
 
     def _factories_on_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
         """Where this call puts a new tensor: where it was told to, or beside its operands, or on the host."""
-        named = _names_host(kwargs.get("device"))
+        named = names_host(kwargs.get("device"))
         if named is not None:
             return named
-        if _tensors((args, kwargs)) or default_device.CURRENT_DEVICE is not None:
+        if tensors_in((args, kwargs)) or default_device.CURRENT_DEVICE is not None:
             return None
         return True
 
@@ -422,7 +282,7 @@ class _RecordFunctions(TorchFunctionMode):
         recorder = self.recorder
         beside = args[0] if func is torch.Tensor.new_tensor else None
         data = kwargs.get("data", args[beside is not None] if len(args) > (beside is not None) else None)
-        on_host = _names_host(kwargs.get("device"))
+        on_host = names_host(kwargs.get("device"))
         if on_host is None:
             on_host = recorder.is_host(beside) if beside is not None else default_device.CURRENT_DEVICE is None
         if isinstance(data, torch.Tensor):
@@ -431,7 +291,7 @@ class _RecordFunctions(TorchFunctionMode):
             self._check_move(func, data, on_host)
             moved: torch.Tensor = func(*args, **kwargs)
             return moved
-        if any(not recorder.is_host(tensor) for tensor in _tensors(data)):
+        if any(not recorder.is_host(tensor) for tensor in tensors_in(data)):
             recorder.reject(func, _SYNC)
         with recorder.pausing():
             made: torch.Tensor = func(*args, **kwargs)
@@ -461,15 +321,15 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recorder = self.recorder
         if recorder.paused:
             return func(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if self._is_host_work(func, tensors):
             result = func(*args, **kwargs)
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 recorder.mark_host(tensor)
             return result
         self._reject_synchronisation(func, args, kwargs)
         self._reject_host_operands(func, args, tensors)
-        written = _written_arguments(func, args, kwargs)
+        written = written_arguments(func, args, kwargs)
         self._note_accesses(func, tensors, written)
         if func.namespace not in ("aten", "prims"):
             return self._run_custom(func, args, kwargs)
@@ -481,18 +341,18 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet, recorder = func.overloadpacket, self.recorder
         if packet is aten.lift_fresh:
             return True  # Only data that Python just handed over passes through it.
-        if (packet in _LIKE_FACTORIES or not tensors) and recorder.factories_on_host is not None:
+        if (packet in LIKE_FACTORIES or not tensors) and recorder.factories_on_host is not None:
             return recorder.factories_on_host
         return bool(tensors) and all(recorder.is_host(tensor) for tensor in tensors)
 
     def _reject_synchronisation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         packet, recorder = func.overloadpacket, self.recorder
-        only_checks = packet is aten._local_scalar_dense and recorder.function in _CHECKS_ON_CPU_ONLY
-        if packet in _SYNC_OPERATORS and not only_checks:
+        only_checks = packet is aten._local_scalar_dense and recorder.function in CHECKS_ON_CPU_ONLY
+        if packet in SYNC_OPERATORS and not only_checks:
             recorder.reject(func, _SYNC)
         if packet is aten.repeat_interleave and kwargs.get("output_size") is None:
             recorder.reject(func, f"{_SYNC}: give it output_size")
-        if packet in _MASK_INDEXING and _has_mask(args[1]) and not self._fills_mask(packet, args):
+        if packet in MASK_INDEXING and has_mask(args[1]) and not self._fills_mask(packet, args):
             recorder.reject(func, f"{_SYNC}: the length of a boolean mask's selection")
 
     def _reject_host_operands(self, func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
@@ -503,7 +363,7 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if packet is aten.copy_ and recorder.is_host(args[0]):
             recorder.reject(func, _SYNC)
-        if packet in _NEEDS_DEVICE_OPERANDS and not self._fills_mask(packet, args):
+        if packet in NEEDS_DEVICE_OPERANDS and not self._fills_mask(packet, args):
             recorder.reject(func, _HOST_COPY)
         if any(tensor.dim() for tensor in host):
             recorder.reject(func, _HOST_READ)
@@ -514,12 +374,12 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         indices = [index for index in args[1] if index is not None]
         value = args[2]
-        return len(indices) == 1 and _has_mask(indices) and value.dim() == 0 and self.recorder.is_host(value)
+        return len(indices) == 1 and has_mask(indices) and value.dim() == 0 and self.recorder.is_host(value)
 
     def _note_accesses(self, func: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
         recorder = self.recorder
-        only_written = func.overloadpacket in _WRITES_WITHOUT_READING or any(a.is_out for a in _arguments(func))
-        if not _is_view(func):
+        only_written = func.overloadpacket in WRITES_WITHOUT_READING or any(a.is_out for a in schema_arguments(func))
+        if not is_view(func):
             for tensor in tensors:
                 if not (only_written and any(tensor is target for target in written)):
                     recorder.note_read(tensor)
@@ -530,7 +390,7 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record what a Python operator does inside; an operator that shows nothing inside is recorded whole."""
         recorder = self.recorder
         recorded = len(recorder.nodes)
-        if not any(func.has_kernel_for_dispatch_key(key) for key in _CPU_KEYS):
+        if not any(func.has_kernel_for_dispatch_key(key) for key in CPU_KEYS):
             result = func(*args, **kwargs)
         else:
             with recorder.active(), recorder.calling(None, None):
@@ -542,45 +402,27 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         recorder = self.recorder
-        held = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        held = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
         results = tree_leaves(result)
         fresh = [isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in held for leaf in results]
         for leaf, is_fresh in zip(results, fresh, strict=True):
             if is_fresh:
                 recorder.note_made(leaf)
-        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in _arguments(func))
-        reshapes = func.overloadpacket in _CHANGES_SHAPE_ONLY or torch.Tag.inplace_view in func.tags
-        if reshapes or func.overloadpacket in _EMPTY_FACTORIES or not (writes or any(fresh)):
+        writes = any(
+            argument.alias_info is not None and argument.alias_info.is_write for argument in schema_arguments(func)
+        )
+        reshapes = func.overloadpacket in CHANGES_SHAPE_ONLY or torch.Tag.inplace_view in func.tags
+        if reshapes or func.overloadpacket in EMPTY_FACTORIES or not (writes or any(fresh)):
             return  # A change of shape, untouched memory, or a view: nothing for a device to execute.
         outputs = tuple(
             recorder.freeze(leaf) if is_fresh else None for leaf, is_fresh in zip(results, fresh, strict=True)
         )
-        recorder.nodes.append(_Operation(func, recorder.freeze(args), recorder.freeze(kwargs), outputs))
-
-
-_CPU_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CompositeExplicitAutograd)
+        recorder.nodes.append(Operation(func, recorder.freeze(args), recorder.freeze(kwargs), outputs))
 
 
 def _address(storage: torch.UntypedStorage) -> int:
     """The storage's memory; an empty storage has none, and is known by its (negated) object instead."""
     return storage.data_ptr() or -storage._cdata
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
-    found = []
-    for leaf in tree_leaves(tree):
-        tensor = leaf if isinstance(leaf, torch.Tensor) else getattr(leaf, "base", None)
-        if isinstance(tensor, torch.Tensor):
-            found.append(tensor)
-    return found
-
-
-def _names_host(device: Any) -> bool | None:
-    """Whether a `device=` argument names the host (True) or the device (False); None when it names neither."""
-    if device is None:
-        return None
-    return isinstance(device, str) and device.startswith("cpu")
 
 
 def _destination(recorder: _Recorder, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> bool | None:
@@ -590,33 +432,8 @@ def _destination(recorder: _Recorder, arguments: tuple[tuple[Any, ...], dict[str
         if isinstance(argument, torch.Tensor):
             return recorder.is_host(argument)
         if isinstance(argument, str | torch.device):
-            return _names_host(argument)
+            return names_host(argument)
     return None
-
-
-def _arguments(func: Any) -> Sequence[Any]:
-    arguments: Sequence[Any] = func._schema.arguments
-    return arguments
-
-
-def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that the operator's schema says it writes."""
-    written: list[torch.Tensor] = []
-    for position, argument in enumerate(_arguments(func)):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written.extend(_tensors(value))
-    return written
-
-
-def _is_view(func: Any) -> bool:
-    returns_alias = any(value.alias_info is not None for value in func._schema.returns)
-    writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in _arguments(func))
-    return returns_alias and not writes
-
-
-def _has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

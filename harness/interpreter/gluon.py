@@ -1,10 +1,10 @@
 """Runs kernels written in Gluon without a GPU, on top of Triton's interpreter, which does not know that language.
 
-The words of Gluon, said in those of ``harness.gluon_machine``, of Triton's interpreter and of ``harness.ptx``. Layouts,
+The words of Gluon, said in those of ``gluon_machine``, of Triton's interpreter and of ``ptx``. Layouts,
 registers and the warps of a partition are nobody's business here: a tensor is an array, and a barrier among the threads
 of one partition, which act as one, does nothing.
 
-``teach`` makes ``optimized/`` import its kernels so. Of Gluon there is what they use; asking for more raises
+``install`` makes ``optimized/`` import its kernels so. Of Gluon there is what they use; asking for more raises
 AttributeError. Import this module late: importing Triton fixes how kernels run.
 """
 
@@ -336,10 +336,10 @@ def stand_ins() -> Iterator[None]:
             sys.modules.update({name: module for name, module in before.items() if module is not None})
 
 
-def as_taught(name: str) -> AbstractContextManager[None]:
-    """What the module ``name`` is to be executed in, for ``teach`` to hold."""
-    is_taught = any(isinstance(finder, _Finder) for finder in sys.meta_path)
-    return stand_ins() if name == KERNELS and is_taught else nullcontext()
+def as_installed(name: str) -> AbstractContextManager[None]:
+    """What the module ``name`` is to be executed in, while ``install`` is in force."""
+    is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    return stand_ins() if name == KERNELS and is_installed else nullcontext()
 
 
 class _Loader(SourceFileLoader):
@@ -357,7 +357,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def teach() -> None:
+def install() -> None:
     """Have ``optimized/``'s kernels in Gluon interpreted: before it is imported. Harmless to call twice."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -20,7 +20,7 @@ class BrokenPromise(RuntimeError):
     """What a kernel promises the compiler is not so. One line."""
 
 
-def keep() -> None:
+def install() -> None:
     """Have the interpreter raise BrokenPromise where a kernel breaks one. Harmless to call twice."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 

@@ -12,32 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-
-from nsa_oracle.harness.interpreter import promises
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MOST_CONSTANTS = 4096
-
-
-def prepare_process(device: str) -> None:
-    """Before anything imports Triton: fix how kernels run in this process, whatever its environment says."""
-    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
-    if device == "cpu":
-        speed_up()
-        promises.keep()
-        from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
-
-        gluon.teach()
-    torch.set_num_threads(1)  # tensors are tiny; threads of several processes would only get in each other's way
 
 
 def speed_up() -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from nsa_oracle.harness.scenarios.scenario import ScenarioError, Setup
+from nsa_oracle.harness.errors import ScenarioError
 
-NARROW = 1 << 32  # elements from which on an offset of 32 bits is wrong, with a sign or without
-SIGNED = NARROW >> 1  # with a sign
-MOST_BYTES = 48 << 30  # of a GPU that one case may hold at a time: three engines, each with both caches
+BEYOND_32_BITS = 1 << 32  # elements from which on an offset of 32 bits is wrong, with a sign or without
+BEYOND_31_BITS = BEYOND_32_BITS >> 1  # with a sign
+MOST_FAR_BYTES = 48 << 30  # of a GPU that one case may hold at a time: three engines, each with both caches
 _PATIENCE = 0.02  # seconds between two looks whether it is one's turn
 _ADDRESSES = 1 << 42  # bytes that rows may spread over on a host
 _ROW_ALIGNMENT = 128
@@ -30,12 +30,12 @@ _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3
 
 
 @contextmanager
-def memory_for(setup: Setup, device: torch.device) -> Iterator[None]:
-    """For as long as a case of ``setup`` is judged: what is far apart is there for it, and nobody's afterwards.
+def memory_for(far: bool, device: torch.device) -> Iterator[None]:
+    """Around the judging of one case: memory for what lies ``far`` apart, if anything does, returned afterwards.
 
     On a GPU it waits until so few processes hold such memory that there is enough.
     """
-    if not setup.is_far:
+    if not far:
         yield
     elif device.type == "cpu":
         gc.collect()  # engines are in cycles, and each holds a page of memory for every row that is far
@@ -52,7 +52,7 @@ def _places(device: torch.device) -> list[Path]:
     """A file for each case that finds room on the GPU at a time; whoever locks one may have ``MOST_BYTES``."""
     properties = torch.cuda.get_device_properties(device)
     name = f"nsa-oracle-{os.getuid()}-{properties.uuid}"
-    count = max(1, properties.total_memory // MOST_BYTES)
+    count = max(1, properties.total_memory // MOST_FAR_BYTES)
     return [Path(tempfile.gettempdir()) / f"{name}.{place}.lock" for place in range(count)]
 
 
@@ -79,9 +79,9 @@ def far_apart(dense: torch.Tensor, reach: int | None = None) -> torch.Tensor:
     a wrapped offset stays within the memory: it finds row 0 or zeros. Raises ScenarioError where there is not as much.
     """
     rows, size = len(dense), dense.element_size()
-    given = -(-(reach or NARROW) * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    given = -(-(reach or BEYOND_32_BITS) * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     if dense.device.type == "cpu":
-        memory, stride, first = _untouched(dense, given if reach else NARROW * size)
+        memory, stride, first = _untouched(dense, given if reach else BEYOND_32_BITS * size)
     else:
         memory, stride, first = _allocated((rows - 1) * given // size + dense[0].numel(), dense), given // size, 0
     return memory.as_strided(dense.shape, (stride, *dense.stride()[1:]), first).copy_(dense)
@@ -94,7 +94,7 @@ def _untouched(like: torch.Tensor, widest: int) -> tuple[torch.Tensor, int, int]
     around row 0 as an offset that wraps, in elements.
     """
     rows, size = len(like), like.element_size()
-    before, least = SIGNED * size, (NARROW + 1) * size
+    before, least = BEYOND_31_BITS * size, (BEYOND_32_BITS + 1) * size
     for spread in (_ADDRESSES, _ADDRESSES >> 3, _ADDRESSES >> 6, 2 * least):
         stride = _aligned(min(widest, spread // rows))
         pages = _mapped(before + max(rows * stride, least) + _ROW_ALIGNMENT)
@@ -124,7 +124,7 @@ def _mapped(count: int) -> mmap.mmap | None:
 def _allocated(count: int, like: torch.Tensor) -> torch.Tensor:
     """Memory of ``count`` elements on a GPU. What engines that are gone held makes room for it."""
     needed = count * like.element_size()
-    for is_short in (torch.cuda.memory_reserved(like.device) + needed > MOST_BYTES, True):
+    for is_short in (torch.cuda.memory_reserved(like.device) + needed > MOST_FAR_BYTES, True):
         if is_short:
             _give_back()
         with suppress(torch.OutOfMemoryError):

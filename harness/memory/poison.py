@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_oracle.harness.memory.far_apart import SIGNED, far_apart
+from nsa_oracle.harness.memory.bits import NAN_BYTE
+from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
 
 # Where no layer follows the metadata. Far outside every slot, page and length a scenario can produce, positive so that
 # C and Python division agree.
@@ -24,8 +25,6 @@ SENTINELS = (0x5A5A5A5A, 0x35353535)
 ALIGNED_WORDS = 64  # int32 words; 256 bytes keep the alignment that vectorised stores need
 GUARD_WORDS = 64 * ALIGNED_WORDS  # on either side: what is written further off may end the process, and tell nothing
 GUARD_VALUE = 0x6BADBEEF
-NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
-NAN_WORD = -1  # an int32 of such bytes
 
 
 _bands = True
@@ -80,7 +79,7 @@ class BandedInput:
         inside: tuple[slice, ...]
         if far:
             self.expected = torch.full((rows, columns + 2 * beside), sentinel, dtype=dtype)
-            self.memory = far_apart(self.expected.to(device, copy=True), SIGNED)
+            self.memory = far_apart(self.expected.to(device, copy=True), BEYOND_31_BITS)
             inside = (slice(None), slice(beside, beside + columns))
         else:
             self.expected = torch.full((rows * columns + 2 * beside,), sentinel, dtype=dtype)
@@ -165,3 +164,7 @@ def fill_dead_cells(table: torch.Tensor, live_columns: torch.Tensor, sentinel: i
     """Write ``sentinel`` into the cells of ``table`` [rows, columns] at or beyond ``live_columns`` [rows], in place."""
     columns = torch.arange(table.shape[1], device=table.device)
     table.masked_fill_(columns >= live_columns[:, None], sentinel)
+
+
+# What cache memory that nobody wrote is made of, by run.
+POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3

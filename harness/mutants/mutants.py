@@ -143,7 +143,7 @@ class _Replacements(importlib.abc.SourceLoader):
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         vars(module)[PROBE] = self.probe
-        with gluon.as_taught(module.__name__):
+        with gluon.as_installed(module.__name__):
             super().exec_module(module)
 
     def get_filename(self, fullname: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from nsa_oracle.harness.bugs.bug import Check
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.mutants import Mutant
-from nsa_oracle.harness.mutants.scoring import Fate, Score
+from nsa_oracle.harness.mutants.scores import Fate, Score
 
 _WIDEST = 80
 

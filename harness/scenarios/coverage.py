@@ -1,6 +1,6 @@
 """Which corners of the scenario space a scenario visits, so that a run can say what it has covered.
 
-A class is a short name. ``ALL_CLASSES`` is the complete list; a test proves that each can be reached.
+A class is a short name. ``all_classes`` is the complete list; a test proves that each can be reached.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -25,8 +25,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     Setup,
 )
+from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
-from nsa_oracle.optimized.optimizations import OPTIMIZATION_NAMES
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
@@ -36,7 +36,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
 )
-ALL_CLASSES: tuple[str, ...] = (
+METADATA_CLASSES: tuple[str, ...] = (
     *(f"replay {mode.value}" for mode in GRAPH_MODES),
     *(f"eager {mode.value}" for mode in ForwardMode),
     *("batch of 5..8", "batch of more than 8"),
@@ -56,10 +56,17 @@ ALL_CLASSES: tuple[str, ...] = (
     *("several buckets", "small after large", "small, large, small", "mode change", "eager between replays"),
     *("request finishes", "request joins between replays", "pool row recycled", "page recycled"),
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
-    *(f"switch {name}" for name in OPTIMIZATION_NAMES),
-    "no switch",
-    *LAYER_CLASSES,
 )
+
+
+def switch_classes(switches: Switches) -> tuple[str, ...]:
+    """One class a switch, and one for cases without any; none for a backend that has no switches."""
+    return (*(f"switch {name}" for name in switches.names), "no switch") if switches.names else ()
+
+
+def all_classes(switches: Switches) -> tuple[str, ...]:
+    """Every class that cases of a backend with ``switches`` can visit, in the order of reports."""
+    return (*METADATA_CLASSES, *switch_classes(switches), *LAYER_CLASSES)
 
 
 def classes_of(scenario: Scenario) -> set[str]:

@@ -8,14 +8,19 @@ before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from nsa_oracle.harness.scenarios.scenario import Scenario, to_json
+from nsa_oracle.harness.errors import ScenarioError, one_line
+from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 CORPUS = _TESTS / "cases"  # what every run judges first
@@ -52,7 +57,7 @@ RUNNING = ".running.json"
 
 
 @contextmanager
-def kept_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
+def saved_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
     """Keep a case in ``folder`` for as long as it is judged: if that takes the process down, it is what is left."""
     path = folder / f"{digest(scenario)}.{os.getpid()}{RUNNING}"
     made = not folder.exists()
@@ -68,7 +73,7 @@ def kept_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
                 folder.rmdir()  # fails if there is anything in it
 
 
-def left_by_the_dead(folder: Path, since: float) -> list[Path]:
+def cases_of_dead_processes(folder: Path, since: float) -> list[Path]:
     """Cases in ``folder`` that took the process down which judged them, after the time ``since``."""
 
     def is_dead(path: Path) -> bool:
@@ -105,3 +110,51 @@ class FailureFiles:
             self._stem = digest(scenario)
             save(noted, self.raw)
         save(noted, self.minimal)
+
+
+def to_json(scenario: Scenario) -> str:
+    """The scenario as readable JSON: one event a line, defaults left out."""
+    data = scenario.model_dump(mode="json", exclude_defaults=True)
+    events = [e.model_dump(mode="json", exclude_defaults=True) | {"event": e.event} for e in scenario.events]
+    data.pop("events", None)
+    head = {"schema_version": SCHEMA_VERSION, **data}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    body = ",\n".join("    " + json.dumps({"event": e.pop("event"), **e}) for e in events)
+    lines.append('  "events": [\n' + body + "\n  ]" if events else '  "events": []')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(text: str, source: str = "scenario") -> Scenario:
+    """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
+    try:
+        scenario = Scenario.model_validate_json(text, strict=True)  # true is no 1, and "4" no 4
+        json.loads(text, object_pairs_hook=_each_name_once)
+    except _Twice as error:
+        raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
+    return scenario
+
+
+class _Twice(Exception):
+    """A name that an object of a file has twice, of which one would be lost."""
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> None:
+    names = Counter(name for name, _ in pairs)
+    for name, count in names.items():
+        if count > 1:
+            raise _Twice(name)
+
+
+def load(path: Path) -> Scenario:
+    """Read a scenario file. Raises ScenarioError if it cannot be read or is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return from_json(text, str(path))

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Layer, Scenario, Setup, one_line
+from nsa_oracle.harness.errors import one_line
+from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Layer, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 

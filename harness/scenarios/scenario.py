@@ -7,16 +7,12 @@ machine. ``SCHEMA_VERSION`` changes whenever an old file would mean something el
 from __future__ import annotations
 
 import enum
-import json
 import math
-from collections import Counter
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from nsa_oracle.harness.content.content import Regime, most_coded_slots
-from nsa_oracle.optimized.optimizations import Optimizations
+from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig, ForwardMode, KVCacheDtype, StepSemantics
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -27,10 +23,6 @@ MAX_CELLS = 1 << 28  # of all page tables together: a gigabyte
 MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
 MAX_EXACT_KEYS = 2048
 SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
-
-
-class ScenarioError(ValueError):
-    """A scenario that cannot be used. The message is one line and names the cause."""
 
 
 class _Record(BaseModel):
@@ -183,6 +175,11 @@ class Setup(_Record):
 GRAPH_MODES = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
 
 
+def graph_mode(mode: ForwardMode) -> ForwardMode:
+    """The mode whose graph serves ``mode``: an idle rank replays the DECODE graph."""
+    return ForwardMode.DECODE if mode is ForwardMode.IDLE else mode
+
+
 def _has_a_graph(mode: ForwardMode) -> ForwardMode:
     if mode not in GRAPH_MODES:
         raise ValueError(f"{mode.value} has no graph; choose from {', '.join(m.value for m in GRAPH_MODES)}")
@@ -288,7 +285,7 @@ def _an_int(version: object) -> object:
 class Scenario(_Record):
     """What happens to one backend from its construction on.
 
-    optimizations: names of ``optimized.Optimizations`` switches; ignored when another backend is judged.
+    optimizations: names of the backend's switches (see ``Switches``); a backend without switches ignores them.
     note: free text for the reader, such as where the case came from.
     """
 
@@ -332,65 +329,3 @@ class Scenario(_Record):
                 f"a RoPE part of {layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}"
             )
         return self
-
-    @model_validator(mode="after")
-    def _optimizations_exist(self) -> Scenario:
-        try:
-            Optimizations.from_names(self.optimizations).check(self.setup.backend_config())
-        except ValueError as error:
-            raise ValueError(f"optimizations: {error}") from None
-        return self
-
-
-def to_json(scenario: Scenario) -> str:
-    """The scenario as readable JSON: one event a line, defaults left out."""
-    data = scenario.model_dump(mode="json", exclude_defaults=True)
-    events = [e.model_dump(mode="json", exclude_defaults=True) | {"event": e.event} for e in scenario.events]
-    data.pop("events", None)
-    head = {"schema_version": SCHEMA_VERSION, **data}
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-    body = ",\n".join("    " + json.dumps({"event": e.pop("event"), **e}) for e in events)
-    lines.append('  "events": [\n' + body + "\n  ]" if events else '  "events": []')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def from_json(text: str, source: str = "scenario") -> Scenario:
-    """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
-    try:
-        scenario = Scenario.model_validate_json(text, strict=True)  # true is no 1, and "4" no 4
-        json.loads(text, object_pairs_hook=_each_name_once)
-    except _Twice as error:
-        raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
-    return scenario
-
-
-class _Twice(Exception):
-    """A name that an object of a file has twice, of which one would be lost."""
-
-
-def _each_name_once(pairs: list[tuple[str, Any]]) -> None:
-    names = Counter(name for name, _ in pairs)
-    for name, count in names.items():
-        if count > 1:
-            raise _Twice(name)
-
-
-def one_line(text: str, most: int = 200) -> str:
-    """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return plain if len(plain) <= most else plain[:most] + "..."
-
-
-def load(path: Path) -> Scenario:
-    """Read a scenario file. Raises ScenarioError if it cannot be read or is not one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return from_json(text, str(path))

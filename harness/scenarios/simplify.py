@@ -42,7 +42,7 @@ SIMPLEST_LAYER: dict[str, Any] = {
 MOST_TRIALS = 400
 
 
-def minimise(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
+def simplify(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
     """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried.
 
     Goes round the simplifications, on from the last that was tried: most that did not help stay unhelpful, so it comes

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import save
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.scenarios.simplify import minimise
-from nsa_oracle.harness.search.explore import DeviceLost, Exploration, Subject, explore, has_lost_the_device, minimised
+from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.search.explore import DeviceLost, Exploration, explore, has_lost_the_device, minimised
+from nsa_oracle.harness.subjects.subject import Subject
 
 T = TypeVar("T")
 MOST_TRIALS_ON_CPU = 100
@@ -102,13 +103,13 @@ class Recovery:
             if losses >= MOST_LOSSES:
                 return False
             other = self._failure(scenario)
-            if other is None or not alike(other, failure):
+            if other is None or not other.finding.is_like(failure.finding):
                 return False
             losses += has_lost_the_device(other.finding, self.device)
             smallest = other
             return True
 
-        minimise(failure.scenario, still_fails, MOST_TRIALS_ON_GPU)
+        simplify(failure.scenario, still_fails, MOST_TRIALS_ON_GPU)
         return smallest
 
     def _failure(self, scenario: Scenario) -> OracleFailure | None:
@@ -122,11 +123,6 @@ class Recovery:
         return failure
 
 
-def alike(one: OracleFailure, other: OracleFailure) -> bool:
-    """Whether two cases fail in the same way."""
-    return (one.finding.kind, one.finding.field) == (other.finding.kind, other.finding.field)
-
-
 def _explore(subject: Subject, device: torch.device, *arguments: Any, **options: Any) -> Exploration:
     try:
         return explore(subject, device, *arguments, **options)
@@ -137,7 +133,7 @@ def _explore(subject: Subject, device: torch.device, *arguments: Any, **options:
 def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Exploration:
     outcome = Exploration()
     try:
-        subject.judge(scenario, device, outcome.verdict)
+        judge_subject(subject, scenario, device, outcome.verdict)
     except OracleFailure as failure:
         outcome.failure = failure
         outcome.lost = has_lost_the_device(failure.finding, device)

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping
 
-import hypothesis
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from rich.table import Table
 
-from nsa_oracle.harness.checks.layer import LayerTally, StageJudge
+from nsa_oracle.harness.checks.layer import StageJudge
 from nsa_oracle.harness.checks.relations import Relations
-from nsa_oracle.harness.engine.cache_state import POISON_BYTES
-from nsa_oracle.harness.engine.engine import Engine, LayerObservation, Observation
+from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
-from nsa_oracle.harness.engine.layer_driver import Feed
+from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
+from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
-from nsa_oracle.harness.protocol import BackendError
-from nsa_oracle.harness.scenarios.scenario import Scenario, ScenarioError
+from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search.explore import OutOfTime, Subject, own_draws, scale_of
+from nsa_oracle.harness.search.drawing import OutOfTime, draw
+from nsa_oracle.harness.subjects.subject import Subject, scale_of
 
 RUNS = "runs every call"
-INTERRUPTED = 130  # exit code, as a shell has it of what Ctrl-C ends
-
-
-@contextmanager
-def ended_by_a_signal() -> Iterator[None]:
-    """Let the first SIGTERM do what Ctrl-C does: raise KeyboardInterrupt. Others do nothing until the context ends.
-
-    ``timeout`` sends two, and the second would hit whatever cleans up after the first.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Record:
@@ -105,18 +84,7 @@ class Survey:
             self.cases += 1
             tell(self.cases)
 
-        search = settings(
-            max_examples=cases,
-            deadline=None,
-            database=None,
-            phases=(Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        )(given(scenarios(self.scale))(survey_one))
-        try:
-            with own_draws():
-                hypothesis.seed(seed)(search)()
-        except OutOfTime:
-            pass
+        draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
 
     def _survey(self, scenario: Scenario, deadline: float | None) -> None:
         def in_time() -> None:
@@ -126,15 +94,15 @@ class Survey:
         def build(scenario: Scenario) -> Engine:
             in_time()
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
-            return Engine(scenario, self.subject.backend, self.subject.layer, self.device, sentinel, poison)
+            return Engine(scenario, self.subject.backend, self.subject.layer, self.device, Conditions(sentinel, poison))
 
         try:
-            with speed.without_warnings(), memory_for(scenario.setup, self.device):
+            with speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
                 self._survey_calls(scenario, build, in_time)
         except (BackendError, ScenarioError):
             raise
         except (Exception, SystemExit) as error:  # whatever a layer does
-            self.records[RUNS].add(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+            self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
         else:
             self.records[RUNS].add("")
 
@@ -144,8 +112,8 @@ class Survey:
         engine = build(scenario)
         assert engine.layer is not None
         relations = Relations(scenario, build)
-        regime = engine.cache_state.content.regime
-        judge = StageJudge(engine, getattr(engine.layer.layer, "weaker", {}), LayerTally())
+        judge = StageJudge(engine.layer.judged(), LayerTally())
+        regime = judge.layer.content.regime
         for event in scenario.events:
             metadata = []
             for seen in engine.run(event):
@@ -161,3 +129,11 @@ class Survey:
                     continue
                 for relation, finding in relations.check_all(engine, seen):
                     self.records[f"same bits: {relation.value}"].note(finding)
+
+
+def survey_table(records: Mapping[str, Record]) -> Table:
+    """One line a property."""
+    table = Table("property", "checked", "broken", "first case of it")
+    for name, record in sorted(records.items()):
+        table.add_row(name, f"{record.checked:,}", f"{record.broken:,}", record.example)
+    return table

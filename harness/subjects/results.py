@@ -22,7 +22,7 @@ class WrongResult(Exception):
 
 
 @contextmanager
-def found_in(step: int, how: str) -> Iterator[None]:
+def locating_results(step: int, how: str) -> Iterator[None]:
     """Tell of a wrong result in which pass and in what run of the layer it shows."""
     try:
         yield
@@ -30,7 +30,7 @@ def found_in(step: int, how: str) -> Iterator[None]:
         raise WrongResult(dataclasses.replace(wrong.finding, step=step, how=how)) from None
 
 
-def told(thing: object) -> str:
+def described(thing: object) -> str:
     """What something is."""
     if thing is None:
         return "None"
@@ -44,14 +44,14 @@ def told(thing: object) -> str:
 def tensor_of(name: str, result: Any) -> torch.Tensor:
     """The one tensor that a stage gave. Raises WrongResult."""
     if not isinstance(result, torch.Tensor):
-        raise WrongResult(Finding(Kind.RESULT, name, told(result), "a tensor"))
+        raise WrongResult(Finding(Kind.RESULT, name, described(result), "a tensor"))
     return result
 
 
 def out_and_lse_of(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What attention gave. Raises WrongResult."""
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise WrongResult(Finding(Kind.RESULT, "sparse_mla", told(result), "a tuple (out, lse)"))
+        raise WrongResult(Finding(Kind.RESULT, "sparse_mla", described(result), "a tuple (out, lse)"))
     return tensor_of("out", result[0]), tensor_of("lse", result[1])
 
 
@@ -60,11 +60,11 @@ def outputs_of(result: Any) -> AttentionOutputs:
     names = [field.name for field in dataclasses.fields(AttentionOutputs)]
     if not all(hasattr(result, name) for name in names):
         expected = f"AttentionOutputs: {', '.join(names)}"
-        raise WrongResult(Finding(Kind.RESULT, "forward", told(result), expected))
+        raise WrongResult(Finding(Kind.RESULT, "forward", described(result), expected))
     return AttentionOutputs(**{name: tensor_of(name, getattr(result, name)) for name in names})
 
 
-def wrong_form(
+def wrong_shape_or_dtype(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> Finding | None:
     """Another device, dtype or shape than it should have; more rows, the first dimension, are not wrong."""
@@ -101,7 +101,7 @@ def checked_stages(layer: Any, index_topk: int) -> dict[str, Callable[..., Any]]
 def _formed(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    finding = wrong_form(name, tensor, dtype, shape, device)
+    finding = wrong_shape_or_dtype(name, tensor, dtype, shape, device)
     if finding is not None:
         raise WrongResult(finding)
     return tensor

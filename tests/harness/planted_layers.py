@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from nsa_oracle.harness.engine.cache_state import map_tensors
+from nsa_oracle.harness.engine.passes import map_tensors
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
 from nsa_oracle.reference import kv_cache, topk
 from nsa_oracle.reference.layer import SparseAttention

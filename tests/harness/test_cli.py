@@ -14,10 +14,10 @@ from test_detection import accept_two_then_one, one_replay
 from test_layer_detection import case, lattice
 
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.protocol import load_backend
-from nsa_oracle.harness.report.summary import tell
-from nsa_oracle.harness.scenarios.files import save
-from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario, to_json
+from nsa_oracle.harness.scenarios.files import save, to_json
+from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.reference.types import ForwardMode
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def test_failure_is_told_in_reading_order_and_its_command_repeats_it(tmp_path: P
         sentence,
         "seqlens_expanded, step 0",  # the table
         "row 1 (unused tail)",
-        tell(OTHER, failing_event=5),
+        story(OTHER, failing_event=5),
         "<- fails here",
         f"saved:  {path}",
         "replay: python -m harness replay ",
@@ -252,7 +252,7 @@ def test_usage_errors(tmp_path: Path) -> None:
 def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:
     done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
     assert done.returncode == PASSES, done.stderr
-    assert done.stdout == f"found on a rainy day\n{tell(CASE)}\n"
+    assert done.stdout == f"found on a rainy day\n{story(CASE)}\n"
     assert "2. Replay DECODE (bucket 1): lengths 3, pool rows 0." in done.stdout
 
 

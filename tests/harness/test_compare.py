@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.checks.metadata import RowLabels, Tally, compare
-from nsa_oracle.harness.engine.engine import Observation, StepObservation
+from nsa_oracle.harness.checks.metadata import compare_metadata
+from nsa_oracle.harness.checks.places import RowLabels
+from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour
 from nsa_oracle.harness.scenarios.world import Batch
@@ -59,7 +61,7 @@ def as_seen(metadata: Metadata, **changes: Any) -> StepObservation:
 
 
 def verdict(seen: Observation) -> Finding | None:
-    return compare(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, Tally())
+    return compare_metadata(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, Tally())
 
 
 DECODED = batch(ForwardMode.DECODE, 5, 2)
@@ -68,7 +70,7 @@ DECODED = batch(ForwardMode.DECODE, 5, 2)
 def test_clean_observation_has_no_finding_and_is_counted() -> None:
     seen = observed(DECODED)
     tally = Tally()
-    assert compare(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, tally) is None
+    assert compare_metadata(seen, expected_metadata(CONFIG, POOL, seen.batch, seen.in_graph), CPU, tally) is None
     assert tally.fields == 12
     assert tally.cells == sum(tensor.numel() for tensor in seen.steps[0].tensors.values())
 
@@ -163,7 +165,7 @@ def test_first_wrong_step_is_named() -> None:
 
     (good,), (bad,) = seen.steps, observed(DECODED, cu_seqlens_q=spoil).steps
     seen = dataclasses.replace(seen, steps=(good, bad, bad))
-    found = compare(seen, expected_metadata(config, POOL, seen.batch, seen.in_graph), CPU, Tally())
+    found = compare_metadata(seen, expected_metadata(config, POOL, seen.batch, seen.in_graph), CPU, Tally())
     assert found is not None
     assert (found.step, found.field, found.place) == (1, "cu_seqlens_q", "bound before row 1")
 

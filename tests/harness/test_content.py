@@ -14,8 +14,10 @@ import pytest
 import torch
 from tensor_core import truncated_dot
 
-from nsa_oracle.harness.content.content import MAX_SLOTS, VERSIONS, Content, Origin, Regime
+from nsa_oracle.harness.content.content import Content
+from nsa_oracle.harness.content.exact import MAX_SLOTS, VERSIONS, Origin
 from nsa_oracle.harness.content.exactness import NotExact, check_exact, check_exact_index
+from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 
@@ -346,7 +348,7 @@ def test_a_value_row_names_its_slot_and_pass(attention: AttentionConfig, regime:
     k, _ = content.keys(SLOTS, VERSIONS - 1)
     rank = attention.kv_lora_rank
     assert [content.decode(v) for v in k[:, :rank]] == [Origin(slot, VERSIONS - 1) for slot in SLOTS]
-    assert content.decode_slot(k[0, :rank].clone()) == SLOTS[0]
+    assert content.decode(k[0, :rank].clone()).slot == SLOTS[0]
     mixed = torch.cat([k[0, : rank // 2], k[1, rank // 2 : rank]])
     assert content.decode(mixed) is None
     for wrong in (torch.zeros(rank), torch.full((rank,), torch.nan), k[0, :rank] * 2, k[0, :rank] + 1 / 8):
@@ -361,7 +363,7 @@ def test_a_dominated_output_names_the_target() -> None:
     q, _, _, k, _ = row(content, SLOTS)
     weights = torch.softmax(q.double() @ k.double().T * SMALL.sm_scale, dim=-1)
     out = (weights @ k[:, : SMALL.kv_lora_rank].double()).to(torch.bfloat16)
-    assert [content.decode_slot(o) for o in out] == content.targets((3, 1), 9, SLOTS)
+    assert [content.decode(o).slot for o in out] == content.targets((3, 1), 9, SLOTS)
 
 
 def test_random_content_is_ordinary() -> None:

@@ -12,10 +12,12 @@ import planted
 import pytest
 import torch
 
+from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
-from nsa_oracle.harness.protocol import BackendError, BackendFactory, checked
+from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -30,11 +32,11 @@ from nsa_oracle.harness.scenarios.scenario import (
     PageLayout,
     Replay,
     Scenario,
-    ScenarioError,
     Setup,
-    load,
 )
-from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.subjects.loading import checked
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 DECODE, IDLE, VERIFY = ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY
@@ -448,7 +450,7 @@ def test_reference_passes(drive: Drive, semantics: StepSemantics, device: torch.
 
 
 def test_reference_passes_exploration(device: torch.device, tmp_path: Path) -> None:
-    outcome = explore(Subject(factory_of(planted.Clean)), device, 15, seed=1, save_dir=tmp_path, switches=False)
+    outcome = explore(Subject(factory_of(planted.Clean)), device, 15, seed=1, save_dir=tmp_path)
     assert outcome.failure is None
     assert outcome.verdict.cases == 15
     assert list(tmp_path.iterdir()) == []
@@ -546,7 +548,7 @@ class TestCasesThatCannotBeJudged:
                     failed.append(None)
                     raise
 
-        outcome = explore(Noting(factory_of(FailsOnce)), device, 60, 3, tmp_path, switches=False)
+        outcome = explore(Noting(factory_of(FailsOnce)), device, 60, 3, tmp_path)
         assert failed == [None]
         assert outcome.failure is not None
         assert outcome.saved is not None

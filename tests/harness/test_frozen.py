@@ -15,14 +15,14 @@ from test_detection import DECODE, DRAFT_EXTEND_V2, case, factory_of, one_replay
 from test_graph_audit import FREE, HELD, MEMORY, OWN, SEGMENTS
 
 from nsa_oracle.harness.checks.frozen import frozen_value, other_batch
-from nsa_oracle.harness.graphs.audit import Allocator
-from nsa_oracle.harness.graphs.cuda import graph_runner
+from nsa_oracle.harness.graphs.allocator import Allocator
 from nsa_oracle.harness.graphs.host_values import Difference, NodeValues, differences, of_call, of_nodes
 from nsa_oracle.harness.graphs.nodes import GraphReader
+from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.judge import judge
-from nsa_oracle.harness.protocol import optimized_layer
 from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario
 from nsa_oracle.harness.scenarios.world import PAD_SEQ_LEN
+from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.types import Metadata
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_oracle.harness import gpus
+from nsa_oracle.harness import processes
 from nsa_oracle.harness.plugin import share_gpus
 
 
@@ -31,7 +31,7 @@ def test_processes_take_turns(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")  # first, so that what take_one sets is undone
         if seen is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        gpus.take_one(number)
+        processes.take_gpu(number)
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
 
 

@@ -12,8 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_oracle.harness.graphs.cuda import CaptureError, CudaGraphRunner, GraphRunner, StorageWatch, graph_runner
+from nsa_oracle.harness.graphs.capture import CaptureError, GraphRunner
+from nsa_oracle.harness.graphs.cuda import CudaGraphRunner
+from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
+from nsa_oracle.harness.graphs.storages import StorageWatch
 
 # Without a GPU the raw launches run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():

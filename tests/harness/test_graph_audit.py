@@ -9,7 +9,8 @@ import pytest
 import torch
 from stand_in_driver import ARRAY, DEVICE, HOST, SUCCESS, UNIFIED, UNKNOWN, Kind, Node, StandInDriver, number
 
-from nsa_oracle.harness.graphs.audit import Allocator, Audit, AuditTally, Reference, audit
+from nsa_oracle.harness.graphs.allocator import Allocator, Reference
+from nsa_oracle.harness.graphs.audit import Audit, AuditTally, audit
 from nsa_oracle.harness.graphs.nodes import (
     CopyNode,
     DriverRefusal,

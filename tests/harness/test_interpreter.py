@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_oracle.harness.interpreter.speed import deep_stack, prepare_process
+from nsa_oracle.harness.interpreter.speed import deep_stack
+from nsa_oracle.harness.processes import prepare_process
 
 PROGRAM = """
 import torch, triton, triton.language as tl

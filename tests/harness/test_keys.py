@@ -9,8 +9,10 @@ import pytest
 import torch
 from test_layer_detection import case
 
-from nsa_oracle.harness.content.edge_keys import MadeUpKeys, Tiles, made_up_keys
-from nsa_oracle.harness.engine.cache_state import as_bytes, new_caches, with_one_nan
+from nsa_oracle.harness.checks.caches import with_canonical_nans
+from nsa_oracle.harness.content.edge_keys import EdgeKeys, KeyKind, edge_keys
+from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.kv_cache import load_index_k, quantize, store_cache
 from nsa_oracle.reference.types import KVCacheDtype
 
@@ -19,13 +21,13 @@ each_layer = pytest.mark.parametrize("layer", LAYERS, ids=["small", "production"
 TINY = torch.finfo(torch.bfloat16).tiny
 
 
-def made_up(layer: dict[str, Any], seed: int = 3, run: int = 0, call: int = 1, **sizes: Any) -> MadeUpKeys:
+def made_up(layer: dict[str, Any], seed: int = 3, run: int = 0, call: int = 1, **sizes: Any) -> EdgeKeys:
     setup = case(layer=layer, **sizes).setup
     assert setup.layer is not None
-    return made_up_keys(setup, setup.layer.attention_config(), seed, run, call)
+    return edge_keys(setup, setup.layer.attention_config(), seed, run, call)
 
 
-def tiles_of(layer: dict[str, Any], kind: Tiles) -> list[torch.Tensor]:
+def tiles_of(layer: dict[str, Any], kind: KeyKind) -> list[torch.Tensor]:
     """The tiles of keys, float32, and of index keys, of the rows of one kind in several calls."""
     found = []
     for call in range(12):
@@ -49,7 +51,7 @@ def ties(tile: torch.Tensor) -> torch.Tensor:
 def test_each_kind_once_in_slots_of_their_own(layer: dict[str, Any]) -> None:
     given = made_up(layer)
     slots = given.inputs.out_cache_loc.tolist()
-    assert set(given.kinds) == set(Tiles)
+    assert set(given.kinds) == set(KeyKind)
     assert len(set(slots)) == len(slots) == len(given.kinds)
     assert all(4 <= slot < 4 * case().setup.num_pages for slot in slots), "the dummy page is nobody's"
     assert [given.kind_in(slot) for slot in slots] == list(given.kinds)
@@ -58,23 +60,23 @@ def test_each_kind_once_in_slots_of_their_own(layer: dict[str, Any]) -> None:
 
 def test_fewer_slots_than_kinds() -> None:
     sizes = {"page_size": 1, "max_context_len": 2, "pool_size": 1, "num_draft_tokens": 1}
-    found = [made_up({}, call=call, **sizes) for call in range(len(Tiles))]
-    assert all(len(set(given.inputs.out_cache_loc.tolist())) == len(given.kinds) < len(Tiles) for given in found)
-    assert {kind for given in found for kind in given.kinds} == set(Tiles)
+    found = [made_up({}, call=call, **sizes) for call in range(len(KeyKind))]
+    assert all(len(set(given.inputs.out_cache_loc.tolist())) == len(given.kinds) < len(KeyKind) for given in found)
+    assert {kind for given in found for kind in given.kinds} == set(KeyKind)
 
 
 @each_layer
 def test_tiles_are_of_their_kind(layer: dict[str, Any]) -> None:
-    def some(kind: Tiles) -> list[torch.Tensor]:
+    def some(kind: KeyKind) -> list[torch.Tensor]:
         """Index keys always are of the kind, of a key's tiles one at least."""
         holds = {
-            Tiles.NAN: lambda tile: tile.isnan().any(),
-            Tiles.INFINITE: lambda tile: tile.isinf().any(),
-            Tiles.ZEROS: lambda tile: (tile == 0).all(),
-            Tiles.DENORMAL: lambda tile: ((tile != 0) & (tile.abs() < TINY)).all(),
-            Tiles.LARGEST: lambda tile: tile.abs().max() == torch.finfo(torch.bfloat16).max,
-            Tiles.HALFWAY: lambda tile: bool(ties(tile).sum() == len(tile) - 1),
-            Tiles.EQUAL: lambda tile: len(tile.abs().unique()) == 1,
+            KeyKind.NAN: lambda tile: tile.isnan().any(),
+            KeyKind.INFINITE: lambda tile: tile.isinf().any(),
+            KeyKind.ZEROS: lambda tile: (tile == 0).all(),
+            KeyKind.DENORMAL: lambda tile: ((tile != 0) & (tile.abs() < TINY)).all(),
+            KeyKind.LARGEST: lambda tile: tile.abs().max() == torch.finfo(torch.bfloat16).max,
+            KeyKind.HALFWAY: lambda tile: bool(ties(tile).sum() == len(tile) - 1),
+            KeyKind.EQUAL: lambda tile: len(tile.abs().unique()) == 1,
         }[kind]
         tiles = tiles_of(layer, kind)
         held = [bool(holds(tile)) for tile in tiles]
@@ -82,11 +84,11 @@ def test_tiles_are_of_their_kind(layer: dict[str, Any]) -> None:
         assert not all(held)
         return [tile for tile, holds in zip(tiles, held, strict=True) if holds]
 
-    assert all(int(tile.isnan().sum()) == 1 for tile in some(Tiles.NAN))
-    assert {float(tile[tile.isinf()][0]) for tile in some(Tiles.INFINITE)} == {torch.inf, -torch.inf}
-    assert all(0 < int(tile.signbit().sum()) < len(tile) for tile in some(Tiles.ZEROS))
-    assert len({float(tile[0].abs()) for tile in some(Tiles.EQUAL)}) > 12
-    for kind in (Tiles.DENORMAL, Tiles.LARGEST, Tiles.HALFWAY):
+    assert all(int(tile.isnan().sum()) == 1 for tile in some(KeyKind.NAN))
+    assert {float(tile[tile.isinf()][0]) for tile in some(KeyKind.INFINITE)} == {torch.inf, -torch.inf}
+    assert all(0 < int(tile.signbit().sum()) < len(tile) for tile in some(KeyKind.ZEROS))
+    assert len({float(tile[0].abs()) for tile in some(KeyKind.EQUAL)}) > 12
+    for kind in (KeyKind.DENORMAL, KeyKind.LARGEST, KeyKind.HALFWAY):
         some(kind)
 
 
@@ -114,7 +116,7 @@ def test_nan_is_like_any_other_and_nothing_else_is(layer: dict[str, Any]) -> Non
     caches = new_caches(setup, config, setup.num_pages, torch.device("cpu"), 0x7F)
     store_cache(config, caches, given.inputs)
     slots = given.inputs.out_cache_loc
-    one = with_one_nan(config, caches, slots)
+    one = with_canonical_nans(config, caches, slots)
     values, scales = load_index_k(config, one.index_k, slots)
     before, scales_before = load_index_k(config, caches.index_k, slots)
     assert values.isnan().any()

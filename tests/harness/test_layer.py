@@ -11,23 +11,20 @@ from hypothesis import given, settings
 from planted_layers import Clean
 from test_layer_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, case
 
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.engine.cache_state import (
-    POISON_BYTES,
-    CacheState,
-    Pass,
-    as_bytes,
-    new_caches,
-    query_rows,
-    unwritten,
-)
+from nsa_oracle.harness.engine.cache_state import CacheState, query_rows
+from nsa_oracle.harness.engine.caches import new_caches
 from nsa_oracle.harness.engine.expected import _as_forward_batch, expected_metadata
-from nsa_oracle.harness.engine.layer_driver import LayerDriver, LayerLoad, dense_copy
-from nsa_oracle.harness.engine.read_only import Modified
+from nsa_oracle.harness.engine.layer_driver import LayerDriver
+from nsa_oracle.harness.engine.observations import LayerLoad, Modified, dense_copy
+from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.judge import sentinels
+from nsa_oracle.harness.memory.bits import as_bytes, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
+from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Event, Finish, Join, Layer, Remap, Replay, Scenario
-from nsa_oracle.harness.scenarios.strategies import SMALL, scenarios
+from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import Batch, World
 from nsa_oracle.reference import kv_cache
 from nsa_oracle.reference.cycle import out_cache_loc, query_positions, request_of_row
@@ -214,7 +211,7 @@ def test_load_is_not_touched_by_what_comes_after(model: Model) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(scenarios(SMALL, switches=False))
+@given(scenarios(SMALL))
 def test_visible_tokens_have_keys_after_any_history(scenario: Scenario) -> None:
     """Whatever a pass can see is a key of its request's slot; free pages are poison. Both kinds of poison mean that."""
     if scenario.setup.page_size & (scenario.setup.page_size - 1) or scenario.setup.max_context_len > 300:
@@ -261,7 +258,7 @@ def slot_of(world: World, batch: Batch, request: int, position: int) -> int:
 
 
 @settings(max_examples=80, deadline=None)
-@given(scenarios(SMALL, switches=False))
+@given(scenarios(SMALL))
 def test_rows_are_those_of_the_reference(scenario: Scenario) -> None:
     """In every mode and under both semantics, eagerly and padded to a bucket."""
     config, setup = scenario.setup.backend_config(), scenario.setup
@@ -449,7 +446,7 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64])
 def test_unwritten_memory_of_strided_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Nothing in it or around it is a number that somebody could use, and vectors of 16 bytes stay aligned."""
-    dense, apart = (unwritten(shape, dtype, torch.device("cpu"), strided) for strided in (False, True))
+    dense, apart = (unwritten_memory(shape, dtype, torch.device("cpu"), strided) for strided in (False, True))
     assert dense.is_contiguous()
     assert apart.shape == dense.shape == shape
     if len(shape) == 1:

@@ -11,14 +11,14 @@ from typing import Any
 import planted_layers
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from planted import Clean as CleanBackend
 from test_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, factory_of, matches
 
 from nsa_oracle.harness.checks.relations import Relation
-from nsa_oracle.harness.content.content import Regime
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -34,7 +34,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     Setup,
 )
-from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER, scenarios
+from nsa_oracle.harness.scenarios.strategies import scenarios
+from nsa_oracle.harness.search.drawing import draw
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 BACKEND = factory_of(CleanBackend)
@@ -366,11 +367,7 @@ def test_reference_passes_drawn_scenarios(device: torch.device) -> None:
     def judge_one(scenario: Scenario) -> None:
         judge(scenario, BACKEND, device, verdict, planted_layers.Clean, graphs=False)
 
-    drawn = given(scenarios(scale, switches=False))(judge_one)
-    quick = settings(
-        max_examples=8, deadline=None, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
-    )
-    seed(5)(quick(drawn))()
+    draw(scenarios(scale), 8, 5, judge_one)
     assert verdict.cases == 8
     assert verdict.eager_calls > 0
 

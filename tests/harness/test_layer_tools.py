@@ -19,16 +19,19 @@ from test_layer_detection import VERIFY, lattice
 from test_relations import IN_TURN, InFirstPlace, replay_of_two
 
 from nsa_oracle.harness.commands import tiers
-from nsa_oracle.harness.commands.terminal import progress_of
+from nsa_oracle.harness.commands.terminal import INTERRUPTED, progress_of
 from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, run_tiers
-from nsa_oracle.harness.protocol import BackendError, completed, optimized_backend
-from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.report import text
 from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, declared
+from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
-from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER
-from nsa_oracle.harness.search import explore, survey
-from nsa_oracle.harness.search.explore import Subject
-from nsa_oracle.harness.search.survey import INTERRUPTED, Record, Survey
+from nsa_oracle.harness.search import survey
+from nsa_oracle.harness.search.survey import Record, Survey
+from nsa_oracle.harness.subjects import subject
+from nsa_oracle.harness.subjects.default import optimized_backend
+from nsa_oracle.harness.subjects.loading import completed
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 
 # Tiers
@@ -45,7 +48,7 @@ def test_clean_case_passes_every_tier_there_is(tmp_path: Path, monkeypatch: pyte
         *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.SIMULATED)),
         *(TierOutcome(tier, None, missing) for tier in (Tier.EAGER, Tier.GRAPH)),
     ]
-    table = summary.render(summary.tiers_table(found))
+    table = text.render(tiers.tiers_table(found))
     assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line] == [
         ["CPU reference", "case itself", "passes"],
         ["interpreter", "logic", "passes"],
@@ -185,7 +188,7 @@ def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.
     counts = {name: records[name].checked for name in RELATIONS}
     eagerly = {"same bits: other pages", "same bits: requests in reverse order", "same bits: a request alone"}
     assert counts == {name: 2 if name in eagerly else 1 for name in RELATIONS}
-    assert all(name in summary.render(summary.survey_table(records)) for name in records)
+    assert all(name in text.render(survey.survey_table(records)) for name in records)
 
 
 def test_exact_content_is_compared_and_not_related(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +244,7 @@ def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: 
             seen.append((attention.num_heads, attention.kv_cache_dtype, config.page_size))
 
     soon = dataclasses.replace(SMALL_LAYER, max_context_lens=(20,), index_topks=(4,), num_steps=(1,), max_events=1)
-    monkeypatch.setitem(explore.SCALES, (device.type, True), soon)
+    monkeypatch.setitem(subject.SCALES, (device.type, True), soon)
     found = Survey(subject_of(Looks, num_heads=(3,), kv_cache_dtype=("fp8",), page_size=(16,)), device)
     found.run(cases=4, seed=0)
     assert found.records["runs every call"].checked == 4

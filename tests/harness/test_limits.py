@@ -8,14 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.protocol import BackendError, optimized_backend
+from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -31,9 +30,12 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     Setup,
 )
-from nsa_oracle.harness.scenarios.strategies import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted, scenarios
-from nsa_oracle.harness.search.explore import SCALES, Subject, explore, own_draws
+from nsa_oracle.harness.scenarios.strategies import scenarios
+from nsa_oracle.harness.search import drawing
+from nsa_oracle.harness.search.explore import explore
 from nsa_oracle.harness.search.survey import Survey
+from nsa_oracle.harness.subjects.default import optimized_backend
+from nsa_oracle.harness.subjects.subject import SCALES, Subject
 from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
@@ -56,19 +58,7 @@ def only(*modes: ForwardMode) -> Limits:
 
 
 def drawn(scale: Scale, count: int = 25) -> list[Scenario]:
-    found: list[Scenario] = []
-
-    @hypothesis.seed(0)
-    @settings(
-        max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck]
-    )
-    @given(scenarios(scale))
-    def sweep(scenario: Scenario) -> None:
-        found.append(scenario)
-
-    with own_draws():
-        sweep()
-    return found
+    return drawing.drawn(scenarios(scale), count, seed=0)
 
 
 def values(scenario: Scenario) -> dict[str, Any]:

@@ -18,16 +18,17 @@ from typer.testing import CliRunner
 
 import nsa_oracle.harness.__main__ as main
 from nsa_oracle.harness.bugs import hunt as matrix
-from nsa_oracle.harness.bugs.bug import Check
-from nsa_oracle.harness.bugs.hunt import Kill, hunt, hunt_all
-from nsa_oracle.harness.bugs.kill_matrix import LOG_WIDTH, kills_table, told_in_one_line
+from nsa_oracle.harness.bugs.hunt import hunt, hunt_all
+from nsa_oracle.harness.bugs.kill_matrix import LOG_WIDTH, kills_table, one_line_story
+from nsa_oracle.harness.bugs.kills import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.processes import Child, ChildDied
-from nsa_oracle.harness.report.summary import render
-from nsa_oracle.harness.scenarios.scenario import to_json
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.files import to_json
 from nsa_oracle.harness.search.explore import DeviceLost
-from nsa_oracle.harness.search.survey import INTERRUPTED
 
 CPU = torch.device("cpu")
 BUG = ZOO["workspace-cleared-by-the-mirror"]
@@ -137,7 +138,7 @@ def test_a_bug_is_a_line_whatever_its_case() -> None:
     head, *lines = render(kills_table(kills), LOG_WIDTH).splitlines()
     assert head.split() == ["bug", "check", "cases", "seconds", "smallest", "case"]
     assert [line.split()[0] for line in lines] == [BUG.name, THREE[0].name, THREE[2].name]
-    assert told_in_one_line(long) in lines[0]
+    assert one_line_story(long) in lines[0]
     assert lines[0].split()[1:4] == ["capture", "7", "4"]
     assert lines[1].split()[1:5] == ["metadata", "?", "2", "1"]  # not by the check that is meant to
     assert lines[2].split()[1:] == ["200", "9", "SURVIVED"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -21,7 +21,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     Setup,
 )
-from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, SIMPLEST_SETUP, minimise
+from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, SIMPLEST_SETUP, simplify
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 
 EVERYTHING = Scenario(
@@ -60,7 +60,7 @@ def test_only_what_the_failure_needs_is_left() -> None:
         stale = any(isinstance(e, Replay) and e.mirror is Mirror.STALE for e in scenario.events)
         return captured and joins == 2 and stale and "batched_copy" in scenario.optimizations
 
-    smallest = minimise(EVERYTHING, still_fails)
+    smallest = simplify(EVERYTHING, still_fails)
     assert smallest.events == (
         Capture(mode=ForwardMode.DECODE, buckets=(4,)),
         Join(seq_len=5),
@@ -73,7 +73,7 @@ def test_only_what_the_failure_needs_is_left() -> None:
 
 
 def test_nothing_changes_when_everything_is_needed() -> None:
-    assert minimise(EVERYTHING, lambda scenario: False) == EVERYTHING
+    assert simplify(EVERYTHING, lambda scenario: False) == EVERYTHING
 
 
 def test_candidates_are_valid_and_few() -> None:
@@ -84,7 +84,7 @@ def test_candidates_are_valid_and_few() -> None:
         tried.append(scenario)
         return True
 
-    assert minimise(EVERYTHING, still_fails).events == ()
+    assert simplify(EVERYTHING, still_fails).events == ()
     assert len(tried) <= MOST_TRIALS
     assert all(Scenario.model_validate(scenario.model_dump()) == scenario for scenario in tried)
 
@@ -113,7 +113,7 @@ def smallest_layer(kept: dict[str, object]) -> Layer | None:
             for name, value in kept.items()
         )
 
-    return minimise(WITH_LAYER, still_fails).setup.layer
+    return simplify(WITH_LAYER, still_fails).setup.layer
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_as_few_finish_as_the_failure_allows() -> None:
         return sum(event.count for event in scenario.events if isinstance(event, Finish))
 
     for least, left in ((1, 1), (2, 2), (3, 4), (5, 7)):
-        smallest = minimise(drained, lambda scenario, least=least: finishing(scenario) >= least)
+        smallest = simplify(drained, lambda scenario, least=least: finishing(scenario) >= least)
         assert smallest.events == (Finish(request=0, count=left),)
 
 
 def test_inputs_get_as_plain_as_the_failure_allows() -> None:
     inputs = Inputs(seq_lens=IntDtype.INT32, strided=True, wide_req_to_token=True, far_req_to_token=True)
     scenario = EVERYTHING.model_copy(update={"setup": EVERYTHING.setup.model_copy(update={"inputs": inputs})})
-    assert minimise(scenario, lambda other: other.setup.inputs.strided).setup.inputs == Inputs(strided=True)
+    assert simplify(scenario, lambda other: other.setup.inputs.strided).setup.inputs == Inputs(strided=True)

@@ -14,26 +14,25 @@ from pathlib import Path
 import pytest
 from test_cli import UNUSABLE, assert_one_line_error, harness
 
-from nsa_oracle.harness.bugs.bug import Check
-from nsa_oracle.harness.mutants.mutants import TREE, Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
-from nsa_oracle.harness.mutants.operators import Edit, edits
-from nsa_oracle.harness.mutants.report import as_json, matrix, sum_line, survivors
-from nsa_oracle.harness.mutants.scoring import (
+from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.mutants.cases import (
     ANY_LINE,
     Case,
     Deadliness,
-    Fate,
-    Score,
-    ScoringError,
     cases_for,
-    compiled_lines,
     drawn_scenarios,
     importers_of,
-    score,
     within,
 )
-from nsa_oracle.harness.report.summary import render
-from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario, Setup, to_json
+from nsa_oracle.harness.mutants.mutants import TREE, Mutant, all_mutants, mutants_of, probed, sampled, tree_sources
+from nsa_oracle.harness.mutants.nursery import compiled_lines
+from nsa_oracle.harness.mutants.operators import Edit, edits
+from nsa_oracle.harness.mutants.report import as_json, matrix, sum_line, survivors
+from nsa_oracle.harness.mutants.scores import Fate, Score, ScoringError
+from nsa_oracle.harness.mutants.scoring import score
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario, Setup
 from nsa_oracle.reference.types import ForwardMode
 
 # Each snippet with every change that the operators find in it, in order.

@@ -20,7 +20,6 @@ from test_detection import factory_of, one_replay
 from test_graph import add_kernel, ints
 from test_layer_detection import case
 
-from nsa_oracle.harness.bugs.bug import Check
 from nsa_oracle.harness.bugs.catalogue.graphs import (
     DoesNotWaitForInputs,
     IsNotWaitedFor,
@@ -29,19 +28,22 @@ from nsa_oracle.harness.bugs.catalogue.graphs import (
     TurnsThroughScratch,
 )
 from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.commands.sanitizer import Tool, find_sanitizer, sanitize
 from nsa_oracle.harness.commands.tiers import module_path
 from nsa_oracle.harness.engine.stress import Delivery, late_inputs, slow_side_streams
-from nsa_oracle.harness.graphs.audit import Allocator, driver_bindings
+from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.graphs.allocator import Allocator
+from nsa_oracle.harness.graphs.audit import driver_bindings
 from nsa_oracle.harness.graphs.cuda import CudaCapturedGraph, CudaGraphRunner
 from nsa_oracle.harness.graphs.free_memory import _Words, spoil_free_blocks
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory import far_apart
-from nsa_oracle.harness.protocol import optimized_backend
 from nsa_oracle.harness.scenarios import scenario
-from nsa_oracle.harness.scenarios.files import BUG_CASES, CORPUS
-from nsa_oracle.harness.scenarios.scenario import Eager, Join, Replay, ScenarioError, load
+from nsa_oracle.harness.scenarios.files import BUG_CASES, CORPUS, load
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Replay
+from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode
 
 
@@ -277,7 +279,7 @@ def test_every_graph_of_a_saved_case_is_audited(gpu: torch.device) -> None:
 
 
 def _optimized() -> Any:
-    from nsa_oracle.harness.protocol import optimized_backend
+    from nsa_oracle.harness.subjects.default import optimized_backend
 
     return optimized_backend
 
@@ -331,7 +333,7 @@ class TestMemory:
     def test_case_that_passes(self, gpu: torch.device) -> None:
         self.forget(gpu)
         judge(self.FAR, optimized_backend, gpu)
-        assert self.CACHES <= torch.cuda.max_memory_reserved(gpu) <= far_apart.MOST_BYTES
+        assert self.CACHES <= torch.cuda.max_memory_reserved(gpu) <= far_apart.MOST_FAR_BYTES
         assert torch.cuda.memory_reserved(gpu) < 1 << 30
 
     def test_cases_that_fail(self, gpu: torch.device) -> None:
@@ -341,7 +343,7 @@ class TestMemory:
             with pytest.raises(OracleFailure, match="page_table_1") as caught:
                 judge(self.FAR, factory_of(planted.KeepsPageTable), gpu)
             kept.append(caught)
-        assert torch.cuda.max_memory_reserved(gpu) <= far_apart.MOST_BYTES
+        assert torch.cuda.max_memory_reserved(gpu) <= far_apart.MOST_FAR_BYTES
         assert torch.cuda.memory_reserved(gpu) < 1 << 30
 
     def test_harness_without_memory_is_no_finding(self, gpu: torch.device) -> None:

@@ -20,9 +20,11 @@ from nsa_oracle.harness import plugin
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
 from nsa_oracle.harness.plugin import Oracle, _add_property, _as_property
 from nsa_oracle.harness.scenarios import files as seeds
-from nsa_oracle.harness.scenarios.files import save
-from nsa_oracle.harness.scenarios.scenario import Replay, load
-from nsa_oracle.harness.search.explore import SHARDS, Exploration, Subject
+from nsa_oracle.harness.scenarios.files import load, save
+from nsa_oracle.harness.scenarios.scenario import Replay
+from nsa_oracle.harness.search.drawing import SHARDS
+from nsa_oracle.harness.search.explore import Exploration
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
 
 HERE = Path(__file__).parent

@@ -14,15 +14,18 @@ import pytest
 import torch
 
 from docs.examples.my_layer import MyAttention
-from nsa_oracle.harness.__main__ import app
 from nsa_oracle.harness.checks.relations import Relation
-from nsa_oracle.harness.commands.tiers import Tier, TierOutcome
-from nsa_oracle.harness.content.content import Regime
+from nsa_oracle.harness.commands.app import app
+from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, tiers_table
 from nsa_oracle.harness.fields import HOST_SCALARS
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness, load_backend, load_layer, optimized_backend
-from nsa_oracle.harness.report.summary import explain, render, tiers_table
+from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
+from nsa_oracle.harness.report.failure import explain
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import SMALL_LAYER, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -35,11 +38,10 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Scenario,
     Setup,
-    from_json,
-    to_json,
 )
-from nsa_oracle.harness.scenarios.strategies import SMALL_LAYER, restricted
-from nsa_oracle.harness.search.explore import PROFILES, SHARDS
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
+from nsa_oracle.harness.subjects.default import optimized_backend
+from nsa_oracle.harness.subjects.loading import load_backend, load_layer
 from nsa_oracle.reference.metadata import compute_metadata
 from nsa_oracle.reference.types import (
     AttentionConfig,

@@ -13,8 +13,8 @@ from test_detection import DECODE, VERIFY, case, one_replay
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.processes import ChildDied
-from nsa_oracle.harness.scenarios.files import save
-from nsa_oracle.harness.scenarios.scenario import Capture, Finish, Join, Replay, load
+from nsa_oracle.harness.scenarios.files import load, save
+from nsa_oracle.harness.scenarios.scenario import Capture, Finish, Join, Replay
 from nsa_oracle.harness.search import recovery
 from nsa_oracle.harness.search.explore import DeviceLost, has_lost_the_device
 from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec

@@ -10,11 +10,12 @@ import torch
 from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, FP8, VERIFY, case, random
 
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.engine.cache_state import POISON_BYTES
-from nsa_oracle.harness.engine.engine import Engine, LayerObservation
+from nsa_oracle.harness.engine.engine import Engine
+from nsa_oracle.harness.engine.observations import LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge, sentinels
+from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.protocol import load_backend
-from nsa_oracle.harness.scenarios.scenario import load
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.subjects.loading import load_backend
 
 PROJECT = Path(__file__).parent.parent.parent
 CASES = {path.stem.removeprefix("revert-"): path for path in (PROJECT / "tests/cases").glob("revert-*.json")}

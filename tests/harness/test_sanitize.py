@@ -15,9 +15,9 @@ from test_detection import DECODE, case, factory_of
 from typer.testing import CliRunner
 
 import nsa_oracle.harness.__main__ as main
-from nsa_oracle.harness.__main__ import app
 from nsa_oracle.harness.commands import sanitizer
 from nsa_oracle.harness.commands import sanitizer as sanitize
+from nsa_oracle.harness.commands.app import app
 from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.judge import OracleFailure, judge

@@ -15,8 +15,8 @@ from test_detection import factory_of
 from nsa_oracle.harness.bugs.bug import by_mutation
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.scenarios.scenario import load
+from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
+from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.reference.multi_step import copy_into
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
@@ -222,7 +222,7 @@ def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
     kernel = "nsa_oracle.optimized.kernels.topk:topk_filter_kernel"
     twice_the_room = by_mutation(Mutation(kernel, "if count + total <= CAPACITY", "if count + total <= 2 * CAPACITY"))
     with twice_the_room() as subject, pytest.raises(OracleFailure) as failure:
-        subject.judge(load(PROJECT / "tests/cases/layer-last-row-fills-its-only-share.json"), device)
+        judge_subject(subject, load(PROJECT / "tests/cases/layer-last-row-fills-its-only-share.json"), device)
     assert failure.value.finding.kind is Kind.GUARD
     assert "[133, 1, 8192]" in failure.value.finding.sentence()
 
@@ -232,5 +232,5 @@ def test_a_line_more_than_there_is_room_for_is_told(device: torch.device) -> Non
     kernel = "nsa_oracle.optimized.kernels.topk:topk_kernel"
     one_line_more = by_mutation(Mutation(kernel, "num_lines <= BLOCK // LINE", "num_lines <= BLOCK // LINE + 1"))
     with one_line_more() as subject, pytest.raises(OracleFailure) as failure:
-        subject.judge(load(PROJECT / "tests/cases/layer-one-token-wider-than-a-block.json"), device)
+        judge_subject(subject, load(PROJECT / "tests/cases/layer-one-token-wider-than-a-block.json"), device)
     assert failure.value.finding.field == "topk_indices"

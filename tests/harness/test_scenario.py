@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.report.summary import tell
+from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.scenarios.coverage import classes_of
+from nsa_oracle.harness.scenarios.files import from_json, load, to_json
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -24,13 +26,10 @@ from nsa_oracle.harness.scenarios.scenario import (
     Remap,
     Replay,
     Scenario,
-    ScenarioError,
     Setup,
-    from_json,
-    load,
-    to_json,
 )
-from nsa_oracle.harness.scenarios.strategies import LARGE, LARGE_LAYER, scenarios
+from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 
 SETUP = {
@@ -279,7 +278,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_numbers_without_a_limit_are_told_and_played(event: dict[str, Any]) -> None:
     scenario = from_json(with_changes(events=[{"event": "join", "seq_len": 6}, event]))
-    assert len(tell(scenario).splitlines()) > 2
+    assert len(story(scenario).splitlines()) > 2
     assert classes_of(scenario)
 
 

@@ -16,20 +16,24 @@ import torch
 from test_detection import accept_two_then_one, factory_of, one_replay, two_lengths
 
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.report.summary import explain
+from nsa_oracle.harness.report.failure import explain
 from nsa_oracle.harness.scenarios.files import (
     PRODUCTION,
     RUNNING,
     FailureFiles,
+    cases_of_dead_processes,
     corpus,
     digest,
-    kept_while_judged,
-    left_by_the_dead,
+    from_json,
+    load,
     save,
+    saved_while_judged,
+    to_json,
 )
-from nsa_oracle.harness.scenarios.scenario import Scenario, from_json, load, to_json
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.world import World
-from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
 
 ONE, OTHER, THIRD = two_lengths, accept_two_then_one, one_replay(ForwardMode.DECODE)
@@ -101,7 +105,7 @@ def test_raw_case_is_saved_before_shrinking_begins(
 ) -> None:
     monkeypatch.setattr(Watched, "folder", tmp_path, raising=False)
     monkeypatch.setattr(Watched, "seen", [], raising=False)
-    outcome = explore(Subject(factory_of(Watched)), device, 30, seed=3, save_dir=tmp_path, switches=False)
+    outcome = explore(Subject(factory_of(Watched)), device, 30, seed=3, save_dir=tmp_path)
 
     first = next(number for number, files in enumerate(Watched.seen) if files)
     assert first < len(Watched.seen) - 1, "nothing was shrunk"
@@ -126,17 +130,17 @@ def test_raw_case_is_saved_before_shrinking_begins(
 
 def test_case_is_kept_for_as_long_as_it_is_judged(tmp_path: Path) -> None:
     folder = tmp_path / "failures"
-    with kept_while_judged(ONE, folder):
+    with saved_while_judged(ONE, folder):
         (path,) = folder.iterdir()
         assert path.name == f"{digest(ONE)}.{os.getpid()}{RUNNING}"
         assert load(path) == ONE
     assert not folder.exists(), "nothing is left of what was made for it"
     folder.mkdir()
-    with pytest.raises(ZeroDivisionError), kept_while_judged(ONE, folder):
+    with pytest.raises(ZeroDivisionError), saved_while_judged(ONE, folder):
         1 / 0  # noqa: B018
     assert list(folder.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with kept_while_judged(ONE, tmp_path / "file"):
+    with saved_while_judged(ONE, tmp_path / "file"):
         pass  # where nothing can be written, judging goes on
 
 
@@ -147,16 +151,16 @@ def test_only_what_a_dead_process_left_is_its_last_case(tmp_path: Path) -> None:
     dead, alive, odd = (tmp_path / f"abc.{pid}{RUNNING}" for pid in (ended.pid, os.getpid(), "x"))
     for path in (dead, alive, odd):
         path.write_text(to_json(ONE))
-    assert left_by_the_dead(tmp_path, started) == [dead]
+    assert cases_of_dead_processes(tmp_path, started) == [dead]
     os.utime(dead, (started - 5, started - 5))
-    assert left_by_the_dead(tmp_path, started) == [], "that was another session"
-    assert left_by_the_dead(tmp_path / "absent", started) == []
+    assert cases_of_dead_processes(tmp_path, started) == [], "that was another session"
+    assert cases_of_dead_processes(tmp_path / "absent", started) == []
 
 
 def test_finding_is_not_lost_where_it_cannot_be_saved(device: torch.device, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("")
     subject = Subject(factory_of(planted.VerifyForgetsDrafts))
-    outcome = explore(subject, device, 30, seed=3, save_dir=tmp_path / "full", switches=False)
+    outcome = explore(subject, device, 30, seed=3, save_dir=tmp_path / "full")
     assert outcome.failure is not None
     assert outcome.saved is None
     assert outcome.unsaved == f"{tmp_path}/full: File exists"
@@ -178,7 +182,7 @@ def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) 
     outcome = None
     for seed in range(20):
         built.clear()
-        outcome = explore(Subject(factory), device, 1, seed=seed, save_dir=tmp_path / str(seed), switches=False)
+        outcome = explore(Subject(factory), device, 1, seed=seed, save_dir=tmp_path / str(seed))
         if outcome.failure is not None:
             break
     assert outcome is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_layer_detection import case
 
-from nsa_oracle.harness.content.edge_logits import Numbers, Selection, selection
+from nsa_oracle.harness.content.edge_logits import EdgeLogits, LogitKind, edge_logits
 from nsa_oracle.reference.topk import topk_indices
 
 SENTINEL = 7
@@ -18,12 +18,12 @@ NARROW = [(8, 8), (20, 200), (2, 2), (4, 100)]  # no longer ones
 each_size = pytest.mark.parametrize(("width", "topk"), SIZES)
 
 
-def made_up(width: int, topk: int, seed: int = 3, run: int = 0, call: int = 1, **setup: Any) -> Selection:
+def made_up(width: int, topk: int, seed: int = 3, run: int = 0, call: int = 1, **setup: Any) -> EdgeLogits:
     sizes = {"max_context_len": width, "index_topk": topk, "num_draft_tokens": 1, **setup}
-    return selection(case(**sizes).setup, seed, run, call, SENTINEL)
+    return edge_logits(case(**sizes).setup, seed, run, call, SENTINEL)
 
 
-def rows_of(width: int, topk: int, kind: Numbers) -> list[tuple[torch.Tensor, int]]:
+def rows_of(width: int, topk: int, kind: LogitKind) -> list[tuple[torch.Tensor, int]]:
     """The logits within a row, and how many there are, in several calls."""
     found = []
     for call in range(12):
@@ -49,10 +49,10 @@ def test_lengths_are_on_both_sides_of_k(width: int, topk: int) -> None:
     lengths: set[int] = set()
     for call in range(40):
         given = made_up(width, topk, call=call)
-        assert given.kinds == tuple(Numbers)
+        assert given.kinds == tuple(LogitKind)
         assert given.logits.shape == given.page_table_1.shape == (len(given.kinds), width)
         for kind, length in zip(given.kinds, given.seqlens_expanded.tolist(), strict=True):
-            assert (length <= topk) == (kind is Numbers.FEW)
+            assert (length <= topk) == (kind is LogitKind.FEW)
             assert 0 <= length <= width
             lengths.add(length)
     assert {0, 1, topk, topk + 1, width} <= lengths
@@ -61,7 +61,7 @@ def test_lengths_are_on_both_sides_of_k(width: int, topk: int) -> None:
 @pytest.mark.parametrize(("width", "topk"), NARROW)
 def test_no_row_is_longer_than_its_table(width: int, topk: int) -> None:
     given = made_up(width, topk)
-    assert set(given.kinds) == {Numbers.FEW}
+    assert set(given.kinds) == {LogitKind.FEW}
     assert given.seqlens_expanded.max() <= width
 
 
@@ -87,7 +87,7 @@ def test_rubbish_lies_behind_every_row(width: int, topk: int) -> None:
 
 @each_size
 def test_nan_is_among_what_gets_a_place_and_what_gets_none(width: int, topk: int) -> None:
-    for row, length in rows_of(width, topk, Numbers.NAN):
+    for row, length in rows_of(width, topk, LogitKind.NAN):
         assert row.isnan().any()
         assert threshold(row, topk) == -math.inf
         assert int((row > -math.inf).sum()) == topk // 2
@@ -96,16 +96,16 @@ def test_nan_is_among_what_gets_a_place_and_what_gets_none(width: int, topk: int
 
 @each_size
 def test_infinities_tie_at_the_threshold(width: int, topk: int) -> None:
-    found = {threshold(row, topk) for row, _ in rows_of(width, topk, Numbers.INFINITE)}
+    found = {threshold(row, topk) for row, _ in rows_of(width, topk, LogitKind.INFINITE)}
     assert found == {math.inf, -math.inf}
-    for row, _ in rows_of(width, topk, Numbers.INFINITE):
+    for row, _ in rows_of(width, topk, LogitKind.INFINITE):
         assert int((row == threshold(row, topk)).sum()) > topk - topk // 2
         assert not row.isnan().any()
 
 
 @each_size
 def test_zeros_of_both_signs_tie_at_the_threshold(width: int, topk: int) -> None:
-    for row, _ in rows_of(width, topk, Numbers.ZEROS):
+    for row, _ in rows_of(width, topk, LogitKind.ZEROS):
         zeros = row[row == 0]
         assert threshold(row, topk) == 0
         assert len(zeros) > topk - int((row > 0).sum())
@@ -114,7 +114,7 @@ def test_zeros_of_both_signs_tie_at_the_threshold(width: int, topk: int) -> None
 
 @each_size
 def test_denormals_are_denormal_and_different(width: int, topk: int) -> None:
-    for row, length in rows_of(width, topk, Numbers.DENORMAL):
+    for row, length in rows_of(width, topk, LogitKind.DENORMAL):
         magnitudes = [number & 0x7FFFFFFF for number in bits(row)]
         assert all(0 < magnitude < 0x00800000 for magnitude in magnitudes)
         assert len(set(bits(row))) > 0.99 * length
@@ -124,7 +124,7 @@ def test_denormals_are_denormal_and_different(width: int, topk: int) -> None:
 @each_size
 def test_neighbours_are_adjacent(width: int, topk: int) -> None:
     signs = set()
-    for row, length in rows_of(width, topk, Numbers.NEIGHBOURS):
+    for row, length in rows_of(width, topk, LogitKind.NEIGHBOURS):
         ordered = row.sort().values
         assert sorted(bits(row)) == list(range(min(bits(row)), min(bits(row)) + length))
         assert torch.equal(ordered[1:], torch.nextafter(ordered[:-1], torch.tensor(math.inf)))
@@ -137,7 +137,7 @@ def test_neighbours_are_adjacent(width: int, topk: int) -> None:
 def test_ties_are_more_than_places(width: int, topk: int) -> None:
     """For one place, for half of them, and for all."""
     found = set()
-    for row, _ in rows_of(width, topk, Numbers.TIES):
+    for row, _ in rows_of(width, topk, LogitKind.TIES):
         tied = threshold(row, topk)
         assert tied in (2.0, -2.0)
         above = int((row > tied).sum())
@@ -149,7 +149,7 @@ def test_ties_are_more_than_places(width: int, topk: int) -> None:
 @each_size
 def test_one_number_is_one_number(width: int, topk: int) -> None:
     found = set()
-    for row, _ in rows_of(width, topk, Numbers.EQUAL):
+    for row, _ in rows_of(width, topk, LogitKind.EQUAL):
         assert len(set(bits(row))) == 1
         found.add(bits(row)[0])
     assert len(found) > 2
@@ -158,7 +158,7 @@ def test_one_number_is_one_number(width: int, topk: int) -> None:
 @each_size
 def test_the_best_of_numbers_in_order_are_at_an_end(width: int, topk: int) -> None:
     found = set()
-    for row, length in rows_of(width, topk, Numbers.SORTED):
+    for row, length in rows_of(width, topk, LogitKind.SORTED):
         ascending = bool((row[1:] >= row[:-1]).all())
         tied = int((row == row.min()).sum())
         assert sorted(bits(row)) == bits(row)[:: 1 if ascending else -1]
@@ -171,7 +171,7 @@ def test_the_best_of_numbers_in_order_are_at_an_end(width: int, topk: int) -> No
 
 
 def test_few_may_be_anything() -> None:
-    found = torch.cat([row for row, _ in rows_of(261, 64, Numbers.FEW)])
+    found = torch.cat([row for row, _ in rows_of(261, 64, LogitKind.FEW)])
     assert found.isnan().any()
     assert {math.inf, -math.inf, 0.0} <= set(found[~found.isnan()].tolist())
 

@@ -15,18 +15,21 @@ from planted_layers import Clean
 from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, FP8, VERIFY, case
 
 from nsa_oracle.harness.checks.bounds import attention_bound
-from nsa_oracle.harness.checks.layer import LayerTally, StageJudge
-from nsa_oracle.harness.content.content import Regime
-from nsa_oracle.harness.content.edge_logits import Numbers
-from nsa_oracle.harness.engine.cache_state import POISON_BYTES, as_bytes
-from nsa_oracle.harness.engine.engine import Engine, LayerObservation, Observation
+from nsa_oracle.harness.checks.layer import StageJudge
+from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.content.edge_logits import LogitKind
+from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
-from nsa_oracle.harness.engine.layer_driver import Feed, LayerStep, dense_copy
+from nsa_oracle.harness.engine.observations import Feed, LayerObservation, LayerStep, Observation, dense_copy
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import Verdict, sentinels
-from nsa_oracle.harness.protocol import STAGES, Strictness, optimized_layer
+from nsa_oracle.harness.memory.bits import as_bytes
+from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.protocol import STAGES, Strictness
 from nsa_oracle.harness.report.summary import summary
+from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Join, Replay, Scenario
+from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference import attention, kv_cache
 from nsa_oracle.reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata, StepSemantics
 
@@ -34,7 +37,7 @@ CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWO = (Join(seq_len=11), Join(seq_len=3))
 RANDOM_LAYER = {"regime": Regime.RANDOM}
-MADE_UP = len(Numbers)  # rows of logits that isolated top-k is given beside those of the case
+MADE_UP = len(LogitKind)  # rows of logits that isolated top-k is given beside those of the case
 
 
 @dataclass(frozen=True)

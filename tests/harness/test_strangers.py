@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_layer_detection import DECODE, EXTEND, VERIFY, case, lattice
 
+from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.judge import OracleFailure
-from nsa_oracle.harness.protocol import BackendError
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
-from nsa_oracle.harness.search.explore import Subject
+from nsa_oracle.harness.subjects.subject import Subject
 
 METADATA = case(
     *(Join(seq_len=6), Eager(mode=VERIFY), Capture(mode=DECODE, buckets=(2,)), Replay(mode=DECODE)),
@@ -115,7 +115,7 @@ IN_NO_GRAPH = {"NoPositions", "ScalarPositions", "NoPlaces"}  # by themselves th
 def test_backend_is_found_out(name: str, device: torch.device) -> None:
     subject = Subject.load(f"strangers:{name}", None, device)
     with pytest.raises(OracleFailure) as caught:
-        subject.judge(METADATA, device)
+        judge_subject(subject, METADATA, device)
     finding = caught.value.finding
     kind, field, got, expected = STRANGE_BACKENDS[name]
     assert (finding.kind, finding.field, finding.expected) == (kind, field, expected), finding.sentence()
@@ -126,14 +126,14 @@ def test_backend_is_found_out(name: str, device: torch.device) -> None:
 def test_backend_without_metadata_is_found_out_in_a_graph(device: torch.device) -> None:
     subject = Subject.load("strangers:NoMetadata", None, device)
     with pytest.raises(OracleFailure, match=r"^wrong host scalar: page_size at step 0: got None, expected 4$"):
-        subject.judge(METADATA.model_copy(update={"events": METADATA.events[2:]}), device)
+        judge_subject(subject, METADATA.model_copy(update={"events": METADATA.events[2:]}), device)
 
 
 @pytest.mark.parametrize("name", STRANGE_LAYERS)
 def test_layer_is_found_out(name: str, device: torch.device) -> None:
     subject = Subject.load(None, f"strangers:{name}", device)
     with pytest.raises(OracleFailure) as caught:
-        subject.judge(EAGER, device)
+        judge_subject(subject, EAGER, device)
     finding = caught.value.finding
     expected = "the device" if finding.expected.split(":")[0] == device.type else finding.expected
     told = (finding.kind, finding.field, finding.got, expected, finding.how)
@@ -145,7 +145,7 @@ def test_layer_is_found_out_in_a_graph(name: str, device: torch.device) -> None:
     """One request in a bucket of two: a missing row is one of padding."""
     subject = Subject.load(None, f"strangers:{name}", device)
     with pytest.raises(OracleFailure) as caught:
-        subject.judge(REPLAY, device)
+        judge_subject(subject, REPLAY, device)
     finding = caught.value.finding
     kind, field, *_ = STRANGE_LAYERS[name]
     assert (finding.kind, finding.field) == (kind, field), finding.sentence()
@@ -156,4 +156,4 @@ def test_layer_is_found_out_in_a_graph(name: str, device: torch.device) -> None:
 def test_freedom_passes(name: str, device: torch.device) -> None:
     subject = Subject.load(None, f"strangers:{name}", device)
     for scenario in (EAGER, REPLAY):
-        assert subject.judge(scenario, device).cases == 1
+        assert judge_subject(subject, scenario, device).cases == 1

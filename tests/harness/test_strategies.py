@@ -15,17 +15,20 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
 from nsa_oracle.harness.judge import Verdict
-from nsa_oracle.harness.protocol import optimized_backend
-from nsa_oracle.harness.scenarios.coverage import ALL_CLASSES, LAYER_CLASSES, classes_of
+from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, classes_of
+from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
-from nsa_oracle.harness.scenarios.simplify import minimise
-from nsa_oracle.harness.scenarios.strategies import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, scenarios
+from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import World
-from nsa_oracle.harness.search.explore import Subject, explore
+from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES, optimized_backend
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.optimized.optimizations import OPTIMIZATION_NAMES
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, StepSemantics
 
 DRAWN = {"small": 260, "large": 90, "small, layer": 60, "large, layer": 60}
+ALL_CLASSES = all_classes(OPTIMIZED_SWITCHES)
 SCALES = {"small": SMALL, "large": LARGE, "small, layer": SMALL_LAYER, "large, layer": LARGE_LAYER}
 REACHABLE = [(name, scale) for scale in ("small", "large") for name in ALL_CLASSES if name not in LAYER_CLASSES] + [
     (name, scale) for scale in ("small, layer", "large, layer") for name in LAYER_CLASSES
@@ -41,7 +44,7 @@ def reached(scale: str) -> Counter[str]:
     seen: Counter[str] = Counter()
 
     @settings(quick, max_examples=DRAWN[scale])
-    @given(scenarios(SCALES[scale]))
+    @given(scenarios(SCALES[scale], OPTIMIZED_SWITCHES))
     def sweep(scenario: Scenario) -> None:
         seen.update(classes_of(scenario))
 
@@ -52,7 +55,11 @@ def reached(scale: str) -> Counter[str]:
 @pytest.mark.parametrize(("name", "scale"), REACHABLE)
 def test_class_is_reached(name: str, scale: str) -> None:
     if not reached(scale)[name]:
-        find(scenarios(SCALES[scale]), lambda s: name in classes_of(s), settings=settings(quick, max_examples=2000))
+        find(
+            scenarios(SCALES[scale], OPTIMIZED_SWITCHES),
+            lambda s: name in classes_of(s),
+            settings=settings(quick, max_examples=2000),
+        )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -74,7 +81,7 @@ def test_drawn_scenarios_are_within_scale(scenario: Scenario) -> None:
 
 
 @settings(quick, max_examples=60)
-@given(scenarios(SMALL, switches=False))
+@given(scenarios(SMALL))
 def test_without_switches_none_is_drawn(scenario: Scenario) -> None:
     within(scenario, SMALL)
     assert scenario.optimizations == ()
@@ -132,7 +139,7 @@ def long_request(scenario: Scenario) -> bool:
 def test_minimal_case_has_only_the_events_it_needs(
     predicate: Callable[[Scenario], bool], wanted: Counter[type]
 ) -> None:
-    smallest = minimise(minimal(predicate), predicate)  # as a failure is: by Hypothesis, then on the record
+    smallest = simplify(minimal(predicate), predicate)  # as a failure is: by Hypothesis, then on the record
     assert Counter(type(event) for event in smallest.events) == wanted
     setup = smallest.setup
     assert (setup.num_steps, setup.page_size, setup.max_context_len) == (1, 1, min(SMALL.max_context_lens))

@@ -10,13 +10,15 @@ from test_detection import DECODE, case, factory_of, one_replay
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.graphs.cuda import GraphRunner, graph_runner
+from nsa_oracle.harness.graphs.capture import GraphRunner
 from nsa_oracle.harness.graphs.free_memory import spoil_storage
-from nsa_oracle.harness.graphs.simulated import SimulatedCapturedGraph, SimulatedGraphRunner
+from nsa_oracle.harness.graphs.recording import SimulatedCapturedGraph
+from nsa_oracle.harness.graphs.runner import graph_runner
+from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import BandedInput
-from nsa_oracle.harness.protocol import optimized_layer
 from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Join, Replay
+from nsa_oracle.harness.subjects.default import optimized_layer
 
 CPU = torch.device("cpu")
 SENTINEL = 0x5A5A5A5A

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nsa_oracle.harness.checks.variants import FRESH, WARM_UP, Growth, VariantCounter
+from nsa_oracle.harness.checks.variants import FRESH, WARM_UP, VariantCounter, VariantGrowth
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.reference.types import ForwardMode
@@ -23,7 +23,7 @@ def batch(*lengths: int, mode: ForwardMode = DECODE) -> Batch:
 
 def grown(lengths: Sequence[int], variants: Sequence[Sequence[int]], **launches: Any) -> Any:
     """The finding after calls of one request each, with the handles that each used."""
-    growth = Growth()
+    growth = VariantGrowth()
     for length, handles in zip(lengths, variants, strict=True):
         growth.note_eager(batch(length), {"copy": frozenset(handles)} if handles else {})
     return growth.finding()
@@ -120,14 +120,14 @@ class TestGrowth:
         assert grown(lengths, [[n] for n in range(len(lengths))]) is None
 
     def test_variants_that_other_calls_have_used(self) -> None:
-        growth = Growth()
+        growth = VariantGrowth()
         growth.note({"copy": frozenset(ODD[WARM_UP + 1 : WARM_UP + 2])})
         for length in ODD:
             growth.note_eager(batch(length), {"copy": frozenset({length})})
         assert growth.finding() is None
 
     def test_batch_sizes_and_modes_are_kinds_of_their_own(self) -> None:
-        growth = Growth()
+        growth = VariantGrowth()
         for number, length in enumerate(ODD):
             kind = (batch(length), batch(length, length), batch(length, mode=EXTEND))[number % 3]
             growth.note_eager(kind, {"copy": frozenset({number})})

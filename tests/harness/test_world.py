@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.scales import LARGE, SMALL
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -27,7 +28,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     Setup,
 )
-from nsa_oracle.harness.scenarios.strategies import LARGE, SMALL, scenarios
+from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import Batch, World
 from nsa_oracle.reference.types import ForwardMode
 
@@ -35,7 +36,7 @@ POISON = 0x5A5A5A5A
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
 DRAFTING = (DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY)
 
-small_scenarios = scenarios(SMALL, switches=False)
+small_scenarios = scenarios(SMALL)
 
 
 def setup(**changes: object) -> Setup:

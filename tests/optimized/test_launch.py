@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
-from nsa_oracle.harness.memory.far_apart import SIGNED, far_apart
+from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
 from nsa_oracle.optimized import metadata, topk
 from nsa_oracle.optimized.kernels.kv_cache import store_cache_kernel
 from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
@@ -20,7 +20,7 @@ from nsa_oracle.reference.types import ForwardMode
 def test_pool_whose_rows_lie_far_apart_after_one_that_is_dense() -> None:
     """Their stride takes 64 bits, which the kernel must have been compiled for."""
     mode, filled = ForwardMode.DECODE, []
-    for pool in (REQ_TO_TOKEN, far_apart(REQ_TO_TOKEN.clone(), SIGNED), REQ_TO_TOKEN):
+    for pool in (REQ_TO_TOKEN, far_apart(REQ_TO_TOKEN.clone(), BEYOND_31_BITS), REQ_TO_TOKEN):
         target = step_buffers(mode, 2, 64)
         arguments = [pool if argument is REQ_TO_TOKEN else argument for argument in fill_arguments(mode, target)]
         metadata.fill_metadata(*arguments)
@@ -38,7 +38,7 @@ def test_variant_that_does_not_tell_launches_apart(monkeypatch: pytest.MonkeyPat
     mode = ForwardMode.DECODE
     arguments = fill_arguments(mode, step_buffers(mode, 2, 64))
     metadata.fill_metadata(*arguments)
-    far = far_apart(REQ_TO_TOKEN.clone(), SIGNED)
+    far = far_apart(REQ_TO_TOKEN.clone(), BEYOND_31_BITS)
     with pytest.raises(
         TypeError, match=r"^fill_metadata_kernel: req_to_token_stride is of 64 bits, and was of 32 bits when"
     ):

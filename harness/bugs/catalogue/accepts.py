@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import Between, KeepsFields, Moment, Numbers
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.reference.types import ForwardBatch
 
 
-class IgnoresPadding(Between):
+class IgnoresPadding(BackendWrapper):
     """KV lengths end with the real requests, though the queries do not."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         if moment is Moment.REPLAY:
-            raw_bs, metadata = Numbers.of(batch).raw_bs, backend.forward_metadata
+            raw_bs, metadata = HostNumbers.of(batch).raw_bs, backend.forward_metadata
             metadata.cache_seqlens_int32[raw_bs:] = 0
             metadata.cu_seqlens_k[raw_bs + 1 :] = metadata.cu_seqlens_k[raw_bs].clone()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import Between, KeepsFields, Moment, MovesFields, Numbers, OwnInputs
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment, MovesFields, OwnInputs
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
@@ -34,7 +35,7 @@ class UpdatesTwin(KeepsFields):
     names = ("cu_seqlens_k",)
 
 
-class StridesBySteps(Between):
+class StridesBySteps(BackendWrapper):
     """Query bounds in verify, N + 1 apart where a request has nd tokens."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
@@ -51,7 +52,7 @@ class ReusesVerifyFactors(OwnInputs):
         super().__init__(config, req_to_token, optimizations)
         self.extra: dict[int | None, int] = {}
 
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         if moment is not Moment.REPLAY:
             return numbers
         if batch.forward_mode is ForwardMode.TARGET_VERIFY:

@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.catalogue.targets import STEPS
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import Between, Moment
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, Moment
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
 STEP = "nsa_oracle.optimized.multi_step:SingleStepBackend"
-STEPS = "nsa_oracle.optimized.multi_step:MultiStepBackend"
+
 LIMITED = (
     "dataclasses.replace(forward_batch, "
     "seq_lens=forward_batch.seq_lens.clamp(max=forward_batch.seq_lens_sum // forward_batch.batch_size + 250))"
 )
 
 
-class ClearsByTheMirror(Between):
+class ClearsByTheMirror(BackendWrapper):
     """Each graph clears a workspace, which nothing reads, as far as the longest request of the capture reached."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
@@ -33,7 +35,7 @@ class ClearsByTheMirror(Between):
         return batch
 
 
-class OnAStream(Between):
+class OnAStream(BackendWrapper):
     """Prepares replays on a stream of its own. This one is clean: it waits for the inputs, and the graph for it."""
 
     waits_before = True
@@ -67,7 +69,7 @@ class IsNotWaitedFor(OnAStream):
     waits_after = False
 
 
-class CopiesFromPinnedMemory(Between):
+class CopiesFromPinnedMemory(BackendWrapper):
     """Lengths are staged in pinned memory, anew for every call; the graph copies from what was staged at capture."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
@@ -81,7 +83,7 @@ class CopiesFromPinnedMemory(Between):
         return batch
 
 
-class DropsScratch(Between):
+class DropsScratch(BackendWrapper):
     """A kernel of the graph writes to scratch memory that is dropped when the capture ends."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
@@ -96,7 +98,7 @@ class DropsScratch(Between):
         return batch
 
 
-class ListsAddresses(Between):
+class ListsAddresses(BackendWrapper):
     """The graph adds offsets, all 0, that it finds by a table of addresses. The table is kept, the offsets are not."""
 
     keeps = False
@@ -121,7 +123,7 @@ class KeepsWhatItLists(ListsAddresses):
     keeps = True
 
 
-class TurnsThroughScratch(Between):
+class TurnsThroughScratch(BackendWrapper):
     """The KV bounds go through scratch memory, stored by one thread and loaded by another. Clean, with a barrier."""
 
     waits = True
@@ -139,7 +141,7 @@ class LacksTheBarrier(TurnsThroughScratch):
     waits = False
 
 
-class CompilesTheWidth(Between):
+class CompilesTheWidth(BackendWrapper):
     """Eager page tables go through a kernel whose code is compiled for their width."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:

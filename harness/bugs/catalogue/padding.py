@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import Between, Moment, Numbers, OwnInputs
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, Moment, OwnInputs
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode
 
 
 class LeavesPadding(OwnInputs):
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         count = numbers.raw_bs if moment is Moment.REPLAY else len(numbers.seq_lens)
-        return Numbers(numbers.seq_lens[:count], numbers.pool_rows[:count], numbers.accept_lengths[:count])
+        return HostNumbers(numbers.seq_lens[:count], numbers.pool_rows[:count], numbers.accept_lengths[:count])
 
 
 class PadsWithMinusOne(OwnInputs):
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         numbers.seq_lens[numbers.raw_bs :] = [-1] * (len(numbers.seq_lens) - numbers.raw_bs)
         return numbers
 
@@ -25,24 +26,24 @@ class PadsWithMinusOne(OwnInputs):
 class PadsWithLastRow(OwnInputs):
     """Row -1, which a host that indexes with it takes for the last."""
 
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         last = self.pool.shape[0] - 1
         numbers.pool_rows[numbers.raw_bs :] = [last] * (len(numbers.pool_rows) - numbers.raw_bs)
         return numbers
 
 
 class IdleKeepsBatch(OwnInputs):
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
-        return Numbers([], [], []) if batch.forward_mode is ForwardMode.IDLE else numbers
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
+        return HostNumbers([], [], []) if batch.forward_mode is ForwardMode.IDLE else numbers
 
 
-class ReplaysRawSize(Between):
+class ReplaysRawSize(BackendWrapper):
     """Without the padding of the engine, the backend is asked for the bucket of the raw size."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is not Moment.REPLAY:
             return batch
-        raw_bs = Numbers.of(batch).raw_bs or batch.batch_size  # of an idle rank the padding is all there is
+        raw_bs = HostNumbers.of(batch).raw_bs or batch.batch_size  # of an idle rank the padding is all there is
         return dataclasses.replace(
             batch, batch_size=raw_bs, req_pool_indices=batch.req_pool_indices[:raw_bs], seq_lens=batch.seq_lens[:raw_bs]
         )

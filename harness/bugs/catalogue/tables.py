@@ -6,15 +6,15 @@ import dataclasses
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Check, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.catalogue.targets import STEP
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import DRAFT_EXTENDS, Between, Moment, Numbers, OwnInputs, OwnPool
+from nsa_oracle.harness.bugs.wrappers import DRAFT_EXTENDS, BackendWrapper, HostNumbers, Moment, OwnInputs, OwnPool
+from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
-STEP = "nsa_oracle.optimized.multi_step:SingleStepBackend"
 
-
-class NarrowPool(Between):
+class NarrowPool(BackendWrapper):
     """The pool has no columns for the tokens that drafts add near the limit."""
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ class NarrowPool(Between):
 
 
 class TrustsMirror(OwnInputs):
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         if batch.seq_lens_cpu is not None:
             numbers.seq_lens = batch.seq_lens_cpu.tolist()
         return numbers
@@ -33,12 +33,12 @@ class RecyclesRow(OwnPool):
 
     def mapped(self, mapping: torch.Tensor, batch: ForwardBatch, moment: Moment) -> None:
         if batch.forward_mode in DRAFT_EXTENDS and moment is Moment.REPLAY:
-            raw_bs, rows = Numbers.of(batch).raw_bs, batch.req_pool_indices.tolist()
+            raw_bs, rows = HostNumbers.of(batch).raw_bs, batch.req_pool_indices.tolist()
             if raw_bs:
                 mapping[rows[raw_bs - 1]] = self.pool[(rows[raw_bs - 1] + 1) % len(mapping)]
 
 
-class PlansTooEarly(Between):
+class PlansTooEarly(BackendWrapper):
     """The worst order of two streams: the plan reads the inputs before this batch is copied into them."""
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
@@ -60,14 +60,14 @@ class PlansTooEarly(Between):
 class FiltersTable(OwnInputs):
     """Requests that accepted nothing are taken out of the page table, but not out of the lengths."""
 
-    def load(self, numbers: Numbers, batch: ForwardBatch, moment: Moment, step: int | None) -> Numbers:
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         if numbers.accept_lengths:
             kept = [row for row, accepted in zip(numbers.pool_rows, numbers.accept_lengths, strict=True) if accepted]
             numbers.pool_rows = kept + [0] * (len(numbers.pool_rows) - len(kept))
         return numbers
 
 
-class ReadsHalves(Between):
+class ReadsHalves(BackendWrapper):
     """Reads 64-bit pool rows 32 bits at a time."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:

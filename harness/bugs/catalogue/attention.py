@@ -1,0 +1,205 @@
+"""Defects of attention over selected slots."""
+
+from __future__ import annotations
+
+from nsa_oracle.harness.bugs.bug import REVIEW, Group, layer_bug
+from nsa_oracle.harness.bugs.catalogue.targets import ATTEND, COMBINE, LOAD_KEYS, RESULT
+from nsa_oracle.harness.bugs.mutate import Mutation
+from nsa_oracle.harness.checks.check import Check
+
+ATTENTIONS = (
+    layer_bug(
+        "masked-slot-leaks-in",
+        "A negative slot weighs as a key of zeros does, instead of nothing.",
+        REVIEW,
+        "fewer tokens than index_topk",
+        Check.ATTENTION,
+        Mutation(ATTEND, 'tl.where(slots[None, :] >= 0, scores, float("-inf"))', "scores + 0.0"),
+    ),
+    layer_bug(
+        "rescale-decided-by-the-first-head",
+        "The rescale of the accumulator is dropped for all heads when the maximum of the first does not change.",
+        REVIEW,
+        "several heads, and a maximum that another than the first meets late",
+        Check.ATTENTION,
+        Mutation(
+            ATTEND,
+            "            rescale = weight(max_score, new_max, scale_log2)\n",
+            "            kept = (tl.arange(0, HEAD_BLOCK) == 0) & (new_max == max_score)\n"
+            "            kept = tl.sum(kept.to(tl.int32), 0) == 1\n"
+            "            rescale = tl.where(kept, 1.0, weight(max_score, new_max, scale_log2))\n",
+        ),
+    ),
+    layer_bug(
+        "split-boundary-off-by-one",
+        "A program that shares a row leaves out the last key of its chunk.",
+        REVIEW,
+        "a row of 512 selected tokens or more, shared by several programs",
+        Check.ATTENTION,
+        Mutation(ATTEND, "end = tl.minimum(begin + CHUNK, keys_end)", "end = tl.minimum(begin + CHUNK - 1, keys_end)"),
+    ),
+    layer_bug(
+        "tile-boundary-off-by-one",
+        "The last key of a row is left out.",
+        REVIEW,
+        "any row with a key",
+        Check.ATTENTION,
+        Mutation(ATTEND, "chunk_end = tl.minimum(chunk_begin + CHUNK, end)", "chunk_end = end - 1"),
+    ),
+    layer_bug(
+        "fold-without-weights",
+        "Chunks are joined as if their maxima were equal.",
+        REVIEW,
+        "more than 512 selected tokens",
+        Check.ATTENTION,
+        Mutation(
+            "nsa_oracle.optimized.kernels.attention:fold",
+            "tl.fma(acc, acc_weight, chunk_acc * chunk_weight)",
+            "tl.fma(acc, tl.where(acc_weight > 0.0, 1.0, 0.0), chunk_acc)",
+        ),
+    ),
+    layer_bug(
+        "rope-part-read-at-the-wrong-byte",
+        "The RoPE part of a key is read from the byte where its third scale lies.",
+        REVIEW,
+        "an FP8 cache",
+        Check.ATTENTION,
+        Mutation(LOAD_KEYS, "token + RANK + 4 * NUM_QUANT_TILES", "token + RANK + 2 * NUM_QUANT_TILES"),
+    ),
+    layer_bug(
+        "scale-of-the-next-tile",
+        "A tile of the latent is scaled by the scale of the next one.",
+        REVIEW,
+        "an FP8 cache and tiles of different magnitude",
+        Check.ATTENTION,
+        Mutation(
+            LOAD_KEYS,
+            "scale_lanes = tl.arange(0, NUM_QUANT_TILES)",
+            "scale_lanes = (tl.arange(0, NUM_QUANT_TILES) + 1) % NUM_QUANT_TILES",
+        ),
+    ),
+    layer_bug(
+        "values-not-scaled",
+        "The latent is scaled where it is a key, and not where it is a value.",
+        "sglang#34765",
+        "an FP8 cache and scales other than 1",
+        Check.ATTENTION,
+        Mutation(
+            ATTEND,
+            "            acc = dot(to_bf16(weights), latent, acc * rescale[:, None])\n",
+            "            values = latent\n"
+            "            if FP8:\n"
+            "                cells = kv + slots.to(tl.int64)[:, None] * kv_stride + lanes[None, :]\n"
+            "                codes = tl.load(cells, mask=slots[:, None] >= 0, other=0)\n"
+            "                values = to_bf16(from_e4m3_bits(codes, tl.float32))\n"
+            "            acc = dot(to_bf16(weights), values, acc * rescale[:, None])\n",
+        ),
+    ),
+    layer_bug(
+        "bf16-rounding-truncates",
+        "Results are cut off to bf16 instead of rounded to nearest even.",
+        REVIEW,
+        "a result that is not representable",
+        Check.ATTENTION,
+        Mutation(
+            "nsa_oracle.optimized.kernels.attention:to_bf16",
+            "    if INTERPRETED:\n"
+            "        bits = x.to(tl.uint32, bitcast=True)\n"
+            "        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16\n",
+            "    if True:\n        bits = x.to(tl.uint32, bitcast=True)\n        rounded = bits >> 16\n",
+        ),
+    ),
+    layer_bug(
+        "slot-offset-loses-high-bits",
+        "The offset of a slot is kept in 31 bits when it is read.",
+        "sglang#34725",
+        "slots far apart",
+        Check.ATTENTION,
+        Mutation(
+            LOAD_KEYS,
+            "token = kv + slots.to(tl.int64) * kv_stride",
+            "token = kv + ((slots.to(tl.int64) * kv_stride) & 0x7FFFFFFF)",
+        ),
+    ),
+    layer_bug(
+        "cache-assumed-dense",
+        "Slots are taken to lie next to each other, though the cache is a slice of something larger.",
+        "vllm#42135",
+        "slots that lie apart",
+        Check.ATTENTION,
+        Mutation(
+            LOAD_KEYS,
+            "token = kv + slots.to(tl.int64) * kv_stride",
+            "token = kv + slots.to(tl.int64) * (RANK + 4 * NUM_QUANT_TILES + 2 * ROPE if FP8 else RANK + ROPE)",
+        ),
+    ),
+    layer_bug(
+        "lse-in-base-2",
+        "The lse adds the binary logarithm of the sum to the natural one of the maximum.",
+        REVIEW,
+        "a row with several keys that weigh something",
+        Check.ATTENTION,
+        Mutation(RESULT, "natural_log(divisor)", "tl.log2(divisor)"),
+    ),
+    layer_bug(
+        "lse-without-the-scale",
+        "The largest score enters the lse without sm_scale.",
+        REVIEW,
+        "a largest score other than 0",
+        Check.ATTENTION,
+        Mutation(RESULT, "tl.zeros_like(max_score) + scale", "tl.zeros_like(max_score) + 1.0"),
+    ),
+    layer_bug(
+        "empty-row-gives-nan",
+        "A row without a key divides by its sum of weights, 0.",
+        REVIEW,
+        "a row without a key",
+        Check.ATTENTION,
+        Mutation(RESULT, "tl.where(weight_sum == 0.0, 1.0, weight_sum)", "weight_sum + 0.0"),
+    ),
+    layer_bug(
+        "workspace-read-before-it-is-written",
+        "The first chunk of a row is joined with what an earlier launch left in the workspace.",
+        "TensorRT-LLM#15783",
+        "any row that one program has to itself",
+        Check.ATTENTION,
+        Mutation(ATTEND, "mask=heads[:, None] < heads_with_total", "mask=live"),
+        group=Group.BUFFERS,
+    ),
+    layer_bug(
+        "empty-chunk-read-from-the-workspace",
+        "Partials are joined of chunks that had no key and wrote none.",
+        "TensorRT-LLM#14297",
+        "index_topk above 512 and a row with fewer tokens, shared by several programs",
+        Check.ATTENTION,
+        Mutation(COMBINE, "mask=chunk_sum[:, None] > 0.0", "mask=chunk_sum[:, None] >= 0.0"),
+        group=Group.BUFFERS,
+    ),
+    layer_bug(
+        "tiles-cut-by-the-size-of-the-launch",
+        "Where the tiles of a row begin depends on how many programs were launched, so a request's low bits depend "
+        "on its batch.",
+        REVIEW,
+        "ordinary numbers, more keys than one tile, another batch size",
+        Check.RELATION,
+        Mutation(
+            ATTEND,
+            "        for key_begin in range(chunk_begin, chunk_end, KEY_BLOCK):\n"
+            "            keys = key_begin + tl.arange(0, KEY_BLOCK)\n"
+            "            slots = tl.load(row_indices + keys, mask=keys < chunk_end, other=-1)\n",
+            "        for key_begin in range(chunk_begin - tl.num_programs(0) % KEY_BLOCK, chunk_end, KEY_BLOCK):\n"
+            "            keys = key_begin + tl.arange(0, KEY_BLOCK)\n"
+            "            of_chunk = (keys >= chunk_begin) & (keys < chunk_end)\n"
+            "            slots = tl.load(row_indices + keys, mask=of_chunk, other=-1)\n",
+        ),
+    ),
+    layer_bug(
+        "second-head-block-repeats-the-first",
+        "The second program of a row computes the heads of the first one again, and nobody its own.",
+        REVIEW,
+        "more than 64 heads, as only a GPU run draws",
+        Check.ATTENTION,
+        Mutation(ATTEND, "heads = pid % head_blocks * HEAD_BLOCK + tl.arange", "heads = tl.arange"),
+        gpu=True,
+    ),
+)

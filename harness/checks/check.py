@@ -1,0 +1,53 @@
+"""The kinds of check that the oracle makes: every finding belongs to exactly one."""
+
+from __future__ import annotations
+
+import enum
+
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.findings import Finding, Kind
+
+
+class Check(enum.Enum):
+    """What the oracle looks at. A finding belongs to exactly one."""
+
+    METADATA = "metadata"  # live cells of the metadata against the reference
+    SHAPE = "shape"  # shapes, dtypes, devices, presence, host scalars
+    ADDRESS = "address"  # buffers that moved after capture
+    CAPTURE = "capture"  # what a graph cannot hold, and what it must not
+    COMPILATION = "compilation"  # kernels compiled for every size
+    BOUNDS = "bounds"  # writes outside buffers, and into inputs
+    STORE = "store"  # every byte of the caches
+    LOGITS = "logits"
+    SELECTION = "selection"  # top-k and its transforms
+    ATTENTION = "attention"  # out and lse
+    RELATION = "relation"  # what must not change a bit
+    CRASH = "crash"  # an exception out of the backend
+
+    @staticmethod
+    def of(finding: Finding) -> Check:
+        by_kind = {
+            Kind.ADDRESS: Check.ADDRESS,
+            Kind.CAPTURE: Check.CAPTURE,
+            Kind.FROZEN: Check.CAPTURE,
+            Kind.VARIANTS: Check.COMPILATION,
+            Kind.GUARD: Check.BOUNDS,
+            Kind.INPUT: Check.BOUNDS,
+            Kind.RELATION: Check.RELATION,
+            Kind.CRASH: Check.CRASH,
+        }
+        if finding.kind in by_kind:
+            return by_kind[finding.kind]
+        if finding.kind not in (Kind.VALUE, Kind.BOUND):
+            return Check.SHAPE
+        if finding.field in {field.name for field in fields.FIELDS}:
+            return Check.METADATA
+        match finding.field:
+            case "kv_cache" | "index_k_cache":
+                return Check.STORE
+            case "logits":
+                return Check.LOGITS
+            case "out" | "lse":
+                return Check.ATTENTION
+            case _:
+                return Check.SELECTION

@@ -1,0 +1,72 @@
+"""How much was compared, by field, stage and relation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nsa_oracle.harness.protocol import Strictness
+
+
+@dataclass
+class StageTally:
+    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used.
+
+    declared: the value of the ``Strictness`` in which the ``weaker`` ones were compared.
+    """
+
+    exact: int = 0
+    bounded: int = 0
+    weaker: int = 0
+    worst: float = 0.0
+    declared: str = ""
+
+    def count_weaker(self, count: int, declared: Strictness) -> None:
+        self.weaker += count
+        self.declared = declared.value
+
+    def add(self, other: StageTally) -> None:
+        self.exact += other.exact
+        self.bounded += other.bounded
+        self.weaker += other.weaker
+        self.worst = max(self.worst, other.worst)
+        self.declared = self.declared or other.declared
+
+
+@dataclass
+class LayerTally:
+    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer.
+
+    selections, keys: how many rows of made-up logits top-k was given, and of made-up keys the store, by kind.
+    """
+
+    stages: dict[str, StageTally] = field(default_factory=dict)
+    relations: dict[str, int] = field(default_factory=dict)
+    replays: int = 0
+    selections: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, int] = field(default_factory=dict)
+
+    def stage(self, name: str) -> StageTally:
+        return self.stages.setdefault(name, StageTally())
+
+    def count(self, relation: str) -> None:
+        self.relations[relation] = self.relations.get(relation, 0) + 1
+
+    def add(self, other: LayerTally) -> None:
+        for name, tally in other.stages.items():
+            self.stage(name).add(tally)
+        for mine, theirs in (
+            (self.relations, other.relations),
+            (self.selections, other.selections),
+            (self.keys, other.keys),
+        ):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        self.replays += other.replays
+
+
+@dataclass
+class Tally:
+    """How much was compared."""
+
+    fields: int = 0
+    cells: int = 0

@@ -1,0 +1,86 @@
+"""The command ``bugs``: plants every bug of the zoo and prints which check kills it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import closing
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsa_oracle.harness.bugs import kill_matrix as kill_report
+from nsa_oracle.harness.bugs.hunt import hunt_all
+from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.commands.app import Device, app, torch_device, unusable
+from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
+from nsa_oracle.harness.report import text
+
+
+class HuntProfile(Enum):
+    """How many cases a bug may survive."""
+
+    DEV = "dev"
+    PR = "pr"
+    NIGHTLY = "nightly"
+
+    @property
+    def cases(self) -> int:
+        return {HuntProfile.DEV: 50, HuntProfile.PR: 200, HuntProfile.NIGHTLY: 1000}[self]
+
+
+@app.command()
+def bugs(
+    listed: Annotated[bool, typer.Option("--list", help="Name the bugs and what each is, and hunt none.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Hunt this bug; may be given several times.")] = None,
+    profile: Annotated[HuntProfile, typer.Option(help="How many cases a bug may survive.")] = HuntProfile.PR,
+    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+    seed: Annotated[int, typer.Option(min=0, help="Where cases are drawn from.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted at a time, in processes spread over all GPUs.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the kills to this file as well.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the matrix to this file as well.")] = None,
+) -> None:
+    """Plant every bug of the zoo in optimized/ and print which check kills it: the kill matrix.
+
+    Interrupted it tells what it has. Exit 130 if all bugs hunted so far died as they should.
+    """
+    where = torch_device(device)
+    unknown = [name for name in only or () if name not in ZOO]
+    if unknown:
+        raise unusable(f"--only {unknown[0]}: no such bug; --list names them all")
+    for option, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
+    chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
+    if listed:
+        typer.echo(text.render(kill_report.listing(chosen)))
+        return
+    hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
+    found: dict[str, Kill] = {}
+    interrupted = False
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            ended_by_a_signal(),
+            progress_of("hunting", len(hunted)) as tell,
+            closing(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs)) as hunt,
+        ):
+            for kill in hunt:
+                found[kill.bug] = kill
+                tell(len(found))
+    except KeyboardInterrupt:
+        interrupted = True
+    kills = [found[bug.name] for bug in hunted if bug.name in found]
+    typer.echo(text.render(kill_report.kills_table(kills), kill_report.LOG_WIDTH))
+    typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
+    if interrupted:
+        typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")
+    if json_file is not None:
+        json_file.write_text(kill_report.as_json(kills), encoding="utf-8")
+    if html_file is not None:
+        html_file.write_text(kill_report.as_html(kills), encoding="utf-8")
+    as_meant = all(kill.meant for kill in kills)
+    raise typer.Exit(1 if not as_meant else INTERRUPTED if interrupted else 0)

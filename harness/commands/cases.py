@@ -1,0 +1,143 @@
+"""Commands on saved cases and on layers: replay, show, tiers, survey, sanitize."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsa_oracle.harness.commands.app import Device, Files, app, torch_device, unusable
+from nsa_oracle.harness.commands.sanitizer import CASES, Tool, obstacle
+from nsa_oracle.harness.commands.sanitizer import sanitize as run_sanitizer
+from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
+from nsa_oracle.harness.commands.tiers import run_tiers, tiers_table
+from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
+from nsa_oracle.harness.report.failure import explain, replay_command
+from nsa_oracle.harness.report.text import not_judged, render
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.search.survey import Survey, survey_table
+from nsa_oracle.harness.subjects.subject import Subject
+
+
+@app.command()
+def replay(
+    files: Files,
+    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+    backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
+    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
+    graphs: Annotated[bool, typer.Option(help="--no-graphs runs eagerly what the case would replay.")] = True,
+) -> None:
+    """Judge saved cases, one line each, and explain those that fail."""
+    where = torch_device(device)
+    try:
+        cases = [(file, load(file)) for file in files]
+        subject = Subject.load(backend, layer, where)
+        for file, scenario in cases:
+            subject.check(scenario, file)
+    except (ScenarioError, BackendError) as error:
+        raise unusable(str(error)) from None
+    failed = False
+    for file, scenario in cases:
+        try:
+            verdict = judge_subject(subject, scenario, where, graphs=graphs)
+        except OracleFailure as failure:
+            command = replay_command(file, backend, where.type, layer, graphs)
+            typer.echo(explain(failure, file, command))
+            failed = True
+        except (BackendError, ScenarioError) as error:
+            raise unusable(str(error)) from None
+        else:
+            counts = f"{verdict.replays} replays, {verdict.eager_calls} eager calls on {where.type}"
+            typer.echo(f"{file}: bit-exact ({counts})")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def tiers(
+    file: Annotated[Path, typer.Argument(help="A saved case (JSON).", show_default=False)],
+    backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
+    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
+) -> None:
+    """Replay one case on every tier and name the first that fails: its logic, its compilation, or its capture."""
+    try:
+        load(file)
+        outcomes = list(run_tiers(file, backend, layer))
+    except (ScenarioError, BackendError) as error:
+        raise unusable(str(error)) from None
+    typer.echo(render(tiers_table(outcomes)))
+    failed = next((outcome for outcome in outcomes if outcome.passed is False), None)
+    if failed is not None:
+        typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.told}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def survey(
+    layer: Annotated[str, typer.Option(help="module:attribute of an attention layer, or stages of one.")],
+    cases: Annotated[int, typer.Option(min=1, help="How many cases to draw.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Where they are drawn from.")] = 0,
+    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
+    budget: Annotated[float | None, typer.Option(min=0, help="End after so many seconds.", metavar="SECONDS")] = None,
+) -> None:
+    """Tell every property that a layer holds and every one that it does not, instead of stopping at the first.
+
+    Interrupted or out of time it tells what it has. Exit 130 if interrupted with nothing broken so far.
+    """
+    where = torch_device(device)
+    deadline = None if budget is None else time.monotonic() + budget
+    interrupted = False
+    try:
+        subject = Subject.load(None, layer, where)
+        found = Survey(subject, where)
+        try:
+            with ended_by_a_signal(), progress_of("surveying", cases) as tell:
+                found.run(cases, seed, deadline, tell)
+        except KeyboardInterrupt:
+            interrupted = True
+    except (BackendError, ScenarioError, ValueError) as error:
+        raise unusable(str(error)) from None
+    typer.echo(render(survey_table(found.records)))
+    if found.left_out:
+        typer.echo(not_judged(found.left_out))
+    if found.cases < cases:
+        typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {cases} cases")
+    raise typer.Exit(0 if found.holds and not interrupted else 1 if not found.holds else INTERRUPTED)
+
+
+@app.command()
+def sanitize(
+    files: Annotated[list[Path] | None, typer.Argument(help="Saved cases (JSON); by default a few small ones.")] = None,
+    tool: Annotated[list[Tool] | None, typer.Option(help="Run this tool alone; may be given several times.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each tool may take.")] = 600,
+) -> None:
+    """Judge saved cases on the GPU under NVIDIA's compute-sanitizer, and tell in one line what each tool found."""
+    if (why := obstacle()) is not None:
+        raise unusable(f"sanitize: {why}")
+    cases = files or list(CASES)
+    try:
+        for file in cases:
+            load(file)
+    except ScenarioError as error:
+        raise unusable(str(error)) from None
+    outcomes = []
+    for outcome in run_sanitizer(cases, tool or list(Tool), timeout):
+        typer.echo(outcome.line())
+        outcomes.append(outcome)
+    if any(outcome.clean is False for outcome in outcomes):
+        raise typer.Exit(1)
+    raise typer.Exit(2 if any(outcome.clean is None for outcome in outcomes) else 0)
+
+
+@app.command()
+def show(files: Files) -> None:
+    """Tell saved cases in plain words."""
+    try:
+        told = [(scenario.note, story(scenario)) for scenario in map(load, files)]
+    except ScenarioError as error:
+        raise unusable(str(error)) from None
+    for note, text in told:
+        typer.echo(f"{note}\n{text}" if note else text)

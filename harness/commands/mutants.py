@@ -1,0 +1,74 @@
+"""The command ``mutants``: changes every line of ``optimized/`` and prints what no case notices."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsa_oracle.harness.commands.app import Device, app, torch_device, unusable
+from nsa_oracle.harness.commands.terminal import progress_of
+from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.mutants import report as mutant_scores
+from nsa_oracle.harness.mutants.cases import gathered_cases
+from nsa_oracle.harness.mutants.mutants import all_mutants, sampled
+from nsa_oracle.harness.mutants.scores import Score, ScoringError
+from nsa_oracle.harness.mutants.scoring import score
+from nsa_oracle.harness.report import text
+
+
+@app.command()
+def mutants(
+    listed: Annotated[bool, typer.Option("--list", help="Name the mutants and what each changes; judge none.")] = False,
+    file: Annotated[str, typer.Option(help="Files of optimized/, as a pattern: 'kernels/*', 'topk.py'.")] = "*",
+    only: Annotated[list[str] | None, typer.Option(help="Judge this mutant; may be given several times.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Judge so many of them, picked at random.")] = None,
+    cases: Annotated[int, typer.Option(min=0, help="Fresh cases beside the saved ones, and half as many more.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Where the sample and fresh cases are drawn from.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Mutants judged at a time, each in its own process.")] = 2,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds of cases that a survivor has survived.")] = math.inf,
+    device: Annotated[Device, typer.Option(help="cuda: compiled kernels, the Gluon one too.")] = Device.CPU,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Add a record a line, as they come.")] = None,
+) -> None:
+    """Change every line of optimized/ in every way that the operators know, and print what no case notices.
+
+    Runs without a GPU unless told to use one. Fresh cases: so many of metadata alone, and half as many with a
+    layer. A mutant is judged until a case fails, so it is the survivors that take long.
+    """
+    where = torch_device(device)
+    chosen = all_mutants(file)
+    if not chosen:
+        raise unusable(f"--file {file}: no file of optimized/ that can be changed has such a name")
+    if unknown := sorted(set(only or ()) - {mutant.id for mutant in chosen}):
+        raise unusable(f"--only {unknown[0]}: no such mutant; --list names them all")
+    chosen = [mutant for mutant in chosen if not only or mutant.id in only]
+    chosen = chosen if sample is None else sampled(chosen, sample, seed)
+    if listed:
+        typer.echo(mutant_scores.listing(chosen))
+        return
+    scores: list[Score] = []
+    try:
+        with (
+            json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records,
+            progress_of("judging", len(chosen)) as tell,
+        ):
+            for scored in score(chosen, gathered_cases(cases, seed, where), jobs, patience, device=where):
+                scores.append(scored)
+                tell(len(scores))
+                if records is not None:
+                    print(mutant_scores.as_json(scored), file=records, flush=True)
+    except OSError as error:
+        raise unusable(f"--json {json_file}: {error.strerror}") from None
+    except (ScenarioError, ScoringError) as error:
+        raise unusable(str(error)) from None
+    order = {mutant.id: number for number, mutant in enumerate(chosen)}
+    scores.sort(key=lambda scored: order[scored.mutant.id])
+    typer.echo(text.render(mutant_scores.matrix(scores)))
+    alive = [scored for scored in scores if scored.fate.is_alive]
+    if alive:
+        typer.echo(mutant_scores.survivors(alive))
+    typer.echo(mutant_scores.sum_line(scores))
+    raise typer.Exit(1 if alive else 0)

@@ -1,0 +1,138 @@
+"""The layer's side of an engine: what its caches must hold, its stages by themselves, the chain, and the capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nsa_oracle.harness.content.edge_keys import edge_keys
+from nsa_oracle.harness.content.edge_logits import edge_logits
+from nsa_oracle.harness.engine.cache_state import CacheState
+from nsa_oracle.harness.engine.expected import ExpectedLayer
+from nsa_oracle.harness.engine.guards import GuardWatch
+from nsa_oracle.harness.engine.isolated import IsolatedStages
+from nsa_oracle.harness.engine.judged_layer import JudgedLayer
+from nsa_oracle.harness.engine.layer_driver import LayerDriver
+from nsa_oracle.harness.engine.observations import (
+    Conditions,
+    Feed,
+    LayerLoad,
+    LayerObservation,
+    LayerStep,
+    copied,
+    dense_copy,
+)
+from nsa_oracle.harness.memory.poison import GuardedAllocations
+from nsa_oracle.harness.protocol import LayerFactory
+from nsa_oracle.harness.scenarios.scenario import Layer, Scenario
+from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.reference.types import ForwardMode, Metadata
+
+
+class LayerEngine:
+    """Serves batches of one scenario with one layer. ``max_rows``: of any graph."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        layer: Layer,
+        factory: LayerFactory,
+        world: World,
+        device: torch.device,
+        conditions: Conditions,
+        max_rows: int,
+    ) -> None:
+        setup, attention = scenario.setup, layer.attention_config()
+        self.setup = setup
+        self.seed = scenario.seed
+        self.world = world
+        self.device = device
+        self.conditions = conditions
+        self.config = setup.backend_config()
+        built = factory(self.config, attention)
+        self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
+        self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
+        self.expected = ExpectedLayer(self.config, attention)
+        self._edge_sets = 0  # sets of edge rows that the store and top-k were given
+
+    def judged(self) -> JudgedLayer:
+        """What a check must know of this layer."""
+        return JudgedLayer(
+            setup=self.setup,
+            config=self.driver.config,
+            expected=self.expected,
+            content=self.cache_state.content,
+            world=self.world,
+            device=self.device,
+            weaker=getattr(self.driver.layer, "weaker", {}),
+        )
+
+    def load(self, batch: Batch) -> LayerLoad:
+        """The forward passes of one call of ``batch`` (not padded), with new keys, and the caches before the first."""
+        self.cache_state.settle(self.world)
+        passes = tuple(self.cache_state.passes(self.world, batch, self.config))
+        load = LayerLoad(passes, dense_copy(self.cache_state.truth))
+        self.cache_state.apply(passes)
+        return load
+
+    def run_stages(
+        self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
+    ) -> LayerObservation:
+        """Each stage of each pass, given the reference's result of the stage before; the store and top-k on edge rows.
+
+        metadata: the reference's. The edge rows differ from call to call, and between the runs of a scenario.
+        """
+        self._edge_sets += 1
+        sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
+        stages = IsolatedStages(self.driver, self.expected, sentinel)
+        steps = stages.run(load, metadata)
+        stored = stages.store(edge_keys(self.setup, self.driver.config, self.seed, poison, call))
+        ragged = batch.mode is ForwardMode.EXTEND
+        selected = stages.select(edge_logits(self.setup, self.seed, poison, call, sentinel), ragged)
+        guards.check(stages.guard.buffers)
+        return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)
+
+    def run_chain(
+        self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
+    ) -> LayerObservation:
+        """Every pass as a whole, on the backend's own ``metadata``."""
+        self.driver.load_caches(load.caches)
+        guard = GuardedAllocations(self.conditions.sentinel, self.device)
+        shown = [
+            self.driver.forward_eagerly(a_pass, step_metadata, guard)
+            for a_pass, step_metadata in zip(load.passes, metadata, strict=True)
+        ]
+        guards.check(guard.buffers)
+        modified = next((modified for _, modified in shown if modified is not None), None)
+        steps = tuple(step for step, _ in shown)
+        return LayerObservation(batch, batch.size, Feed.CHAIN, None, load, steps, modified)
+
+    def prepare_capture(self, rows: int) -> CapturedPasses:
+        """Before a capture of ``rows`` rows a pass: memory, and inputs of padding alone."""
+        self.driver.reserve()
+        self.driver.load(LayerLoad((), dense_copy(self.cache_state.truth)))
+        return CapturedPasses(self.driver, rows)
+
+
+class CapturedPasses:
+    """The passes that a graph records, and its copies of what each has computed."""
+
+    def __init__(self, driver: LayerDriver, rows: int) -> None:
+        self.driver = driver
+        self.rows = rows
+        self._steps: dict[int, LayerStep] = {}
+
+    def forward(self, metadata: Sequence[Metadata]) -> None:
+        """Run one pass a step. The warm-up makes the memory of the copies; the capture records copies into it."""
+        for step, step_metadata in enumerate(metadata):
+            shown = self.driver.forward(step, step_metadata, self.rows)
+            if step not in self._steps:
+                self._steps[step] = LayerStep(copied(shown.outputs), shown.caches)
+            copies, outputs = vars(self._steps[step].outputs).values(), vars(shown.outputs).values()
+            for ours, theirs in zip(copies, outputs, strict=True):
+                ours.copy_(theirs)  # now: the next pass may use the same memory
+
+    @property
+    def steps(self) -> tuple[LayerStep, ...]:
+        return tuple(self._steps.values())

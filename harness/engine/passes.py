@@ -1,0 +1,49 @@
+"""Forward passes of the layer: which rows, which keys, where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsa_oracle.reference.types import AttentionInputs
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the layer: draft step ``step`` of one batch, its R rows in batch order, padding left out.
+
+    requests, tokens: the request (its place in the batch) and draft token of each row. seqlens: KV length that each row
+    sees, its own key included. positions: where its own key belongs, below 0 for a row that stands for no token.
+    inputs: on the host.
+    """
+
+    step: int
+    requests: tuple[int, ...]
+    tokens: tuple[int, ...]
+    seqlens: tuple[int, ...]
+    positions: tuple[int, ...]
+    inputs: AttentionInputs
+
+    @property
+    def rows(self) -> int:
+        return len(self.requests)
+
+    def of_requests(self, order: Sequence[int]) -> Pass:
+        """The rows of some requests, in that order of requests, as a batch of those alone."""
+        rows = [row for request in order for row in range(self.rows) if self.requests[row] == request]
+        place = {request: number for number, request in enumerate(order)}
+        return Pass(
+            self.step,
+            requests=tuple(place[self.requests[row]] for row in rows),
+            tokens=tuple(self.tokens[row] for row in rows),
+            seqlens=tuple(self.seqlens[row] for row in rows),
+            positions=tuple(self.positions[row] for row in rows),
+            inputs=map_tensors(self.inputs, lambda tensor: tensor[rows]),
+        )
+
+
+def map_tensors(inputs: AttentionInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:
+    """``inputs`` with every tensor replaced by ``change`` of it."""
+    return AttentionInputs(**{name: change(tensor) for name, tensor in vars(inputs).items()})

@@ -1,0 +1,145 @@
+"""Copies of metadata and outputs that end each captured graph: what the graph itself read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.engine.observations import LayerStep, Modified, StepObservation, copied, dense_copy
+from nsa_oracle.harness.graphs.capture import CapturedGraph
+from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
+from nsa_oracle.harness.memory.poison import fill_dead_cells
+from nsa_oracle.harness.subjects.results import described
+from nsa_oracle.reference.types import Metadata
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a graph leaves its copy of one field of one step."""
+
+    offset: int  # in the probe arena, in int32 words
+    shape: torch.Size
+    address: int  # of the field itself, at capture
+
+    def view(self, arena: torch.Tensor) -> torch.Tensor:
+        return arena[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+
+class ProbeArena:
+    """Memory for the probes of one graph: all of it is brought to the host in one transfer.
+
+    probes: by step and field. arena, arena_behind: int32, on the device; the second holds the same fields once the
+    layer has run, and is empty without one.
+    """
+
+    def __init__(self, metadata: Sequence[Metadata], device: torch.device, with_layer: bool) -> None:
+        steps, words = [], 0
+        for step_metadata in metadata:
+            step_probes = {}
+            for name, tensor in fields.tensors(step_metadata).items():
+                step_probes[name] = Probe(words, tensor.shape, tensor.data_ptr())
+                words += tensor.numel()
+            steps.append(step_probes)
+        self.probes = tuple(steps)
+        self.arena = torch.empty(words, dtype=torch.int32, device=device)
+        self.arena_behind = torch.empty(words if with_layer else 0, dtype=torch.int32, device=device)
+        self._fields = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata).values()]
+        probes = [probe for step_probes in self.probes for probe in step_probes.values()]
+        self._copies = [probe.view(self.arena) for probe in probes]
+        self._copies_behind = [probe.view(self.arena_behind) for probe in probes if with_layer]
+
+    def copy_metadata(self) -> None:
+        """In a graph: copy every field, as it is before the layer runs."""
+        if self._fields:  # a backend without any metadata is reported when it is looked at
+            torch._foreach_copy_(self._copies, self._fields)
+
+    def copy_metadata_behind_layer(self) -> None:
+        """In a graph: copy every field, as the layer has left it."""
+        torch._foreach_copy_(self._copies_behind, self._fields)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundGraph:
+    """A captured graph with the metadata it reads and the probes that tell what it read, by step and field."""
+
+    graph: CapturedGraph
+    metadata: tuple[Metadata, ...]
+    probes: tuple[dict[str, Probe], ...]
+    arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
+    arena_behind: torch.Tensor  # the same fields once the layer has run; empty without one
+    layer_steps: tuple[LayerStep, ...]  # the graph's copies of what each pass of the layer computed
+
+    def modified_field(self) -> Modified | None:
+        """A field of the metadata that the layer has written to, or None."""
+        if not len(self.arena_behind) or torch.equal(self.arena, self.arena_behind):
+            return None
+        before, after = self.arena.cpu(), self.arena_behind.cpu()
+        return next(
+            Modified(step, name)
+            for step, probes in enumerate(self.probes)
+            for name, probe in probes.items()
+            if not torch.equal(probe.view(before), probe.view(after))
+        )
+
+    def shown_steps(self) -> tuple[LayerStep, ...]:
+        """Copies of what the passes of the last replay have left."""
+        return tuple(LayerStep(copied(kept.outputs), dense_copy(kept.caches)) for kept in self.layer_steps)
+
+    def spoil_outputs(self) -> None:
+        """Leave nothing of the last replay in the graph's copies of the layer's outputs."""
+        for step in self.layer_steps:
+            for tensor in vars(step.outputs).values():
+                as_bytes(tensor.view(-1)).fill_(NAN_BYTE)
+
+    def poison(self, sentinel: int, page_size: int) -> None:
+        """Before a replay: leave nothing in the probes, nor in table cells that the graph's last batch had dead."""
+        self.arena.fill_(sentinel)
+        self.spoil_outputs()
+        seen: set[int] = set()
+        for metadata in self.metadata:
+            tensors = fields.tensors(metadata)
+            lengths = tensors.get("seqlens_expanded")
+            for name, tokens in (("page_table_1", 1), ("real_page_table", page_size)):
+                table = tensors.get(name)
+                if lengths is None or table is None or {lengths.dtype, table.dtype} != {torch.int32}:
+                    continue
+                if len(table) != len(lengths) or 0 in table.stride():
+                    continue  # not laid out as the contract says; the comparison reports it
+                if table.data_ptr() not in seen:  # steps may share one buffer
+                    seen.add(table.data_ptr())
+                    fill_dead_cells(table, -(-lengths // tokens), sentinel)
+
+    def changes_when_replayed_again(self, sentinel: int, spoilt: int) -> bool:
+        """Replay without a preparation in between: a graph that counts on one, or adds to itself, shows it."""
+        first = self.arena.clone()
+        self.arena.fill_(sentinel)
+        self.graph.spoil(spoilt)
+        self.graph.replay()
+        return not torch.equal(self.arena, first)
+
+    def observe(self, shown: Sequence[Metadata], wait: bool) -> tuple[StepObservation, ...]:
+        """What the probes of a replayed graph hold. shown: the metadata now. wait: for a GPU's streams first."""
+        arena = self.arena.cpu()
+        if wait and arena.device != self.arena.device:
+            torch.cuda.synchronize(self.arena.device)
+        return tuple(
+            observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            for metadata, probes in zip(shown, self.probes, strict=True)
+        )
+
+
+def observe(metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
+    """The metadata of one step. seen: host copies of its fields. probes: of a graph, to tell which fields moved."""
+    held = fields.tensors(metadata)
+    others = {name: thing for name, thing in fields.held(metadata).items() if name not in held}
+    return StepObservation(
+        tensors=seen,
+        dtypes={name: tensor.dtype for name, tensor in held.items()},
+        devices={name: tensor.device for name, tensor in held.items()},
+        host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
+        moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
+        odd={name: described(thing) for name, thing in others.items() if thing is not None},
+    )

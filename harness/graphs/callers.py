@@ -1,0 +1,50 @@
+"""Names the operation and the line of the judged code behind a call."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.overrides import resolve_name
+
+_RUNNERS = Path(__file__).parent
+_INTERNAL_FILES = {str(_RUNNERS / "cuda.py"), str(_RUNNERS / "simulated.py")}
+_TORCH = Path(torch.__file__).parent
+_THIRD_PARTY_FOLDERS = (f"{_TORCH}/", f"{_TORCH.parent / 'triton'}/")
+_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
+
+
+def calling_line(failure: TracebackType | None = None) -> str:
+    """The innermost line outside torch, triton and the runners: of `failure`, or else of the running stack."""
+    frames = traceback.extract_stack() if failure is None else traceback.extract_tb(failure)
+    return describe_frame(innermost_user_frame(frames))
+
+
+def operation_name(func: Callable[..., Any]) -> str:
+    """`aten.nonzero` for a dispatched operator, `torch.Tensor.item` for a Python-level function."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.overloadpacket)
+    name: str = resolve_name(func) or getattr(func, "__name__", repr(func))
+    return name
+
+
+def innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    return next((frame for frame in reversed(frames) if _is_user_code(frame.filename)), None)
+
+
+def _is_user_code(filename: str) -> bool:
+    if filename in _INTERNAL_FILES or filename.startswith(("<", *_THIRD_PARTY_FOLDERS)):
+        return False
+    # Installed packages may lie under the standard library's folder without being part of it.
+    return not filename.startswith(_STANDARD_LIBRARY) or "-packages/" in filename
+
+
+def describe_frame(frame: traceback.FrameSummary | None) -> str:
+    if frame is None:
+        return "unknown line"
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"

@@ -1,0 +1,115 @@
+"""The nodes of a simulated graph, and their replay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from nsa_oracle.harness.graphs.audit import Audit
+from nsa_oracle.harness.graphs.free_memory import spoil_storage
+from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
+from nsa_oracle.harness.graphs.operators import schema_arguments, tensors_in
+from nsa_oracle.harness.graphs.storages import use_count
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A recorded operator: its arguments, and the outputs that its result belongs in (None: already in place)."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[torch.Tensor | None, ...]
+
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        names = [argument.name for argument in schema_arguments(self.func)]
+        return of_call(str(self.func), names, self.args, self.kwargs, is_host)
+
+    def run(self) -> None:
+        results = tree_leaves(self.func(*self.args, **self.kwargs))
+        for output, result in zip(self.outputs, results, strict=True):
+            if output is not None:
+                output.copy_(result)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded Triton launch: an executor with its grid resolved, and its arguments."""
+
+    executor: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def host_values(self, is_host: Callable[[torch.Tensor], bool]) -> NodeValues:
+        given = {"grid": tuple(self.executor.grid), **self.kwargs}
+        return of_call(f"kernel {self.executor.fn.__name__}", self.executor.arg_names, self.args, given, is_host)
+
+    def run(self) -> None:
+        self.executor(*self.args, **self.kwargs)
+
+
+class SimulatedCapturedGraph:
+    """Recorded operations, with every tensor they use held alive.
+
+    `storages_read` and `storages_written` are the (address, bytes) of storages that existed before the capture;
+    `allocations` counts the storages that the recorded operations made.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Operation | Launch],
+        storages_read: frozenset[tuple[int, int]],
+        storages_written: frozenset[tuple[int, int]],
+        made: Sequence[torch.UntypedStorage],
+        found: dict[int, torch.UntypedStorage],
+        host_scalars: frozenset[int],
+    ) -> None:
+        self._nodes = tuple(nodes)
+        self._found = found
+        self._made = {storage._cdata: storage for storage in made}
+        self._host_scalars = host_scalars  # storages of the copies that the nodes hold
+        self.storages_read = storages_read
+        self.storages_written = storages_written
+        self.allocations = len(made)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for node in self._nodes:
+                node.run()
+
+    def dangling_bytes(self) -> int:
+        # What no node holds was looked at by the host alone.
+        return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
+
+    def audit(self) -> Audit:
+        return Audit()
+
+    def host_values(self) -> Sequence[NodeValues]:
+        return [node.host_values(self._is_host_scalar) for node in self._nodes]
+
+    def spoil(self, value: int) -> None:
+        for storage in self._held_by_nodes_alone(self._made):
+            spoil_storage(storage, value)
+
+    def _is_host_scalar(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host_scalars
+
+    def _held_by_nodes_alone(self, storages: dict[int, torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
+        """Those of `storages`, of each of which this object has one handle, that nobody has but it and its nodes."""
+        for key, tensors in self._tensors_of_nodes.items():
+            if key in storages and use_count(storages[key]) == 1 + tensors:
+                yield storages[key]
+
+    @functools.cached_property
+    def _tensors_of_nodes(self) -> dict[int, int]:
+        """By storage: through how many tensors the nodes hold it."""
+        held: dict[int, set[int]] = {}
+        for node in self._nodes:
+            for tensor in tensors_in(vars(node)):
+                held.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        return {key: len(tensors) for key, tensors in held.items()}

@@ -1,0 +1,140 @@
+"""A scenario told in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nsa_oracle.harness.scenarios.scenario import (
+    Accept,
+    Capture,
+    Eager,
+    Event,
+    Finish,
+    Join,
+    Layer,
+    Mirror,
+    Order,
+    Remap,
+    Replay,
+    Scenario,
+    Setup,
+)
+from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.reference.types import ForwardMode, StepSemantics
+
+
+def story(scenario: Scenario, failing_event: int | None = None) -> str:
+    """The scenario as a person would tell it, the event at which it fails marked."""
+    lines = [_setup(scenario)]
+    world = World(scenario, poison=0)
+    captured: dict[ForwardMode, set[int]] = {}
+    for number, event in enumerate(scenario.events):
+        batch = world.apply(event)
+        if isinstance(event, Capture):
+            captured.setdefault(event.mode, set()).update(event.buckets)
+        mark = "  <- fails here" if number == failing_event else ""
+        lines.append(f"  {number}. {_event(event, batch, world, captured)}{mark}")
+    return "\n".join(lines)
+
+
+def _setup(scenario: Scenario) -> str:
+    setup = scenario.setup
+    advancing = setup.step_semantics is StepSemantics.ADVANCING
+    steps = "each seeing one token more than the last" if advancing else "all seeing the same metadata"
+    inputs = setup.inputs
+    kinds = {
+        "strided": inputs.strided,
+        "a wide req_to_token": inputs.wide_req_to_token,
+        "a req_to_token of far rows": inputs.far_req_to_token,
+    }
+    views = [kind for kind, used in kinds.items() if used]
+    return "\n".join(
+        (
+            f"A backend of {_count(setup.num_steps, 'draft step')} ({steps}) and "
+            f"{_count(setup.num_draft_tokens, 'draft token')}, driven by its "
+            f"{setup.drive.value.replace('_', '-')} methods;",
+            f"page size {setup.page_size}, page tables {setup.max_context_len} wide, top-k {setup.index_topk}"
+            f"{_schedules(setup)};",
+            f"a pool of {_count(setup.pool_size, 'row')}, pages {setup.page_layout.value}; inputs "
+            f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
+            f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
+            *([] if setup.layer is None else [_layer(setup.layer)]),
+            f"optimisations: {', '.join(scenario.optimizations) or 'none'}; seed {scenario.seed}.",
+        )
+    )
+
+
+def _layer(layer: Layer) -> str:
+    far = ", its slots far apart" if layer.far_slots else ""
+    return (
+        f"an attention layer of {_count(layer.num_heads, 'head')} of {layer.kv_lora_rank} + {layer.qk_rope_head_dim} "
+        f"and {_count(layer.index_n_heads, 'index head')} of {layer.index_head_dim}, {layer.kv_cache_dtype.value} cache"
+        f"{far}, {layer.regime.value} content;"
+    )
+
+
+def _schedules(setup: Setup) -> str:
+    told = ""
+    if setup.paged_mqa_num_sms:
+        told += f", paged-MQA schedule over {setup.paged_mqa_num_sms} SMs"
+    if setup.flashmla_num_sm_parts:
+        told += f", FlashMLA schedule over {setup.flashmla_num_sm_parts} parts"
+    return told
+
+
+def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[ForwardMode, set[int]]) -> str:
+    match event:
+        case Capture():
+            return f"Capture {event.mode.value} graphs, buckets {_listed(event.buckets)}."
+        case Join():
+            prefix = "" if event.prefix_of is None else f", sharing up to {_count(event.prefix_pages, 'prefix page')}"
+            if event.count > 1:
+                return (
+                    f"{event.count} requests of {event.seq_len}, {event.seq_len + 1}, ... tokens join{prefix}; "
+                    f"{len(world.running)} running."
+                )
+            return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."
+        case Finish():
+            who = f"Request {event.request} finishes"
+            if event.count > 1:
+                who = f"Up to {event.count} requests finish, from number {event.request} on"
+            return f"{who}; {len(world.running)} running."
+        case Accept():
+            lengths = [request.seq_len for request in world.running]
+            accepted = [request.accept_length for request in world.running]
+            return f"Verification accepts {_listed(accepted)} tokens; lengths are now {_listed(lengths)}."
+        case Remap():
+            return f"Request {event.request} gets its first pages re-mapped to those of request {event.prefix_of}."
+        case Replay():
+            times = "" if event.times == 1 else f", {event.times} times"
+            assert batch is not None
+            bucket = choose_bucket(event.bucket, batch.size, captured.get(event.mode, set()))
+            where = "no bucket fits, so eagerly" if bucket is None else f"bucket {bucket}"
+            return f"Replay {event.mode.value} ({where}){times}: {_batch(batch, event.mirror, event.order)}."
+        case Eager():
+            return f"Eager {event.mode.value}: {_batch(batch, event.mirror, event.order)}."
+
+
+def _batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
+    assert batch is not None
+    if not batch.size:
+        return "an empty batch"
+    told = f"lengths {_listed(batch.seq_lens)}, pool rows {_listed(batch.pool_rows)}"
+    if batch.mode is ForwardMode.DRAFT_EXTEND:
+        told += f", accepted {_listed(batch.accept_lengths)}"
+    if batch.extend_lens:
+        told += f", new tokens {_listed(batch.extend_lens)}"
+    if mirror in (Mirror.STALE, Mirror.AHEAD) and batch.seq_lens_cpu is not None:
+        told += f", host mirror {mirror.value} at {_listed(batch.seq_lens_cpu)}"
+    if mirror is Mirror.ABSENT:
+        told += ", no host mirror"
+    return told + ("" if order is Order.JOINED else f", order {order.value}")
+
+
+def _listed(numbers: Sequence[int], most: int = 12) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return (" ".join(map(str, numbers[:most])) or "no") + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

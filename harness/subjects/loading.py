@@ -1,0 +1,205 @@
+"""Loads a backend or a layer by ``module:attribute`` and refuses what cannot be judged."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from pydantic.fields import FieldInfo
+
+from nsa_oracle.harness.errors import BackendError, error_line
+from nsa_oracle.harness.protocol import (
+    BackendFactory,
+    LayerFactory,
+    MultiStepBackend,
+    SingleStepBackend,
+    SparseAttention,
+    Strictness,
+)
+from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
+from nsa_oracle.harness.scenarios.scenario import Layer, Setup
+from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
+from nsa_oracle.harness.subjects.results import checked_stages
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig
+
+
+def load_backend(spec: str) -> BackendFactory:
+    """The factory behind ``module:attribute``, which is called with (config, req_to_token).
+
+    Raises BackendError if there is no such thing to call.
+    """
+    build = cast("Callable[[BackendConfig, torch.Tensor], object]", _load(spec, "backend", "config, req_to_token"))
+
+    def factory(config: BackendConfig, req_to_token: torch.Tensor, _: tuple[str, ...]) -> MultiStepBackend:
+        return checked(build(config, req_to_token), spec)
+
+    return factory
+
+
+def limits_of_backend(spec: str) -> Limits:
+    """What the callable behind ``module:attribute`` is made for, by its attributes ``sizes`` and ``modes``.
+
+    sizes: fields of ``harness.scenario.Setup`` and ``Inputs`` -> allowed values. modes: forward modes that it knows.
+    Raises BackendError if they are malformed, or there is no such callable.
+    """
+    return _declared(_load(spec, "backend", "config, req_to_token"), f"backend '{spec}'", BACKEND_FIELDS, "no backend")
+
+
+def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
+    """The factory behind ``module:attribute``, which is called with (config, attention), and what it is made for.
+
+    It may build any object with one or more of the methods of ``SparseAttention``; those that it lacks are taken from
+    ``optimized/``. Attributes ``sizes`` and ``modes`` of the callable are as those of a backend; sizes may also name
+    fields of ``harness.scenario.Layer``. Raises BackendError if there is no such thing to call.
+    """
+    found = _load(spec, "layer", "config, attention")
+    build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
+
+    def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
+        return completed(build(config, attention), config, attention, spec)
+
+    return factory, _declared(found, f"layer '{spec}'", LAYER_FIELDS, "neither a layer nor its setup")
+
+
+def _declared(found: object, who: str, fields: Mapping[str, FieldInfo], nobody: str) -> Limits:
+    try:
+        return declared(found, fields, nobody)
+    except ValueError as error:
+        raise BackendError(f"{who}: {error}") from None
+
+
+def completed(layer: object, config: BackendConfig, attention: AttentionConfig, spec: str) -> SparseAttention:
+    """``layer`` with what it lacks taken from ``optimized/``.
+
+    Raises BackendError if it has no stage at all, or one that cannot be called, or declares what cannot be.
+    """
+    names = [name for name in vars(SparseAttention) if not name.startswith("_")]
+    own = [name for name in names if hasattr(layer, name)]
+    if not own:
+        raise BackendError(f"layer '{spec}': {type(layer).__name__} has none of the methods {', '.join(names)}")
+    if useless := [name for name in own if not callable(getattr(layer, name))]:
+        raise BackendError(f"layer '{spec}': {type(layer).__name__}.{useless[0]} is no method")
+    check_weaker(getattr(layer, "weaker", {}), spec)
+    whole = optimized_layer(config, attention)
+    for name in (*own, "weaker"):
+        if hasattr(layer, name) and not (name == "forward" and getattr(type(layer), name, None) is type(whole).forward):
+            setattr(whole, name, getattr(layer, name))  # forward of ours then calls stages of theirs
+    for name, stage in checked_stages(layer, config.index_topk).items():
+        if name in own:
+            setattr(whole, name, stage)
+    return whole
+
+
+def check_weaker(weaker: object, spec: str) -> None:
+    """Raises BackendError if ``weaker`` is not a mapping of stages to a strictness that they can be compared in."""
+    if not isinstance(weaker, Mapping):
+        raise BackendError(f"layer '{spec}': weaker must map stages to a Strictness; it is a {type(weaker).__name__}")
+    for stage, strictness in weaker.items():
+        if not isinstance(strictness, Strictness):
+            raise BackendError(f"layer '{spec}': weaker: '{stage}' must be a harness.protocol.Strictness")
+        if stage not in strictness.stages:
+            fitting = ", ".join(strictness.stages)
+            raise BackendError(f"layer '{spec}': weaker: '{stage}' cannot be {strictness.name}; it fits {fitting}")
+
+
+def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not module_name or not attribute:
+        raise BackendError(f"{what} '{spec}' is not of the form module:attribute")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when imported
+        reason = error_line(error)
+        raise BackendError(
+            f"{what} '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
+        ) from error
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        raise BackendError(f"{what} '{spec}': module {module_name} has no attribute {attribute}") from None
+    if not callable(found):
+        raise BackendError(f"{what} '{spec}' is not callable; name a class or function of ({arguments})")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return cast("Callable[..., object]", found)  # it does not say what it takes
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise BackendError(f"{what} '{spec}' cannot be called with ({arguments}): {error}") from None
+    return cast("Callable[..., object]", found)
+
+
+def checked(backend: object, spec: str) -> MultiStepBackend:
+    """``backend``, if it has every method the engine calls. Raises BackendError naming the first it lacks."""
+    lacking = [f"{type(backend).__name__}.{name}" for name in _methods(MultiStepBackend) if not hasattr(backend, name)]
+    steps: object = getattr(backend, "attn_backends", ())
+    if not isinstance(steps, Sequence):
+        kind = type(steps).__name__
+        raise BackendError(f"backend '{spec}': attn_backends must be a list of single-step backends, not {kind}")
+    for step in steps:
+        lacking += [f"{type(step).__name__}.{name}" for name in _methods(SingleStepBackend) if not hasattr(step, name)]
+    if lacking:
+        raise BackendError(f"backend '{spec}' lacks {lacking[0]}; harness/protocol.py says what it must do")
+    return cast(MultiStepBackend, backend)
+
+
+def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVERYTHING) -> None:
+    """Build a tiny backend, so that one that lacks a method is refused before anything is judged.
+
+    Whatever else goes wrong in building it is left for the judge to report, with a case that replays it.
+    """
+    config = _smallest(limits)
+    pool = torch.zeros(1, config.max_context_len, dtype=torch.int32, device=device)
+    with _left_to_the_judge():
+        factory(config, pool, ())
+
+
+def try_out_layer(factory: LayerFactory, limits: Limits, spec: str) -> Limits:
+    """Build a tiny layer, likewise. Returns ``limits``, and those of ``optimized/`` if its attention is taken."""
+    layer = Layer(**{name: values[0] for name, values in limits.sizes.items() if name in Layer.model_fields})
+    with _left_to_the_judge():
+        built = factory(_smallest(limits), layer.attention_config())
+        if "sparse_mla" not in vars(built):  # else theirs is set there, by ``completed``
+            return _with_ours(limits, spec)
+    return limits
+
+
+def _with_ours(limits: Limits, spec: str) -> Limits:
+    ours = limits_of_optimized_layer()
+    both = limits & ours
+    for name, left in both.sizes.items():
+        if not left:
+            allowed, made_for = (", ".join(map(str, sizes[name])) for sizes in (limits.sizes, ours.sizes))
+            raise BackendError(
+                f"layer '{spec}' has {name} {allowed} and no sparse_mla; that of optimized/ is made for {made_for}"
+            )
+    return both
+
+
+def _smallest(limits: Limits) -> BackendConfig:
+    """A configuration within ``limits``."""
+    sizes = {"page_size": 1, "max_context_len": 20, "index_topk": 4, "num_steps": 1, "num_draft_tokens": 1}
+    allowed = {name: values[0] for name, values in limits.sizes.items() if name in Setup.model_fields}
+    return Setup.model_construct(**{**sizes, **allowed}).backend_config()
+
+
+@contextmanager
+def _left_to_the_judge() -> Iterator[None]:
+    try:
+        yield
+    except BackendError:
+        raise
+    except (Exception, SystemExit):
+        pass
+
+
+def _methods(protocol: type) -> list[str]:
+    names = [name for name in vars(protocol) if name.startswith("init_")]
+    return [*names, "attn_backends"] if protocol is MultiStepBackend else names
