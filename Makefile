@@ -13,7 +13,7 @@ check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo
 test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
 	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)
 
-setup: $(VENV)/ready  ## only what the targets here that use .venv/ do first
+setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other targets create it when they need it
 
 oracle: $(VENV)/ready  ## the command-line tool: make oracle ARGS='replay FILE'
 	@$(RUN) nsa_oracle $(ARGS)
