@@ -42,6 +42,15 @@ def test_named_files_exist(name: str) -> None:
     assert [path for path in sorted(named - ADDED_BY_THE_READER) if not (PROJECT / path).exists()] == []
 
 
+@each_page
+def test_symbols_stand_in_the_files_that_are_named_for_them(name: str) -> None:
+    """As in: ``STAGES`` of ``harness/protocol.py``."""
+    prose = " ".join(PAGES[name].split())
+    for symbol, path in re.findall(r"`(\w+)(?:\(\))?` (?:in|of) `((?:harness|optimized|reference)/[\w/]+\.py)`", prose):
+        source = (PROJECT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:class |(?:async )?def )?{symbol}\b", source, re.MULTILINE), f"{symbol} of {path}"
+
+
 def test_modules_named_in_the_layout_table_exist() -> None:
     """Rows of the table of packages in CONTRIBUTING.md are files and folders of harness/; none is left out."""
     rows = re.findall(r"^\| ((?:`[\w./]+`(?:, )?)+) \|", PAGES["CONTRIBUTING.md"], re.MULTILINE)
