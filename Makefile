@@ -5,13 +5,18 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check test lint format bench sanitize clean
+.PHONY: check test setup oracle lint format bench sanitize clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
 	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
 
 test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
 	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)
+
+setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other targets create it when they need it
+
+oracle: $(VENV)/ready  ## the command-line tool: make oracle ARGS='replay FILE'
+	@$(RUN) nsa_oracle $(ARGS)
 
 lint: $(VENV)/ready
 	$(RUN) ruff check .
@@ -27,14 +32,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-bench:  ## times optimized/ beside the original and its peers; uses your own environment, which needs a GPU
+bench:  ## times optimized/ beside the original and production kernels; uses your own environment, which needs a GPU
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('make bench: $(PYTHON) sees no CUDA device')"
 	mkdir -p reports
 	$(PYTHON) -m pytest tests/benchmarks --benchmark-only --benchmark-json=reports/benchmark.json
 	$(PYTHON) -m tests.benchmarks.table reports/benchmark.json
 
 sanitize:  ## a few saved cases under compute-sanitizer; uses your own environment, which needs a GPU and the CUDA toolkit
-	$(PYTHON) -m harness sanitize $(ARGS)
+	$(PYTHON) -m nsa_oracle sanitize $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports

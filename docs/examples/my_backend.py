@@ -1,8 +1,13 @@
-"""Somebody else's metadata planner behind the oracle's protocol, and a twin of it with a bug.
+"""A third-party metadata planner adapted to the oracle's protocol, and a twin of it with a bug.
 
-Their planner has its own method names and returns a dictionary under its own field names. The adapter below renames;
-it computes and copies nothing, so what the oracle judges is theirs. Replace ``Planner`` by your import, and ``NAMES``
-by yours.
+The planner has method names of its own and returns a dictionary under field names of its own. The adapter below
+renames; it computes and copies nothing, so the oracle judges the planner itself. Replace ``Planner`` by an import of
+your planner, and ``NAMES`` by its field names.
+
+Judge both with:
+
+    make check ARGS='-k test_scenarios --oracle-profile dev --oracle-backend docs.examples.my_backend:MyBackend'
+    make check ARGS='-k test_scenarios --oracle-profile dev --oracle-backend docs.examples.my_backend:MyBrokenBackend'
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 from nsa_oracle.reference.metadata import compute_metadata
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
-# Theirs -> ours. What is not named here has the same name on both sides, host scalars included.
+# The planner's name -> the oracle's. Fields that are not listed have the same name in both, host scalars included.
 NAMES = {
     "kv_lens": "cache_seqlens_int32",
     "kv_start": "cu_seqlens_k",
@@ -32,7 +37,7 @@ Plan = dict[str, Any]
 
 
 class Planner:
-    """Theirs: plans one draft step. Stands for your own code, and so computes with the reference."""
+    """The third party's code: plans one draft step. It stands for your own code, and computes with the reference."""
 
     refreshed = (*NAMES, "paged_mqa_schedule_metadata", "flashmla_metadata", "flashmla_num_splits")
 
@@ -40,10 +45,12 @@ class Planner:
         self.config, self.slots, self.step = config, slots, step
 
     def plan(self, batch: ForwardBatch, fixed_shape: bool) -> Plan:
+        """Metadata of ``batch`` by the planner's names; ``fixed_shape``: as wide as a graph's buffers."""
         values = compute_metadata(self.config, self.slots, batch, self.step, fixed_shape)
         return {OURS_TO_THEIRS.get(ours, ours): value for ours, value in vars(values).items()}
 
     def update(self, plan: Plan, batch: ForwardBatch) -> None:
+        """Refresh ``plan`` for ``batch``, in place."""
         fresh = self.plan(batch, fixed_shape=True)
         for name in self.refreshed:
             if plan[name] is not None:
@@ -51,13 +58,13 @@ class Planner:
 
 
 class ForgetfulPlanner(Planner):
-    """The bug: the pages of a request never change, so surely nobody has to copy them again."""
+    """The bug: assumes that the pages of a request never change, and so does not copy them again."""
 
     refreshed = tuple(name for name in Planner.refreshed if name != "block_table")
 
 
 class Step:
-    """The adapter of one draft step: the engine's calls on the left, theirs on the right."""
+    """The adapter of one draft step: translates the engine's calls to the planner's."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
@@ -102,12 +109,12 @@ class Step:
         self.show(plan)
 
     def show(self, plan: Plan) -> None:
-        """Rename the fields; the tensors stay theirs, at their addresses."""
+        """Set ``forward_metadata``: fields are renamed, tensors stay the planner's, at their addresses."""
         self.forward_metadata = Metadata(**{NAMES.get(theirs, theirs): value for theirs, value in plan.items()})
 
 
 class MyBackend:
-    """The adapter of all steps. This is what ``--oracle-backend`` names; it is called with these two arguments."""
+    """The adapter of all steps. ``--oracle-backend`` names this class; it is called with these two arguments."""
 
     planner: type[Planner] = Planner
 

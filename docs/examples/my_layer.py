@@ -1,7 +1,12 @@
-"""One stage of somebody else's sparse attention layer behind the oracle's protocol, and a twin of it with a bug.
+"""One stage of a third-party sparse attention layer behind the oracle's protocol, and a twin of it with a bug.
 
-The stage is attention over the selected slots. The other stages are not defined here and so are taken from
-``optimized/``: to judge one kernel, hand over one method. Replace the body of ``sparse_mla`` by a call of yours.
+The stage is attention over the selected slots. Stages that are not defined here are taken from ``optimized/``: to judge
+one kernel, define one method. Replace the body of ``sparse_mla`` by a call of your kernel.
+
+Judge both with:
+
+    make check ARGS='-k test_layers --oracle-profile dev --oracle-layer docs.examples.my_layer:MyAttention'
+    make check ARGS='-k test_layers --oracle-profile dev --oracle-layer docs.examples.my_layer:MyBrokenAttention'
 """
 
 from __future__ import annotations
@@ -16,13 +21,13 @@ from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDt
 
 
 class MyAttention:
-    """Plain torch. This is what ``--oracle-layer`` names; it is called with these two arguments."""
+    """Plain torch. ``--oracle-layer`` names this class; it is called with these two arguments."""
 
     sizes: ClassVar[Sizes] = {"kv_cache_dtype": (KVCacheDtype.BF16,)}  # it cannot read the FP8 cache
 
     def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
         self.attention = attention
-        # As kernels take it: a float32, which makes it exactly 1 where the oracle wants weights to be powers of two.
+        # A float32, as kernels take it: exactly 1 in the exact regimes, where weights are powers of two.
         self.scale_log2 = torch.tensor(attention.sm_scale * math.log2(math.e), dtype=torch.float32).item()
 
     def sparse_mla(
@@ -32,14 +37,14 @@ class MyAttention:
         heads, rank = self.attention.num_heads, self.attention.kv_lora_rank
         out = torch.empty(len(q), heads, rank, dtype=torch.bfloat16, device=q.device)
         lse = torch.empty(len(q), heads, dtype=torch.float32, device=q.device)
-        for row in range(len(q)):  # one by one: so no row can depend on the rows beside it
+        for row in range(len(q)):  # one by one, so that no row can depend on another
             self._attend(out[row], lse[row], q[row].double(), kv_cache, indices[row])
         return out, lse
 
     def _attend(
         self, out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
     ) -> None:
-        # 1. A capture cannot count the valid slots: read one for every index, and make nothing of those for -1.
+        # 1. A capture cannot count the valid slots: read a slot for every index, and mask those read for -1.
         is_valid = indices >= 0  # [K]
         keys = kv_cache[indices.clamp(min=0).long(), 0].double()  # [K, dim]
         keys = keys.masked_fill(~is_valid[:, None], 0)  # slot 0 may hold NaN, and 0 * NaN is NaN
@@ -57,7 +62,7 @@ class MyAttention:
 
 
 class MyBrokenAttention(MyAttention):
-    """The bug: surely every row of indices ends with a -1."""
+    """The bug: assumes that every row of indices ends with a -1."""
 
     def sparse_mla(
         self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor

@@ -3,9 +3,9 @@
 They are operators of two shared libraries in the wheel ``sglang-kernel`` (0.4.4 for torch 2.11), which load without the
 rest of the package. Unpack the wheel and name its folder ``sgl_kernel``:
 
-    ORACLE_SGL_KERNEL=/path/to/sgl_kernel python -m harness survey --layer docs.examples.peers:FlashMLAPrefill
+    ORACLE_SGL_KERNEL=/path/to/sgl_kernel nsa-oracle survey --layer docs.examples.peers:FlashMLAPrefill
 
-What a layer below does not define is taken from ``optimized/``.
+Stages that a layer below does not define are taken from ``optimized/``. docs/peers.md has the results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRODUCTION: Sizes = {"kv_lora_rank": (512,), "qk_rope_head_dim": (64,), "far_slo
 
 @cache
 def sgl_kernel() -> Any:
-    """The operators of both libraries. Raises RuntimeError, in one line, where they are not given."""
+    """The operators of both libraries. Raises RuntimeError, in one line, if ORACLE_SGL_KERNEL is not set."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         raise RuntimeError(f"set {FOLDER} to the folder sgl_kernel of an unpacked sglang-kernel wheel")
@@ -38,7 +38,7 @@ def sgl_kernel() -> Any:
 
 
 def _lse(lse: torch.Tensor) -> torch.Tensor:
-    """FlashMLA marks a row without a key by inf, the contract by -inf."""
+    """``lse`` in the contract's convention: FlashMLA marks a row without a key by inf, the contract by -inf."""
     return torch.where(lse == math.inf, -math.inf, lse)
 
 
@@ -66,7 +66,7 @@ class FlashMLAPrefill:
         out, _, lse = sgl_kernel().sparse_prefill_fwd.default(
             q.contiguous(), kv_cache, indices[:, None].contiguous(), config.sm_scale, config.kv_lora_rank, None, None
         )
-        return out, _lse(lse * math.log(2))  # theirs is to the base 2
+        return out, _lse(lse * math.log(2))  # the kernel's lse is to the base 2
 
 
 class FlashMLADecode:
@@ -101,7 +101,7 @@ class FlashMLADecode:
 
 
 class FastTopK:
-    """SGLang's radix top-k, by itself and fused with the page table: the right tokens, in no particular order."""
+    """SGLang's radix top-k, by itself and fused with the page table: the right tokens, in no fixed order."""
 
     sizes: ClassVar[Sizes] = {"index_topk": (2048,)}
     weaker: ClassVar[dict[str, Strictness]] = {"topk_indices": Strictness.SAME_SET, "indices": Strictness.SAME_SET}
@@ -128,6 +128,6 @@ class FastTopK:
 
 
 class UnorderedFastTopK(FastTopK):
-    """The same, judged by the order that the contract asks for."""
+    """The same kernel, judged by the order that the contract requires."""
 
     weaker: ClassVar[dict[str, Strictness]] = {}

@@ -1,12 +1,12 @@
 """Two optimisations that were reverted in production, in the ways an engineer could have wired them.
 
-Both were dropped without anybody knowing why: the vectorisation of ``seqlens_expanded`` (no Python loop over requests),
-and a kernel that copies all fields into the buffers of all draft steps at once. docs/reverts.md says what the oracle
-found in each wiring below. Each class is a backend of (config, req_to_token):
+Both were reverted for an unknown reason: the vectorisation of ``seqlens_expanded`` (no Python loop over requests), and
+a kernel that copies all fields into the buffers of all draft steps at once. docs/reverts.md says what the oracle found
+in each wiring below. Each class is a backend of (config, req_to_token):
 
-    python -m harness replay FILE --backend docs.examples.reverts:VectorisedHostMirror
+    nsa-oracle replay FILE --backend docs.examples.reverts:VectorisedHostMirror
 
-All derive from the reference, so that nothing but the wiring can be wrong.
+All derive from the reference, so that only the wiring can be wrong.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def extend(kv_lens: torch.Tensor, qo_lens: torch.Tensor, num_rows: int | None = 
 
 
 def without_lengths(buffers: Metadata) -> Metadata:
-    """The fields that the vectorised code has no part in."""
+    """``buffers`` without the fields that the vectorised code computes."""
     none: dict[str, Any] = dict.fromkeys(("seqlens_expanded", "nsa_cache_seqlens_int32", "nsa_cu_seqlens_k"))
     return dataclasses.replace(buffers, **none)
 
 
 class Step(SingleStepBackend):
-    """The reference's step, its lengths per query token from the vectorised code. Seams are what wirings differ in."""
+    """The reference's step with lengths per query token from the vectorised code. Wirings override its methods."""
 
     def lengths(self, batch: ForwardBatch) -> torch.Tensor:
         """KV lengths of the requests, before verification's drafts are added: [bs]."""
@@ -62,7 +62,7 @@ class Step(SingleStepBackend):
         return batch.spec_info.accept_length[: batch.batch_size].to(torch.int32)
 
     def expanded(self, batch: ForwardBatch) -> torch.Tensor:
-        """What the vectorised code gives for ``batch``: a row for each query token."""
+        """Lengths that the vectorised code gives for ``batch``: a row for each query token, [R]."""
         if batch.forward_mode is ForwardMode.TARGET_VERIFY:
             drafts = self.config.speculative_num_draft_tokens
             return verify(self.lengths(batch) + drafts, drafts)
@@ -72,7 +72,7 @@ class Step(SingleStepBackend):
         return expanded.clamp(min=0)
 
     def vectorised(self, metadata: Metadata, batch: ForwardBatch) -> Metadata:
-        """``metadata`` with the vectorised lengths in place of the loop's, as many rows as they have."""
+        """``metadata`` with the vectorised lengths in place of the loop's, with as many rows as these have."""
         if batch.forward_mode not in DRAFT_MODES:
             return metadata
         expanded = self.expanded(batch)
@@ -106,7 +106,7 @@ class Step(SingleStepBackend):
         self.refresh(self.forward_metadata, batch)
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
-        """Before a replay: compute, and write into the buffers as far as there are rows to write."""
+        """Before a replay: compute, and write into the buffers as many rows as were computed."""
         values = self.vectorised(self._compute_in_graph(batch), batch)
         lengths = (values.seqlens_expanded, values.nsa_cache_seqlens_int32, values.nsa_cu_seqlens_k)
         kept = (buffers.seqlens_expanded, buffers.nsa_cache_seqlens_int32, buffers.nsa_cu_seqlens_k)
@@ -125,7 +125,7 @@ class OfSteps(MultiStepBackend):
 
 
 def backend_of(step: type[SingleStepBackend]) -> type[OfSteps]:
-    """Decorates a step: the name then stands for the backend made of such steps."""
+    """Class decorator: replaces a step by the backend made of such steps, under the step's name."""
     return type(step.__name__, (OfSteps,), {"step": step, "__doc__": step.__doc__, "__module__": step.__module__})
 
 
@@ -134,7 +134,7 @@ def backend_of(step: type[SingleStepBackend]) -> type[OfSteps]:
 
 @backend_of
 class VectorisedAsShown(Step):
-    """Computed before the replay from the device's int32 lengths, written over the front of the buffers."""
+    """Computed before the replay from the device's int32 lengths, written to the first rows of the buffers."""
 
 
 class _FillsTail(Step):
@@ -186,7 +186,7 @@ class VectorisedHostMirror(_FillsTail):
 
 @backend_of
 class VectorisedMirrorOnly(_FillsTail):
-    """From ``seq_lens_cpu`` alone, which an engine that never synchronises does not have."""
+    """From ``seq_lens_cpu`` alone, which an engine that never synchronises does not provide."""
 
     def lengths(self, batch: ForwardBatch) -> torch.Tensor:
         return batch.seq_lens_cpu.to(device=batch.seq_lens.device, dtype=torch.int32)  # type: ignore[union-attr]
@@ -194,7 +194,7 @@ class VectorisedMirrorOnly(_FillsTail):
 
 @backend_of
 class VectorisedRebound(Step):
-    """The result becomes the metadata's tensor, as the eager path does it: nothing is copied."""
+    """The result becomes the metadata's tensor, as in the eager path: nothing is copied."""
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         values = self._compute_in_graph(batch)
@@ -204,7 +204,7 @@ class VectorisedRebound(Step):
 
 @backend_of
 class VectorisedRawBatch(_FillsTail):
-    """Computed for the requests that are really there, those of a length above the fill value."""
+    """Computed for the requests that look real, those of a length above the fill value."""
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         real = int((batch.seq_lens > 1).sum())
@@ -252,11 +252,11 @@ class VectorisedInCapture(_OfGraphSteps):
     """Captured with the forward pass; ragged accepts through ``repeat_interleave`` with a tensor of counts."""
 
     class step(_InGraph):  # noqa: N801
-        """Counts on the device decide how many rows there are."""
+        """Counts on the device determine the number of rows."""
 
 
 class VectorisedInCaptureSized(_OfGraphSteps):
-    """The same, with the number of rows as of the capture, so that ``repeat_interleave`` need not ask."""
+    """The same with the number of rows at capture, so that ``repeat_interleave`` need not read it from the device."""
 
     class step(_InGraph):  # noqa: N801
         """The rows are counted once, when the graph is captured."""
@@ -320,7 +320,7 @@ class BatchedCopyOfOneStep(BatchedCopy):
 
 
 class BatchedCopyDecodeFields(BatchedCopy):
-    """The kernel's list of fields is that of DECODE; the lengths per query token of other modes are not in it."""
+    """The kernel's list of fields is that of DECODE and lacks the lengths per query token of other modes."""
 
     def copy(self, buffers: Metadata, values: Metadata) -> None:
         copy_into(dataclasses.replace(buffers, seqlens_expanded=None), values)  # type: ignore[arg-type]
