@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check test setup oracle lint format bench sanitize clean
+.PHONY: check test setup oracle lint structure format bench sanitize clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
 	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
@@ -21,7 +21,11 @@ oracle: $(VENV)/ready  ## the command-line tool: make oracle ARGS='replay FILE'
 lint: $(VENV)/ready
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(RUN) mypy
+
+structure: $(VENV)/ready  ## prints the figures that the layout of harness/ is measured by; fails beyond a limit
+	@$(RUN) tests.support.structure
 
 format: $(VENV)/ready
 	$(RUN) ruff check --fix .

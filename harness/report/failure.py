@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -33,9 +35,17 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
     return "\n\n".join(parts)
 
 
+def python_command() -> str:
+    """How a shell in the current folder calls the Python that runs now: ``python``, or its path."""
+    running = Path(sys.executable)
+    if shutil.which("python") == str(running):
+        return "python"
+    return str(running.relative_to(Path.cwd())) if running.is_relative_to(Path.cwd()) else str(running)
+
+
 def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None, graphs: bool = True) -> str:
-    """The one line that replays a saved case where, and as, it was found."""
-    words = ["python", "-m", "harness", "replay", str(saved), "--device", device]
+    """The one line that replays a saved case where, and as, it was found, with the Python that runs now."""
+    words = [python_command(), "-m", "nsa_oracle", "replay", str(saved), "--device", device]
     if backend is not None:
         words += ["--backend", backend]
     if layer is not None:
