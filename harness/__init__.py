@@ -1,7 +1,43 @@
-"""The judge: generates serving scenarios, drives a backend through them and compares every live bit.
+"""The judge of sparse attention backends: what a user of the oracle imports.
 
-Data flows one way: ``scenario`` (a frozen record) -> ``world`` (the serving engine's host state; the only place random
-numbers are used) -> ``engine`` (drives a backend behind ``protocol``, through ``graph``, with ``poison``) ->
-``compare`` -> ``judge`` -> ``report`` and ``seeds``. ``strategies`` draws scenarios within the ``limits`` that are
-declared, ``boundary`` says which corners of the space they visit, ``plugin`` and ``__main__`` are the ways in.
+``judge`` runs one ``Scenario`` against a backend and a layer and raises ``OracleFailure`` with a ``Finding`` at the first
+disagreement with the reference. What a backend and a layer must provide is in ``MultiStepBackend``,
+``SingleStepBackend``, ``PreparesInGraph`` and ``SparseAttention``. Importing this loads neither Triton nor pytest nor
+Hypothesis.
 """
+
+from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.protocol import (
+    BackendFactory,
+    LayerFactory,
+    MultiStepBackend,
+    PreparesInGraph,
+    SingleStepBackend,
+    SparseAttention,
+    Strictness,
+)
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.limits import Sizes
+from nsa_oracle.harness.scenarios.scenario import Scenario
+
+__all__ = [
+    "BackendError",
+    "BackendFactory",
+    "Finding",
+    "Kind",
+    "LayerFactory",
+    "MultiStepBackend",
+    "OracleFailure",
+    "PreparesInGraph",
+    "Scenario",
+    "ScenarioError",
+    "SingleStepBackend",
+    "Sizes",
+    "SparseAttention",
+    "Strictness",
+    "Verdict",
+    "judge",
+    "load",
+]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Unsatisfiable
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.strategies import SearchStrategy
@@ -42,6 +42,10 @@ class OutOfTime(BaseException):
     """Raised by a visitor to end ``draw``. Not an Exception: Hypothesis would take it for a failure of the case."""
 
 
+class NotReproducible(Exception):
+    """A case raised once and not when it was repeated: a race, or state that survives between backends."""
+
+
 def draw(
     cases: SearchStrategy[Scenario],
     count: int,
@@ -52,7 +56,7 @@ def draw(
     """Give ``visit`` up to ``count`` cases drawn from ``seed``, until it raises; what it raises passes on.
 
     shrink: look for a smaller case that raises the same, by Hypothesis's own means, and end with that one.
-    Raises BackendError if there is no case to draw.
+    Raises NotReproducible if that case does not raise again, and BackendError if there is no case to draw.
     """
     search = settings(
         max_examples=count,
@@ -67,6 +71,8 @@ def draw(
             hypothesis.seed(seed)(search)()
     except OutOfTime:
         pass
+    except Flaky:
+        raise NotReproducible from None
     except Unsatisfiable:
         raise BackendError("no case that is drawn here has all of the sizes that are declared at once") from None
 

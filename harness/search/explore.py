@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from hypothesis.errors import Flaky
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Finding, Kind
@@ -16,7 +15,7 @@ from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search.drawing import OutOfTime, draw
+from nsa_oracle.harness.search.drawing import NotReproducible, OutOfTime, draw
 from nsa_oracle.harness.subjects.subject import Subject
 
 
@@ -121,7 +120,7 @@ def explore(
         keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS))
     except _Unjudged as ended:
         raise ended.error from None
-    except Flaky:  # it failed once and passed when repeated: a race, or state that survives between backends
+    except NotReproducible:
         outcome.flaky = True
         outcome.saved = None if outcome.unsaved else files.raw
     return outcome
