@@ -66,7 +66,7 @@ def padded(heads: int) -> int:
 
 
 @triton.jit
-def place_in_blocks(row: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:  # noqa: N803
+def place_in_blocks(row: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
     """Where a number of a partial is kept, of a matrix with COLUMNS: in blocks of 8 x 8, one after another.
 
     The matrix units leave a block to a warp, two numbers to a thread, which it so stores and loads as whole lines.
@@ -102,10 +102,10 @@ def load_keys(
     kv: tl.tensor,
     slots: tl.tensor,
     kv_stride: tl.tensor,
-    RANK: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    FP8: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    FP8: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Latent [n, RANK] and RoPE part [n, ROPE] of the keys at ``slots`` [n], bf16. Negative slots: 0, nothing read."""
     lanes = tl.arange(0, RANK)
@@ -154,15 +154,15 @@ def sparse_mla_kernel(
     programs_per_row: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
-    HEADS: tl.constexpr,  # noqa: N803
-    RANK: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    FP8: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
-    HEAD_BLOCK: tl.constexpr,  # noqa: N803
-    KEY_BLOCK: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    SCAN: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    FP8: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SCAN: tl.constexpr,
 ) -> None:
     """HEAD_BLOCK heads of one row. Grid: rows * programs_per_row * head blocks; head blocks vary fastest.
 
@@ -259,7 +259,7 @@ def write_result(
     max_score: tl.tensor,
     weight_sum: tl.tensor,
     scale: tl.tensor,
-    RANK: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,
 ) -> None:
     """The one division, and the natural log of the sum of weights. Without a key: 0 and -inf."""
     divisor = tl.where(weight_sum == 0.0, 1.0, weight_sum)
@@ -278,9 +278,9 @@ def sparse_mla_combine_kernel(
     num_chunks: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
-    HEADS: tl.constexpr,  # noqa: N803
-    RANK: tl.constexpr,  # noqa: N803
-    EARLY: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads.
 

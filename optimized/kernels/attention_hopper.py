@@ -71,14 +71,14 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, or
 
 
 @gluon.jit
-def load_slots(row_indices: gl.tensor, begin: gl.tensor, end: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:  # noqa: N803
+def load_slots(row_indices: gl.tensor, begin: gl.tensor, end: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
     """Slots of the tile of keys from ``begin`` [KEY_BLOCK]; -1 from ``end`` on."""
     keys = begin + gl.arange(0, KEY_BLOCK, LAYOUT)
     return gl.load(row_indices + keys, mask=keys < end, other=-1)
 
 
 @gluon.jit
-def end_of_keys(row_indices: gl.tensor, begin: gl.tensor, bound: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:  # noqa: N803
+def end_of_keys(row_indices: gl.tensor, begin: gl.tensor, bound: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:
     """One more than the place of the last valid index from ``begin`` to ``bound``. Behind it there is nothing to do.
 
     0 if there is none.
@@ -98,7 +98,7 @@ def copy_columns(
     cells: gl.tensor,
     slots: gl.tensor,
     slot_stride: gl.tensor,
-    LAYOUT: gl.constexpr,  # noqa: N803
+    LAYOUT: gl.constexpr,
 ) -> None:
     """Start copying to ``tile`` [KEY_BLOCK, n] the n bf16 from ``cells`` + slot * ``slot_stride`` on.
 
@@ -120,7 +120,7 @@ def fetch_keys(
     begin: gl.tensor,
     bound: gl.tensor,
     kv_stride: gl.tensor,
-    SCAN: gl.constexpr,  # noqa: N803
+    SCAN: gl.constexpr,
 ) -> None:
     """Copy the keys of a bf16 cache, tile by tile."""
     end = end_of_keys(row_indices, begin, bound, SCAN)
@@ -140,8 +140,8 @@ def load_words(
     kv: gl.tensor,
     slots: gl.tensor,
     kv_stride: gl.tensor,
-    QUARTER: gl.constexpr,  # noqa: N803
-    RANK: gl.constexpr,  # noqa: N803
+    QUARTER: gl.constexpr,
+    RANK: gl.constexpr,
 ) -> gl.tuple:
     """A quarter of the latent parts at ``slots``, in words of four e4m3 [KEY_BLOCK, RANK / 16], and its scales.
 
@@ -209,7 +209,7 @@ def announce(
     kv: gl.tensor,
     slots: gl.tensor,
     kv_stride: gl.tensor,
-    TOKEN_BYTES: gl.constexpr,  # noqa: N803
+    TOKEN_BYTES: gl.constexpr,
 ) -> None:
     """Have the keys at ``slots`` [KEY_BLOCK] brought to the L2 cache, by lines of 128 bytes; nobody waits for it.
 
@@ -248,7 +248,7 @@ def fetch_quantised_keys(
     begin: gl.tensor,
     bound: gl.tensor,
     kv_stride: gl.tensor,
-    SCAN: gl.constexpr,  # noqa: N803
+    SCAN: gl.constexpr,
 ) -> None:
     """Load the keys of an FP8 cache, two quarters of a tile ahead, and store them as bf16, tile by tile.
 
@@ -337,9 +337,9 @@ def attend(
     programs_per_row: gl.tensor,
     scale: gl.tensor,
     scale_log2: gl.tensor,
-    HEADS: gl.constexpr,  # noqa: N803
-    CHUNK: gl.constexpr,  # noqa: N803
-    SCAN: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    SCAN: gl.constexpr,
 ) -> None:
     """Everything but the fetching of keys."""
     rank: gl.constexpr = latents.shape[2]
@@ -448,12 +448,12 @@ def sparse_mla_hopper_kernel(
     programs_per_row: gl.tensor,
     scale: gl.tensor,
     scale_log2: gl.tensor,
-    HEADS: gl.constexpr,  # noqa: N803
-    RANK: gl.constexpr,  # noqa: N803
-    ROPE: gl.constexpr,  # noqa: N803
-    FP8: gl.constexpr,  # noqa: N803
-    CHUNK: gl.constexpr,  # noqa: N803
-    SCAN: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,
+    RANK: gl.constexpr,
+    ROPE: gl.constexpr,
+    FP8: gl.constexpr,
+    CHUNK: gl.constexpr,
+    SCAN: gl.constexpr,
 ) -> None:
     """See ``sparse_mla_kernel``. Every row of q, every slot, ``accs`` and ``out`` start on 16 bytes."""
     head_blocks: gl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK

@@ -43,11 +43,11 @@ def copy_steps_kernel(
     num_table_rows: tl.tensor,
     width: tl.tensor,
     programs_per_row: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    HAS_FLATTENED: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    HAS_FLATTENED: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Programs by id: page-table rows (``programs_per_row`` each), chunks of packed fields, chunks of ``flattened``.
 

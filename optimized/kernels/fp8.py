@@ -45,7 +45,7 @@ def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def from_e4m3_bits(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:  # noqa: N803
+def from_e4m3_bits(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """What the e4m3 ``bits`` (uint8) say, as float16 or wider, where every value of e4m3 has a place."""
     if not INTERPRETED and tl.target_info.cuda_capability_geq(8, 9):
         return bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)

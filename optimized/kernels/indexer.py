@@ -33,15 +33,15 @@ def indexer_logits_kernel(
     lengths_stride: tl.tensor,
     width: tl.tensor,
     programs_per_row: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    HEADS: tl.constexpr,  # noqa: N803
-    DIM: tl.constexpr,  # noqa: N803
-    HEAD_LANES: tl.constexpr,  # noqa: N803
-    DIM_LANES: tl.constexpr,  # noqa: N803
-    Q_ALIGNMENT: tl.constexpr,  # noqa: N803
-    PAGE_ALIGNMENT: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    FILL_BLOCK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_LANES: tl.constexpr,
+    DIM_LANES: tl.constexpr,
+    Q_ALIGNMENT: tl.constexpr,
+    PAGE_ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FILL_BLOCK: tl.constexpr,
 ) -> None:
     """Logits of all rows, ``programs_per_row`` programs each; every program keeps its row's queries on chip.
 

@@ -59,15 +59,15 @@ def store_cache_kernel(
     index_k_stride: tl.tensor,
     loc_stride: tl.tensor,
     num_rows: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    IS_FP8: tl.constexpr,  # noqa: N803
-    LATENT: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    TILES: tl.constexpr,  # noqa: N803
-    INDEX_DIM: tl.constexpr,  # noqa: N803
-    TILE_LANES: tl.constexpr,  # noqa: N803
-    ROPE_LANES: tl.constexpr,  # noqa: N803
-    INDEX_LANES: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    TILES: tl.constexpr,
+    INDEX_DIM: tl.constexpr,
+    TILE_LANES: tl.constexpr,
+    ROPE_LANES: tl.constexpr,
+    INDEX_LANES: tl.constexpr,
 ) -> None:
     """Programs by id: one per row for its key, then one per row for its index key. They share nothing but the slot.
 

@@ -61,19 +61,19 @@ def fill_metadata_kernel(
     num_sms: tl.tensor,
     num_sm_parts: tl.tensor,
     programs_per_request: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
-    ADVANCING: tl.constexpr,  # noqa: N803
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    HAS_PAGED_MQA: tl.constexpr,  # noqa: N803
-    HAS_FLASHMLA: tl.constexpr,  # noqa: N803
-    HAS_FLATTENED: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    LENGTH_BLOCK: tl.constexpr,  # noqa: N803
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
-    FLASHMLA_BLOCK: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
+    ADVANCING: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    HAS_PAGED_MQA: tl.constexpr,
+    HAS_FLASHMLA: tl.constexpr,
+    HAS_FLATTENED: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    LENGTH_BLOCK: tl.constexpr,
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    FLASHMLA_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Programs by id, longest latency first so that nothing waits for it at the end:
 

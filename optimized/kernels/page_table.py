@@ -24,10 +24,10 @@ def write_table_rows(
     row_end: tl.tensor,
     first: tl.tensor,
     stride: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Copies ``source[:length]`` to rows ``row_begin .. row_end - 1`` of all steps, and every PAGE_SIZE-th slot's page.
 

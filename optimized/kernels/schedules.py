@@ -22,8 +22,8 @@ def write_paged_mqa_schedule(
     step_begin: tl.tensor,
     step_end: tl.tensor,
     num_sms: tl.tensor,
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ) -> None:
     """Where each multiprocessor starts, stored to steps ``step_begin .. step_end - 1``; see ``schedules.py``.
 
@@ -79,7 +79,7 @@ def write_flashmla_schedule(
     step_begin: tl.tensor,
     step_end: tl.tensor,
     num_sm_parts: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> None:
     """FlashMLA's greedy deal, stored to steps ``step_begin .. step_end - 1``; see ``schedules.py``.
 
@@ -180,8 +180,8 @@ def paged_mqa_schedule_kernel(
     schedule_stride: tl.tensor,
     num_rows: tl.tensor,
     num_sms: tl.tensor,
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ) -> None:
     """The schedule alone. Grid: one program per step."""
     step = tl.program_id(0)
@@ -207,7 +207,7 @@ def flashmla_schedule_kernel(
     splits_stride: tl.tensor,
     num_rows: tl.tensor,
     num_sm_parts: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> None:
     """The schedule alone. Grid: one program per step."""
     step = tl.program_id(0)

@@ -89,7 +89,7 @@ def kth_largest(
     count: tl.tensor,
     k: tl.tensor,
     slack: tl.tensor,
-    COLUMNS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """A threshold that at least ``k`` of the ``count`` scores reach, how many do, and how many exceed it.
 
@@ -127,16 +127,16 @@ def kth_largest(
 
 
 @triton.jit
-def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:  # noqa: N803
+def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """How many lanes are ``selected`` up to each and with it, and how many in all. COLUMNS: threads of the program.
 
     A line is what a warp scans by shuffles. Four lines are scanned at once, in the fields of one int32; then the sums
     of all lines are.
     """
-    N: tl.constexpr = selected.shape[0]  # noqa: N806
-    FIELDS: tl.constexpr = min(4, N // COLUMNS)  # noqa: N806
-    WORDS: tl.constexpr = N // COLUMNS // FIELDS  # noqa: N806
-    LINES: tl.constexpr = COLUMNS // LINE  # noqa: N806
+    N: tl.constexpr = selected.shape[0]
+    FIELDS: tl.constexpr = min(4, N // COLUMNS)
+    WORDS: tl.constexpr = N // COLUMNS // FIELDS
+    LINES: tl.constexpr = COLUMNS // LINE
     shift = tl.arange(0, FIELDS) * FIELD_BITS
     words = tl.sum(tl.reshape(selected.to(tl.int32), [WORDS, FIELDS, COLUMNS]) << shift[None, :, None], 1)
     words = tl.reshape(words, [WORDS, LINES, LINE])
@@ -153,7 +153,7 @@ def transform(
     selected: tl.tensor,
     table: tl.tensor,
     offset: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
 ) -> tl.tensor:
     """What is stored for ``positions``, where they are ``selected``."""
     if TRANSFORM == PAGED:
@@ -173,8 +173,8 @@ def select(
     is_final: tl.tensor,
     table: tl.tensor,
     offset: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """Store the best ``k`` of ``count`` tokens (at least ``k``), whose ``positions`` ascend; NaN is the score of none.
 
@@ -198,7 +198,7 @@ def likely_threshold(
     logits: tl.tensor,
     length: tl.tensor,
     k: tl.tensor,
-    COLUMNS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """A number that somewhat more than ``k`` of a row's ``length`` scores probably reach, the same for every program.
 
@@ -243,9 +243,9 @@ def topk_filter_kernel(
     width: tl.tensor,
     k: tl.tensor,
     num_shares: tl.tensor,
-    CAPACITY: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """Keep the tokens of each row that are likely among its best: ``num_shares`` programs per row, each for its share.
 
@@ -290,8 +290,8 @@ def load_kept(
     kept: tl.tensor,
     first_lines: tl.tensor,
     num_lines: tl.tensor,
-    CAPACITY: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Scores and positions that were ``kept`` of a row, a share behind the other, in whole lines; NaN for the rest.
 
@@ -315,7 +315,7 @@ def load_tokens(
     begin: tl.tensor,
     best: tl.tensor,
     count: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Scores and positions of ``count`` tokens: the ``best`` in ``out``, then those from ``begin``; else NaN."""
     lanes = tl.arange(0, BLOCK)
@@ -346,13 +346,13 @@ def topk_kernel(
     width: tl.tensor,
     k: tl.tensor,
     num_shares: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
-    FILTERED: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    SMALL_BLOCK: tl.constexpr,  # noqa: N803
-    MAX_SHARES: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    COPY_BLOCK: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
+    FILTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SMALL_BLOCK: tl.constexpr,
+    MAX_SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COPY_BLOCK: tl.constexpr,
 ) -> None:
     """One program per row; ``out`` [rows, k] is dense. Without FILTERED no row is longer than BLOCK.
 
