@@ -26,9 +26,9 @@ HOPPER_SIZES = 512, 64  # latent and RoPE part that the kernel for Hopper is wri
 
 assert kernels  # imported first: it decides how Triton runs
 
-_attend = Launcher(sparse_mla_kernel)
-_combine = Launcher(sparse_mla_combine_kernel)
-_attend_on_hopper = Launcher(sparse_mla_hopper_kernel)
+_attend = Launcher(sparse_mla_kernel, "q_row_stride")
+_combine = Launcher(sparse_mla_combine_kernel, "num_chunks")
+_attend_on_hopper = Launcher(sparse_mla_hopper_kernel, "q_row_stride")
 
 
 def sparse_mla(
@@ -88,27 +88,57 @@ def _launch_sparse_mla(
     if rows == 0:
         return
     splits, num_keys, rope, fp8 = accs.shape[1], indices.shape[1], q.shape[2] - rank, kv_cache.dtype is torch.uint8
-    q_strides, kv_stride, indices_stride = q.stride()[:2], kv_cache.stride(0), indices.stride(0)
+    q_row_stride, q_head_stride, _ = q.stride()
+    kv_stride, indices_stride = kv_cache.stride(0), indices.stride(0)
     assert q.stride(2) == 1 and kv_cache.stride(2) == 1 and indices.stride(1) == 1, "rows must be dense"  # noqa: PT018
     slot_bits = kv_cache.data_ptr() | kv_stride * kv_cache.element_size()
     assert not fp8 or slot_bits % 4 == 0, "slots of an FP8 cache must start on 4 bytes"
-    q_bits = q.data_ptr() | q_strides[0] * q.element_size() | q_strides[1] * q.element_size()
+    q_bits = q.data_ptr() | q_row_stride * q.element_size() | q_head_stride * q.element_size()
     aligned = (slot_bits | q_bits | accs.data_ptr() | out.data_ptr()) % 16 == 0
-    wide = is_wide(q_strides[0]), is_wide(kv_stride), is_wide(indices_stride)
-    arguments = (
-        out, lse, accs, stats, q, kv_cache, indices, *q_strides, kv_stride, indices_stride, num_keys, splits, sm_scale,
-        _scale_log2(sm_scale), heads, rank, rope, fp8,
-    )  # fmt: skip
+    wide = is_wide(q_row_stride), is_wide(kv_stride), is_wide(indices_stride)
+    # Both kernels have the same tensors and numbers.
+    tensors = _attend.tensors(out=out, lse=lse, accs=accs, stats=stats, q=q, kv=kv_cache, indices=indices)
+    numbers = _attend.numbers(
+        q_row_stride=q_row_stride,
+        q_head_stride=q_head_stride,
+        kv_stride=kv_stride,
+        indices_stride=indices_stride,
+        num_keys=num_keys,
+        programs_per_row=splits,
+        scale=sm_scale,
+        scale_log2=_scale_log2(sm_scale),
+    )
     if aligned and (rank, rope) == HOPPER_SIZES and _runs_gluon():
-        programs = rows * splits * -(-heads // HEAD_BLOCK.value)
-        _attend_on_hopper(programs, (heads, fp8, *wide), *arguments, CHUNK, SCAN, num_warps=NUM_WARPS)
+        _attend_on_hopper(
+            rows * splits * -(-heads // HEAD_BLOCK.value),
+            (heads, fp8, *wide),
+            tensors,
+            numbers,
+            _attend_on_hopper.constants(HEADS=heads, RANK=rank, ROPE=rope, FP8=fp8, CHUNK=CHUNK, SCAN=SCAN),
+            num_warps=NUM_WARPS,
+        )
         return
     head_block = _head_block(heads)
     key_block, num_stages = (64 if _is_hopper() else 32), 2
     _attend(
-        rows * splits * -(-heads // head_block), (heads, rank, rope, fp8, aligned, *wide), *arguments, aligned,
-        head_block, key_block, CHUNK, SCAN, num_warps=8, num_stages=num_stages,
-    )  # fmt: skip
+        rows * splits * -(-heads // head_block),
+        (heads, rank, rope, fp8, aligned, *wide),
+        tensors,
+        numbers,
+        _attend.constants(
+            HEADS=heads,
+            RANK=rank,
+            ROPE=rope,
+            FP8=fp8,
+            ALIGNED=aligned,
+            HEAD_BLOCK=head_block,
+            KEY_BLOCK=key_block,
+            CHUNK=CHUNK,
+            SCAN=SCAN,
+        ),
+        num_warps=8,
+        num_stages=num_stages,
+    )
 
 
 def _launch_combine(
@@ -120,9 +150,14 @@ def _launch_combine(
     early = _is_hopper()
     options = {"launch_pdl": True} if early else {}  # only NVIDIA's compiler knows it
     _combine(
-        rows * heads, (heads, rank), out, lse, accs, stats, accs.shape[1], sm_scale, _scale_log2(sm_scale), heads, rank,
-        early, num_warps=4, **options,
-    )  # fmt: skip
+        rows * heads,
+        (heads, rank),
+        _combine.tensors(out=out, lse=lse, accs=accs, stats=stats),
+        _combine.numbers(num_chunks=accs.shape[1], scale=sm_scale, scale_log2=_scale_log2(sm_scale)),
+        _combine.constants(HEADS=heads, RANK=rank, EARLY=early),
+        num_warps=4,
+        **options,
+    )
 
 
 sparse_mla_op = register(

@@ -23,7 +23,7 @@ MIN_LANES = 16  # the smallest side of a tile that Triton multiplies
 
 assert kernels  # imported first: it decides how Triton runs
 
-_indexer_logits = Launcher(indexer_logits_kernel)
+_indexer_logits = Launcher(indexer_logits_kernel, "logits_stride")
 
 
 def indexer_logits(
@@ -64,32 +64,47 @@ def _launch(
     page_alignment = math.gcd(index_k_cache.data_ptr(), index_k_cache.stride(0), VECTOR_BYTES)
     assert page_alignment % 4 == 0, "scales must be aligned"
     programs = max(1, min(-(-PROGRAMS // num_rows), -(-width // BLOCK)))
-    sizes = (page_size, num_heads, head_dim, max(MIN_LANES, lanes(num_heads)), max(MIN_LANES, lanes(head_dim)))
-    flags = (*sizes, q_alignment, page_alignment)
-    strides = (
-        logits.stride(0),
-        index_q.stride(0),
-        index_q.stride(1),
-        index_weights.stride(0),
-        index_k_cache.stride(0),
-        real_page_table.stride(0),
-        seqlens_expanded.stride(0),
+    constants = _indexer_logits.constants(
+        PAGE_SIZE=page_size,
+        HEADS=num_heads,
+        DIM=head_dim,
+        HEAD_LANES=max(MIN_LANES, lanes(num_heads)),
+        DIM_LANES=max(MIN_LANES, lanes(head_dim)),
+        Q_ALIGNMENT=q_alignment,
+        PAGE_ALIGNMENT=page_alignment,
+        BLOCK=BLOCK,
+        FILL_BLOCK=FILL_BLOCK,
     )
+    logits_stride, q_stride, q_head_stride = logits.stride(0), index_q.stride(0), index_q.stride(1)
+    weights_stride, page_stride = index_weights.stride(0), index_k_cache.stride(0)
+    table_stride, lengths_stride = real_page_table.stride(0), seqlens_expanded.stride(0)
+    wide = (
+        is_wide(logits_stride), is_wide(q_stride), is_wide(q_head_stride), is_wide(weights_stride),
+        is_wide(page_stride), is_wide(table_stride), is_wide(lengths_stride),
+    )  # fmt: skip
     _indexer_logits(
         num_rows * programs,
-        (*flags, seqlens_expanded.dtype, real_page_table.dtype, *(is_wide(stride) for stride in strides)),
-        logits,
-        index_q.view(torch.uint8),
-        index_weights,
-        index_k_cache,
-        real_page_table,
-        seqlens_expanded,
-        *strides,
-        width,
-        programs,
-        *flags,
-        BLOCK,
-        FILL_BLOCK,
+        (*constants, seqlens_expanded.dtype, real_page_table.dtype, *wide),
+        _indexer_logits.tensors(
+            logits=logits,
+            q=index_q.view(torch.uint8),
+            weights=index_weights,
+            index_k_cache=index_k_cache,
+            page_table=real_page_table,
+            seqlens_expanded=seqlens_expanded,
+        ),
+        _indexer_logits.numbers(
+            logits_stride=logits_stride,
+            q_stride=q_stride,
+            q_head_stride=q_head_stride,
+            weights_stride=weights_stride,
+            page_stride=page_stride,
+            table_stride=table_stride,
+            lengths_stride=lengths_stride,
+            width=width,
+            programs_per_row=programs,
+        ),
+        constants,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )

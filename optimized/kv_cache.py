@@ -12,7 +12,7 @@ from reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, A
 
 assert kernels  # imported first: it decides how Triton runs
 
-_store_cache = Launcher(store_cache_kernel)
+_store_cache = Launcher(store_cache_kernel, "slot_stride")
 
 
 def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: AttentionInputs) -> None:
@@ -63,26 +63,34 @@ def _launch(
     page_size = page_size_of(index_k_cache, index_head_dim)
     rope = head_dim - kv_lora_rank
     sizes = (page_size, is_fp8, kv_lora_rank, rope, index_head_dim)
-    strides = (kv.stride(0), index_k_cache.stride(0), k.stride(0), index_k.stride(0), out_cache_loc.stride(0))
+    slot_stride, page_stride = kv.stride(0), index_k_cache.stride(0)
+    k_stride, index_k_stride, loc_stride = k.stride(0), index_k.stride(0), out_cache_loc.stride(0)
+    wide = (
+        is_wide(slot_stride), is_wide(page_stride), is_wide(k_stride), is_wide(index_k_stride), is_wide(loc_stride),
+    )  # fmt: skip
     _store_cache(
         2 * num_rows,
-        (*sizes, out_cache_loc.dtype, *(is_wide(stride) for stride in strides)),
-        kv,
-        index_k_cache,
-        k,
-        index_k,
-        out_cache_loc,
-        *strides,
-        num_rows,
-        page_size,
-        is_fp8,
-        kv_lora_rank,
-        rope,
-        NUM_QUANT_TILES,
-        index_head_dim,
-        lanes(kv_lora_rank // NUM_QUANT_TILES),
-        lanes(rope),
-        lanes(index_head_dim),
+        (*sizes, out_cache_loc.dtype, *wide),
+        _store_cache.tensors(kv=kv, index_k_cache=index_k_cache, k=k, index_k=index_k, out_cache_loc=out_cache_loc),
+        _store_cache.numbers(
+            slot_stride=slot_stride,
+            page_stride=page_stride,
+            k_stride=k_stride,
+            index_k_stride=index_k_stride,
+            loc_stride=loc_stride,
+            num_rows=num_rows,
+        ),
+        _store_cache.constants(
+            PAGE_SIZE=page_size,
+            IS_FP8=is_fp8,
+            LATENT=kv_lora_rank,
+            ROPE=rope,
+            TILES=NUM_QUANT_TILES,
+            INDEX_DIM=index_head_dim,
+            TILE_LANES=lanes(kv_lora_rank // NUM_QUANT_TILES),
+            ROPE_LANES=lanes(rope),
+            INDEX_LANES=lanes(index_head_dim),
+        ),
     )
 
 

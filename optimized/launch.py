@@ -2,39 +2,71 @@
 
 Triton derives the variant from every argument at every launch, which costs more host time than the launch itself.
 Our kernels specialise on nothing but the dtypes of a few tensors and some flags, so the launch site names those.
+Compiled code takes its arguments by position; launch sites name them, and ``Launcher`` puts them in order.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NewType
 
 import torch
 
 Signature = tuple[Hashable, ...]
 
+# Values of one group of a kernel's parameters, in the order of its signature. Types of their own, so that mypy refuses
+# one group in the place of another.
+Tensors = NewType("Tensors", tuple[Any, ...])
+Numbers = NewType("Numbers", tuple[Any, ...])
+Constants = NewType("Constants", tuple[Any, ...])
+
 
 class Launcher:
-    """One kernel. The first launch of each variant goes through Triton, later ones to what it compiled.
+    """One kernel. The first launch of each variant goes through Triton, later ones call what it compiled.
+
+    A kernel's parameters come in three groups: tensors, numbers, and compile-time constants (``constexpr``). The
+    methods ``tensors``, ``numbers`` and ``constants`` take the values of one group as keyword arguments, named as in
+    the kernel's signature and in any order, and put them in its order. They raise TypeError unless each parameter of
+    the group is named once.
 
     Triton's interpreter compiles nothing and takes any arguments. There it is checked that what a variant was compiled
     for would fit each launch of it.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    tensors: Callable[..., Tensors]
+    numbers: Callable[..., Numbers]
+    constants: Callable[..., Constants]
+
+    def __init__(self, kernel: Any, first_number: str) -> None:
+        """``first_number``: the parameter at which the tensors end and the numbers begin."""
         self.kernel = kernel
         self._compiled: dict[tuple[Hashable, ...], Any] = {}  # or the first launch's signature, in the interpreter
+        parameters = _constants(kernel.fn)
+        names = list(parameters)
+        numbers_begin, constants_begin = names.index(first_number), list(parameters.values()).index(True)
+        self.tensors = _by_keyword(names[:numbers_begin])
+        self.numbers = _by_keyword(names[numbers_begin:constants_begin])
+        self.constants = _by_keyword(names[constants_begin:])
 
-    def __call__(self, programs: int, variant: tuple[Hashable, ...], *args: Any, **options: int) -> None:
+    def __call__(
+        self,
+        programs: int,
+        variant: tuple[Hashable, ...],
+        tensors: Tensors,
+        numbers: Numbers,
+        constants: Constants,
+        **options: int,
+    ) -> None:
         """Launch ``programs`` instances. ``variant``: all that selects compiled code: dtypes, flags, wide strides.
 
-        The first argument is a tensor on the device to use. ``options``: Triton's ``num_warps`` and ``num_stages``;
-        they select compiled code as well, so always name them in the same order.
+        The first tensor is on the device to use. ``options``: Triton's ``num_warps`` and ``num_stages``; they select
+        compiled code as well, so always name them in the same order.
         Raises TypeError, in the interpreter, for a variant that does not tell two kinds of launch apart.
         """
-        compiled = self._compiled.get(key := (args[0].get_device(), *variant, *options.values()))
+        compiled = self._compiled.get(key := (tensors[0].get_device(), *variant, *options.values()))
+        args = (*tensors, *numbers, *constants)
         if compiled is None:
             compiled = self.kernel[(programs,)](*args, **options)
             self._compiled[key] = signature(self.kernel, args) if compiled is None else compiled
@@ -43,6 +75,19 @@ class Launcher:
             self.kernel[(programs,)](*args, **options)
         else:
             compiled[(programs, 1, 1)](*args)
+
+
+def _by_keyword(names: Sequence[str]) -> Callable[..., Any]:
+    """A function that takes one keyword-only argument for each of ``names`` and returns their values in this order.
+
+    Generated, as ``namedtuple`` generates its constructor, because launch time is host time: for the 42 arguments of
+    ``fill_metadata_kernel`` these functions cost 0.4 us in all, where a named tuple costs 2.4 us and a dict 1.5 us. And
+    one function per group, not per kernel, because Python looks for each keyword among all parameters in turn: one
+    function of 42 costs 2.1 us.
+    """
+    parameters = ", ".join(names)
+    function: Callable[..., Any] = eval(f"lambda *, {parameters}: ({parameters},)", {})
+    return function
 
 
 def signature(kernel: Any, args: tuple[Any, ...]) -> Signature:

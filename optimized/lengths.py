@@ -16,7 +16,7 @@ LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carrie
 
 assert kernels  # imported first: it decides how Triton runs
 
-_expand = Launcher(expand_seqlens_kernel)
+_expand = Launcher(expand_seqlens_kernel, "step_stride")
 
 
 def row_layout(mode: ForwardMode) -> int:
@@ -145,22 +145,20 @@ def _launch(
     _expand(
         (num_steps if advancing else 1) + per_request,
         (row_layout, advancing, seq_lens.dtype, lens.dtype),
-        packed,
-        seq_lens,
-        lens,
-        packed.stride(0),
-        field_pitch(bs, num_rows),
-        num_steps,
-        seq_lens.stride(0),
-        lens.stride(0),
-        bs,
-        num_rows,
-        rows_per_request,
-        extra,
-        index_topk,
-        row_layout,
-        advancing,
-        LENGTH_BLOCK,
+        _expand.tensors(packed=packed, seq_lens=seq_lens, query_lens=lens),
+        _expand.numbers(
+            step_stride=packed.stride(0),
+            pitch=field_pitch(bs, num_rows),
+            num_steps=num_steps,
+            seq_stride=seq_lens.stride(0),
+            query_stride=lens.stride(0),
+            bs=bs,
+            num_rows=num_rows,
+            rows_per_request=rows_per_request,
+            extra=extra,
+            index_topk=index_topk,
+        ),
+        _expand.constants(ROW_LAYOUT=row_layout, ADVANCING=advancing, BLOCK=LENGTH_BLOCK),
     )
 
 

@@ -21,8 +21,8 @@ COPY_BLOCK = 1024  # indices of a row that selects all its tokens, stored at onc
 
 assert kernels  # imported first: it decides how Triton runs
 
-_filter = Launcher(topk_filter_kernel)
-_topk = Launcher(topk_kernel)
+_filter = Launcher(topk_filter_kernel, "logits_stride")
+_topk = Launcher(topk_kernel, "logits_stride")
 
 
 def topk_indices(logits: torch.Tensor, seqlens_expanded: torch.Tensor, index_topk: int) -> torch.Tensor:
@@ -81,12 +81,21 @@ def _launch_filter(
     if rows == 0 or index_topk == 0:
         return
     assert is_dense(logits), "rows must be dense"
-    strides = (logits.stride(0), seqlens_expanded.stride(0))
+    logits_stride, lengths_stride = logits.stride(0), seqlens_expanded.stride(0)
     _filter(
-        rows * shares, (capacity, seqlens_expanded.dtype, *(is_wide(stride) for stride in strides)), likely, counts,
-        logits, seqlens_expanded, *strides, logits.shape[1], index_topk, shares, capacity, FILTER_BLOCK,
-        min(FILTER_BLOCK, LINE.value * FILTER_WARPS), num_warps=FILTER_WARPS,
-    )  # fmt: skip
+        rows * shares,
+        (capacity, seqlens_expanded.dtype, is_wide(logits_stride), is_wide(lengths_stride)),
+        _filter.tensors(likely=likely, counts=counts, logits=logits, seqlens_expanded=seqlens_expanded),
+        _filter.numbers(
+            logits_stride=logits_stride,
+            lengths_stride=lengths_stride,
+            width=logits.shape[1],
+            k=index_topk,
+            num_shares=shares,
+        ),
+        _filter.constants(CAPACITY=capacity, BLOCK=FILTER_BLOCK, COLUMNS=min(FILTER_BLOCK, LINE.value * FILTER_WARPS)),
+        num_warps=FILTER_WARPS,
+    )
 
 
 def _launch(
@@ -113,16 +122,43 @@ def _launch(
     transform = (kind if topk_indices_offset is None else RAGGED).value
     filtered = counts is not None
     block = max(BLOCKS) if filtered else min(block for block in BLOCKS if block >= width)
-    small_block, warps = min(SMALL_BLOCK, block), BLOCKS[block]
-    scratch = (likely, counts) if filtered else (out, out)
-    strides = (logits.stride(0), seqlens_expanded.stride(0), table.stride(0), offsets.stride(0))
+    warps = BLOCKS[block]
+    logits_stride, lengths_stride = logits.stride(0), seqlens_expanded.stride(0)
+    table_stride, offsets_stride = table.stride(0), offsets.stride(0)
     dtypes = (seqlens_expanded.dtype, table.dtype, offsets.dtype)
+    wide = is_wide(logits_stride), is_wide(lengths_stride), is_wide(table_stride), is_wide(offsets_stride)
     _topk(
-        rows, (transform, filtered, block, *dtypes, *(is_wide(stride) for stride in strides)), out, logits,
-        seqlens_expanded, table, offsets, *scratch, *strides, width, index_topk,
-        1 if counts is None else counts.shape[1], transform, filtered, block, small_block, MAX_SHARES,
-        min(block, LINE.value * warps), COPY_BLOCK, num_warps=warps,
-    )  # fmt: skip
+        rows,
+        (transform, filtered, block, *dtypes, *wide),
+        _topk.tensors(
+            out=out,
+            logits=logits,
+            seqlens_expanded=seqlens_expanded,
+            table=table,
+            offsets=offsets,
+            likely=likely if filtered else out,
+            counts=counts if filtered else out,
+        ),
+        _topk.numbers(
+            logits_stride=logits_stride,
+            lengths_stride=lengths_stride,
+            table_stride=table_stride,
+            offsets_stride=offsets_stride,
+            width=width,
+            k=index_topk,
+            num_shares=1 if counts is None else counts.shape[1],
+        ),
+        _topk.constants(
+            TRANSFORM=transform,
+            FILTERED=filtered,
+            BLOCK=block,
+            SMALL_BLOCK=min(SMALL_BLOCK, block),
+            MAX_SHARES=MAX_SHARES,
+            COLUMNS=min(block, LINE.value * warps),
+            COPY_BLOCK=COPY_BLOCK,
+        ),
+        num_warps=warps,
+    )
 
 
 topk_filter_op = register(

@@ -1,6 +1,10 @@
-"""Every launch finds the compiled code that fits it."""
+"""Every argument reaches the parameter that it is named for, and every launch the compiled code that fits it."""
 
 from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -8,13 +12,53 @@ import triton
 import triton.language as tl
 from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
+import optimized
 from harness.far import SIGNED, far_apart
-from optimized import metadata, topk
+from optimized import attention, metadata, topk
 from optimized.kernels.kv_cache import store_cache_kernel
 from optimized.kernels.lengths import expand_seqlens_kernel
 from optimized.kernels.topk import topk_kernel
 from optimized.launch import Launcher, _check, signature
 from reference.types import ForwardMode
+
+MODULES = [importlib.import_module(found.name) for found in pkgutil.iter_modules(optimized.__path__, "optimized.")]
+LAUNCHERS = {
+    f"{module.__name__}.{name}": value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, Launcher)
+}
+GROUPS = ("tensors", "numbers", "constants")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_groups_of_arguments_are_the_signature_of_the_kernel(name: str) -> None:
+    """Each group takes its parameters by name, in any order, and returns them in the order of the signature."""
+    launcher = LAUNCHERS[name]
+    names = list(inspect.signature(launcher.kernel.fn).parameters)
+    arguments: list[str] = []
+    for group in GROUPS:
+        function = getattr(launcher, group)
+        of_group = inspect.signature(function).parameters
+        assert {parameter.kind for parameter in of_group.values()} == {inspect.Parameter.KEYWORD_ONLY}
+        arguments += function(**{name: name for name in reversed(of_group)})
+    assert arguments == names
+
+
+def test_both_attention_kernels_have_the_same_tensors_and_numbers() -> None:
+    """They are named for one and passed to either."""
+    for group in ("tensors", "numbers"):
+        of_each = [inspect.signature(getattr(one, group)) for one in (attention._attend, attention._attend_on_hopper)]
+        assert of_each[0] == of_each[1]
+
+
+def test_argument_that_is_missing_or_unknown() -> None:
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'lengths_stride'"):
+        topk._filter.numbers(logits_stride=1, width=1, k=1, num_shares=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rows'"):
+        topk._filter.numbers(logits_stride=1, lengths_stride=1, width=1, k=1, num_shares=1, rows=1)
+    with pytest.raises(TypeError, match="positional argument"):
+        topk._filter.constants(1, 2, 3)
 
 
 def test_pool_whose_rows_lie_far_apart_after_one_that_is_dense() -> None:
@@ -34,7 +78,7 @@ def test_pool_whose_rows_lie_far_apart_after_one_that_is_dense() -> None:
 def test_variant_that_does_not_tell_launches_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the second launch would run what was compiled for the first."""
     monkeypatch.setattr(metadata, "is_wide", lambda number: False)
-    monkeypatch.setattr(metadata, "_fill", Launcher(metadata._fill.kernel))
+    monkeypatch.setattr(metadata, "_fill", Launcher(metadata._fill.kernel, "packed_stride"))
     mode = ForwardMode.DECODE
     arguments = fill_arguments(mode, step_buffers(mode, 2, 64))
     metadata.fill_metadata(*arguments)
@@ -92,7 +136,7 @@ def test_argument_that_triton_may_look_at(name: str, width: int, k: int, monkeyp
     kept = [other for other in topk_kernel.kwargs["do_not_specialize"] if other != name]
     monkeypatch.setitem(topk_kernel.kwargs, "do_not_specialize", kept)
     monkeypatch.setitem(topk_kernel.kwargs, "do_not_specialize_on_alignment", kept)
-    monkeypatch.setattr(topk, "_topk", Launcher(topk_kernel))
+    monkeypatch.setattr(topk, "_topk", Launcher(topk_kernel, "logits_stride"))
     lengths = torch.tensor([20, 3, 7])
     topk.topk_indices(torch.randn(3, 32), lengths, 1)
     with pytest.raises(TypeError, match=f"^topk_kernel: {name} is of 32 bits, and was of 32 bits, "):
