@@ -6,10 +6,7 @@ import functools
 import math
 
 import torch
-import triton
-from triton.runtime.jit import JITFunction
 
-from optimized import kernels
 from optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
 from optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
 from optimized.kernels.fp8 import INTERPRETED
@@ -23,8 +20,6 @@ MAX_HEAD_BLOCK = 64  # whose float32 outputs take half of the registers
 MIN_HEAD_BLOCK = 16
 PARTIAL_ROUNDS = 0.45  # what it costs to write and read a chunk's partial, beside computing it
 HOPPER_SIZES = 512, 64  # latent and RoPE part that the kernel for Hopper is written for: production's
-
-assert kernels  # imported first: it decides how Triton runs
 
 _attend = Launcher(sparse_mla_kernel, "q_row_stride")
 _combine = Launcher(sparse_mla_combine_kernel, "num_chunks")
@@ -180,11 +175,15 @@ def _scale_log2(sm_scale: float) -> float:
 @functools.cache
 def _runs_gluon() -> bool:
     """Triton's interpreter does not know Gluon; who teaches it makes of the kernel something that it can run."""
+    from triton.runtime.jit import JITFunction  # late: see ``optimized.kernels``
+
     return not isinstance(sparse_mla_hopper_kernel, JITFunction) if INTERPRETED.value else _is_hopper()
 
 
 @functools.cache
 def _is_hopper() -> bool:
+    import triton  # late: see ``optimized.kernels``
+
     # Triton's word, not torch's: this compiles for GPUs that are not there, too.
     return not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from optimized import kernels
 from optimized.kernels.indexer import indexer_logits_kernel
 from optimized.kv_cache import lanes, page_size_of
 from optimized.launch import Launcher, is_dense, is_wide
@@ -20,8 +19,6 @@ NUM_WARPS = 4
 NUM_STAGES = 4
 VECTOR_BYTES = 16  # the widest load
 MIN_LANES = 16  # the smallest side of a tile that Triton multiplies
-
-assert kernels  # imported first: it decides how Triton runs
 
 _indexer_logits = Launcher(indexer_logits_kernel, "logits_stride")
 

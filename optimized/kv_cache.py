@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
 from optimized.kernels.kv_cache import store_cache_kernel
 from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 from reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
-
-assert kernels  # imported first: it decides how Triton runs
 
 _store_cache = Launcher(store_cache_kernel, "slot_stride")
 

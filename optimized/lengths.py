@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
 from optimized.buffers import StepBuffers, field_pitch
 from optimized.kernels import fields
 from optimized.kernels.lengths import expand_seqlens_kernel
@@ -13,8 +12,6 @@ from optimized.library import register
 from reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carried over
-
-assert kernels  # imported first: it decides how Triton runs
 
 _expand = Launcher(expand_seqlens_kernel, "step_stride")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimized import buffers, kernels, lengths, page_table, schedules
+from optimized import buffers, lengths, page_table, schedules
 from optimized.buffers import Layout, StepBuffers
 from optimized.kernels import fields
 from optimized.kernels.copy import copy_steps_kernel
@@ -19,8 +19,6 @@ from reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 CHUNK = 1024  # tokens of a page-table row moved at once: two 16-byte vectors a thread at 4 warps
 PROGRAMS = 2 * 132  # page-table programs: more find no work in short rows and delay the launch (see docs/benchmarks.md)
-
-assert kernels  # imported first: it decides how Triton runs
 
 _fill = Launcher(fill_metadata_kernel, "packed_stride")
 _copy = Launcher(copy_steps_kernel, "packed_stride")

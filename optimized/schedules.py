@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
 from optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
 from optimized.launch import Launcher
 from optimized.library import register
@@ -13,8 +12,6 @@ from optimized.library import register
 SM_BLOCK = 64
 ROW_BLOCK = 32
 FLASHMLA_BLOCK = 512  # rows that one part is searched in at once
-
-assert kernels  # imported first: it decides how Triton runs
 
 _paged_mqa = Launcher(paged_mqa_schedule_kernel, "lengths_stride")
 _flashmla = Launcher(flashmla_schedule_kernel, "lengths_stride")

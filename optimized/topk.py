@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from optimized import kernels
 from optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_kernel, topk_kernel
 from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
@@ -18,8 +17,6 @@ FILTER_WARPS = 8
 FILTER_PROGRAMS = 2 * 132  # over all rows: two per multiprocessor
 MAX_SHARES = 16  # programs that filter one row
 COPY_BLOCK = 1024  # indices of a row that selects all its tokens, stored at once
-
-assert kernels  # imported first: it decides how Triton runs
 
 _filter = Launcher(topk_filter_kernel, "logits_stride")
 _topk = Launcher(topk_kernel, "logits_stride")
