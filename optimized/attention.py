@@ -14,12 +14,12 @@ from optimized.launch import Launcher, is_wide
 from optimized.library import register
 from reference.types import AttentionConfig
 
-CHUNK = 512  # indices whose partial softmax starts from nothing: changing it changes low bits of every result
-SCAN = 2048  # indices looked at in one go for the last valid one
-MAX_HEAD_BLOCK = 64  # whose float32 outputs take half of the registers
+CHUNK = 512  # indices that share one partial softmax: changing it changes low bits of every result
+SCAN = 2048  # indices read per step of the search for a row's last valid index
+MAX_HEAD_BLOCK = 64  # heads whose float32 outputs take half of the registers
 MIN_HEAD_BLOCK = 16
-PARTIAL_ROUNDS = 0.45  # what it costs to write and read a chunk's partial, beside computing it
-HOPPER_SIZES = 512, 64  # latent and RoPE part that the kernel for Hopper is written for: production's
+PARTIAL_ROUNDS = 0.45  # cost of writing and reading a chunk's partial, relative to computing it
+HOPPER_SIZES = 512, 64  # sizes of the latent and RoPE parts that the Hopper kernel supports: those of production
 
 _attend = Launcher(sparse_mla_kernel, "q_row_stride")
 _combine = Launcher(sparse_mla_combine_kernel, "num_chunks")
@@ -33,10 +33,10 @@ def sparse_mla(
 
     out = softmax(q.k * sm_scale) v, where v is the first kv_lora_rank of k; lse is the natural log of the sum of
     exp(q.k * sm_scale). A row without a valid slot: out 0, lse -inf. A row's result depends on that row alone, bit for
-    bit: on neither the rows beside it nor how many programs share it.
+    bit: not on the other rows of the batch, nor on the number of programs per row.
 
     q [R, H, qk_head_dim] bf16. kv_cache: see ``KVCacheDtype``. indices [R, K] int32: slots; negative ones, anywhere in
-    the row, are skipped. No slot but these is read. Last dimensions are dense; rows, heads and slots may be strided.
+    the row, are skipped. No other slot is read. Last dimensions are dense; rows, heads and slots may be strided.
     """
     rows, heads, num_chunks = q.shape[0], config.num_heads, max(1, -(-indices.shape[1] // CHUNK))
     splits = _splits(rows * -(-heads // _head_block(heads)), num_chunks, q.device)
@@ -55,7 +55,7 @@ def sparse_mla_into(
     indices: torch.Tensor,
     splits: int,
 ) -> None:
-    """``sparse_mla`` into ``out`` and ``lse``. splits: programs per row: 1, or as many as ``indices`` has chunks."""
+    """``sparse_mla`` into ``out`` and ``lse``. splits: programs per row, 1 or the number of chunks of ``indices``."""
     rows, heads, rank = out.shape
     accs = torch.empty(rows, splits, padded(heads), rank, dtype=torch.float32, device=q.device)
     stats = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=q.device)
@@ -65,7 +65,7 @@ def sparse_mla_into(
 
 
 def _head_block(heads: int) -> int:
-    """Heads of one program: all, rounded up to a tile of the matrix units, as long as one can hold their outputs."""
+    """Heads per program: all, as a power of two; at least a tile of the matrix units, at most what registers hold."""
     return min(MAX_HEAD_BLOCK, max(MIN_HEAD_BLOCK, 1 << (heads - 1).bit_length()))
 
 
@@ -143,7 +143,7 @@ def _launch_combine(
     if rows == 0:
         return
     early = _is_hopper()
-    options = {"launch_pdl": True} if early else {}  # only NVIDIA's compiler knows it
+    options = {"launch_pdl": True} if early else {}  # only NVIDIA's compiler has this option
     _combine(
         rows * heads,
         (heads, rank),
@@ -174,7 +174,11 @@ def _scale_log2(sm_scale: float) -> float:
 
 @functools.cache
 def _runs_gluon() -> bool:
-    """Triton's interpreter does not know Gluon; who teaches it makes of the kernel something that it can run."""
+    """Whether the Gluon kernel can run here: on a Hopper GPU, or interpreted.
+
+    Triton's interpreter does not support Gluon. A Gluon interpreter, where one is installed, has replaced the kernel by
+    an object of another type.
+    """
     from triton.runtime.jit import JITFunction  # late: see ``optimized.kernels``
 
     return not isinstance(sparse_mla_hopper_kernel, JITFunction) if INTERPRETED.value else _is_hopper()
@@ -184,14 +188,14 @@ def _runs_gluon() -> bool:
 def _is_hopper() -> bool:
     import triton  # late: see ``optimized.kernels``
 
-    # Triton's word, not torch's: this compiles for GPUs that are not there, too.
+    # Asks Triton, not torch: kernels are also compiled for GPUs that are not present.
     return not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
 
 
 def _splits(programs: int, num_chunks: int, device: torch.device) -> int:
-    """Programs per row, 1 or one per chunk, for ``programs`` blocks of heads in all: what takes fewer rounds.
+    """Programs per row, 1 or one per chunk, whichever takes fewer rounds. ``programs``: blocks of heads of all rows.
 
-    A round is one chunk on every multiprocessor. One program per chunk also costs writing and reading every partial.
+    A round is one chunk on every multiprocessor. One program per chunk also has to write and read every partial.
     """
     multiprocessors = _multiprocessors(device)
     whole = -(-programs // multiprocessors) * num_chunks
@@ -202,6 +206,6 @@ def _splits(programs: int, num_chunks: int, device: torch.device) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8  # the interpreter: both ways get used
+        return 8  # the interpreter: both choices occur
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count

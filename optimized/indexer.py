@@ -12,13 +12,13 @@ from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 from reference.types import AttentionConfig
 
-BLOCK = 64  # tokens that meet all heads in one tile
-FILL_BLOCK = 1024  # columns beyond the row that are set to -inf at once
-PROGRAMS = 16 * 132  # over all rows: several per multiprocessor, so that rows of unequal length even out
+BLOCK = 64  # tokens per tile; a tile covers all heads
+FILL_BLOCK = 1024  # columns beyond the row's length that are set to -inf per step
+PROGRAMS = 16 * 132  # programs over all rows: several per multiprocessor, which balances rows of unequal length
 NUM_WARPS = 4
 NUM_STAGES = 4
-VECTOR_BYTES = 16  # the widest load
-MIN_LANES = 16  # the smallest side of a tile that Triton multiplies
+VECTOR_BYTES = 16  # of the widest load
+MIN_LANES = 16  # smallest side of a tile in a matrix product of Triton
 
 _indexer_logits = Launcher(indexer_logits_kernel, "logits_stride")
 
@@ -35,7 +35,7 @@ def indexer_logits(
     """Score of every cached token for every query token: float32 [R, max_seq_len_k], -inf beyond seqlens_expanded.
 
     index_q [R, index_n_heads, index_head_dim] float8_e4m3fn, index_weights [R, index_n_heads] float32.
-    real_page_table [R, ceil(max_seq_len_k / page_size)] int32: a row per query token; dead pages are not looked at.
+    real_page_table [R, ceil(max_seq_len_k / page_size)] int32: a row per query token; dead pages are not read.
     """
     logits = torch.empty(index_q.shape[0], max_seq_len_k, dtype=torch.float32, device=index_q.device)
     indexer_logits_op(logits, index_q, index_weights, index_k_cache, real_page_table, seqlens_expanded)
@@ -50,7 +50,7 @@ def _launch(
     real_page_table: torch.Tensor,
     seqlens_expanded: torch.Tensor,
 ) -> None:
-    """See ``indexer_logits``. Rows and pages may lie apart, what is within them is dense. Pages: a power of two."""
+    """See ``indexer_logits``. Rows and pages may be strided; their contents are dense. Page size: a power of two."""
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return

@@ -1,4 +1,4 @@
-"""Writes the keys of a forward pass into the caches of a layer. See ``reference.kv_cache`` for how they lie there."""
+"""Writes the keys of a forward pass into the caches of a layer. See ``reference.kv_cache`` for the layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _store_cache = Launcher(store_cache_kernel, "slot_stride")
 def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: AttentionInputs) -> None:
     """Write the rows' own keys and index keys to both caches, in one launch.
 
-    A row writes the bytes of its slot alone. Rows that write to the same slot do so in any order.
+    A row writes only the bytes of its slot. Rows with the same slot write in no particular order.
     """
     store_cache_op(
         caches.kv,
@@ -30,12 +30,12 @@ def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: Attent
 
 
 def page_size_of(index_k_cache: torch.Tensor, index_head_dim: int) -> int:
-    """Tokens of a page of the index-K cache, each a key (e4m3) and a scale (float32)."""
+    """Tokens per page of the index-K cache. Each has a key (e4m3) and a scale (float32)."""
     return index_k_cache.shape[1] // (index_head_dim + 4)
 
 
 def lanes(size: int) -> int:
-    """The next power of two: as many as Triton asks for to cover ``size``."""
+    """``size`` rounded up to a power of two: Triton's ranges have such lengths only."""
     return 1 << (size - 1).bit_length()
 
 
@@ -51,7 +51,7 @@ def _launch(
 ) -> None:
     """Caches kv [slots, 1, ...] bf16 or uint8 and index_k_cache [pages, bytes] uint8; keys [R, ...] bf16.
 
-    Slots, pages and rows may lie apart, what is within them is dense. out_cache_loc [R] int32 or int64, any stride.
+    Slots, pages and rows may be strided; their contents are dense. out_cache_loc [R] int32 or int64, any stride.
     """
     num_rows, head_dim = k.shape
     if num_rows == 0:

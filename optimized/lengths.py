@@ -11,7 +11,7 @@ from optimized.launch import Launcher
 from optimized.library import register
 from reference.types import BackendConfig, ForwardBatch, ForwardMode
 
-LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carried over
+LENGTH_BLOCK = 256  # requests per scan; a larger batch takes several scans, which carry the totals over
 
 _expand = Launcher(expand_seqlens_kernel, "step_stride")
 
@@ -24,7 +24,7 @@ def row_layout(mode: ForwardMode) -> int:
 
 
 def query_lens(batch: ForwardBatch) -> torch.Tensor | None:
-    """The device tensor [>= bs] that says how many rows each request has; None where all have the same number."""
+    """The device tensor [>= bs] with the number of rows of each request; None where all have the same number."""
     if batch.forward_mode is ForwardMode.EXTEND:
         assert batch.extend_seq_lens is not None, "EXTEND needs extend_seq_lens"
         return batch.extend_seq_lens
@@ -65,7 +65,7 @@ def fill_lengths(config: BackendConfig, batch: ForwardBatch, step: int, out: Ste
         row.copy_(seq_lens + extra_tokens(config, mode, step + index))
     _cumulate(cache_seqlens, out.field(fields.CU_SEQLENS_K.value, bs + 1))
 
-    # 2. Query tokens. In DECODE each request is one; elsewhere the steps are equal, so there is one to compute.
+    # 2. Query tokens. In DECODE each request has one. In the other modes all steps are equal, so one is computed.
     expanded = out.field(fields.SEQLENS_EXPANDED.value, rows)  # [S, R]
     if mode.is_decode_or_idle:
         expanded.copy_(cache_seqlens)

@@ -26,7 +26,7 @@ _copy = Launcher(copy_steps_kernel, "packed_stride")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What an eager call must know of a batch on the host to size its outputs. Reading it synchronises once.
+    """What an eager call must know on the host to size its outputs. Reading it from the device synchronises once.
 
     widths: page-table width of each step. flattened: sum of the KV lengths if a prefix is cached, else None.
     """
@@ -38,7 +38,7 @@ class Sizes:
 
 
 def read_sizes(config: BackendConfig, batch: ForwardBatch, step: int, num_steps: int) -> Sizes:
-    """Sizes of steps ``step .. step + num_steps - 1`` from the device tensors, which alone tell the truth."""
+    """Sizes of steps ``step .. step + num_steps - 1`` from the device tensors, the only ones that are up to date."""
     mode, bs = batch.forward_mode, batch.batch_size
     wanted = [batch.seq_lens[:bs]]
     query_lens = lengths.query_lens(batch)
@@ -148,7 +148,7 @@ def fill(
 ) -> None:
     """Every field of every step of ``target``, which begins at draft step ``step``, in one launch.
 
-    Reads device tensors alone and allocates nothing, so it may run inside a graph capture.
+    Reads only device tensors and allocates nothing, so it may run inside a graph capture.
     """
     mode = batch.forward_mode
     fill_metadata(
@@ -191,7 +191,7 @@ def _source_aligned(table: torch.Tensor, row_stride: int) -> bool:
 
 
 def _programs_per_row(num_rows: int, width: int) -> int:
-    """Programs that share a page-table row: enough to fill the GPU, no more than it has chunks. From shapes alone."""
+    """Programs that share a page-table row: enough to fill the GPU, at most one per chunk. Depends on shapes only."""
     return max(1, min(-(-PROGRAMS // max(num_rows, 1)), -(-width // CHUNK)))
 
 
@@ -220,7 +220,7 @@ def _launch_fill(
     num_sms: int,
     num_sm_parts: int,
 ) -> None:
-    """Stacked buffers as ``StepBuffers`` holds them; inputs int32 or int64 of any stride; req_to_token int32."""
+    """Stacked buffers as in ``StepBuffers``; inputs int32 or int64 with any stride; req_to_token int32."""
     num_steps = packed.shape[0]
     width = min(page_table.shape[2], req_to_token.shape[1])
     source_stride = req_to_token.stride(0)
@@ -299,7 +299,7 @@ def _launch_copy(
     extend: bool,
     page_size: int,
 ) -> None:
-    """Destination stacked over S steps, sources over 1 or S. Pages are derived again from the source's slots."""
+    """The destination is stacked over S steps, sources over 1 or S. Pages are derived again from the source's slots."""
     num_steps, packed_size = packed.shape
     source_steps = source_packed.shape[0]
     _, table_rows, width = page_table.shape

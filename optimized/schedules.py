@@ -1,4 +1,4 @@
-"""Work splits that attention kernels derive from lengths, each by one small launch. See ``reference.schedules``."""
+"""Work schedules of attention kernels, derived from lengths by one small launch each. See ``reference.schedules``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_sche
 from optimized.launch import Launcher
 from optimized.library import register
 
-# Tile of multiprocessors x rows that the paged-MQA schedule counts over: 16 counters a thread at 4 warps.
+# Tile of multiprocessors x rows over which the paged-MQA schedule counts: 16 counters per thread at 4 warps.
 SM_BLOCK = 64
 ROW_BLOCK = 32
-FLASHMLA_BLOCK = 512  # rows that one part is searched in at once
+FLASHMLA_BLOCK = 512  # rows per step of the search for the end of a part
 
 _paged_mqa = Launcher(paged_mqa_schedule_kernel, "lengths_stride")
 _flashmla = Launcher(flashmla_schedule_kernel, "lengths_stride")

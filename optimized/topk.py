@@ -1,4 +1,4 @@
-"""Which tokens a query token attends to: the best by the indexer. See ``reference.topk``."""
+"""Which tokens a query token attends to: those with the best indexer scores. See ``reference.topk``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from optimized.kernels.topk import LINE, PAGED, POSITIONS, RAGGED, topk_filter_k
 from optimized.launch import Launcher, is_dense, is_wide
 from optimized.library import register
 
-# Tokens that one program selects from at once, and its warps. A row is selected from in the smallest block that holds
-# the whole width. Wider rows are filtered, and what is left is selected from in the last, or in the small block.
+# Tokens that one program selects from at once, and its number of warps. A program takes the smallest block that holds
+# the whole width. Wider rows are filtered; the program then takes the small block, or the last one if that overflows.
 BLOCKS = {1024: 4, 4096: 8, 8192: 8}
 SMALL_BLOCK = 4096
-FILTER_BLOCK = 4096  # tokens that a program which filters looks at in one go
+FILTER_BLOCK = 4096  # tokens per step of a filtering program
 FILTER_WARPS = 8
-FILTER_PROGRAMS = 2 * 132  # over all rows: two per multiprocessor
-MAX_SHARES = 16  # programs that filter one row
-COPY_BLOCK = 1024  # indices of a row that selects all its tokens, stored at once
+FILTER_PROGRAMS = 2 * 132  # filtering programs over all rows: two per multiprocessor
+MAX_SHARES = 16  # filtering programs per row, at most
+COPY_BLOCK = 1024  # indices stored per step for a row that selects all its tokens
 
 _filter = Launcher(topk_filter_kernel, "logits_stride")
 _topk = Launcher(topk_kernel, "logits_stride")
@@ -26,7 +26,7 @@ def topk_indices(logits: torch.Tensor, seqlens_expanded: torch.Tensor, index_top
     """Positions of the ``index_topk`` largest of each row's first seqlens_expanded logits: int32 [R, index_topk].
 
     Positions ascend, then -1. Ties go to the lower position, and 0.0 ties with -0.0. NaN counts as -inf. A row of at
-    most ``index_topk`` tokens selects all of them, whatever their logits. Columns beyond are not looked at.
+    most ``index_topk`` tokens selects all of them, whatever their logits. Columns beyond are ignored.
     """
     return _select(logits, seqlens_expanded, index_topk, None, None)
 
@@ -57,7 +57,7 @@ def _select(
     likely = counts = None
     if width > max(BLOCKS):
         assert index_topk < max(BLOCKS), "index_topk is too large"
-        # From sizes that a graph is captured for, not from lengths. Results do not depend on it.
+        # Depends on sizes that are fixed at capture, not on lengths. Results do not depend on it.
         shares = max(1, min(FILTER_PROGRAMS // max(1, rows), MAX_SHARES, -(-width // FILTER_BLOCK)))
         likely = torch.empty(rows, shares, max(BLOCKS), dtype=torch.int64, device=logits.device)
         counts = torch.empty(rows, shares, dtype=torch.int32, device=logits.device)
@@ -73,7 +73,7 @@ def _launch_filter(
     seqlens_expanded: torch.Tensor,
     index_topk: int,
 ) -> None:
-    """See ``topk_filter_kernel``. logits [R, W] float32, whose rows may lie apart."""
+    """See ``topk_filter_kernel``. logits [R, W] float32; rows may be strided."""
     rows, shares, capacity = likely.shape
     if rows == 0 or index_topk == 0:
         return
@@ -104,10 +104,10 @@ def _launch(
     likely: torch.Tensor | None,
     counts: torch.Tensor | None,
 ) -> None:
-    """Dense out [R, K] int32; logits [R, W] float32 and page_table_1 [R, W] int32, whose rows may lie apart.
+    """Dense out [R, K] int32; logits [R, W] float32 and page_table_1 [R, W] int32, whose rows may be strided.
 
-    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride. likely, counts: what
-    ``topk_filter_op`` made, if rows are wider than a block.
+    seqlens_expanded [R], topk_indices_offset [R] int32 or int64, any stride. likely, counts: outputs of
+    ``topk_filter_op`` if rows are wider than the largest block, else None.
     """
     (rows, index_topk), width = out.shape, logits.shape[1]
     if rows == 0 or index_topk == 0:

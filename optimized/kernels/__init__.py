@@ -2,7 +2,8 @@
 
 ``fields`` (where each field lives in a step's packed buffer); ``lengths``, ``page_table``, ``schedules`` (the device
 functions; lengths and schedules can also be launched alone); ``metadata`` (one launch that does all of it); ``copy``
-(buffers into buffers).
+(buffers into buffers). Of the layer: ``fp8`` (e4m3 conversion), ``kv_cache``, ``indexer``, ``topk``, ``attention`` and
+``attention_hopper``.
 
 Without a GPU the kernels run in Triton's interpreter. Triton reads ``TRITON_INTERPRET`` when it is imported, so this
 module sets the variable: it runs before any other module of the package, and these are the only ones of ``optimized/``

@@ -1,7 +1,7 @@
 """Length fields: one program does all requests of a step.
 
 Why one program: the fields are prefix sums over the batch, and a batch is small (hundreds of numbers). One program with
-a block-wide scan finishes in the time that a second launch, or a look-back between programs, would only start in.
+a block-wide scan finishes before a second launch, or a look-back between programs, would have started.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -209,7 +209,7 @@ def write_extend_rows(
 ) -> None:
     """Per-token fields of one request of a prefill, blocks ``first``, ``first + stride``, ... of its tokens.
 
-    A request has thousands of tokens here, so tokens, not requests, are what runs in parallel.
+    A request has thousands of tokens here, so its tokens are computed in parallel.
     """
     unseen = capped_sum(kv_len - q_len, index_topk)
     for block in range(first, tl.cdiv(q_len, BLOCK), stride):

@@ -1,4 +1,4 @@
-"""The one launch: every field of every step of a batch, straight from the engine's tensors."""
+"""The single launch that computes every field of every step of a batch, directly from the engine's tensors."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -80,7 +80,7 @@ def fill_metadata_kernel(
     1. length fields, one program per distinct step (one in all when the steps are equal: it stores to each of them);
     2. schedules, one program per distinct step and schedule. Each needs the rows in order, so it first writes the
        length fields itself: the same values that programs of 1 write, which costs less than waiting for them;
-    3. page tables (and what else is per token), ``programs_per_request`` programs for each request.
+    3. page tables (and other fields that have an entry per token), ``programs_per_request`` programs per request.
 
     No program waits for another, and the grid follows from the bucket alone.
     """
@@ -123,7 +123,7 @@ def fill_metadata_kernel(
         pool_row = tl.load(req_pool_indices + request * pool_stride).to(tl.int64)
         source = req_to_token + pool_row * req_to_token_stride
 
-        # Which rows show this request. Prefill keeps one per request and gives its tokens fields of their own.
+        # Rows of this request. Prefill has one table row per request, and separate fields for its tokens.
         row_begin = request * rows_per_request
         row_end = row_begin + rows_per_request
         if ROW_LAYOUT != UNIFORM:
@@ -150,7 +150,7 @@ def fill_metadata_kernel(
         if ROW_LAYOUT == RAGGED:
             row_end = tl.minimum(row_end, num_rows)
 
-        # The last step sees the most; what the others get beyond their own length is dead.
+        # The last step sees the most tokens; the cells of other steps beyond their own length are dead.
         length = kv_len
         if ADVANCING:
             length += num_steps - 1
