@@ -19,7 +19,7 @@ def round_up(count: int) -> int:
 
 
 def field_pitch(bs: int, num_rows: int) -> int:
-    """Distance between packed fields: the longest has one entry more than there are requests or rows."""
+    """Distance between packed fields. The longest has one entry more than there are requests or rows."""
     return round_up(max(bs, num_rows) + 1)
 
 
@@ -104,7 +104,7 @@ def build(
     widths: Sequence[int],
     max_seq_len_q: int = 1,
 ) -> StepBuffers:
-    """Step buffers over given memory. ``widths``: width of each step's page tables (the stacked: the widest)."""
+    """Step buffers over existing memory. ``widths``: width of each step's page tables (the stacked: the largest)."""
     page_table_1, real_page_table = tables
     metadata: list[Metadata] = []
     for step, width in enumerate(widths):
@@ -214,7 +214,7 @@ class GraphBuffers:
         key = graph_key(mode, bs)
         if key not in self._captured:
             rows = bs * self.config.rows_per_request(mode)
-            # More rows than announced: tables of their own, since earlier captures hold the shared ones.
+            # More rows than announced: the bucket gets its own tables, because earlier captures hold the shared ones.
             shared = rows <= self._tables[0].shape[1]
             page_table_1, real_page_table = self._tables if shared else self._allocate_tables(rows)
             layout = Layout.of(self.config, mode, bs, rows)

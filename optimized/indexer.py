@@ -6,24 +6,21 @@ import math
 
 import torch
 
-from nsa_oracle.optimized import kernels
 from nsa_oracle.optimized.kernels.indexer import indexer_logits_kernel
 from nsa_oracle.optimized.kv_cache import lanes, page_size_of
 from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide
 from nsa_oracle.optimized.library import register
 from nsa_oracle.reference.types import AttentionConfig
 
-BLOCK = 64  # tokens that meet all heads in one tile
-FILL_BLOCK = 1024  # columns beyond the row that are set to -inf at once
-PROGRAMS = 16 * 132  # over all rows: several per multiprocessor, so that rows of unequal length even out
+BLOCK = 64  # tokens per tile; a tile covers all heads
+FILL_BLOCK = 1024  # columns beyond the row's length that are set to -inf per step
+PROGRAMS = 16 * 132  # programs over all rows: several per multiprocessor, which balances rows of unequal length
 NUM_WARPS = 4
 NUM_STAGES = 4
-VECTOR_BYTES = 16  # the widest load
-MIN_LANES = 16  # the smallest side of a tile that Triton multiplies
+VECTOR_BYTES = 16  # of the widest load
+MIN_LANES = 16  # smallest side of a tile in a matrix product of Triton
 
-assert kernels  # imported first: it decides how Triton runs
-
-_indexer_logits = Launcher(indexer_logits_kernel)
+_indexer_logits = Launcher(indexer_logits_kernel, "logits_stride")
 
 
 def indexer_logits(
@@ -38,7 +35,7 @@ def indexer_logits(
     """Score of every cached token for every query token: float32 [R, max_seq_len_k], -inf beyond seqlens_expanded.
 
     index_q [R, index_n_heads, index_head_dim] float8_e4m3fn, index_weights [R, index_n_heads] float32.
-    real_page_table [R, ceil(max_seq_len_k / page_size)] int32: a row per query token; dead pages are not looked at.
+    real_page_table [R, ceil(max_seq_len_k / page_size)] int32: a row per query token; dead pages are not read.
     """
     logits = torch.empty(index_q.shape[0], max_seq_len_k, dtype=torch.float32, device=index_q.device)
     indexer_logits_op(logits, index_q, index_weights, index_k_cache, real_page_table, seqlens_expanded)
@@ -53,7 +50,7 @@ def _launch(
     real_page_table: torch.Tensor,
     seqlens_expanded: torch.Tensor,
 ) -> None:
-    """See ``indexer_logits``. Rows and pages may lie apart, what is within them is dense. Pages: a power of two."""
+    """See ``indexer_logits``. Rows and pages may be strided; their contents are dense. Page size: a power of two."""
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return
@@ -64,32 +61,47 @@ def _launch(
     page_alignment = math.gcd(index_k_cache.data_ptr(), index_k_cache.stride(0), VECTOR_BYTES)
     assert page_alignment % 4 == 0, "scales must be aligned"
     programs = max(1, min(-(-PROGRAMS // num_rows), -(-width // BLOCK)))
-    sizes = (page_size, num_heads, head_dim, max(MIN_LANES, lanes(num_heads)), max(MIN_LANES, lanes(head_dim)))
-    flags = (*sizes, q_alignment, page_alignment)
-    strides = (
-        logits.stride(0),
-        index_q.stride(0),
-        index_q.stride(1),
-        index_weights.stride(0),
-        index_k_cache.stride(0),
-        real_page_table.stride(0),
-        seqlens_expanded.stride(0),
+    constants = _indexer_logits.constants(
+        PAGE_SIZE=page_size,
+        HEADS=num_heads,
+        DIM=head_dim,
+        HEAD_LANES=max(MIN_LANES, lanes(num_heads)),
+        DIM_LANES=max(MIN_LANES, lanes(head_dim)),
+        Q_ALIGNMENT=q_alignment,
+        PAGE_ALIGNMENT=page_alignment,
+        BLOCK=BLOCK,
+        FILL_BLOCK=FILL_BLOCK,
     )
+    logits_stride, q_stride, q_head_stride = logits.stride(0), index_q.stride(0), index_q.stride(1)
+    weights_stride, page_stride = index_weights.stride(0), index_k_cache.stride(0)
+    table_stride, lengths_stride = real_page_table.stride(0), seqlens_expanded.stride(0)
+    wide = (
+        is_wide(logits_stride), is_wide(q_stride), is_wide(q_head_stride), is_wide(weights_stride),
+        is_wide(page_stride), is_wide(table_stride), is_wide(lengths_stride),
+    )  # fmt: skip
     _indexer_logits(
         num_rows * programs,
-        (*flags, seqlens_expanded.dtype, real_page_table.dtype, *(is_wide(stride) for stride in strides)),
-        logits,
-        index_q.view(torch.uint8),
-        index_weights,
-        index_k_cache,
-        real_page_table,
-        seqlens_expanded,
-        *strides,
-        width,
-        programs,
-        *flags,
-        BLOCK,
-        FILL_BLOCK,
+        (*constants, seqlens_expanded.dtype, real_page_table.dtype, *wide),
+        _indexer_logits.tensors(
+            logits=logits,
+            q=index_q.view(torch.uint8),
+            weights=index_weights,
+            index_k_cache=index_k_cache,
+            page_table=real_page_table,
+            seqlens_expanded=seqlens_expanded,
+        ),
+        _indexer_logits.numbers(
+            logits_stride=logits_stride,
+            q_stride=q_stride,
+            q_head_stride=q_head_stride,
+            weights_stride=weights_stride,
+            page_stride=page_stride,
+            table_stride=table_stride,
+            lengths_stride=lengths_stride,
+            width=width,
+            programs_per_row=programs,
+        ),
+        constants,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )

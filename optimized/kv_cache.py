@@ -1,24 +1,21 @@
-"""Writes the keys of a forward pass into the caches of a layer. See ``reference.kv_cache`` for how they lie there."""
+"""Writes the keys of a forward pass into the caches of a layer. See ``reference.kv_cache`` for the layout."""
 
 from __future__ import annotations
 
 import torch
 
-from nsa_oracle.optimized import kernels
 from nsa_oracle.optimized.kernels.kv_cache import store_cache_kernel
 from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide
 from nsa_oracle.optimized.library import register
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
-assert kernels  # imported first: it decides how Triton runs
-
-_store_cache = Launcher(store_cache_kernel)
+_store_cache = Launcher(store_cache_kernel, "slot_stride")
 
 
 def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: AttentionInputs) -> None:
     """Write the rows' own keys and index keys to both caches, in one launch.
 
-    A row writes the bytes of its slot alone. Rows that write to the same slot do so in any order.
+    A row writes only the bytes of its slot. Rows with the same slot write in no particular order.
     """
     store_cache_op(
         caches.kv,
@@ -33,12 +30,12 @@ def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: Attent
 
 
 def page_size_of(index_k_cache: torch.Tensor, index_head_dim: int) -> int:
-    """Tokens of a page of the index-K cache, each a key (e4m3) and a scale (float32)."""
+    """Tokens per page of the index-K cache. Each has a key (e4m3) and a scale (float32)."""
     return index_k_cache.shape[1] // (index_head_dim + 4)
 
 
 def lanes(size: int) -> int:
-    """The next power of two: as many as Triton asks for to cover ``size``."""
+    """``size`` rounded up to a power of two: Triton's ranges have such lengths only."""
     return 1 << (size - 1).bit_length()
 
 
@@ -54,7 +51,7 @@ def _launch(
 ) -> None:
     """Caches kv [slots, 1, ...] bf16 or uint8 and index_k_cache [pages, bytes] uint8; keys [R, ...] bf16.
 
-    Slots, pages and rows may lie apart, what is within them is dense. out_cache_loc [R] int32 or int64, any stride.
+    Slots, pages and rows may be strided; their contents are dense. out_cache_loc [R] int32 or int64, any stride.
     """
     num_rows, head_dim = k.shape
     if num_rows == 0:
@@ -63,26 +60,34 @@ def _launch(
     page_size = page_size_of(index_k_cache, index_head_dim)
     rope = head_dim - kv_lora_rank
     sizes = (page_size, is_fp8, kv_lora_rank, rope, index_head_dim)
-    strides = (kv.stride(0), index_k_cache.stride(0), k.stride(0), index_k.stride(0), out_cache_loc.stride(0))
+    slot_stride, page_stride = kv.stride(0), index_k_cache.stride(0)
+    k_stride, index_k_stride, loc_stride = k.stride(0), index_k.stride(0), out_cache_loc.stride(0)
+    wide = (
+        is_wide(slot_stride), is_wide(page_stride), is_wide(k_stride), is_wide(index_k_stride), is_wide(loc_stride),
+    )  # fmt: skip
     _store_cache(
         2 * num_rows,
-        (*sizes, out_cache_loc.dtype, *(is_wide(stride) for stride in strides)),
-        kv,
-        index_k_cache,
-        k,
-        index_k,
-        out_cache_loc,
-        *strides,
-        num_rows,
-        page_size,
-        is_fp8,
-        kv_lora_rank,
-        rope,
-        NUM_QUANT_TILES,
-        index_head_dim,
-        lanes(kv_lora_rank // NUM_QUANT_TILES),
-        lanes(rope),
-        lanes(index_head_dim),
+        (*sizes, out_cache_loc.dtype, *wide),
+        _store_cache.tensors(kv=kv, index_k_cache=index_k_cache, k=k, index_k=index_k, out_cache_loc=out_cache_loc),
+        _store_cache.numbers(
+            slot_stride=slot_stride,
+            page_stride=page_stride,
+            k_stride=k_stride,
+            index_k_stride=index_k_stride,
+            loc_stride=loc_stride,
+            num_rows=num_rows,
+        ),
+        _store_cache.constants(
+            PAGE_SIZE=page_size,
+            IS_FP8=is_fp8,
+            LATENT=kv_lora_rank,
+            ROPE=rope,
+            TILES=NUM_QUANT_TILES,
+            INDEX_DIM=index_head_dim,
+            TILE_LANES=lanes(kv_lora_rank // NUM_QUANT_TILES),
+            ROPE_LANES=lanes(rope),
+            INDEX_LANES=lanes(index_head_dim),
+        ),
     )
 
 

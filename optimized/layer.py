@@ -21,11 +21,11 @@ from nsa_oracle.reference.types import (
 class SparseAttention:
     """A layer of given sizes. It keeps no state: every launch takes lengths and addresses from its arguments.
 
-    So the graph of ``forward`` serves any lengths, and a row's result depends on nothing but its own inputs: not on the
-    batch around it, not on how many multiprocessors shared its work, not on what was served before.
+    The graph of ``forward`` therefore serves any lengths, and a row's result depends only on its own inputs: not on the
+    rest of the batch, the number of multiprocessors that shared its work, or anything served before.
     """
 
-    # What attention is made for: a row of lanes is a power of two.
+    # Sizes that attention supports: powers of two, as Triton's ranges are.
     sizes: ClassVar[Mapping[str, Sequence[int]]] = {
         "kv_lora_rank": (64, 128, 256, 512),
         "qk_rope_head_dim": (16, 32, 64),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from nsa_oracle.optimized import kernels
 from nsa_oracle.optimized.buffers import StepBuffers, field_pitch
 from nsa_oracle.optimized.kernels import fields
 from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
@@ -12,11 +11,9 @@ from nsa_oracle.optimized.launch import Launcher
 from nsa_oracle.optimized.library import register
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
-LENGTH_BLOCK = 256  # requests in one scan; a larger batch takes several, carried over
+LENGTH_BLOCK = 256  # requests per scan; a larger batch takes several scans, which carry the totals over
 
-assert kernels  # imported first: it decides how Triton runs
-
-_expand = Launcher(expand_seqlens_kernel)
+_expand = Launcher(expand_seqlens_kernel, "step_stride")
 
 
 def row_layout(mode: ForwardMode) -> int:
@@ -27,7 +24,7 @@ def row_layout(mode: ForwardMode) -> int:
 
 
 def query_lens(batch: ForwardBatch) -> torch.Tensor | None:
-    """The device tensor [>= bs] that says how many rows each request has; None where all have the same number."""
+    """The device tensor [>= bs] with the number of rows of each request; None where all have the same number."""
     if batch.forward_mode is ForwardMode.EXTEND:
         assert batch.extend_seq_lens is not None, "EXTEND needs extend_seq_lens"
         return batch.extend_seq_lens
@@ -68,7 +65,7 @@ def fill_lengths(config: BackendConfig, batch: ForwardBatch, step: int, out: Ste
         row.copy_(seq_lens + extra_tokens(config, mode, step + index))
     _cumulate(cache_seqlens, out.field(fields.CU_SEQLENS_K.value, bs + 1))
 
-    # 2. Query tokens. In DECODE each request is one; elsewhere the steps are equal, so there is one to compute.
+    # 2. Query tokens. In DECODE each request has one. In the other modes all steps are equal, so one is computed.
     expanded = out.field(fields.SEQLENS_EXPANDED.value, rows)  # [S, R]
     if mode.is_decode_or_idle:
         expanded.copy_(cache_seqlens)
@@ -145,22 +142,20 @@ def _launch(
     _expand(
         (num_steps if advancing else 1) + per_request,
         (row_layout, advancing, seq_lens.dtype, lens.dtype),
-        packed,
-        seq_lens,
-        lens,
-        packed.stride(0),
-        field_pitch(bs, num_rows),
-        num_steps,
-        seq_lens.stride(0),
-        lens.stride(0),
-        bs,
-        num_rows,
-        rows_per_request,
-        extra,
-        index_topk,
-        row_layout,
-        advancing,
-        LENGTH_BLOCK,
+        _expand.tensors(packed=packed, seq_lens=seq_lens, query_lens=lens),
+        _expand.numbers(
+            step_stride=packed.stride(0),
+            pitch=field_pitch(bs, num_rows),
+            num_steps=num_steps,
+            seq_stride=seq_lens.stride(0),
+            query_stride=lens.stride(0),
+            bs=bs,
+            num_rows=num_rows,
+            rows_per_request=rows_per_request,
+            extra=extra,
+            index_topk=index_topk,
+        ),
+        _expand.constants(ROW_LAYOUT=row_layout, ADVANCING=advancing, BLOCK=LENGTH_BLOCK),
     )
 
 

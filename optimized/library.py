@@ -2,7 +2,7 @@
 
 As operators the launches are visible to torch (dispatch modes, fake tensors, ``torch.compile``) with what they mutate
 declared. They are defined on a ``Library`` rather than with ``custom_op``, whose wrapper costs several microseconds
-a call, which is what a whole launch may cost here.
+per call; a whole launch takes no more than that here.
 """
 
 from __future__ import annotations

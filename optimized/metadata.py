@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.optimized import buffers, kernels, lengths, page_table, schedules
+from nsa_oracle.optimized import buffers, lengths, page_table, schedules
 from nsa_oracle.optimized.buffers import Layout, StepBuffers
 from nsa_oracle.optimized.kernels import fields
 from nsa_oracle.optimized.kernels.copy import copy_steps_kernel
@@ -18,17 +18,17 @@ from nsa_oracle.optimized.optimizations import Optimizations
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 CHUNK = 1024  # tokens of a page-table row moved at once: two 16-byte vectors a thread at 4 warps
-PROGRAMS = 2 * 132  # page-table programs: more find no work in short rows and delay the launch (see docs/benchmarks.md)
+PROGRAMS = (
+    2 * 132
+)  # page-table programs: more find no work in short rows and delay the launch (docs/records/benchmarks.md)
 
-assert kernels  # imported first: it decides how Triton runs
-
-_fill = Launcher(fill_metadata_kernel)
-_copy = Launcher(copy_steps_kernel)
+_fill = Launcher(fill_metadata_kernel, "packed_stride")
+_copy = Launcher(copy_steps_kernel, "packed_stride")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What an eager call must know of a batch on the host to size its outputs. Reading it synchronises once.
+    """What an eager call must know on the host to size its outputs. Reading it from the device synchronises once.
 
     widths: page-table width of each step. flattened: sum of the KV lengths if a prefix is cached, else None.
     """
@@ -40,7 +40,7 @@ class Sizes:
 
 
 def read_sizes(config: BackendConfig, batch: ForwardBatch, step: int, num_steps: int) -> Sizes:
-    """Sizes of steps ``step .. step + num_steps - 1`` from the device tensors, which alone tell the truth."""
+    """Sizes of steps ``step .. step + num_steps - 1`` from the device tensors, the only ones that are up to date."""
     mode, bs = batch.forward_mode, batch.batch_size
     wanted = [batch.seq_lens[:bs]]
     query_lens = lengths.query_lens(batch)
@@ -150,7 +150,7 @@ def fill(
 ) -> None:
     """Every field of every step of ``target``, which begins at draft step ``step``, in one launch.
 
-    Reads device tensors alone and allocates nothing, so it may run inside a graph capture.
+    Reads only device tensors and allocates nothing, so it may run inside a graph capture.
     """
     mode = batch.forward_mode
     fill_metadata(
@@ -193,7 +193,7 @@ def _source_aligned(table: torch.Tensor, row_stride: int) -> bool:
 
 
 def _programs_per_row(num_rows: int, width: int) -> int:
-    """Programs that share a page-table row: enough to fill the GPU, no more than it has chunks. From shapes alone."""
+    """Programs that share a page-table row: enough to fill the GPU, at most one per chunk. Depends on shapes only."""
     return max(1, min(-(-PROGRAMS // max(num_rows, 1)), -(-width // CHUNK)))
 
 
@@ -222,7 +222,7 @@ def _launch_fill(
     num_sms: int,
     num_sm_parts: int,
 ) -> None:
-    """Stacked buffers as ``StepBuffers`` holds them; inputs int32 or int64 of any stride; req_to_token int32."""
+    """Stacked buffers as in ``StepBuffers``; inputs int32 or int64 with any stride; req_to_token int32."""
     num_steps = packed.shape[0]
     width = min(page_table.shape[2], req_to_token.shape[1])
     source_stride = req_to_token.stride(0)
@@ -237,48 +237,54 @@ def _launch_fill(
     _fill(
         small_programs + bs * programs,
         (*flags, *inputs, is_wide(table_steps), is_wide(pages_steps), is_wide(source_stride)),
-        packed,
-        page_table,
-        real_page_table,
-        packed if flattened is None else flattened,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        lens,
-        packed.stride(0),
-        buffers.field_pitch(bs, num_rows),
-        table_steps,
-        table_rows,
-        pages_steps,
-        pages_rows,
-        0 if flattened is None else flattened.stride(0),
-        source_stride,
-        req_pool_indices.stride(0),
-        seq_lens.stride(0),
-        lens.stride(0),
-        num_steps,
-        bs,
-        num_rows,
-        rows_per_request,
-        width,
-        extra,
-        index_topk,
-        num_sms,
-        num_sm_parts,
-        programs,
-        row_layout,
-        advancing,
-        page_size,
-        _page_lanes(page_size),
-        num_sms > 0,
-        num_sm_parts > 0,
-        flattened is not None,
-        aligned,
-        lengths.LENGTH_BLOCK,
-        schedules.SM_BLOCK,
-        schedules.ROW_BLOCK,
-        schedules.FLASHMLA_BLOCK,
-        CHUNK,
+        _fill.tensors(
+            packed=packed,
+            table=page_table,
+            pages=real_page_table,
+            flattened=packed if flattened is None else flattened,
+            req_to_token=req_to_token,
+            req_pool_indices=req_pool_indices,
+            seq_lens=seq_lens,
+            query_lens=lens,
+        ),
+        _fill.numbers(
+            packed_stride=packed.stride(0),
+            pitch=buffers.field_pitch(bs, num_rows),
+            table_step_stride=table_steps,
+            table_row_stride=table_rows,
+            pages_step_stride=pages_steps,
+            pages_row_stride=pages_rows,
+            flattened_stride=0 if flattened is None else flattened.stride(0),
+            req_to_token_stride=source_stride,
+            pool_stride=req_pool_indices.stride(0),
+            seq_stride=seq_lens.stride(0),
+            query_stride=lens.stride(0),
+            num_steps=num_steps,
+            bs=bs,
+            num_rows=num_rows,
+            rows_per_request=rows_per_request,
+            width=width,
+            extra=extra,
+            index_topk=index_topk,
+            num_sms=num_sms,
+            num_sm_parts=num_sm_parts,
+            programs_per_request=programs,
+        ),
+        _fill.constants(
+            ROW_LAYOUT=row_layout,
+            ADVANCING=advancing,
+            PAGE_SIZE=page_size,
+            PAGE_LANES=_page_lanes(page_size),
+            HAS_PAGED_MQA=num_sms > 0,
+            HAS_FLASHMLA=num_sm_parts > 0,
+            HAS_FLATTENED=flattened is not None,
+            SOURCE_ALIGNED=aligned,
+            LENGTH_BLOCK=lengths.LENGTH_BLOCK,
+            SM_BLOCK=schedules.SM_BLOCK,
+            ROW_BLOCK=schedules.ROW_BLOCK,
+            FLASHMLA_BLOCK=schedules.FLASHMLA_BLOCK,
+            CHUNK=CHUNK,
+        ),
     )
 
 
@@ -295,7 +301,7 @@ def _launch_copy(
     extend: bool,
     page_size: int,
 ) -> None:
-    """Destination stacked over S steps, sources over 1 or S. Pages are derived again from the source's slots."""
+    """The destination is stacked over S steps, sources over 1 or S. Pages are derived again from the source's slots."""
     num_steps, packed_size = packed.shape
     source_steps = source_packed.shape[0]
     _, table_rows, width = page_table.shape
@@ -308,34 +314,40 @@ def _launch_copy(
     _copy(
         grid,
         (page_size, flattened is not None, aligned, is_wide(page_table.stride(0)), is_wide(real_page_table.stride(0))),
-        packed,
-        page_table,
-        real_page_table,
-        packed if flattened is None else flattened,
-        source_packed,
-        source_page_table,
-        packed if source_flattened is None else source_flattened,
-        packed.stride(0),
-        page_table.stride(0),
-        page_table.stride(1),
-        real_page_table.stride(0),
-        real_page_table.stride(1),
-        0 if flattened is None else flattened.stride(0),
-        0 if source_steps == 1 else source_packed.stride(0),
-        source_page_table.stride(1),
-        num_steps,
-        packed_size,
-        flattened_size,
-        lengths_slot * pitch,
-        source_steps,
-        table_rows,
-        min(width, source_page_table.shape[2]),
-        programs,
-        page_size,
-        _page_lanes(page_size),
-        flattened is not None,
-        aligned,
-        CHUNK,
+        _copy.tensors(
+            packed=packed,
+            table=page_table,
+            pages=real_page_table,
+            flattened=packed if flattened is None else flattened,
+            source_packed=source_packed,
+            source_table=source_page_table,
+            source_flattened=packed if source_flattened is None else source_flattened,
+        ),
+        _copy.numbers(
+            packed_stride=packed.stride(0),
+            table_step_stride=page_table.stride(0),
+            table_row_stride=page_table.stride(1),
+            pages_step_stride=real_page_table.stride(0),
+            pages_row_stride=real_page_table.stride(1),
+            flattened_stride=0 if flattened is None else flattened.stride(0),
+            source_packed_stride=0 if source_steps == 1 else source_packed.stride(0),
+            source_table_row_stride=source_page_table.stride(1),
+            num_steps=num_steps,
+            packed_size=packed_size,
+            flattened_size=flattened_size,
+            lengths_offset=lengths_slot * pitch,
+            num_source_steps=source_steps,
+            num_table_rows=table_rows,
+            width=min(width, source_page_table.shape[2]),
+            programs_per_row=programs,
+        ),
+        _copy.constants(
+            PAGE_SIZE=page_size,
+            PAGE_LANES=_page_lanes(page_size),
+            HAS_FLATTENED=flattened is not None,
+            SOURCE_ALIGNED=aligned,
+            CHUNK=CHUNK,
+        ),
     )
 
 

@@ -46,7 +46,7 @@ class SingleStepBackend:
         self._captured: dict[tuple[ForwardMode, int], StepBuffers] = {}
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Metadata outside any graph, exactly as large as the batch. Synchronises once to learn how large that is."""
+        """Metadata outside any graph, exactly as large as the batch. Synchronises once to read the batch's sizes."""
         self.forward_metadata = self.compute_eagerly(forward_batch, 1).metadata[0]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -85,7 +85,7 @@ class SingleStepBackend:
         seq_lens_cpu: torch.Tensor | None,
         out_cache_loc: torch.Tensor | None = None,
     ) -> None:
-        """Refresh, in place, the buffers of this mode and bucket, unless their graph does so itself."""
+        """Refresh, in place, the buffers of this mode and bucket, unless the graph does so itself."""
         self.select(forward_mode, bs)
         if not self.optimizations.in_graph:
             self._refresh(ForwardBatch(forward_mode, bs, req_pool_indices, seq_lens, spec_info=spec_info))
@@ -150,7 +150,7 @@ class SingleStepBackend:
 
 
 class MultiStepBackend:
-    """N single-step backends, one per draft step. Their graph buffers are stacked: one launch reaches all."""
+    """N single-step backends, one per draft step. Their graph buffers are stacked, so that one launch can fill all."""
 
     def __init__(
         self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: Optimizations = _ALL_OFF
@@ -161,7 +161,7 @@ class MultiStepBackend:
             SingleStepBackend(config, req_to_token, step, optimizations) for step in range(config.speculative_num_steps)
         ]
         self._buffers: GraphBuffers
-        # Whether the steps are prepared together; the original prepares each for itself.
+        # Whether the steps are prepared together; the original prepares each step separately.
         self._together = optimizations.one_launch or optimizations.precompute or optimizations.aliased_steps
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -189,7 +189,7 @@ class MultiStepBackend:
         self._refresh(forward_batch, forward_batch.batch_size)
 
     def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
-        """Refresh, in place, every step's buffers of this mode and bucket, unless their graph does so itself."""
+        """Refresh, in place, every step's buffers of this mode and bucket, unless the graph does so itself."""
         for backend in self.attn_backends:
             backend.select(forward_batch.forward_mode, bs)
         if not self.optimizations.in_graph:

@@ -18,8 +18,8 @@ class Optimizations:
     strided_indices_cache: one such index tensor for all backend instances, as wide as the context, sliced.
     batched_copy: one launch copies all fields into all step buffers (without ``precompute``: one launch per step).
     vectorized_seqlens: one launch computes the length fields of all requests, instead of a Python loop over them.
-    one_launch: one launch fills all fields of all steps; the five above then have nothing left to do.
-    in_graph: that launch is captured in the graph, so a replay prepares itself. Needs ``one_launch``.
+    one_launch: one launch fills all fields of all steps; the five above then have no effect.
+    in_graph: that launch is captured in the graph, so that a replay prepares its own metadata. Needs ``one_launch``.
     aliased_steps: all steps share one buffer, nothing is copied. Needs ``StepSemantics.SHARED``.
     """
 

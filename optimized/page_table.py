@@ -1,4 +1,4 @@
-"""Page tables: where each token of each row lives in the KV cache. Composed path; the one launch has its own."""
+"""Page tables: where each token of each row lives in the KV cache. Used by the composed path only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page_table_1(
 ) -> torch.Tensor:
     """Slot of each token: int32 [num_rows, width], one row per query token (EXTEND: per request).
 
-    Rows beyond the live ones show the last request: they are dead. ``width`` is cut to that of ``req_to_token``.
+    Rows beyond the live ones are dead and repeat the last request's. ``width`` is cut to that of ``req_to_token``.
     """
     mode, bs = batch.forward_mode, batch.batch_size
     requests = batch.req_pool_indices[:bs].to(torch.int64)  # [bs]
@@ -73,7 +73,7 @@ def _request_of_row(
     if bs == 0 or num_rows == 0:
         return requests[:0]
     if optimizations.vectorized_seqlens:
-        # Row r belongs to the request at which the running sum of lengths first exceeds r: no length reaches the host.
+        # Row r belongs to the request at which the running sum of lengths first exceeds r. The host reads no length.
         row_ends = torch.cumsum(query_lens[:bs], dim=0)  # [bs]
         rows = torch.arange(num_rows, device=requests.device)
         return requests[torch.searchsorted(row_ends, rows, right=True).clamp_(max=bs - 1)]

@@ -1,23 +1,20 @@
-"""Work splits that attention kernels derive from lengths, each by one small launch. See ``reference.schedules``."""
+"""Work schedules of attention kernels, derived from lengths by one small launch each. See ``reference.schedules``."""
 
 from __future__ import annotations
 
 import torch
 
-from nsa_oracle.optimized import kernels
 from nsa_oracle.optimized.kernels.schedules import flashmla_schedule_kernel, paged_mqa_schedule_kernel
 from nsa_oracle.optimized.launch import Launcher
 from nsa_oracle.optimized.library import register
 
-# Tile of multiprocessors x rows that the paged-MQA schedule counts over: 16 counters a thread at 4 warps.
+# Tile of multiprocessors x rows over which the paged-MQA schedule counts: 16 counters per thread at 4 warps.
 SM_BLOCK = 64
 ROW_BLOCK = 32
-FLASHMLA_BLOCK = 512  # rows that one part is searched in at once
+FLASHMLA_BLOCK = 512  # rows per step of the search for the end of a part
 
-assert kernels  # imported first: it decides how Triton runs
-
-_paged_mqa = Launcher(paged_mqa_schedule_kernel)
-_flashmla = Launcher(flashmla_schedule_kernel)
+_paged_mqa = Launcher(paged_mqa_schedule_kernel, "lengths_stride")
+_flashmla = Launcher(flashmla_schedule_kernel, "lengths_stride")
 
 
 def _launch_paged_mqa(context_lens: torch.Tensor, schedule: torch.Tensor, num_sms: int) -> None:
@@ -25,14 +22,14 @@ def _launch_paged_mqa(context_lens: torch.Tensor, schedule: torch.Tensor, num_sm
     _paged_mqa(
         context_lens.shape[0],
         (),
-        context_lens,
-        schedule,
-        context_lens.stride(0),
-        schedule.stride(0),
-        context_lens.shape[1],
-        num_sms,
-        SM_BLOCK,
-        ROW_BLOCK,
+        _paged_mqa.tensors(lengths=context_lens, schedule=schedule),
+        _paged_mqa.numbers(
+            lengths_stride=context_lens.stride(0),
+            schedule_stride=schedule.stride(0),
+            num_rows=context_lens.shape[1],
+            num_sms=num_sms,
+        ),
+        _paged_mqa.constants(SM_BLOCK=SM_BLOCK, ROW_BLOCK=ROW_BLOCK),
     )
 
 
@@ -43,15 +40,15 @@ def _launch_flashmla(
     _flashmla(
         nsa_cache_seqlens.shape[0],
         (),
-        nsa_cache_seqlens,
-        metadata,
-        num_splits,
-        nsa_cache_seqlens.stride(0),
-        metadata.stride(0),
-        num_splits.stride(0),
-        nsa_cache_seqlens.shape[1],
-        num_sm_parts,
-        FLASHMLA_BLOCK,
+        _flashmla.tensors(lengths=nsa_cache_seqlens, metadata=metadata, num_splits=num_splits),
+        _flashmla.numbers(
+            lengths_stride=nsa_cache_seqlens.stride(0),
+            metadata_stride=metadata.stride(0),
+            splits_stride=num_splits.stride(0),
+            num_rows=nsa_cache_seqlens.shape[1],
+            num_sm_parts=num_sm_parts,
+        ),
+        _flashmla.constants(BLOCK=FLASHMLA_BLOCK),
     )
 
 

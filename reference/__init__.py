@@ -1,4 +1,4 @@
-"""Pure-PyTorch statement of the multi-step sparse attention backend: the truth the oracle compares with.
+"""Pure-PyTorch reference of the multi-step sparse attention backend: what the oracle compares with.
 
 Read it in the order the data flows: ``types`` (the vocabulary), ``lengths`` and ``page_table`` (one field a
 function), ``schedules`` (work splits derived from lengths), ``metadata`` (one step, all fields), ``multi_step``

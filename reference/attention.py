@@ -23,12 +23,12 @@ def sparse_mla(
     exp(q.k * sm_scale). A row without a valid slot: out 0, lse -inf.
 
     q [R, H, qk_head_dim] bf16. kv_cache: see ``KVCacheDtype``.
-    indices [R, K] int32: slots; negative ones, anywhere in the row, are skipped. No slot but these is read.
-    dtype: what everything is computed in before the final roundings.
+    indices [R, K] int32: slots; negative ones, anywhere in the row, are skipped. No other slot is read.
+    dtype: of all computation before the final roundings.
 
     The contract is a float32 division, then one rounding to bf16. Where sums are exact, so is this: a float64 quotient
     of two float32 numbers, rounded to float32, is the correctly rounded float32 quotient, since 53 >= 2 * 24 + 2.
-    Rounding it straight to bf16 would differ in ties.
+    Rounding it directly to bf16 would give other results in ties.
 
     Source: FlashMLA's sparse prefill and decode.
     """
@@ -67,9 +67,9 @@ def unrounded(
 
 
 def _sm_scale_log2(config: AttentionConfig) -> float:
-    """sm_scale * log2(e), rounded to float32 as a kernel's argument is.
+    """sm_scale * log2(e), rounded to float32, as kernels take it.
 
-    The rounding makes it exactly 1.0 for sm_scale = ln 2: integer scores then give weights that are exact powers of
+    The rounding makes it exactly 1.0 for sm_scale = ln 2. Integer scores then give weights that are exact powers of
     two, and the whole softmax can be checked bit for bit.
     """
     return torch.tensor(config.sm_scale * math.log2(math.e), dtype=torch.float32).item()

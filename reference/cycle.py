@@ -1,4 +1,4 @@
-"""A serving cycle with speculative decoding: which token each row of a pass is, and the passes in their order."""
+"""A serving cycle with speculative decoding: the token that each row of a pass stands for, and the order of passes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from nsa_oracle.reference.types import (
 def query_positions(config: BackendConfig, batch: ForwardBatch, step: int, metadata: Metadata) -> torch.Tensor:
     """Position in its request of each row's token: int64 [R]; -1 in a row of length 0.
 
-    Draft step i is token seq_lens + i under both step semantics, though only ADVANCING lets it see the drafts before it
-    (and itself). In the other modes a token is the last one that it sees.
+    Draft step i is token seq_lens + i under both step semantics, but only under ADVANCING does it see itself and
+    the drafts before it. In the other modes a token is the last one that it sees.
     """
     if batch.forward_mode.is_decode_or_idle:
         return batch.seq_lens.to(torch.int64) + step
@@ -33,7 +33,7 @@ def query_positions(config: BackendConfig, batch: ForwardBatch, step: int, metad
 
 
 def request_of_row(config: BackendConfig, batch: ForwardBatch, metadata: Metadata) -> torch.Tensor:
-    """Request of each row: int64 [R]; -1 in the tail of DRAFT_EXTEND in a graph, which belongs to none."""
+    """Request of each row: int64 [R]; -1 in the tail of DRAFT_EXTEND in a graph, whose rows belong to no request."""
     requests = torch.arange(batch.batch_size, device=batch.seq_lens.device)  # [bs]
     of_live_rows = torch.repeat_interleave(requests, lengths.query_lens(config, batch))  # [sum(query_lens)]
     of_rows = torch.full_like(metadata.seqlens_expanded, -1, dtype=torch.int64)  # [R]
@@ -51,8 +51,8 @@ def out_cache_loc(
 ) -> torch.Tensor:
     """Slot that each row's key is written to: int64 [R].
 
-    req_to_token[pool row of the request, position of the row]; slot 0, on the dummy page, for rows that are no token
-    (position -1) and for those of the requests from ``raw_bs`` on, which only pad the batch.
+    req_to_token[pool row of the request, position of the row]. Slot 0, on the dummy page, for rows without a token
+    (position -1) and for rows of the requests from ``raw_bs`` on, which only pad the batch.
     """
     positions = query_positions(config, batch, step, metadata)  # [R]
     requests = request_of_row(config, batch, metadata)  # [R]
@@ -74,11 +74,11 @@ Pass = tuple[Metadata, AttentionOutputs]
 class SpeculativeCycle:
     """One batch of requests through prefill, then cycles of draft, verify, accept, draft extend.
 
-    Every pass writes the keys of its own rows. All passes share one layer and its caches here; in production draft
-    and target model have layers of their own, and each sees only its own passes.
+    Every pass writes the keys of its own rows. All passes share one layer and its caches here. In production the draft
+    model and the target model have separate layers, and each sees only its own passes.
 
-    req_to_token has a slot for every position that a pass reaches, drafts included. The passes after prefill are laid
-    out as a captured graph has them if ``in_graph``, else eagerly.
+    req_to_token has a slot for every position that a pass reaches, drafts included. With ``in_graph``, the passes after
+    prefill are laid out as in a captured graph, else as in eager calls.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class SpeculativeCycle:
         self.accept_length = torch.zeros_like(req_pool_indices)  # [bs], committed last
 
     def prefill(self, prefix_lens: torch.Tensor, new_lens: torch.Tensor) -> Pass:
-        """``new_lens`` [bs] tokens of each request, behind ``prefix_lens`` [bs] that the cache already holds."""
+        """``new_lens`` [bs] tokens of each request, after ``prefix_lens`` [bs] tokens that are already in the cache."""
         self.seq_lens = prefix_lens + new_lens
         batch = ForwardBatch(
             ForwardMode.EXTEND,
@@ -113,23 +113,23 @@ class SpeculativeCycle:
         return self._forward(batch, step=0)
 
     def draft(self) -> list[Pass]:
-        """N steps, each of which proposes one more token of each request."""
+        """N steps, each of which proposes one more token per request."""
         return [self.draft_step(step) for step in range(self.layer.config.speculative_num_steps)]
 
     def draft_step(self, step: int) -> Pass:
         return self._forward(self._batch(ForwardMode.DECODE), step)
 
     def verify(self) -> Pass:
-        """The target model over nd tokens behind the committed ones."""
+        """The target model over the nd tokens after the committed ones."""
         return self._forward(self._batch(ForwardMode.TARGET_VERIFY), step=0)
 
     def accept(self, accept_length: torch.Tensor) -> None:
-        """Commit ``accept_length`` [bs] of the verified tokens, the bonus token counted: 0 to nd."""
+        """Commit ``accept_length`` [bs] of the verified tokens, the bonus token included: 0 to nd."""
         self.accept_length = accept_length
         self.seq_lens = self.seq_lens + accept_length
 
     def draft_extend(self, mode: ForwardMode = ForwardMode.DRAFT_EXTEND) -> Pass:
-        """The draft model over what was accepted (DRAFT_EXTEND), or over the last nd tokens (DRAFT_EXTEND_V2)."""
+        """The draft model over the accepted tokens (DRAFT_EXTEND), or over the last nd tokens (DRAFT_EXTEND_V2)."""
         return self._forward(self._batch(mode), step=0)
 
     def _batch(self, mode: ForwardMode) -> ForwardBatch:
@@ -139,7 +139,7 @@ class SpeculativeCycle:
         )
 
     def _forward(self, batch: ForwardBatch, step: int) -> Pass:
-        """One pass: which tokens its rows are, what the model makes of them, and the layer."""
+        """One pass: the tokens of its rows, the model's inputs for them, and the layer."""
         config, mode = self.layer.config, batch.forward_mode
         in_graph = self.in_graph and mode is not ForwardMode.EXTEND
         metadata = compute_metadata(config, self.req_to_token, batch, step, in_graph)

@@ -1,7 +1,7 @@
-"""How keys lie in the two caches of a layer: writing the keys of a forward pass, and reading them back.
+"""Layout of keys in the two caches of a layer: writing the keys of a forward pass, and reading them back.
 
-A cache may be a view whose slots or pages lie far apart, so it is only ever indexed, never viewed as another dtype as
-a whole: bytes are gathered (or made) first and take their meaning afterwards.
+A cache may be a view with a large stride between slots or pages, so a whole cache is only indexed, never viewed as
+another dtype: bytes are gathered (or produced) first and viewed as another dtype afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def quantize(x: torch.Tensor, tile_size: int) -> tuple[torch.Tensor, torch.Tenso
     amax = tiles.abs().amax(dim=-1)  # [..., n / tile]
     # A tensor as divisor: CUDA turns division by a Python number into multiplication by a rounded reciprocal.
     scales = torch.where(amax == 0, 1.0, amax / torch.full_like(amax, FP8_MAX))  # [..., n / tile]
-    # The cast alone would saturate too, but not in every version of torch. Clamping lets NaN through.
+    # The cast alone saturates only in some versions of torch. Clamping keeps NaN.
     scaled = (tiles / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)  # [..., n / tile, tile]
     return scaled.flatten(-2).to(torch.float8_e4m3fn), scales
 
@@ -107,7 +107,7 @@ def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: Attent
 def index_k_bytes(
     config: AttentionConfig, index_k_cache: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where index keys lie, for slots [...]: page [..., 1], bytes of the key [..., head_dim], of the scale [..., 4]."""
+    """Location of index keys at slots [...]: page [..., 1], bytes of the key [..., head_dim], of the scale [..., 4]."""
     page_size = index_k_cache.shape[1] // config.index_page_bytes(1)
     slots = slots.to(torch.int64).unsqueeze(-1)  # [..., 1]
     pages, offsets = slots // page_size, slots % page_size  # [..., 1]
@@ -133,5 +133,5 @@ def _from_bytes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """A fresh copy, which can be viewed as any dtype; a slice need not be aligned, an empty result not be dense."""
+    """A contiguous copy, viewable as any dtype, which an unaligned slice or an empty result may not be."""
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""One sparse attention layer: its stages under the names that kernels are judged by, and all of them in order."""
+"""One sparse attention layer: its stages, under the names by which kernels are judged, and all of them in order."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SparseAttention:
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
         """One forward pass of the layer for the R rows that ``metadata`` describes; writes to ``caches``."""
-        # 1. The rows' own keys, before anything is read: a token sees itself.
+        # 1. Store the rows' own keys before anything is read: a token sees itself.
         self.store_cache(caches, inputs)
 
         # 2. Page tables with a row per query token. EXTEND keeps one per request.

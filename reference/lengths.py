@@ -18,7 +18,7 @@ def cache_seqlens_int32(config: BackendConfig, batch: ForwardBatch, step: int) -
 
 
 def query_lens(config: BackendConfig, batch: ForwardBatch) -> torch.Tensor:
-    """Query tokens (live rows) each request contributes: int64 [bs]."""
+    """Query tokens (live rows) of each request: int64 [bs]."""
     mode = batch.forward_mode
     if mode is ForwardMode.EXTEND:
         assert batch.extend_seq_lens is not None, "EXTEND needs extend_seq_lens"
@@ -32,8 +32,8 @@ def query_lens(config: BackendConfig, batch: ForwardBatch) -> torch.Tensor:
 def seqlens_expanded(cache_seqlens: torch.Tensor, query_lens: torch.Tensor) -> torch.Tensor:
     """KV length visible to each query token: int32 [sum(query_lens)].
 
-    A request's query tokens are the last ones of its cache, each sees itself and all before it:
-    kv_len - q_len + 1, ..., kv_len. A padded request may have more query tokens than KV; consumers read lengths as
+    A request's query tokens are the last ones in its cache. Each sees itself and all tokens before it:
+    kv_len - q_len + 1, ..., kv_len. A padded request may have more query tokens than KV. Consumers read lengths as
     unsigned, so they are clamped at 0.
     """
     per_request = [
@@ -45,7 +45,7 @@ def seqlens_expanded(cache_seqlens: torch.Tensor, query_lens: torch.Tensor) -> t
 
 
 def pad_rows(lengths: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``lengths`` with zeros appended up to ``num_rows``: the rows a graph reserves and this batch does not use."""
+    """``lengths`` with zeros appended up to ``num_rows``, for rows that a graph reserves and a batch does not use."""
     padded = torch.zeros(num_rows, dtype=torch.int32, device=lengths.device)
     padded[: lengths.shape[0]] = lengths
     return padded

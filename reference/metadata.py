@@ -1,4 +1,4 @@
-"""All metadata of one step of one batch, as a pure function of the device's inputs."""
+"""All metadata of one step of one batch, as a pure function of the inputs on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode,
 def compute_metadata(
     config: BackendConfig, req_to_token: torch.Tensor, batch: ForwardBatch, step: int, in_graph: bool
 ) -> Metadata:
-    """Metadata that draft step ``step`` of ``batch`` must see.
+    """Metadata for draft step ``step`` of ``batch``.
 
     req_to_token [pool_size, >= max_context_len] int32: slot of each token of each pooled request.
-    in_graph: lay the fields out as a captured graph holds them (bs * rows_per_request rows, tables max_context_len
-        wide, rows beyond the live ones of length 0) instead of exactly as long as the batch needs. EXTEND has no
-        graph.
+    in_graph: lay the fields out as in a captured graph (bs * rows_per_request rows, tables max_context_len wide, rows
+        beyond the live ones of length 0), instead of exactly as long as the batch needs. EXTEND has no graph.
 
     Only device tensors are read: ``seq_lens_cpu`` may be stale.
     """
@@ -32,14 +31,14 @@ def compute_metadata(
     num_rows = expanded.shape[0]
     nsa_cache_seqlens = expanded.clamp(max=config.index_topk)  # [R]
 
-    # 2. Where the KV lives. EXTEND keeps one row per request (token_to_batch_idx finds it).
+    # 2. Where the KV lives. EXTEND has one row per request, which token_to_batch_idx finds.
     largest = max(cache_seqlens.tolist(), default=0)
     width = config.max_context_len if in_graph else largest
     table = page_table.page_table_1(req_to_token, batch.req_pool_indices, width)  # [bs, W]
     if mode is not ForwardMode.EXTEND:
         table = page_table.repeat_rows(table, query_lens, num_rows)  # [R, W]
 
-    # 3. Fields every mode has.
+    # 3. Fields of every mode.
     device = batch.seq_lens.device
     cu_seqlens_k = lengths.cu_seqlens(cache_seqlens)  # [bs + 1]
     row_numbers = torch.arange(num_rows + 1, dtype=torch.int32, device=device)  # [R + 1]

@@ -1,6 +1,6 @@
 """The backend as a serving engine drives it: eager calls, and buffers that a captured graph reads.
 
-Method names and arguments are those an engine calls on SGLang's NSA backend and its multi-step wrapper.
+Method names and arguments are those with which an engine calls SGLang's NSA backend and its multi-step wrapper.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SingleStepBackend:
 
 
 class MultiStepBackend:
-    """N single-step backends, one per draft step, each with buffers of its own."""
+    """N single-step backends, one per draft step, each with separate buffers."""
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
         self.attn_backends = [

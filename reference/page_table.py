@@ -11,7 +11,7 @@ def page_table_1(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, wid
 
 
 def repeat_rows(table: torch.Tensor, query_lens: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """One row per query token: each request's row, ``query_lens[i]`` times; the rows left over are dead, here 0."""
+    """One row per query token: that of request i ``query_lens[i]`` times. The remaining rows are dead, and 0 here."""
     repeated = torch.zeros(num_rows, table.shape[1], dtype=table.dtype, device=table.device)
     per_token = torch.repeat_interleave(table, query_lens, dim=0)  # [sum(query_lens), W]
     repeated[: per_token.shape[0]] = per_token

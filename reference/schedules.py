@@ -1,4 +1,4 @@
-"""Work splits that attention kernels derive from lengths and read from device memory at every launch."""
+"""Work schedules, derived from lengths, that attention kernels read from device memory at every launch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 SPLIT_KV = 256  # tokens of KV in one segment of DeepGEMM's paged MQA logits
 BLOCK_SIZE = 64  # tokens of KV in one block of FlashMLA's decode kernel
-FIXED_OVERHEAD_BLOCKS = 5  # what starting a request costs a part, in blocks
+FIXED_OVERHEAD_BLOCKS = 5  # cost, in blocks, for a part to start a request
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -16,13 +16,13 @@ def ceil_div(numerator: int, denominator: int) -> int:
 def paged_mqa_schedule(context_lens: torch.Tensor, num_sms: int, next_n: int = 1) -> torch.Tensor:
     """Where each multiprocessor starts in DeepGEMM's paged MQA logits: int32 [num_sms + 1, 2].
 
-    context_lens [batch]: KV length of each request, which has ``next_n`` query tokens. These are taken two at a time
-    (one when next_n = 1): an *atom*. An atom has ceil(context_len / 256) segments. All segments, in order, are dealt
-    over the multiprocessors, total // num_sms each, and one more to each of the last total % num_sms. Entry s is
+    context_lens [batch]: KV length of each request, which has ``next_n`` query tokens. Two of them at a time (one when
+    next_n = 1) form an *atom*. An atom has ceil(context_len / 256) segments. All segments, in order, are dealt
+    to the multiprocessors, total // num_sms each, and one more to each of the last total % num_sms. Entry s is
     (atom, segment within the atom) at which multiprocessor s starts; the last entry is (number of atoms, 0).
 
-    Where there is no work (every length is 0) all start at the first atom of the last request. An empty batch gives
-    zeros.
+    Without any work (every length is 0) all multiprocessors start at the first atom of the last request. An empty batch
+    gives zeros.
 
     Source: deepseek-ai/DeepGEMM at 245dc5d, ``scheduler/paged_mqa_logits.cuh``. Other versions deal the remainder to
     the first multiprocessors, or end an idle one at the end of the batch.
@@ -76,7 +76,7 @@ def flashmla_schedule(nsa_cache_seqlens: torch.Tensor, num_sm_parts: int) -> tup
     for part in range(num_sm_parts):
         begin_row, begin_block, begin_split = row, block, split
 
-        # 2. Deal: whole rows while they fit, then as much of the next one as pays its overhead.
+        # 2. Deal whole rows while they fit, then blocks of the next one, if more than its overhead is left.
         remaining = payload
         while row < batch and remaining >= num_blocks[row] - block + FIXED_OVERHEAD_BLOCKS:
             remaining -= num_blocks[row] - block + FIXED_OVERHEAD_BLOCKS
@@ -86,7 +86,7 @@ def flashmla_schedule(nsa_cache_seqlens: torch.Tensor, num_sm_parts: int) -> tup
             block += remaining - FIXED_OVERHEAD_BLOCKS
             split += 1
 
-        # 3. Where the part ends, and which of its outer rows it shares with another part.
+        # 3. Where the part ends, and whether it shares its first and last rows with other parts.
         end_row = row if block > 0 else row - 1
         blocks_of_end_row = num_blocks[end_row] if end_row >= 0 else 0
         end_block = block if block > 0 else blocks_of_end_row

@@ -1,4 +1,4 @@
-"""Which tokens a query token attends to: the best by the indexer, as positions and then as cache indices."""
+"""Which tokens a query token attends to: those with the best indexer scores, as positions, then as cache indices."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def topk_indices(logits: torch.Tensor, seqlens_expanded: torch.Tensor, index_top
     Positions ascend, then -1. Ties go to the lower position, and 0.0 ties with -0.0. NaN counts as -inf. A row of at
     most ``index_topk`` tokens selects all of them, whatever their logits.
 
-    logits [R, W] float32, where columns at and beyond seqlens_expanded [R] are not looked at.
+    logits [R, W] float32, where columns at and beyond seqlens_expanded [R] are ignored.
     """
     positions = torch.full((logits.shape[0], index_topk), -1, dtype=torch.int32, device=logits.device)
     for row, seq_len in enumerate(seqlens_expanded.tolist()):
         scores = logits[row, :seq_len]  # [S]
         scores = torch.where(scores.isnan(), -torch.inf, scores)
-        scores = scores + 0.0  # makes -0.0 a 0.0: a sort that compares bits would tell them apart
+        scores = scores + 0.0  # turns -0.0 into 0.0, which a sort that compares bits would distinguish
         # A stable sort keeps equal scores in order of position.
         best_first = torch.sort(scores, descending=True, stable=True).indices  # [S]
         selected = best_first[:index_topk].sort().values  # [min(S, K)]
@@ -26,8 +26,8 @@ def topk_indices(logits: torch.Tensor, seqlens_expanded: torch.Tensor, index_top
 
 
 def transform_paged(positions: torch.Tensor, page_table_1: torch.Tensor) -> torch.Tensor:
-    """Slot of each position: page_table_1[row, position], int32 [R, K]; -1 stays. page_table_1 has a row per row."""
-    if page_table_1.shape[1] == 0:  # no row has a token, and there is no column to look a -1 up in
+    """Slot of each position: page_table_1[row, position], int32 [R, K]; -1 stays. One table row per query token."""
+    if page_table_1.shape[1] == 0:  # no row has a token, and gather needs a column even for a -1
         return positions.clone()
     columns = positions.clamp(min=0).to(torch.int64)  # [R, K]
     return torch.where(positions < 0, -1, page_table_1.gather(1, columns))

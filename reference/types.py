@@ -13,7 +13,7 @@ import torch
 
 
 class ForwardMode(enum.Enum):
-    """What the engine is about to run; decides how many query tokens (rows) each request contributes."""
+    """What the engine is about to run. The mode decides how many query tokens (rows) each request contributes."""
 
     EXTEND = "EXTEND"  # prefill, with or without a cached prefix; never in a graph
     DECODE = "DECODE"  # one draft step: one query token per request
@@ -33,7 +33,7 @@ class ForwardMode(enum.Enum):
 
 
 class StepSemantics(enum.Enum):
-    """How the N draft steps of one multi-step backend relate.
+    """How the metadata of the N draft steps of one multi-step backend relate.
 
     ``SHARED``: every step gets the same metadata (SGLang's NSA and DSA backends).
     ``ADVANCING``: in DECODE and IDLE, step i sees ``cache_seqlens = seq_lens + i + 1`` (SGLang's FlashAttention-3
@@ -53,8 +53,8 @@ class BackendConfig:
     index_topk: keys kept per query token by the indexer (K).
     speculative_num_steps: draft steps, hence single-step backends (N).
     speculative_num_draft_tokens: query tokens per request in target verify (nd).
-    paged_mqa_num_sms: multiprocessors the paged-MQA schedule is dealt over; 0 leaves the schedule out.
-    flashmla_num_sm_parts: parts the FlashMLA decode schedule is dealt over; 0 leaves the schedule out.
+    paged_mqa_num_sms: multiprocessors that the paged-MQA schedule is made for; 0 leaves the schedule out.
+    flashmla_num_sm_parts: parts that the FlashMLA decode schedule is made for; 0 leaves the schedule out.
     """
 
     page_size: int
@@ -71,7 +71,7 @@ class BackendConfig:
         return 1 if mode.is_decode_or_idle else self.speculative_num_draft_tokens
 
     def step_advance(self, mode: ForwardMode, step: int) -> int:
-        """Tokens by which step ``step`` sees a longer cache than ``seq_lens`` says."""
+        """Number of tokens beyond ``seq_lens`` that step ``step`` sees because of its own advance."""
         advances = self.step_semantics is StepSemantics.ADVANCING and mode.is_decode_or_idle
         return step + 1 if advances else 0
 
@@ -87,7 +87,7 @@ class SpecInfo:
 class ForwardBatch:
     """One batch as the engine hands it over. Tensors may be strided views; integer tensors are int32 or int64.
 
-    seq_lens [bs]: tokens in the cache, on the device; the truth. In the draft-extend modes it already counts the
+    seq_lens [bs]: tokens in the cache, on the device; always current. In the draft-extend modes it already counts the
         accepted tokens; in EXTEND it counts prefix and new tokens together.
     seq_lens_cpu [bs] or None: host mirror of ``seq_lens``, which may lag behind it.
     req_pool_indices [bs]: row of ``req_to_token`` of each request.
@@ -168,7 +168,7 @@ class Metadata:
 
 
 class KVCacheDtype(enum.Enum):
-    """How keys and values lie in the KV cache. Both layouts keep the latent part first and the RoPE part last."""
+    """Layout of keys and values in the KV cache. Both layouts have the latent part first and the RoPE part last."""
 
     BF16 = "bf16"  # [num_slots, 1, kv_lora_rank + qk_rope_head_dim] bf16
     FP8 = "fp8"  # [num_slots, 1, kv_token_bytes] uint8: e4m3 latent, float32 scale of each tile, bf16 RoPE
@@ -186,7 +186,7 @@ class AttentionConfig:
     kv_lora_rank: width of the latent part of a key, which is the value as well.
     qk_rope_head_dim: width of the RoPE part of a key.
     index_n_heads, index_head_dim: heads of the lightning indexer and their width.
-    sm_scale: what q.k is multiplied by before the (natural) softmax.
+    sm_scale: factor of q.k before the (natural) softmax.
     """
 
     num_heads: int = 128
@@ -218,11 +218,11 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class AttentionCaches:
-    """The caches of one layer. Slots and pages may lie far apart (a view with a large first stride); rows are dense.
+    """The caches of one layer. The first stride, between slots or pages, may be large; each slot or page is dense.
 
     kv: [num_slots, 1, ...], see ``KVCacheDtype``.
-    index_k: [num_pages, index_page_bytes] uint8; token t of a page has its key at t * index_head_dim and its scale
-        behind the keys of all the page's tokens.
+    index_k: [num_pages, index_page_bytes] uint8; token t of a page has its key at t * index_head_dim, and its scale
+        after the keys of all tokens of the page.
     """
 
     kv: torch.Tensor
@@ -231,13 +231,13 @@ class AttentionCaches:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the layer's projections give for the R rows (query tokens) of one forward pass.
+    """Outputs of the layer's projections for the R rows (query tokens) of one forward pass.
 
-    q: [R, num_heads, qk_head_dim] bf16, the part that meets the latent first.
+    q: [R, num_heads, qk_head_dim] bf16; first the part that is multiplied with the latent.
     k: [R, qk_head_dim] bf16, the row's own key: latent, then RoPE.
     index_q: [R, index_n_heads, index_head_dim] float8_e4m3fn. index_weights: [R, index_n_heads] float32.
     index_k: [R, index_head_dim] bf16, the row's own index key.
-    out_cache_loc: [R] int64, slot that the row's own key is written to; rows that belong to no token write to slot 0.
+    out_cache_loc: [R] int64, slot that the row's own key is written to; rows without a token write to slot 0.
         Rows with the same slot have the same keys, unless the slot lies in page 0, whose content is unspecified.
     """
 

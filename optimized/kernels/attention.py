@@ -1,14 +1,15 @@
-"""Sparse multi-head latent attention: one row's heads against the keys its indices name.
+"""Sparse multi-head latent attention: the heads of one row attend to the keys that its indices name.
 
 The result of a row is the same, bit for bit, whatever the batch and however many programs share the row. Addition of
-floats is not associative, so the order is fixed: the keys fall into chunks of CHUNK indices, each chunk's partial
-softmax (maximum, sum, unnormalised accumulator) starts from nothing, and ``fold`` joins the partials from left to
-right. One program per row folds as it goes; one program per chunk leaves its partial to ``sparse_mla_combine_kernel``.
-Both run the same compiled chunk loop: how many programs share a row is a run-time argument.
+floats is not associative, so the order is fixed: the keys are divided into chunks of CHUNK indices, each chunk has a
+partial softmax of its own (maximum, sum, unnormalised accumulator), and ``fold`` joins the partials from left to right.
+With one program per row, the program folds as it goes. With one program per chunk, each leaves its partial to
+``sparse_mla_combine_kernel``. Both run the same compiled chunk loop: the number of programs per row is a run-time
+argument.
 
 Exactness: scores are compared and subtracted before they are scaled, and weights are exp2 of the scaled difference.
-Integer scores and sm_scale = ln 2 (hence a scale of exactly 1) then make weights powers of two; nothing is divided
-but the final accumulator, once, correctly rounded.
+Integer scores and sm_scale = ln 2 (hence a scale of exactly 1) then make weights powers of two. The only division is
+that of the final accumulator, correctly rounded.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -22,13 +23,13 @@ from triton.language.extra import cuda, libdevice
 
 from nsa_oracle.optimized.kernels.fp8 import INTERPRETED, from_e4m3_bits
 
-NUM_QUANT_TILES = tl.constexpr(4)  # scales of a token in the FP8 cache
-CHUNKS_AT_ONCE = tl.constexpr(4)  # that the combine kernel loads before it needs the first
+NUM_QUANT_TILES = tl.constexpr(4)  # scales per token in the FP8 cache
+CHUNKS_AT_ONCE = tl.constexpr(4)  # partials that the combine kernel loads before it uses the first of them
 
 
 @triton.jit
 def to_bf16(x: tl.tensor) -> tl.tensor:
-    """float32 to bf16, to nearest even. The interpreter's own cast truncates."""
+    """float32 to bf16, rounded to nearest even. The interpreter's own cast truncates."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -52,34 +53,35 @@ def weight(score: tl.tensor, max_score: tl.tensor, scale_log2: tl.tensor) -> tl.
 
 @triton.jit
 def fold(acc: tl.tensor, acc_weight: tl.tensor, chunk_acc: tl.tensor, chunk_weight: tl.tensor) -> tl.tensor:
-    """Joined partials, acc * acc_weight + chunk_acc * chunk_weight, rounded the same wherever it is compiled.
+    """Join partials: acc * acc_weight + chunk_acc * chunk_weight, rounded the same wherever it is compiled.
 
-    Nothing may be joined any number of times: that can change the sign of a zero, but no other bit.
+    Joining empty partials, any number of them, can change the sign of a zero, but no other bit.
     """
     return tl.fma(acc, acc_weight, chunk_acc * chunk_weight)
 
 
 @triton.constexpr_function
 def padded(heads: int) -> int:
-    """Rows that a partial is kept with, for as many heads: whole blocks."""
+    """Rows of a stored partial: ``heads`` rounded up to whole blocks of 8."""
     return (heads + 7) // 8 * 8
 
 
 @triton.jit
-def place_in_blocks(row: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:  # noqa: N803
-    """Where a number of a partial is kept, of a matrix with COLUMNS: in blocks of 8 x 8, one after another.
+def place_in_blocks(row: tl.tensor, column: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
+    """Offset of an element of a partial: a matrix of COLUMNS columns, stored in blocks of 8 x 8, one after another.
 
-    The matrix units leave a block to a warp, two numbers to a thread, which it so stores and loads as whole lines.
+    In the output of the matrix units a warp holds a block, two elements per thread. In this order it stores and loads
+    a block as whole cache lines.
     """
     return row // 8 * (8 * COLUMNS) + column // 8 * 64 + row % 8 * 8 + column % 8
 
 
 @triton.jit
 def divide(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
-    """The quotient x / divisor, correctly rounded unless it underflows. A divisor serves many x, hence its reciprocal.
+    """The quotient x / divisor, correctly rounded unless it underflows. One divisor has many x, hence the reciprocal.
 
-    With a correctly rounded reciprocal, one step makes the quotient faithful and another one correct (Markstein). The
-    interpreter's fma rounds twice.
+    With a correctly rounded reciprocal, one step makes the quotient faithful and a second one correct (Markstein). The
+    interpreter divides instead, because its fma rounds twice.
     """
     if INTERPRETED:
         return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
@@ -91,7 +93,7 @@ def divide(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def natural_log(x: tl.tensor) -> tl.tensor:
-    """Within an ulp or so; Triton's own is an approximation. The interpreter knows no libdevice."""
+    """Accurate to about an ulp; Triton's own is an approximation. The interpreter does not have libdevice."""
     if INTERPRETED:
         return tl.log(x)
     return libdevice.log(x)
@@ -102,10 +104,10 @@ def load_keys(
     kv: tl.tensor,
     slots: tl.tensor,
     kv_stride: tl.tensor,
-    RANK: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    FP8: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    FP8: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Latent [n, RANK] and RoPE part [n, ROPE] of the keys at ``slots`` [n], bf16. Negative slots: 0, nothing read."""
     lanes = tl.arange(0, RANK)
@@ -154,24 +156,25 @@ def sparse_mla_kernel(
     programs_per_row: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
-    HEADS: tl.constexpr,  # noqa: N803
-    RANK: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    FP8: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
-    HEAD_BLOCK: tl.constexpr,  # noqa: N803
-    KEY_BLOCK: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    SCAN: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    FP8: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SCAN: tl.constexpr,
 ) -> None:
     """HEAD_BLOCK heads of one row. Grid: rows * programs_per_row * head blocks; head blocks vary fastest.
 
     programs_per_row is 1: the program folds all chunks (``accs`` [R, heads, RANK] holds the total while a chunk's
     accumulator needs the registers) and writes ``out`` and ``lse``. Or it is num_chunks: each program writes one
     chunk's partial to ``accs`` [R, num_chunks, heads, RANK] and ``stats`` [R, num_chunks, HEADS, 2] (maximum, sum). A
-    chunk without a key leaves its part of ``accs`` as it is. In ``accs`` heads are a multiple of 8, and numbers lie in
-    blocks: see ``place_in_blocks``.
-    ALIGNED: every row of q, every slot and ``accs`` start on 16 bytes. SCAN: indices looked at in one go.
+    chunk without a key leaves its part of ``accs`` unchanged. In ``accs`` the number of heads is a multiple of 8, and
+    elements are stored in blocks: see ``place_in_blocks``.
+    ALIGNED: every row of q, every slot and ``accs`` start on 16 bytes. SCAN: indices read per step of the search for
+    the last valid one.
     """
     head_blocks: tl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
     pid = tl.program_id(0)
@@ -181,7 +184,7 @@ def sparse_mla_kernel(
     lanes = tl.arange(0, RANK)
     row_indices = indices + row * indices_stride
 
-    # Behind the row's last valid index there is nothing to do, nor a difference between one program and several.
+    # Nothing is computed beyond the row's last valid index, whether one program has the row or several.
     last = tl.zeros([SCAN], tl.int32)
     for scan_begin in range(0, num_keys, SCAN):
         keys = scan_begin + tl.arange(0, SCAN)
@@ -228,7 +231,7 @@ def sparse_mla_kernel(
             acc = dot(to_bf16(weights), latent, acc * rescale[:, None])
             max_score = new_max
 
-        # 2. Joined to the chunks before it. Their total waits in memory: registers hold one accumulator.
+        # 2. Join it to the chunks before it. Their total is kept in memory: registers hold only one accumulator.
         new_max = tl.maximum(total_max, max_score)
         total_weight = weight(total_max, new_max, scale_log2)
         chunk_weight = weight(max_score, new_max, scale_log2)
@@ -239,7 +242,7 @@ def sparse_mla_kernel(
         total = tl.load(total_cells, mask=heads[:, None] < heads_with_total, other=0.0)
         total = fold(total, total_weight[:, None], acc, chunk_weight[:, None])
 
-        # 3. To the caller, to the next chunk, or to the combine kernel.
+        # 3. Store it for the caller, the next chunk, or the combine kernel.
         if (programs_per_row == 1) & (chunk_begin + CHUNK >= end):
             write_result(out, lse, head_rows, heads < HEADS, total, total_max, total_sum, scale, RANK)
         elif end > begin:
@@ -259,11 +262,11 @@ def write_result(
     max_score: tl.tensor,
     weight_sum: tl.tensor,
     scale: tl.tensor,
-    RANK: tl.constexpr,  # noqa: N803
+    RANK: tl.constexpr,
 ) -> None:
-    """The one division, and the natural log of the sum of weights. Without a key: 0 and -inf."""
+    """Store the accumulator divided by the sum of weights, and the natural log of that sum. Without a key: 0, -inf."""
     divisor = tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    result = to_bf16(divide(acc + 0.0, divisor[:, None]))  # a zero has one sign: see ``fold``
+    result = to_bf16(divide(acc + 0.0, divisor[:, None]))  # + 0.0 gives all zeros one sign: see ``fold``
     tl.store(out + head_rows[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=live[:, None])
     logarithm = tl.fma(max_score, tl.zeros_like(max_score) + scale, natural_log(divisor))
     tl.store(lse + head_rows, logarithm, mask=live)
@@ -278,14 +281,14 @@ def sparse_mla_combine_kernel(
     num_chunks: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
-    HEADS: tl.constexpr,  # noqa: N803
-    RANK: tl.constexpr,  # noqa: N803
-    EARLY: tl.constexpr,  # noqa: N803
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """Folds the partials of one head of one row, as a program that has the whole row does. Grid: rows * heads.
+    """Folds the partials of one head of one row, in the order of a program that has the whole row. Grid: rows * heads.
 
-    EARLY: may be launched while the kernel before it still runs, CUDA's programmatic dependent launch; each program
-    waits for its end, and with it for the partials.
+    EARLY: the launch may begin while the kernel before it still runs (CUDA's programmatic dependent launch). Each
+    program then waits for the end of that kernel, which writes the partials.
     """
     head_row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     lanes = tl.arange(0, RANK)[None, :]

@@ -1,17 +1,17 @@
-"""Sparse multi-head latent attention on a Hopper GPU: ``sparse_mla_kernel`` for production's 512 + 64 values a key.
+"""Sparse multi-head latent attention on a Hopper GPU: ``sparse_mla_kernel`` for production's 512 + 64 values per key.
 
-It has the arguments, the chunks and the joining order of ``optimized.kernels.attention``, whose combine kernel serves
-both, and is written in Gluon, Triton's lower level, for two reasons.
+Arguments, chunks and joining order are those of ``optimized.kernels.attention``, whose combine kernel serves both. This
+kernel is written in Gluon, Triton's lower-level language, for two reasons.
 
-- The scores' product feeds the product with the values, and of two such products Triton lays the first out over heads
-  alone: with 64 heads to a program both groups of four warps compute the same scores. Here each group computes the
-  scores of half of the keys, and then the outputs of half of the values: nothing is done twice.
-- Four more warps do nothing but fetch keys, two tiles of 64 ahead. Warps that multiply must order their own writes to
-  shared memory before the matrix units read it, and that order would wait for their own copies from memory as well.
-  They also convert what an FP8 cache holds, beside the multiplication.
+- The product that gives the scores feeds the product with the values. Of two chained products Triton distributes the
+  first over heads only: with 64 heads per program both groups of four warps would compute the same scores. Here each
+  group computes the scores of half of the keys, and then the outputs of half of the values: nothing is computed twice.
+- Four more warps only fetch keys, two tiles of 64 ahead. Warps that multiply must order their own writes to shared
+  memory before the matrix units read it; if they also copied keys, this would make them wait for their copies. The
+  fetching warps also dequantise the keys of an FP8 cache, while the others multiply.
 
-One program has 64 heads of one row. On chip: q, two tiles of keys, and the weights of one, 225 of the 227 KiB that a
-multiprocessor has.
+One program has 64 heads of one row. Shared memory holds q, two tiles of keys, and the weights of one tile: 225 of the
+227 KiB that a multiprocessor has.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -42,46 +42,46 @@ from nsa_oracle.optimized.kernels.attention import (
     weight,
 )
 
-# By their names from Triton 3.7 on, or before.
+# Their names from Triton 3.7 on, or those before.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 HEAD_BLOCK = gl.constexpr(64)
 KEY_BLOCK = gl.constexpr(64)
-NUM_WARPS = 8  # that multiply: two groups of four, which is what the layouts below are for
+NUM_WARPS = 8  # that multiply: two groups of four, as the layouts below assume
 FETCH_WARPS = gl.constexpr(4)
 FETCH_THREADS = gl.constexpr(128)
-FETCH_REGISTERS = gl.constexpr(72)  # of a thread that fetches; those that multiply get the rest
+FETCH_REGISTERS = gl.constexpr(72)  # per thread that fetches; threads that multiply get the rest
 FETCH_REGISTERS_FP8 = gl.constexpr(96)
-FEW_PROGRAMS = gl.constexpr(32)  # with more, the combine kernel would crowd on what they leave idle
+FEW_PROGRAMS = gl.constexpr(32)  # with more, the combine kernel would be crowded on the few idle multiprocessors
 
-# Both groups have all heads: one half of the keys each, and one half of the values.
+# Each group of warps has all heads, for half of the keys (scores) or half of the values (output).
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 SHARED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
-# 16 bytes a thread, in an order in which the eight threads that are served at a time meet different banks.
+# 16 bytes per thread, in an order in which the eight threads that are served together access different banks.
 QUERIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 KEYS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of bf16
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # of four e4m3
-ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))  # of bf16; a thread has the rows of its words
-LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))  # of 128 bytes; likewise
+ROPES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))  # of bf16; a thread has its rows of WORDS
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))  # of 128 bytes; and its rows of WORDS
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
 
 
 @gluon.jit
-def load_slots(row_indices: gl.tensor, begin: gl.tensor, end: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:  # noqa: N803
+def load_slots(row_indices: gl.tensor, begin: gl.tensor, end: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
     """Slots of the tile of keys from ``begin`` [KEY_BLOCK]; -1 from ``end`` on."""
     keys = begin + gl.arange(0, KEY_BLOCK, LAYOUT)
     return gl.load(row_indices + keys, mask=keys < end, other=-1)
 
 
 @gluon.jit
-def end_of_keys(row_indices: gl.tensor, begin: gl.tensor, bound: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:  # noqa: N803
-    """One more than the place of the last valid index from ``begin`` to ``bound``. Behind it there is nothing to do.
+def end_of_keys(row_indices: gl.tensor, begin: gl.tensor, bound: gl.tensor, SCAN: gl.constexpr) -> gl.tensor:
+    """One more than the position of the last valid index from ``begin`` to ``bound``; 0 if there is none.
 
-    0 if there is none.
+    Nothing is computed beyond it.
     """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     last = gl.zeros([SCAN], gl.int32, layout)
@@ -98,9 +98,9 @@ def copy_columns(
     cells: gl.tensor,
     slots: gl.tensor,
     slot_stride: gl.tensor,
-    LAYOUT: gl.constexpr,  # noqa: N803
+    LAYOUT: gl.constexpr,
 ) -> None:
-    """Start copying to ``tile`` [KEY_BLOCK, n] the n bf16 from ``cells`` + slot * ``slot_stride`` on.
+    """Start copying n bf16 per slot, from ``cells`` + slot * ``slot_stride`` on, to ``tile`` [KEY_BLOCK, n].
 
     Negative slots: zeros, and nothing is read.
     """
@@ -120,7 +120,7 @@ def fetch_keys(
     begin: gl.tensor,
     bound: gl.tensor,
     kv_stride: gl.tensor,
-    SCAN: gl.constexpr,  # noqa: N803
+    SCAN: gl.constexpr,
 ) -> None:
     """Copy the keys of a bf16 cache, tile by tile."""
     end = end_of_keys(row_indices, begin, bound, SCAN)
@@ -140,12 +140,12 @@ def load_words(
     kv: gl.tensor,
     slots: gl.tensor,
     kv_stride: gl.tensor,
-    QUARTER: gl.constexpr,  # noqa: N803
-    RANK: gl.constexpr,  # noqa: N803
+    QUARTER: gl.constexpr,
+    RANK: gl.constexpr,
 ) -> gl.tuple:
     """A quarter of the latent parts at ``slots``, in words of four e4m3 [KEY_BLOCK, RANK / 16], and its scales.
 
-    In words, because loaded bytes would take a register each. Negative slots: zeros, and nothing is read.
+    Words, because loaded bytes would take a register each. Negative slots: zeros, and nothing is read.
     """
     count: gl.constexpr = RANK // 4 // NUM_QUANT_TILES
     token = gl.multiple_of(kv + slots.to(gl.int64) * kv_stride, [16])
@@ -159,7 +159,7 @@ def load_words(
 
 @gluon.jit
 def dequantise(words: gl.tensor, scales: gl.tensor) -> gl.tensor:
-    """Words of four e4m3 [n, m], times the row's scale [n] in float32, rounded to bf16: words of two [n, 2 m]."""
+    """``words`` of four e4m3 [n, m] times the row's scale [n], in float32, rounded to bf16: words of two [n, 2 m]."""
     words, scales = gl.broadcast(words, scales[:, None])
     low, high = gl.inline_asm_elementwise(
         """
@@ -209,11 +209,12 @@ def announce(
     kv: gl.tensor,
     slots: gl.tensor,
     kv_stride: gl.tensor,
-    TOKEN_BYTES: gl.constexpr,  # noqa: N803
+    TOKEN_BYTES: gl.constexpr,
 ) -> None:
-    """Have the keys at ``slots`` [KEY_BLOCK] brought to the L2 cache, by lines of 128 bytes; nobody waits for it.
+    """Prefetch the keys at ``slots`` [KEY_BLOCK] to the L2 cache, in lines of 128 bytes, without waiting for them.
 
-    What is loaded into registers is short of registers to be loaded early. Copies are not, and gain nothing by this.
+    For keys that are loaded into registers: there are too few registers to load them earlier. Asynchronous copies take
+    no registers and gain nothing from a prefetch.
     """
     offsets = gl.minimum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) * 128, TOKEN_BYTES - 1)[None, :]
     slots = gl.convert_layout(slots, gl.SliceLayout(1, LINES))
@@ -248,12 +249,12 @@ def fetch_quantised_keys(
     begin: gl.tensor,
     bound: gl.tensor,
     kv_stride: gl.tensor,
-    SCAN: gl.constexpr,  # noqa: N803
+    SCAN: gl.constexpr,
 ) -> None:
     """Load the keys of an FP8 cache, two quarters of a tile ahead, and store them as bf16, tile by tile.
 
     The slots of a tile are loaded once, three tiles ahead, so that nothing waits for them: a warp that waits for one
-    load waits for those that it has in flight as well.
+    load also waits for its other loads in flight.
     """
     rank: gl.constexpr = latents.shape[2]
     quarter_words: gl.constexpr = rank // 2 // NUM_QUANT_TILES  # of two bf16
@@ -294,7 +295,7 @@ def fetch_quantised_keys(
 def max_of_rows(scores: gl.tensor, shared: gl.shared_memory_descriptor) -> gl.tensor:
     """The largest of each row of ``scores`` [HEAD_BLOCK, KEY_BLOCK]: the groups exchange theirs through ``shared``.
 
-    That is one barrier, where a plain reduction takes two. The next exchange must lie behind another barrier.
+    This takes one barrier, where a plain reduction takes two. Another barrier must precede the next exchange.
     """
     halves = gl.max(gl.reshape(scores, [HEAD_BLOCK, 2, KEY_BLOCK // 2]), 2)
     shared.store(halves)
@@ -307,7 +308,7 @@ def max_of_rows(scores: gl.tensor, shared: gl.shared_memory_descriptor) -> gl.te
 
 @gluon.jit
 def sums_in_threads(weights: gl.tensor) -> gl.tensor:
-    """What each thread has of every row of ``weights`` [HEAD_BLOCK, KEY_BLOCK], added up: [HEAD_BLOCK, 2, 8]."""
+    """Sums of each row of ``weights`` [HEAD_BLOCK, KEY_BLOCK] over the elements of a thread: [HEAD_BLOCK, 2, 8]."""
     return gl.sum(gl.reshape(weights, [HEAD_BLOCK, 2, KEY_BLOCK // 16, 8]), 2)
 
 
@@ -337,11 +338,11 @@ def attend(
     programs_per_row: gl.tensor,
     scale: gl.tensor,
     scale_log2: gl.tensor,
-    HEADS: gl.constexpr,  # noqa: N803
-    CHUNK: gl.constexpr,  # noqa: N803
-    SCAN: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    SCAN: gl.constexpr,
 ) -> None:
-    """Everything but the fetching of keys."""
+    """The work of the warps that multiply: everything except fetching keys."""
     rank: gl.constexpr = latents.shape[2]
 
     # 1. Queries, and where the row's last valid index is.
@@ -352,7 +353,7 @@ def attend(
     q_latent.store(gl.load(q_rows + lanes, mask=heads[:, None] < HEADS, other=0.0))
     q_rope.store(gl.load(q_rows + rope_lanes, mask=heads[:, None] < HEADS, other=0.0))
     end = end_of_keys(row_indices, begin, bound, SCAN)
-    fence_async_shared()  # what threads have stored, the matrix units may read
+    fence_async_shared()  # what threads have stored becomes visible to the matrix units
     barrier()
 
     out_heads = first_head + gl.arange(0, HEAD_BLOCK, gl.SliceLayout(1, OUTPUT))
@@ -372,12 +373,12 @@ def attend(
         weight_sums = sums_in_threads(gl.zeros([HEAD_BLOCK, KEY_BLOCK], gl.float32, SCORES))
         acc = gl.zeros([HEAD_BLOCK, rank], gl.float32, OUTPUT)
         chunk_end = gl.minimum(chunk_begin + CHUNK, end)
-        slots = load_slots(row_indices, chunk_begin, end, gl.SliceLayout(0, SCORES))  # from here on a tile ahead
+        slots = load_slots(row_indices, chunk_begin, end, gl.SliceLayout(0, SCORES))  # later ones one tile ahead
         for key_begin in range(chunk_begin, chunk_end, KEY_BLOCK):
             tile = (key_begin - begin) // KEY_BLOCK
             latent = latents.index(tile & 1)
             mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)
-            fence_async_shared()  # what has been copied, the matrix units may read
+            fence_async_shared()  # what has been copied becomes visible to the matrix units
             scores = gl.zeros([HEAD_BLOCK, KEY_BLOCK], gl.float32, SCORES)
             scores = warpgroup_mma(q_latent, latent.permute((1, 0)), scores, use_acc=False, is_async=True)
             scores = warpgroup_mma(q_rope, ropes.index(tile & 1).permute((1, 0)), scores, is_async=True)
@@ -401,7 +402,7 @@ def attend(
             barrier()
             mbarrier.arrive(free.index(tile & 1), count=1)
 
-        # 3. Joined to the chunks before it. Their total waits in memory, each number with the thread that needs it.
+        # 3. Join it to the chunks before it. Their total is kept in memory; a thread loads only what it stored itself.
         chunk_max = gl.convert_layout(max_score, gl.SliceLayout(1, OUTPUT))
         chunk_sum = gl.convert_layout(gl.sum(gl.sum(weight_sums, 2), 1), gl.SliceLayout(1, OUTPUT))
         joined_max = gl.maximum(total_max, chunk_max)
@@ -415,14 +416,14 @@ def attend(
         if (programs_per_row > 1) | (chunk_begin + CHUNK < end):
             gl.store(total_cells, total, mask=live[:, None])
 
-    # 4. To the caller, or to the combine kernel.
+    # 4. Store for the caller, or for the combine kernel.
     if programs_per_row > 1:
         gl.store(stats + head_rows * 2, total_max, mask=live)
         gl.store(stats + head_rows * 2 + 1, total_sum, mask=live)
     else:
         divisor = gl.where(total_sum == 0.0, 1.0, total_sum)
-        result = divide(total + 0.0, divisor[:, None]).to(gl.bfloat16)  # a zero has one sign: see ``fold``
-        q_latent.store(result)  # nobody needs the queries any more; from there, lines are written whole
+        result = divide(total + 0.0, divisor[:, None]).to(gl.bfloat16)  # + 0.0 gives all zeros one sign: see ``fold``
+        q_latent.store(result)  # in place of the queries, so that whole lines are written
         barrier()
         out_rows = (row * HEADS + heads) * rank
         out_cells = gl.multiple_of(out + out_rows, [16])[:, None] + lanes
@@ -448,12 +449,12 @@ def sparse_mla_hopper_kernel(
     programs_per_row: gl.tensor,
     scale: gl.tensor,
     scale_log2: gl.tensor,
-    HEADS: gl.constexpr,  # noqa: N803
-    RANK: gl.constexpr,  # noqa: N803
-    ROPE: gl.constexpr,  # noqa: N803
-    FP8: gl.constexpr,  # noqa: N803
-    CHUNK: gl.constexpr,  # noqa: N803
-    SCAN: gl.constexpr,  # noqa: N803
+    HEADS: gl.constexpr,
+    RANK: gl.constexpr,
+    ROPE: gl.constexpr,
+    FP8: gl.constexpr,
+    CHUNK: gl.constexpr,
+    SCAN: gl.constexpr,
 ) -> None:
     """See ``sparse_mla_kernel``. Every row of q, every slot, ``accs`` and ``out`` start on 16 bytes."""
     head_blocks: gl.constexpr = (HEADS + HEAD_BLOCK - 1) // HEAD_BLOCK
@@ -476,11 +477,11 @@ def sparse_mla_hopper_kernel(
     arrived = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for buffer in gl.static_range(2):
-        mbarrier.init(arrived.index(buffer), count=1 if FP8 else FETCH_THREADS)  # copies arrive thread by thread
+        mbarrier.init(arrived.index(buffer), count=1 if FP8 else FETCH_THREADS)  # each thread that copies arrives
         mbarrier.init(free.index(buffer), count=1)
     barrier()
     if gl.num_programs(0) <= FEW_PROGRAMS:
-        cuda.gdc_launch_dependents()  # the combine kernel may come, and wait on the idle multiprocessors
+        cuda.gdc_launch_dependents()  # the combine kernel may start, and wait on the idle multiprocessors
     gl.warp_specialize(
         [
             (

@@ -43,16 +43,16 @@ def copy_steps_kernel(
     num_table_rows: tl.tensor,
     width: tl.tensor,
     programs_per_row: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    HAS_FLATTENED: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    HAS_FLATTENED: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Programs by id: page-table rows (``programs_per_row`` each), chunks of packed fields, chunks of ``flattened``.
 
-    ``source_packed_stride`` is 0 when one computation serves all steps. A row's live part is what is copied: its
-    length is read from the source's own fields (of its last step, the longest).
+    ``source_packed_stride`` is 0 when one computation serves all steps. Only the live part of a row is copied: its
+    length is read from the source's own fields (those of its last step, which is the longest).
     """
     pid = tl.program_id(0)
     lanes = tl.arange(0, CHUNK)

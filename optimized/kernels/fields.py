@@ -4,7 +4,7 @@ All small fields of a step share one int32 buffer of ``pitch``-spaced slots, so 
 pointer and one stride instead of a pointer per field (each pointer costs launch time), and copying a step's small
 fields is copying one run of memory. ``pitch`` is a multiple of 4 elements, which keeps every field 16-byte aligned.
 
-The schedules follow the slots: paged MQA, then FlashMLA (``optimized.buffers.schedule_offsets``).
+The schedules follow the slots: paged MQA, then FlashMLA (``optimized.buffers.Layout``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INDEXER_K_END = tl.constexpr(10)
 TOKEN_TO_BATCH_IDX = tl.constexpr(11)
 NUM_EXTEND_FIELDS = tl.constexpr(12)
 
-# How many rows (query tokens) a request has: the same for all, read from a tensor, or read and laid out as prefill.
+# Number of rows (query tokens) of a request: the same for all, read from a tensor, or read and laid out as in prefill.
 UNIFORM = tl.constexpr(0)
 RAGGED = tl.constexpr(1)
 EXTEND = tl.constexpr(2)

@@ -1,7 +1,8 @@
-"""float8 e4m3 to and from its bits, exactly, wherever a kernel runs.
+"""Exact conversion between numbers and the bits of float8 e4m3, in the interpreter and on every GPU.
 
-Triton's interpreter gets about 2.5% of the casts from float32 wrong and reads e4m3's NaN as 480, and a GPU before 8.9
-has no e4m3 at all. So e4m3 lives in memory and registers as uint8, and becomes a number by these functions alone.
+Triton's interpreter gets about 2.5% of the casts from float32 wrong and reads e4m3's NaN as 480, and GPUs before
+compute capability 8.9 have no e4m3 at all. Kernels therefore keep e4m3 in memory and registers as uint8, and convert it
+with these functions only.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -30,7 +31,7 @@ DOT_DTYPE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.fl
 
 @triton.jit
 def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
-    """``x`` float32 as e4m3, uint8: rounded to nearest even, saturating at 448; NaN stays NaN, and signs stay."""
+    """``x`` float32 as e4m3, uint8: rounded to nearest even, saturating at 448. NaN and signs are kept."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & FLOAT32_ABS
     # Adding just under half a quantum, plus the last kept bit, carries exactly when rounding goes up.
@@ -45,12 +46,12 @@ def to_e4m3_bits(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def from_e4m3_bits(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:  # noqa: N803
-    """What the e4m3 ``bits`` (uint8) say, as float16 or wider, where every value of e4m3 has a place."""
+def from_e4m3_bits(bits: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """The values of the e4m3 ``bits`` (uint8), as float16 or wider, which represent every e4m3 value exactly."""
     if not INTERPRETED and tl.target_info.cuda_capability_geq(8, 9):
         return bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     wide = bits.to(tl.uint16)
-    # e4m3's exponent and mantissa, put where float16 has its own, are short by the difference of the biases: 2^8.
+    # e4m3's exponent and mantissa in the places of float16's: too small by the difference of the biases, 2^8.
     half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
     value = half.to(tl.float16, bitcast=True) * 256.0
     value = tl.where((wide & 0x7F) == E4M3_NAN, float("nan"), value)

@@ -1,4 +1,4 @@
-"""The lightning indexer's logits, straight from the paged index-K cache."""
+"""The lightning indexer's logits, computed directly from the paged index-K cache."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -33,25 +33,26 @@ def indexer_logits_kernel(
     lengths_stride: tl.tensor,
     width: tl.tensor,
     programs_per_row: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    HEADS: tl.constexpr,  # noqa: N803
-    DIM: tl.constexpr,  # noqa: N803
-    HEAD_LANES: tl.constexpr,  # noqa: N803
-    DIM_LANES: tl.constexpr,  # noqa: N803
-    Q_ALIGNMENT: tl.constexpr,  # noqa: N803
-    PAGE_ALIGNMENT: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    FILL_BLOCK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_LANES: tl.constexpr,
+    DIM_LANES: tl.constexpr,
+    Q_ALIGNMENT: tl.constexpr,
+    PAGE_ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FILL_BLOCK: tl.constexpr,
 ) -> None:
     """Logits of all rows, ``programs_per_row`` programs each; every program keeps its row's queries on chip.
 
-    A program does tiles of BLOCK tokens ``first``, ``first + programs_per_row``, ...: a short row in a wide table
-    still occupies all of them. Where the row has no token, they store -inf and read nothing.
+    A program computes the tiles of BLOCK tokens ``first``, ``first + programs_per_row``, ..., so that a short row in a
+    wide table still occupies all programs. Where the row has no token, they store -inf and read nothing.
 
-    e4m3 fits into float16, and a product of two float16 into float32, so that only the sums round. A logit is summed
-    in an order that nothing but DIM and HEADS decides: neither its batch, nor its tile, nor the width changes a bit.
+    float16 represents every e4m3 exactly, and float32 every product of two of them, so only the sums round. The order
+    of summation depends on DIM and HEADS alone: neither the batch, nor the tile, nor the width changes a bit.
 
-    ALIGNMENT: bytes that divide the address of every head of every query, of every page: read as vectors of that many.
+    Q_ALIGNMENT, PAGE_ALIGNMENT: bytes that divide the address of each head of each query, and of each page. They are
+    read as vectors of that size.
     """
     pid = tl.program_id(0)
     row = (pid // programs_per_row).to(tl.int64)
@@ -63,7 +64,7 @@ def indexer_logits_kernel(
     num_tiles = tl.cdiv(length, BLOCK)
 
     if first < num_tiles:
-        # 1. The row's queries and weights. Lanes beyond the heads weigh nothing.
+        # 1. The row's queries and weights. Lanes beyond the heads have weight 0.
         heads = tl.arange(0, HEAD_LANES)
         dims = tl.arange(0, DIM_LANES)
         q_begins = tl.multiple_of(q + row * q_stride + heads * q_head_stride, Q_ALIGNMENT)  # [HEAD_LANES]

@@ -1,4 +1,4 @@
-"""The rows' own keys into the caches: quantised and stored in one launch."""
+"""Quantises the rows' own keys and stores them in the caches, in one launch."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -16,11 +16,11 @@ ROPE_BYTES = tl.constexpr(2)  # of a bf16
 
 @triton.jit
 def quantize(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Rows of ``x`` [n, m] bf16 in e4m3 bits, uint8 [n, m], and each row's scale, float32 [n, 1].
+    """Rows of ``x`` [n, m] bf16 as e4m3 bits, uint8 [n, m], and each row's scale, float32 [n, 1].
 
-    The largest magnitude is found among bits: bits of magnitudes are in the order of what they say, with NaN above
-    all, so that a NaN makes its whole row NaN. bf16 is the upper half of a float32; the interpreter's cast gets
-    subnormals wrong.
+    The largest magnitude is found by its bits: bits of magnitudes have the order of their values, with NaN above all
+    others, so that a NaN makes its whole row NaN. bf16 is the upper half of a float32, hence the shift; the
+    interpreter's cast gets subnormals wrong.
     """
     bits = x.to(tl.uint16, bitcast=True).to(tl.int32) << 16
     x = bits.to(tl.float32, bitcast=True)
@@ -59,19 +59,20 @@ def store_cache_kernel(
     index_k_stride: tl.tensor,
     loc_stride: tl.tensor,
     num_rows: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    IS_FP8: tl.constexpr,  # noqa: N803
-    LATENT: tl.constexpr,  # noqa: N803
-    ROPE: tl.constexpr,  # noqa: N803
-    TILES: tl.constexpr,  # noqa: N803
-    INDEX_DIM: tl.constexpr,  # noqa: N803
-    TILE_LANES: tl.constexpr,  # noqa: N803
-    ROPE_LANES: tl.constexpr,  # noqa: N803
-    INDEX_LANES: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    TILES: tl.constexpr,
+    INDEX_DIM: tl.constexpr,
+    TILE_LANES: tl.constexpr,
+    ROPE_LANES: tl.constexpr,
+    INDEX_LANES: tl.constexpr,
 ) -> None:
     """Programs by id: one per row for its key, then one per row for its index key. They share nothing but the slot.
 
-    Only the bytes of the row's own slot are written. Strides are in elements; LANES: the next power of two.
+    Only the bytes of the row's own slot are written. Strides are in elements. Each of the LANES is a size rounded up to
+    a power of two.
     """
     pid = tl.program_id(0)
     if pid < num_rows:

@@ -1,7 +1,7 @@
 """Length fields: one program does all requests of a step.
 
 Why one program: the fields are prefix sums over the batch, and a batch is small (hundreds of numbers). One program with
-a block-wide scan finishes in the time that a second launch, or a look-back between programs, would only start in.
+a block-wide scan finishes before a second launch, or a look-back between programs, would have started.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -51,7 +51,7 @@ def load_lengths(
     valid: tl.tensor,
     rows_per_request: tl.tensor,
     extra: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """KV length and number of query tokens of ``requests``; both 0 where not ``valid``."""
     kv_lens = tl.load(seq_lens + requests * seq_stride, mask=valid, other=0).to(tl.int32) + extra
@@ -78,8 +78,8 @@ def write_lengths(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Computes the length fields once and stores them to steps ``step_begin .. step_end - 1``.
 
@@ -159,8 +159,8 @@ def sums_before(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Tokens of KV, rows, and selected keys of all requests before ``request``.
 
@@ -205,11 +205,11 @@ def write_extend_rows(
     index_topk: tl.tensor,
     first: tl.tensor,
     stride: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> None:
     """Per-token fields of one request of a prefill, blocks ``first``, ``first + stride``, ... of its tokens.
 
-    A request has thousands of tokens here, so tokens, not requests, are what runs in parallel.
+    A request has thousands of tokens here, so its tokens are computed in parallel.
     """
     unseen = capped_sum(kv_len - q_len, index_topk)
     for block in range(first, tl.cdiv(q_len, BLOCK), stride):
@@ -252,9 +252,9 @@ def expand_seqlens_kernel(
     rows_per_request: tl.tensor,
     extra: tl.tensor,
     index_topk: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
-    ADVANCING: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
+    ADVANCING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """All length fields. Grid: one program per distinct step; then, in EXTEND, one per request for its tokens."""
     pid = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""The one launch: every field of every step of a batch, straight from the engine's tensors."""
+"""The single launch that computes every field of every step of a batch, directly from the engine's tensors."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -61,26 +61,26 @@ def fill_metadata_kernel(
     num_sms: tl.tensor,
     num_sm_parts: tl.tensor,
     programs_per_request: tl.tensor,
-    ROW_LAYOUT: tl.constexpr,  # noqa: N803
-    ADVANCING: tl.constexpr,  # noqa: N803
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    HAS_PAGED_MQA: tl.constexpr,  # noqa: N803
-    HAS_FLASHMLA: tl.constexpr,  # noqa: N803
-    HAS_FLATTENED: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    LENGTH_BLOCK: tl.constexpr,  # noqa: N803
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
-    FLASHMLA_BLOCK: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    ROW_LAYOUT: tl.constexpr,
+    ADVANCING: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    HAS_PAGED_MQA: tl.constexpr,
+    HAS_FLASHMLA: tl.constexpr,
+    HAS_FLATTENED: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    LENGTH_BLOCK: tl.constexpr,
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    FLASHMLA_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Programs by id, longest latency first so that nothing waits for it at the end:
 
     1. length fields, one program per distinct step (one in all when the steps are equal: it stores to each of them);
     2. schedules, one program per distinct step and schedule. Each needs the rows in order, so it first writes the
        length fields itself: the same values that programs of 1 write, which costs less than waiting for them;
-    3. page tables (and what else is per token), ``programs_per_request`` programs for each request.
+    3. page tables (and other fields that have an entry per token), ``programs_per_request`` programs per request.
 
     No program waits for another, and the grid follows from the bucket alone.
     """
@@ -123,7 +123,7 @@ def fill_metadata_kernel(
         pool_row = tl.load(req_pool_indices + request * pool_stride).to(tl.int64)
         source = req_to_token + pool_row * req_to_token_stride
 
-        # Which rows show this request. Prefill keeps one per request and gives its tokens fields of their own.
+        # Rows of this request. Prefill has one table row per request, and separate fields for its tokens.
         row_begin = request * rows_per_request
         row_end = row_begin + rows_per_request
         if ROW_LAYOUT != UNIFORM:
@@ -150,7 +150,7 @@ def fill_metadata_kernel(
         if ROW_LAYOUT == RAGGED:
             row_end = tl.minimum(row_end, num_rows)
 
-        # The last step sees the most; what the others get beyond their own length is dead.
+        # The last step sees the most tokens; the cells of other steps beyond their own length are dead.
         length = kv_len
         if ADVANCING:
             length += num_steps - 1

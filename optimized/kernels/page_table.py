@@ -1,4 +1,4 @@
-"""Page tables: read a chunk of a request's slots once, store it to every row and step that shows the request."""
+"""Page tables: read a chunk of a request's slots once, store it to all of the request's rows in all steps."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -24,15 +24,15 @@ def write_table_rows(
     row_end: tl.tensor,
     first: tl.tensor,
     stride: tl.tensor,
-    PAGE_SIZE: tl.constexpr,  # noqa: N803
-    PAGE_LANES: tl.constexpr,  # noqa: N803
-    SOURCE_ALIGNED: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    PAGE_SIZE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    SOURCE_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Copies ``source[:length]`` to rows ``row_begin .. row_end - 1`` of all steps, and every PAGE_SIZE-th slot's page.
 
-    Does chunks ``first``, ``first + stride``, ... Destination rows start on 16 bytes (``optimized.buffers`` pads them);
-    strides are int64. Full chunks carry no mask, so they move as 16-byte vectors; the last one is masked exactly:
+    Handles chunks ``first``, ``first + stride``, ... Destination rows start on 16 bytes (``optimized.buffers`` pads
+    them); strides are int64. Full chunks have no mask, so they move as 16-byte vectors; the last one is masked exactly:
     nothing at or beyond ``length`` is read or written. PAGE_LANES: a power of two, enough for the pages of a chunk.
     """
     lanes = tl.arange(0, CHUNK)
@@ -56,7 +56,7 @@ def write_table_rows(
                     tl.store(table + step * table_step_stride + row * table_row_stride + columns, slots, mask=live)
 
         # The pages that begin in this chunk; their slots were just read, so these loads hit the cache. A page table of
-        # page size 1 is the slots themselves: the caller aliases the two.
+        # page size 1 holds the slots themselves: the caller aliases the two.
         if PAGE_SIZE > 1:
             page_columns = (begin + PAGE_SIZE - 1) // PAGE_SIZE + tl.arange(0, PAGE_LANES)
             live_pages = page_columns * PAGE_SIZE < tl.minimum(begin + CHUNK, length)

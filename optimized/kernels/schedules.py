@@ -1,4 +1,4 @@
-"""Work splits, dealt by one program each: both are prefix sums over rows followed by a search in them."""
+"""Work schedules, one program each: both are prefix sums over rows, followed by a search in them."""
 
 # mypy: disable-error-code="untyped-decorator"
 # (Triton ships no types for its decorator)
@@ -10,7 +10,7 @@ import triton.language as tl
 
 SPLIT_KV = tl.constexpr(256)  # tokens of KV in one segment of DeepGEMM's paged MQA logits
 BLOCK_SIZE = tl.constexpr(64)  # tokens of KV in one block of FlashMLA's decode kernel
-FIXED_OVERHEAD_BLOCKS = tl.constexpr(5)  # what starting a request costs a part, in blocks
+FIXED_OVERHEAD_BLOCKS = tl.constexpr(5)  # cost, in blocks, for a part to start a request
 
 
 @triton.jit
@@ -22,10 +22,10 @@ def write_paged_mqa_schedule(
     step_begin: tl.tensor,
     step_end: tl.tensor,
     num_sms: tl.tensor,
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ) -> None:
-    """Where each multiprocessor starts, stored to steps ``step_begin .. step_end - 1``; see ``schedules.py``.
+    """Where each multiprocessor starts, stored to steps ``step_begin .. step_end - 1``; see ``reference.schedules``.
 
     Multiprocessor s starts at segment begin(s), a closed form. Its row is the number of rows whose segments all lie
     before begin(s), so a tile of multiprocessors x rows counts instead of searching one by one.
@@ -79,9 +79,9 @@ def write_flashmla_schedule(
     step_begin: tl.tensor,
     step_end: tl.tensor,
     num_sm_parts: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> None:
-    """FlashMLA's greedy deal, stored to steps ``step_begin .. step_end - 1``; see ``schedules.py``.
+    """FlashMLA's greedy schedule, stored to steps ``step_begin .. step_end - 1``; see ``reference.schedules``.
 
     Parts are sequential (each starts where the one before stopped), rows are not: with cost[k] = blocks and overhead
     of rows 0..k, a part that starts ``block`` blocks into row ``row`` finishes every row whose cost is at most
@@ -98,7 +98,7 @@ def write_flashmla_schedule(
     for step in range(step_begin, step_end):
         tl.store(num_splits + step * splits_step_stride, 0)
 
-    # The deal's state: first unfinished row, cost of the rows before it, its first undealt block, its splits so far,
+    # State: the first unfinished row, the cost of the rows before it, its first unassigned block, its splits so far,
     # and the splits of the rows before it.
     part = num_rows * 0
     row = num_rows * 0
@@ -107,7 +107,7 @@ def write_flashmla_schedule(
     split = num_rows * 0
     splits_before = num_rows * 0
     cost_before = num_rows * 0  # cost of all rows before this block of rows
-    for start in range(0, tl.maximum(num_rows, 1), BLOCK):  # an empty batch has parts to describe too
+    for start in range(0, tl.maximum(num_rows, 1), BLOCK):  # an empty batch has parts too
         rows = start + lanes
         valid = rows < num_rows
         row_blocks = blocks_of(tl.load(lengths + rows, mask=valid, other=0))
@@ -118,7 +118,7 @@ def write_flashmla_schedule(
         # Row number and cost grow together, so one maximum over (row number, cost) finds both.
         keys = ((lanes + 1).to(tl.int64) << 32) | costs.to(tl.int64)
 
-        # Parts that stop within this block of rows; the one that does not goes on in the next block.
+        # Parts that end within this block of rows. One that does not is continued in the next block.
         while (part < num_sm_parts) & (is_last | (row_cost + block + payload < cost_after)):
             limit = row_cost + block + payload
             found = tl.max(tl.where(valid & (costs <= limit), keys, cost_before.to(tl.int64)), 0)
@@ -180,8 +180,8 @@ def paged_mqa_schedule_kernel(
     schedule_stride: tl.tensor,
     num_rows: tl.tensor,
     num_sms: tl.tensor,
-    SM_BLOCK: tl.constexpr,  # noqa: N803
-    ROW_BLOCK: tl.constexpr,  # noqa: N803
+    SM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ) -> None:
     """The schedule alone. Grid: one program per step."""
     step = tl.program_id(0)
@@ -207,7 +207,7 @@ def flashmla_schedule_kernel(
     splits_stride: tl.tensor,
     num_rows: tl.tensor,
     num_sm_parts: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> None:
     """The schedule alone. Grid: one program per step."""
     step = tl.program_id(0)

@@ -1,7 +1,7 @@
 """The best tokens of each row, in ascending order of position.
 
-A row that fits into a block is selected from by one program. Of a longer row, several programs first keep what may be
-among the best, so that the program that selects has little to look at.
+One program selects from a row that fits into a block. Of a longer row, several programs first keep only the tokens that
+are likely among the best, so that the selecting program has few left.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -22,15 +22,15 @@ RAGGED = tl.constexpr(2)  # its place in the concatenated KV of the batch
 NAN_BITS = tl.constexpr(0x7FC00000)
 LARGEST_KEY = tl.constexpr(0x7F7FFFFF)  # order key of the largest number that is not infinite
 LINE = tl.constexpr(32)  # lanes of a warp
-COUNT_BITS = tl.constexpr(16)  # of the lower of two counts in one number
+COUNT_BITS = tl.constexpr(16)  # of the lower of two counts that are packed in one number
 COUNT_UNIT = tl.constexpr(0x10000)  # of the upper one
-FIELD_BITS = tl.constexpr(8)  # of each of four counts in one int32, none above LINE
+FIELD_BITS = tl.constexpr(8)  # of each of four counts that are packed in one int32; none exceeds LINE
 FIELD_MASK = tl.constexpr(0xFF)
-SHARE_UNIT = tl.constexpr(128)  # tokens: what a program starts with starts on a cache line
+SHARE_UNIT = tl.constexpr(128)  # tokens: shares are multiples of it, so that each starts on a cache line
 
-# The sample that tells which tokens are worth keeping.
-MEMBERS = tl.constexpr(16)  # tokens of a group, at most
-RUN = tl.constexpr(8)  # neighbours that are read together: a sector of memory
+# The sample that estimates which tokens are worth keeping.
+MEMBERS = tl.constexpr(16)  # tokens per group, at most
+RUN = tl.constexpr(8)  # neighbouring tokens that are read together: a sector of memory
 MARGIN = tl.constexpr(4.0)  # standard deviations
 SCATTER = tl.constexpr(40503)  # 2^16 divided by the golden ratio: its multiples are spread evenly
 SCATTER_BITS = tl.constexpr(16)
@@ -45,22 +45,22 @@ def number_or(x: tl.tensor, other: float) -> tl.tensor:
 
 @triton.jit
 def score(logits: tl.tensor) -> tl.tensor:
-    """What a logit counts as: NaN as -inf."""
+    """The score of a logit: NaN counts as -inf."""
     return number_or(logits, float("-inf"))
 
 
 @triton.jit
 def skipped(scores: tl.tensor, other: float) -> tl.tensor:
-    """``scores`` for a minimum or maximum that passes over NaN; ``other`` is what does not change it.
+    """``scores`` as operands of a minimum or maximum that ignores NaN; ``other`` is its neutral element.
 
-    Compiled ones do so by themselves; the interpreter's warn if there is nothing else.
+    Compiled reductions ignore NaN anyway. The interpreter's warn if all operands are NaN.
     """
     return number_or(scores, other) if INTERPRETED else scores
 
 
 @triton.jit
 def order_key(bits: tl.tensor) -> tl.tensor:
-    """Bits of a float32 as an int32 in the same order, and back."""
+    """Bits of a float32 to an int32 with the order of the float32, and back."""
     return bits ^ ((bits >> 31) & FLOAT32_ABS)
 
 
@@ -74,7 +74,7 @@ def from_key(key: tl.tensor) -> tl.tensor:
 def reaches(scores: tl.tensor, threshold: tl.tensor) -> tl.tensor:
     """1.0 where ``scores`` are at least ``threshold``, else 0.0; NaN never is.
 
-    One instruction of one pipe, which the sum that follows leaves free. Left to itself, LLVM makes five of integers.
+    This is one instruction, on a pipe that the following sum leaves free. LLVM by itself makes five integer ones.
     """
     if INTERPRETED:
         return (scores >= threshold).to(tl.float32)
@@ -89,14 +89,14 @@ def kth_largest(
     count: tl.tensor,
     k: tl.tensor,
     slack: tl.tensor,
-    COLUMNS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A threshold that at least ``k`` of the ``count`` scores reach, how many do, and how many exceed it.
+    """A threshold that at least ``k`` of the ``count`` scores reach, how many reach it, and how many exceed it.
 
-    At most ``k + slack`` reach it, unless so many are equal to it. NaN is no score. COLUMNS: threads of the program.
+    More than ``k + slack`` reach it only if many are equal to it. NaN is not a score. COLUMNS: threads of the program.
 
-    Two thresholds are tried at once: where the counts so far point to, which is usually close, and the middle of the
-    order keys that are left, so that there are at most 32 steps whatever the scores.
+    Each step tries two thresholds: one interpolated from the counts so far, which is usually close, and the middle of
+    the remaining order keys, which limits the search to 32 steps whatever the scores.
     """
     tile = tl.reshape(scores, [scores.shape[0] // COLUMNS, COLUMNS])
     smallest = number_or(tl.min(skipped(tile, float("inf")), 0), float("inf"))
@@ -106,7 +106,7 @@ def kth_largest(
     at_low = count
     at_high = count * 0
     while (high - low != 1) & (at_low > k + slack):
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, which int32 has a place for
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
         part = (at_low - k).to(tl.float32) / (at_low - at_high).to(tl.float32)
         least = from_key(tl.maximum(low, -LARGEST_KEY - 1))
         most = from_key(tl.minimum(high, LARGEST_KEY))
@@ -114,7 +114,7 @@ def kth_largest(
         guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         lower = tl.minimum(guess, middle)
         upper = tl.maximum(guess, middle)
-        # What a thread counts is small enough for one float32.
+        # Both counts of a thread are small enough to be packed in one float32.
         counts = tl.sum(reaches(tile, from_key(lower)), 0) + tl.sum(reaches(tile, from_key(upper)), 0) * COUNT_UNIT
         counts = tl.sum(counts.to(tl.int32), 0)
         at_lower = counts & (COUNT_UNIT - 1)
@@ -127,16 +127,16 @@ def kth_largest(
 
 
 @triton.jit
-def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:  # noqa: N803
-    """How many lanes are ``selected`` up to each and with it, and how many in all. COLUMNS: threads of the program.
+def ranks(selected: tl.tensor, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Number of ``selected`` lanes up to and including each lane, and in all. COLUMNS: threads of the program.
 
-    A line is what a warp scans by shuffles. Four lines are scanned at once, in the fields of one int32; then the sums
-    of all lines are.
+    A line is what a warp scans by shuffles. Four lines are scanned at once, in the fields of one int32. Then the sums
+    of all lines are scanned.
     """
-    N: tl.constexpr = selected.shape[0]  # noqa: N806
-    FIELDS: tl.constexpr = min(4, N // COLUMNS)  # noqa: N806
-    WORDS: tl.constexpr = N // COLUMNS // FIELDS  # noqa: N806
-    LINES: tl.constexpr = COLUMNS // LINE  # noqa: N806
+    N: tl.constexpr = selected.shape[0]
+    FIELDS: tl.constexpr = min(4, N // COLUMNS)
+    WORDS: tl.constexpr = N // COLUMNS // FIELDS
+    LINES: tl.constexpr = COLUMNS // LINE
     shift = tl.arange(0, FIELDS) * FIELD_BITS
     words = tl.sum(tl.reshape(selected.to(tl.int32), [WORDS, FIELDS, COLUMNS]) << shift[None, :, None], 1)
     words = tl.reshape(words, [WORDS, LINES, LINE])
@@ -153,9 +153,9 @@ def transform(
     selected: tl.tensor,
     table: tl.tensor,
     offset: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
 ) -> tl.tensor:
-    """What is stored for ``positions``, where they are ``selected``."""
+    """The values to store for ``positions``; those that are not ``selected`` are undefined."""
     if TRANSFORM == PAGED:
         return tl.load(table + positions, mask=selected, other=-1)
     if TRANSFORM == RAGGED:
@@ -173,12 +173,12 @@ def select(
     is_final: tl.tensor,
     table: tl.tensor,
     offset: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
-    """Store the best ``k`` of ``count`` tokens (at least ``k``), whose ``positions`` ascend; NaN is the score of none.
+    """Store the best ``k`` of ``count`` tokens (at least ``k``), whose ``positions`` ascend. NaN: a lane without token.
 
-    is_final: whether what is selected here is selected for good. If not, it stays positions.
+    is_final: whether these are the row's result. If not, positions are stored as they are.
     """
     threshold, at_threshold, above = kth_largest(scores, count, k, k * 0, COLUMNS)
     selected = scores >= threshold
@@ -198,15 +198,16 @@ def likely_threshold(
     logits: tl.tensor,
     length: tl.tensor,
     k: tl.tensor,
-    COLUMNS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """A number that somewhat more than ``k`` of a row's ``length`` scores probably reach, the same for every program.
+    """A threshold that probably somewhat more than ``k`` of a row's ``length`` scores reach, the same in every program.
 
-    NaN, which none reaches, if there is hardly more than -inf in the row.
+    NaN, which no score reaches, if too few scores exceed -inf.
 
-    A sample of the row is dealt to COLUMNS groups. With as many members as there are tokens for each of the ``k`` best,
-    most groups have one or two of those. So the share of groups whose best score reaches a number tells how many tokens
-    do. A group's members come from all parts of the row, a run of neighbours from each, at places without a period.
+    A sample of the row is divided into COLUMNS groups of ``length / k`` tokens (at most MEMBERS), so that most groups
+    contain one or two of the ``k`` best. The share of groups whose best score reaches a threshold then tells how many
+    tokens reach it. The members of a group are runs of neighbours from all parts of the row, at positions without a
+    period.
     """
     members = tl.minimum(length // k, MEMBERS)
     runs = members * (COLUMNS // RUN)
@@ -218,7 +219,7 @@ def likely_threshold(
     sample = tl.load(logits + positions, mask=member < members, other=float("-inf"))
     best = score(tl.max(skipped(tl.reshape(sample, [MEMBERS, COLUMNS]), float("-inf")), 0))
 
-    # Groups with one of the k best, if these lie anywhere; and so many more that they are hardly ever more than that.
+    # Groups that have one of the k best, if these are spread at random, plus a margin that is hardly ever exceeded.
     miss = tl.exp2(members.to(tl.float32) * tl.log2(1.0 - k.to(tl.float32) / length.to(tl.float32)))
     expected = COLUMNS * (1.0 - miss)
     wanted = (expected + MARGIN * tl.sqrt(expected * miss)).to(tl.int32) + 3
@@ -243,16 +244,16 @@ def topk_filter_kernel(
     width: tl.tensor,
     k: tl.tensor,
     num_shares: tl.tensor,
-    CAPACITY: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """Keep the tokens of each row that are likely among its best: ``num_shares`` programs per row, each for its share.
 
-    Dense likely [rows, num_shares, CAPACITY] int64 gets what is kept, in ascending order of position: the bits of the
-    score, then 32 bits of position. The last line is filled up with NaN. Dense counts [rows, num_shares] int32 say how
-    much is kept. If that is more than CAPACITY, not all is stored. Nothing is kept of a row of at most CAPACITY tokens.
-    Whether enough is kept is for the caller to see: this goes by a sample.
+    Tokens that are kept go to dense likely [rows, num_shares, CAPACITY] int64, in ascending order of position: the bits
+    of the score, then 32 bits of position. The last line is filled up with NaN. Their number goes to dense counts
+    [rows, num_shares] int32. If it exceeds CAPACITY, not all tokens are stored. Of a row of at most CAPACITY tokens,
+    none is kept. The caller must check that enough were kept, since the threshold is estimated from a sample.
     """
     program = tl.program_id(0)
     row = (program // num_shares).to(tl.int64)
@@ -290,16 +291,16 @@ def load_kept(
     kept: tl.tensor,
     first_lines: tl.tensor,
     num_lines: tl.tensor,
-    CAPACITY: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scores and positions that were ``kept`` of a row, a share behind the other, in whole lines; NaN for the rest.
+    """Scores and positions that were ``kept`` of a row, share after share, in whole lines; NaN in the other lanes.
 
-    first_lines: how many lines lie before those of each share.
+    first_lines: number of lines before those of each share.
     """
     line = tl.arange(0, BLOCK // LINE)
     shares = tl.arange(0, first_lines.shape[0])
-    # A share's lines have been moved down from where it starts in memory by as much as those before it fall short.
+    # Compared with memory, a share's lines are moved down by the lines that the shares before it leave unused.
     moved = shares * (CAPACITY // LINE) - first_lines
     moved = tl.max(tl.where(first_lines[:, None] <= line[None, :], moved[:, None], 0), 0)
     live = tl.reshape(tl.broadcast_to((line < num_lines)[:, None], [BLOCK // LINE, LINE]), [BLOCK])
@@ -315,9 +316,9 @@ def load_tokens(
     begin: tl.tensor,
     best: tl.tensor,
     count: tl.tensor,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scores and positions of ``count`` tokens: the ``best`` in ``out``, then those from ``begin``; else NaN."""
+    """Scores and positions of ``count`` tokens: ``best`` of them in ``out``, then those from ``begin`` on; else NaN."""
     lanes = tl.arange(0, BLOCK)
     positions = tl.where(lanes < best, tl.load(out + lanes, mask=lanes < best, other=0), begin - best + lanes)
     scores = score(tl.load(logits + positions, mask=lanes < count, other=0.0))
@@ -346,27 +347,27 @@ def topk_kernel(
     width: tl.tensor,
     k: tl.tensor,
     num_shares: tl.tensor,
-    TRANSFORM: tl.constexpr,  # noqa: N803
-    FILTERED: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    SMALL_BLOCK: tl.constexpr,  # noqa: N803
-    MAX_SHARES: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    COPY_BLOCK: tl.constexpr,  # noqa: N803
+    TRANSFORM: tl.constexpr,
+    FILTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SMALL_BLOCK: tl.constexpr,
+    MAX_SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COPY_BLOCK: tl.constexpr,
 ) -> None:
     """One program per row; ``out`` [rows, k] is dense. Without FILTERED no row is longer than BLOCK.
 
     1. A row of at most ``k`` tokens selects all of them.
-    2. Of a row that is FILTERED, those that ``topk_filter_kernel`` kept compete, if they are enough and fit.
-    3. Otherwise the row's tokens do: the best so far meet as many of the next as fit, until there are no more. ``out``
-       keeps them in between. Such rows are rare, for the filter goes by a sample, or short, and done at once.
+    2. With FILTERED, a row selects from the tokens that ``topk_filter_kernel`` kept, if they are enough and fit.
+    3. Otherwise it selects from all its tokens, in steps: from the best so far, which are kept in ``out``, and as many
+       of the next tokens as fit. Such rows are rare (the filter's sample was misleading) or take a single step (short).
     """
     row = tl.program_id(0).to(tl.int64)
     row_out = out + row * k
     row_logits = logits + row * logits_stride
     row_table = table + row * table_stride
     lanes = tl.arange(0, BLOCK)
-    if not FILTERED:  # all that the row can have, before its length is known: this saves a wait
+    if not FILTERED:  # the full width, before the row's length is known: this saves a wait
         scores = score(tl.load(row_logits + lanes, mask=lanes < width, other=0.0))
     length = tl.load(seqlens_expanded + row * lengths_stride)
     length = tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
@@ -399,9 +400,9 @@ def topk_kernel(
             select(row_out, scores, tokens, count, k, length > 0, row_table, offset, TRANSFORM, COLUMNS)
         else:
             begin = length * 0
-            best = length * 0  # how many are in ``out``
+            best = length * 0  # number of tokens in ``out``
             while begin < length:
-                tl.debug_barrier()  # what the last block stored, this one loads
+                tl.debug_barrier()  # the last step's stores are this step's loads
                 end = tl.minimum(begin + BLOCK - best, length)
                 count = best + end - begin
                 scores, tokens = load_tokens(row_logits, row_out, begin, best, count, BLOCK)

@@ -31,7 +31,7 @@ def runner(device: torch.device) -> GraphRunner:
 
 
 @triton.jit
-def add_kernel(target_ptr, amount_ptr, increment, n, BLOCK: tl.constexpr):  # noqa: N803
+def add_kernel(target_ptr, amount_ptr, increment, n, BLOCK: tl.constexpr):
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < n
     value = tl.load(target_ptr + offset, mask=inside) + tl.load(amount_ptr + offset, mask=inside) + increment

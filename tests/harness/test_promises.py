@@ -25,21 +25,21 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled wher
 
 
 @triton.jit
-def of_one_pointer(memory: tl.tensor, begin: tl.tensor, VALUE: tl.constexpr) -> None:  # noqa: N803
+def of_one_pointer(memory: tl.tensor, begin: tl.tensor, VALUE: tl.constexpr) -> None:
     start = tl.multiple_of(memory + begin, VALUE)
     lanes = tl.arange(0, 4)
     tl.store(start + lanes, tl.load(start + lanes) + 1)
 
 
 @triton.jit
-def of_rows(memory: tl.tensor, stride: tl.tensor, VALUE: tl.constexpr) -> None:  # noqa: N803
+def of_rows(memory: tl.tensor, stride: tl.tensor, VALUE: tl.constexpr) -> None:
     rows = tl.multiple_of(memory + tl.arange(0, 4) * stride, [VALUE])
     cells = rows[:, None] + tl.arange(0, 4)[None, :]
     tl.store(cells, tl.load(cells) + 1)
 
 
 @triton.jit
-def of_cells(memory: tl.tensor, stride: tl.tensor, step: tl.tensor, RUN: tl.constexpr) -> None:  # noqa: N803
+def of_cells(memory: tl.tensor, stride: tl.tensor, step: tl.tensor, RUN: tl.constexpr) -> None:
     """Every lane but the first of a row goes on from the one before it, so that its place promises nothing."""
     cells = memory + tl.arange(0, 4)[:, None] * stride + (tl.arange(0, 8) + tl.arange(0, 8) // 4 * step)[None, :]
     cells = tl.max_contiguous(tl.multiple_of(cells, [4, 16]), [1, RUN])
@@ -47,7 +47,7 @@ def of_cells(memory: tl.tensor, stride: tl.tensor, step: tl.tensor, RUN: tl.cons
 
 
 @triton.jit
-def of_offsets(memory: tl.tensor, count: tl.tensor, VALUE: tl.constexpr) -> None:  # noqa: N803
+def of_offsets(memory: tl.tensor, count: tl.tensor, VALUE: tl.constexpr) -> None:
     """As matrix products do: what wraps round is masked off, or of no use."""
     lanes = tl.arange(0, VALUE)
     offsets = tl.max_contiguous(tl.multiple_of(lanes % count, VALUE), VALUE)
@@ -55,7 +55,7 @@ def of_offsets(memory: tl.tensor, count: tl.tensor, VALUE: tl.constexpr) -> None
 
 
 @triton.jit
-def of_pointers(memory: tl.tensor, VALUE: tl.constexpr) -> None:  # noqa: N803
+def of_pointers(memory: tl.tensor, VALUE: tl.constexpr) -> None:
     table = tl.multiple_of(memory.to(tl.pointer_type(tl.pointer_type(tl.float32))), VALUE)
     tl.store(table.to(tl.pointer_type(tl.float32)), 1.0)
 

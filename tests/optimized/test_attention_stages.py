@@ -46,7 +46,7 @@ def apart(shape: tuple[int, ...], stride: int, dtype: torch.dtype = torch.uint8)
 
 
 @triton.jit
-def to_e4m3_kernel(x: tl.tensor, out: tl.tensor, N: tl.constexpr) -> None:  # noqa: N803
+def to_e4m3_kernel(x: tl.tensor, out: tl.tensor, N: tl.constexpr) -> None:
     lanes = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + lanes, to_e4m3_bits(tl.load(x + lanes)))
 

@@ -21,7 +21,7 @@ def mark_kernel(scratch: tl.tensor) -> None:
 
 
 @triton.jit
-def add_listed_kernel(addresses: tl.tensor, target: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def add_listed_kernel(addresses: tl.tensor, target: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Adds to ``target`` [n] int32 the n int32 at the address that ``addresses`` [1] int64 holds."""
     offsets = tl.load(addresses).to(tl.pointer_type(tl.int32))
     for begin in range(0, n, BLOCK):
@@ -32,7 +32,7 @@ def add_listed_kernel(addresses: tl.tensor, target: tl.tensor, n: tl.tensor, BLO
 
 
 @triton.jit
-def copy_rows_kernel(table: tl.tensor, row_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def copy_rows_kernel(table: tl.tensor, row_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Copies each row of ``table`` [rows, WIDTH] int32 onto itself, one program a row. The width selects the code."""
     row = table + tl.program_id(0) * row_stride
     for begin in range(0, WIDTH, BLOCK):
@@ -46,8 +46,8 @@ def turn_kernel(
     scratch: tl.tensor,
     n: tl.tensor,
     spread: tl.tensor,
-    WAITS: tl.constexpr,  # noqa: N803
-    LANES: tl.constexpr,  # noqa: N803
+    WAITS: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
     """Copies ``field`` [n] int32 to ``scratch`` and back, each entry by two threads of different warps.
 
