@@ -18,9 +18,8 @@ from nsa_oracle.optimized.optimizations import Optimizations
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 CHUNK = 1024  # tokens of a page-table row moved at once: two 16-byte vectors a thread at 4 warps
-PROGRAMS = (
-    2 * 132
-)  # page-table programs: more find no work in short rows and delay the launch (docs/records/benchmarks.md)
+# Page-table programs: more find no work in short rows and delay the launch (see docs/records/benchmarks.md).
+PROGRAMS = 2 * 132
 
 _fill = Launcher(fill_metadata_kernel, "packed_stride")
 _copy = Launcher(copy_steps_kernel, "packed_stride")
