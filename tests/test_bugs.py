@@ -1,4 +1,4 @@
-"""Every bug of the zoo still dies, on the case that once killed it, by a check that is meant to find it."""
+"""Every bug of the zoo is killed on its saved case, by one of the checks that are meant to find it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nsa_oracle.harness.subjects.default import optimized_backend
 
 
 def finding_of(name: str, device: str) -> Finding | None:
-    """What the judge says of the bug on its case. The clean tree passes the case before."""
+    """The judge's finding on the bug's saved case; None if it survives. Raises if the clean tree fails the case."""
     bug, scenario = ZOO[name], load(BUG_CASES / f"{name}.json")
     judge(scenario, optimized_backend, torch.device(device))
     with bug.plant() as subject:
@@ -35,7 +35,7 @@ def test_bug_is_killed(bug: Bug, device: torch.device, record_property: Callable
     record_property(BUG, bug.name)
     if bug.gpu and device.type != "cuda":
         pytest.skip("this bug needs a GPU")
-    if bug.faults:  # after it the process has no GPU
+    if bug.faults:  # the bug leaves the GPU unusable for its process
         child = Child(device.type)
         try:
             finding = child.call(finding_of, bug.name, device.type)

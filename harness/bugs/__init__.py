@@ -1,5 +1,6 @@
-"""A zoo of real defects, re-created as mutations of the clean tree: what the oracle is measured by.
+"""The zoo: defects of public projects and of kernel reviews, re-created in ``optimized/`` to measure the oracle.
 
-``bug`` is the record, ``mutate`` changes the code, the modules named after groups of defects hold the bugs, and
-``matrix`` hunts them and says which check killed which.
+``bug`` has the record of a bug. ``mutate`` changes source code and ``wrappers`` wraps the backend; ``catalogue`` has
+the bugs, one module per area, and ``zoo`` lists all of them by name. ``hunt`` judges cases with a bug planted until one
+fails, ``kills`` has the record of the result, and ``kill_matrix`` renders these records.
 """

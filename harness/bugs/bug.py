@@ -1,4 +1,4 @@
-"""One re-created defect: what it is, where it happened, how it is planted, and which check is meant to find it."""
+"""The record of one re-created defect: description, source, how to plant it, and the checks that must find it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 
 
 class Group(enum.Enum):
-    """Where in a serving engine such defects live."""
+    """The area of a serving engine that a defect belongs to. Values are headings of docs/zoo.md, case aside."""
 
     BUFFERS = "replay buffers"
     PADDING = "padding, buckets, idle"
@@ -26,12 +26,16 @@ class Group(enum.Enum):
 
 @dataclass(frozen=True)
 class Bug:
-    """A defect. Names are words joined by hyphens; they name the saved case of the bug too.
+    """One defect.
 
-    sentence: what is wrong. reference: where it happened, such as ``sglang#26019``. trigger: what makes it visible.
-    caught_by: the checks of which one must find it; another one that does so by accident does not count.
-    layer: whether it needs an attention layer behind the metadata. gpu: whether it needs a real GPU. faults: whether it
-    leaves the GPU unusable for the process. drawn: whether scenarios that show it are drawn often enough to hunt it.
+    name: words joined by hyphens; also the file name of the saved case, ``tests/bugs/NAME.json``.
+    sentence: what is wrong, as one sentence that ends with a full stop; docs/zoo.md repeats it word for word.
+    reference: the issue or pull request that reported it, such as ``sglang#26019``, or ``REVIEW``.
+    trigger: what a case must contain to show the defect.
+    caught_by: the bug counts as killed only if one of these checks reports it.
+    plant: returns a context manager that plants the bug and yields the subject to judge.
+    layer: needs an attention layer behind the metadata. gpu: needs a real GPU.
+    faults: leaves the GPU unusable for the process. drawn: False if cases that show it are drawn too rarely to hunt it.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Bug:
 
 
 def by_mutation(*mutations: Mutation) -> Callable[[], AbstractContextManager[Subject]]:
-    """A bug that is a changed line of ``optimized/``."""
+    """The ``plant`` of a bug that consists of changed source in ``optimized/``."""
 
     @contextmanager
     def plant() -> Iterator[Subject]:
@@ -61,7 +65,7 @@ def by_mutation(*mutations: Mutation) -> Callable[[], AbstractContextManager[Sub
 def by_wrapping(
     backend: BackendFactory = optimized_backend, layer: LayerFactory = optimized_layer
 ) -> Callable[[], AbstractContextManager[Subject]]:
-    """A bug around ``optimized/``: in the engine that drives it, or in how its calls are wired."""
+    """The ``plant`` of a bug around ``optimized/``: in the engine that drives it, or in how its calls are wired."""
 
     @contextmanager
     def plant() -> Iterator[Subject]:
@@ -70,7 +74,7 @@ def by_wrapping(
     return plant
 
 
-REVIEW = "kernel review"  # seen in review before it went anywhere
+REVIEW = "kernel review"  # the ``reference`` of a defect that was found in review, before it was published
 
 
 def layer_bug(
@@ -83,5 +87,6 @@ def layer_bug(
     group: Group = Group.LAYER,
     gpu: bool = False,
 ) -> Bug:
+    """A ``Bug`` that needs a layer and is planted by ``mutations``. caught_by: one check, or a set of them."""
     checks = caught_by if isinstance(caught_by, frozenset) else frozenset({caught_by})
     return Bug(name, group, sentence, reference, trigger, checks, by_mutation(*mutations), layer=True, gpu=gpu)

@@ -1,4 +1,4 @@
-"""Hunts bugs with fresh cases, and tells which check killed which, after how many cases."""
+"""Hunts bugs: judges fresh cases with a bug planted until one fails, and records the check and the number of cases."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import BUG_CASES, load, to_json
 from nsa_oracle.harness.search.explore import DeviceLost, explore, has_lost_the_device
 
-# Trials: enough to read a case by, cheap enough to do for every bug. What is drawn on a GPU takes seconds each.
+# Limit of shrinking trials: enough for a readable case, cheap enough for every bug. On a GPU one trial takes seconds.
 MOST_SHRINKING = {"cpu": 60, "cuda": 20}
 
 
 def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) -> Kill:
-    """Judge up to ``cases`` fresh scenarios with ``bug`` planted; stop at the first that fails.
+    """Judges up to ``cases`` fresh scenarios with ``bug`` planted, and stops at the first that fails.
 
-    A bug that no drawn scenario would show in reasonable time is judged on its saved case alone.
+    A bug with ``drawn`` False is judged only on its saved case. seed: where scenarios are drawn from. save_dir: folder
+    for the files of failures.
     """
     started = time.monotonic()
     with bug.plant() as subject:
@@ -39,8 +40,8 @@ def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) 
                 failure = caught
         else:
             try:
-                most = MOST_SHRINKING[device.type]
-                outcome = explore(subject, device, cases, seed, save_dir, with_layer=bug.layer, most_shrinking=most)
+                limit = MOST_SHRINKING[device.type]
+                outcome = explore(subject, device, cases, seed, save_dir, with_layer=bug.layer, most_shrinking=limit)
                 failure, judged = outcome.failure, outcome.verdict.cases
             except DeviceLost as lost:
                 failure, judged = lost.failure, lost.cases
@@ -57,9 +58,10 @@ def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) 
 def hunt_all(
     bugs: Sequence[Bug], device: torch.device, cases: int, seed: int, save_dir: Path, jobs: int
 ) -> Generator[Kill, None, None]:
-    """Hunt every bug, ``jobs`` at a time, each in a process that it leaves clean; kills as they come.
+    """Hunts ``bugs`` in ``jobs`` child processes and yields a ``Kill`` for each bug, in the order of completion.
 
-    Closed, or interrupted, it gives up what it hunts at the moment.
+    A child that a bug has cost its GPU is replaced before the next bug. Closing the generator, or an exception in it,
+    ends all running hunts.
     """
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
     children = [Child(device.type, number) for number in range(jobs)]
@@ -85,11 +87,12 @@ def hunt_all(
 def _hunt_in_a_child(
     free: queue.SimpleQueue[Child], device: str, cases: int, seed: int, save_dir: Path, name: str
 ) -> Kill:
+    """Hunts one bug in a free child. A child that dies counts as a kill by ``Check.CRASH``."""
     child, started = free.get(), time.monotonic()
     try:
         kill = child.call(_hunt_by_name, name, device, cases, seed, save_dir)
         if kill.lost:
-            child.close()  # the next bug needs a GPU that works
+            child.close()  # the next call starts a new process, in which the GPU works
         return kill
     except ChildDied as died:
         from nsa_oracle.harness.bugs.zoo import ZOO
@@ -101,6 +104,7 @@ def _hunt_in_a_child(
 
 
 def _hunt_by_name(name: str, device: str, cases: int, seed: int, save_dir: Path) -> Kill:
-    from nsa_oracle.harness.bugs.zoo import ZOO  # late: bugs name what imports Triton
+    """``hunt`` for a child process: takes the bug by name, because a ``Bug`` cannot be pickled."""
+    from nsa_oracle.harness.bugs.zoo import ZOO
 
     return hunt(ZOO[name], torch.device(device), cases, seed, save_dir)

@@ -1,4 +1,4 @@
-"""The kill matrix for a person, as a table, and for machines, as JSON and HTML."""
+"""Renders the kills of a hunt: as a table, as a line, as JSON and as HTML."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
 
 HTML_WIDTH = 260
-LOG_WIDTH = 10_000  # no case is so long that its line would be broken
+LOG_WIDTH = 10_000  # columns; wider than the line of any case, so that no line is wrapped
 
 
 def listing(bugs: Sequence[Bug]) -> Table:
-    """What each bug is."""
+    """A table of ``bugs``: name, what is wrong, reference, and what each needs to be hunted."""
     table = Table("bug", "what is wrong", "seen in", "needs")
     for bug in bugs:
         needs = ["a GPU"] * bug.gpu + ["a layer"] * bug.layer
@@ -31,7 +31,7 @@ def listing(bugs: Sequence[Bug]) -> Table:
 
 
 def kills_table(kills: Sequence[Kill]) -> Table:
-    """The matrix for a log, where a bug is one line: the check that killed it by name, ``?`` if it is not meant to."""
+    """The matrix for a log, one line per bug: the check that killed it, with ``?`` if that is not one of its checks."""
     table = Table("bug", "check", "cases", "seconds", "smallest case", box=None)
     for kill in kills:
         check = "" if kill.check is None else kill.check.value if kill.meant else f"{kill.check.value} ?"
@@ -40,7 +40,7 @@ def kills_table(kills: Sequence[Kill]) -> Table:
 
 
 def matrix(kills: Sequence[Kill]) -> Table:
-    """Bug by check. ``x``: killed by a check that is meant to; ``?``: by another one."""
+    """The matrix of bugs by checks. ``x``: killed by one of the bug's own checks; ``?``: by another check."""
     met = [check for check in Check if any(kill.check is check for kill in kills)]
     table = Table("bug", *(check.value for check in met), "cases", "seconds", "smallest case")
     for kill in kills:
@@ -54,16 +54,16 @@ def _smallest_case(kill: Kill) -> str:
 
 
 def sum_line(kills: Sequence[Kill], left_out: int = 0) -> str:
-    """The matrix in one line."""
+    """The totals of the matrix in one line. left_out: number of bugs that were not hunted because they need a GPU."""
     killed = [kill for kill in kills if kill.meant]
     cases = [kill.cases for kill in killed]
-    spread = f", after {statistics.median(cases):g} cases in the middle and {max(cases)} at most" if cases else ""
+    spread = f", after {statistics.median(cases):g} cases in the median and {max(cases)} at most" if cases else ""
     gpu = f"; {left_out} need a GPU" if left_out else ""
     return f"bugs: {len(killed)} of {len(kills)} killed by the check that is meant to{spread}{gpu}"
 
 
 def as_json(kills: Sequence[Kill]) -> str:
-    """One record a bug, what the bug is included."""
+    """A JSON list with one record per kill, which includes the description of the bug."""
     records = []
     for kill in kills:
         bug = ZOO[kill.bug]
@@ -81,7 +81,7 @@ def as_json(kills: Sequence[Kill]) -> str:
 
 
 def as_html(kills: Sequence[Kill]) -> str:
-    """A page of its own."""
+    """The matrix and its totals as a complete HTML page."""
     console = Console(file=io.StringIO(), width=HTML_WIDTH, record=True)
     console.print(matrix(kills))
     console.print(sum_line(kills))
@@ -89,7 +89,7 @@ def as_html(kills: Sequence[Kill]) -> str:
 
 
 def one_line_story(scenario: Scenario) -> str:
-    """Sizes and events of a case, as short as can be read."""
+    """The sizes and events of a case in one line."""
     setup = scenario.setup
     sizes = f"P {setup.page_size}, W {setup.max_context_len}, K {setup.index_topk}"
     sizes += f", N {setup.num_steps}, nd {setup.num_draft_tokens}"
@@ -100,5 +100,5 @@ def one_line_story(scenario: Scenario) -> str:
 
 def _event(event: Event) -> str:
     values = event.model_dump(mode="json", exclude_defaults=True, exclude={"event"})
-    told = " ".join(",".join(map(str, value)) if isinstance(value, list) else str(value) for value in values.values())
-    return f"{event.event} {told}".strip()
+    words = " ".join(",".join(map(str, value)) if isinstance(value, list) else str(value) for value in values.values())
+    return f"{event.event} {words}".strip()

@@ -1,4 +1,4 @@
-"""How a bug fared."""
+"""The record of the result of a hunt."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 
 @dataclass(frozen=True)
 class Kill:
-    """How a bug fared. check: None if it survived ``cases`` cases. case: JSON of the shrunk scenario.
+    """The result of hunting one bug.
 
-    lost: whether it cost the process its GPU.
+    check: the check that reported the failure; None if the bug survived.
+    meant: whether ``check`` is one of the bug's own checks (``Bug.caught_by``).
+    cases: number of judged cases, the failing one included; 0 if the process died.
+    seconds: wall time. sentence: the finding, or how the process ended; empty if the bug survived.
+    case: JSON of the shrunk scenario; empty if there is none.
+    lost: whether the process lost its GPU.
     """
 
     bug: str
     check: Check | None
-    meant: bool  # whether that check is one that is meant to find it
+    meant: bool
     cases: int
     seconds: float
     sentence: str = ""
@@ -27,4 +32,5 @@ class Kill:
 
     @property
     def scenario(self) -> Scenario:
+        """The shrunk scenario. ``case`` must not be empty."""
         return from_json(self.case)

@@ -1,7 +1,7 @@
-"""Changes one line of the clean tree at run time, Triton kernels included, and puts it back.
+"""Replaces functions of ``optimized/``, Triton kernels included, by changed versions at run time, and restores them.
 
-A mutation names a function and the text to replace in its source. That text must occur exactly once: when the code
-changes under a mutation, it is refused instead of doing nothing.
+A mutation names a function and a text to replace in its source. The text must occur exactly once, so that a mutation
+that no longer fits the code is an error and not a mutation without effect.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ _NUMBERS = itertools.count()
 
 
 class MutationError(ValueError):
-    """A mutation that does not fit the code it is meant for. One line."""
+    """A mutation does not fit the code of its target. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A changed piece of source.
+    """One replacement in the source of one function.
 
-    target: ``module:function`` or ``module:Class.method``, without ``super()`` in it. Device functions and kernels too,
-    but not what torch holds itself, such as the implementation of an operator: change what that calls.
-    old: a text that occurs once in the source of the target, as it reads when its first line is not indented.
+    target: ``module:function`` or ``module:Class.method``; a kernel and a device function are allowed. It must not use
+    ``super()``. A function that torch has stored, such as the implementation of an operator, cannot be replaced: mutate
+    a function that it calls.
+    old: a text that occurs exactly once in the dedented source of the target. new: the text to replace it with.
     """
 
     target: str
@@ -42,7 +43,7 @@ class Mutation:
 
 @contextmanager
 def mutated(*mutations: Mutation) -> Iterator[None]:
-    """The tree with all ``mutations``, until the end of the context. Raises MutationError if one does not fit."""
+    """Applies all ``mutations`` until the end of the context. Raises MutationError if one does not fit."""
     _import_all()
     with ExitStack() as stack:
         for mutation in mutations:
@@ -72,20 +73,21 @@ def _mutated(mutation: Mutation) -> Iterator[None]:
 
 
 def _compile(mutation: Mutation, original: Any, module: ModuleType, name: str) -> Any:
-    """The object that the changed source makes: a function, or a kernel with the decorator it has there."""
+    """The object that the changed source defines: a function, or a kernel with its decorators applied."""
     source = textwrap.dedent(inspect.getsource(getattr(original, "fn", original)))
     if (found := source.count(mutation.old)) != 1:
         raise MutationError(f"{mutation.target}: {mutation.old!r} occurs {found} times; the code has changed")
     changed = source.replace(mutation.old, mutation.new)
     file = f"<mutation {next(_NUMBERS)} of {mutation.target}>"
+    # Triton reads the source of a kernel through linecache.
     linecache.cache[file] = (
         len(changed),
         None,
         changed.splitlines(keepends=True),
         file,
-    )  # Triton reads the source again
+    )
     before = vars(module).get(name)
-    exec(compile(changed, file, "exec"), vars(module))  # our own source with one of our own texts replaced
+    exec(compile(changed, file, "exec"), vars(module))  # the source is the repository's own, and so is the replacement
     made = vars(module)[name]
     if before is None:
         delattr(module, name)
@@ -95,7 +97,7 @@ def _compile(mutation: Mutation, original: Any, module: ModuleType, name: str) -
 
 
 def _holders(original: Any) -> list[tuple[Any, str]]:
-    """Every attribute of ``optimized/`` that is ``original``: modules that import it by name, and launchers."""
+    """Every (object, attribute) in ``optimized/`` that is ``original``: module globals, and kernels of launchers."""
     from nsa_oracle.optimized.launch import Launcher
 
     found: list[tuple[Any, str]] = []
@@ -110,7 +112,10 @@ def _holders(original: Any) -> list[tuple[Any, str]]:
 
 @contextmanager
 def _recompiling() -> Iterator[None]:
-    """Nothing compiled before is used inside, nothing compiled inside is used after: device functions are inlined."""
+    """Drops all compiled code on entry and on exit.
+
+    A kernel must be recompiled even if only a device function has changed, since device functions are inlined.
+    """
     from nsa_oracle.optimized.launch import Launcher
 
     def forget() -> None:
@@ -118,7 +123,7 @@ def _recompiling() -> Iterator[None]:
             for value in vars(module).values():
                 if isinstance(value, Launcher):
                     value._compiled = {}
-                elif hasattr(value, "device_caches"):  # a compiled kernel or device function of Triton
+                elif hasattr(value, "device_caches"):  # a JIT function of Triton: a kernel or a device function
                     value.device_caches.clear()
                     value.hash = None
 
@@ -130,7 +135,11 @@ def _recompiling() -> Iterator[None]:
 
 
 def _import_all() -> None:
-    """What is imported by name under a mutation, for the first time, would keep the changed object for good."""
+    """Imports all of ``optimized/``.
+
+    A module that is first imported under a mutation and imports the target by name would keep the changed object after
+    the end of the context.
+    """
     from nsa_oracle import optimized
 
     for found in pkgutil.walk_packages(optimized.__path__, f"{optimized.__name__}."):

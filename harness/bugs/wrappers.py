@@ -1,6 +1,7 @@
-"""``optimized/`` behind something of one's own: where bugs are planted that no single changed line makes.
+"""Wrappers around the backend of ``optimized/``, for bugs that a change of its source cannot express.
 
-All classes here are clean as they stand. Each is a factory of (config, req_to_token, optimisations).
+The classes of this module contain no bug: subclasses in ``bugs.catalogue`` add one. Each class is a backend factory of
+(config, req_to_token, optimisations).
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ DRAFT_EXTENDS = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
 
 
 class Moment(enum.Enum):
-    """Which call the engine makes."""
+    """The kind of call that the engine makes."""
 
     EAGER = "eager"
-    CAPTURE = "capture"  # binding, just before it
-    IN_GRAPH = "in graph"  # inside it
+    CAPTURE = "capture"  # binding to a bucket, just before the graph is captured
+    IN_GRAPH = "in graph"  # preparation recorded inside the capture
     REPLAY = "replay"
 
 
 class BackendWrapper:
-    """Hands every call on, whichever methods the engine drives; the hooks may change what goes in and what comes out.
+    """Forwards every call to the wrapped backend. Hooks may change the batch before a call and the metadata after it.
 
-    A hook is given the step that the call is for, or None if it is for all steps at once: an engine makes either all
-    its calls on the steps or all on the whole, so what a hook remembers it remembers by step.
+    The engine either makes all its calls on the N-step object or all of them on the single steps. Hooks therefore get
+    ``step``: the index of the step, or None for a call on the N-step object. A hook that stores state must store it per
+    ``step``.
     """
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
@@ -47,20 +49,24 @@ class BackendWrapper:
     # The hooks.
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
-        """The table that the backend gets as ``req_to_token``."""
+        """The ``req_to_token`` that the wrapped backend gets. [pool_size, max_context_len] int32."""
         return req_to_token
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
-        """The batch that the backend gets instead of ``batch``. Called at every moment."""
+        """The batch that the wrapped backend gets instead of ``batch``. Called before every call."""
         return batch
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
-        """After each call but those in a graph: may change what step ``index`` prepared for the engine's ``batch``."""
+        """Called after each call except ``Moment.IN_GRAPH``, once per step that the call was for.
+
+        May change the metadata that ``backend``, which is step ``index``, has prepared. batch: the engine's, as it was
+        before ``given``.
+        """
 
     # The calls.
 
     def steps(self, step: int | None) -> list[int]:
-        """The steps that a call is for."""
+        """The indices of the steps that a call is for."""
         return list(range(len(self.attn_backends))) if step is None else [step]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -83,12 +89,13 @@ class BackendWrapper:
         self.finish(forward_batch, Moment.REPLAY, None)
 
     def finish(self, batch: ForwardBatch, moment: Moment, step: int | None) -> None:
+        """Calls ``done`` for each step that the call was for."""
         for index in self.steps(step):
             self.done(self.attn_backends[index], batch, moment, index)
 
 
 class _Step:
-    """One step of ``Between``: the same, driven by itself."""
+    """One step of a ``BackendWrapper``, for an engine that drives single steps: forwards calls and runs the hooks."""
 
     def __init__(self, whole: BackendWrapper, inner: Any, step: int) -> None:
         self.whole = whole
@@ -157,7 +164,7 @@ class _Step:
 
 @dataclass
 class HostNumbers:
-    """A batch on the host, request by request; a bug may change or shorten it."""
+    """The numbers of a batch on the host, one list entry per request. A bug may change or shorten the lists."""
 
     seq_lens: list[int]
     pool_rows: list[int]
@@ -165,12 +172,13 @@ class HostNumbers:
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> HostNumbers:
+        """Reads ``batch`` back from the device."""
         accepts = [] if batch.spec_info is None else batch.spec_info.accept_length.tolist()
         return cls(batch.seq_lens.tolist(), batch.req_pool_indices.tolist(), accepts)
 
     @property
     def raw_bs(self) -> int:
-        """How many requests there are before the padding. (One that looks like padding counts as padding.)"""
+        """The number of requests before the padding. A last request that looks like padding counts as padding."""
         count = len(self.seq_lens)
         while count and (self.seq_lens[count - 1], self.pool_rows[count - 1]) == (PAD_SEQ_LEN, PAD_REQ_POOL_INDEX):
             count -= 1
@@ -178,10 +186,10 @@ class HostNumbers:
 
 
 class OwnInputs(BackendWrapper):
-    """A graph runner with static inputs of its own, which it fills from the engine's; ``load`` may fill them wrongly.
+    """A graph runner with its own static inputs, filled from the engine's inputs. ``load`` may fill them wrongly.
 
-    A graph that prepares itself reads these inputs too. As in an engine all graphs share them, and a smaller batch
-    leaves what lies behind it as it was.
+    A graph that records its preparation reads these inputs too. As in a serving engine, all graphs share them, and a
+    smaller batch leaves the entries behind it unchanged. Eager calls use the engine's inputs.
     """
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
@@ -189,7 +197,7 @@ class OwnInputs(BackendWrapper):
         self.inputs: dict[tuple[int | None, str], torch.Tensor] = {}
 
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
-        """What is written to the static inputs when the engine sends ``numbers``."""
+        """The numbers to write to the static inputs. ``numbers``: those of the engine; may be changed in place."""
         return numbers
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
@@ -219,14 +227,14 @@ class OwnInputs(BackendWrapper):
 
 
 class OwnPool(BackendWrapper):
-    """A page mapping of the backend's own, copied from the engine's before each call; ``mapped`` may spoil it."""
+    """A page mapping owned by the backend, copied from the engine's before each call. ``mapped`` may corrupt it."""
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
         self.copy = req_to_token.contiguous().clone()
         return self.copy
 
     def mapped(self, mapping: torch.Tensor, batch: ForwardBatch, moment: Moment) -> None:
-        """Changes ``mapping`` [pool_size, max_context_len], fresh from the engine, in place."""
+        """May change ``mapping``, a fresh copy of the engine's, in place. [pool_size, max_context_len] int32."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is not Moment.IN_GRAPH:
@@ -236,7 +244,10 @@ class OwnPool(BackendWrapper):
 
 
 class KeepsFields(BackendWrapper):
-    """Replays leave some fields of the bound buffers as they were. A graph that fills them itself still does."""
+    """Replays leave the fields ``names`` of the bound buffers unchanged.
+
+    A graph that records its preparation still fills them.
+    """
 
     names: tuple[str, ...] = ()
 
@@ -246,23 +257,23 @@ class KeepsFields(BackendWrapper):
         self.kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def keeps(self, batch: ForwardBatch) -> bool:
-        """Whether a replay of ``batch`` leaves them."""
+        """Whether a replay of ``batch`` leaves the fields unchanged."""
         return True
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is Moment.REPLAY:
             for index in self.steps(step):
-                held = fields.tensors(self.bound[self._key(index, batch)])
-                self.kept[index] = {name: tensor.clone() for name, tensor in held.items() if name in self.names}
+                tensors = fields.tensors(self.bound[self._key(index, batch)])
+                self.kept[index] = {name: tensor.clone() for name, tensor in tensors.items() if name in self.names}
         return batch
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         if moment is Moment.CAPTURE:
             self.bound[self._key(index, batch)] = backend.forward_metadata
         elif moment is Moment.REPLAY and self.keeps(batch):
-            held = fields.tensors(backend.forward_metadata)
+            tensors = fields.tensors(backend.forward_metadata)
             for name, content in self.kept[index].items():
-                held[name].copy_(content)
+                tensors[name].copy_(content)
 
     def _key(self, index: int, batch: ForwardBatch) -> tuple[int, ForwardMode, int]:
         mode = ForwardMode.DECODE if batch.forward_mode.is_decode_or_idle else batch.forward_mode
@@ -270,13 +281,13 @@ class KeepsFields(BackendWrapper):
 
 
 class MovesFields(BackendWrapper):
-    """Replays hand out some fields in fresh tensors, whose content is right, and leave the bound ones behind."""
+    """Replays rebind the fields ``names`` to new tensors with the right content; the graph reads the bound tensors."""
 
     names: tuple[str, ...] = ()
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         if moment is Moment.REPLAY:
             metadata = backend.forward_metadata
-            held = ((name, getattr(metadata, name)) for name in self.names)
-            fresh: dict[str, Any] = {name: tensor.clone() for name, tensor in held if tensor is not None}
+            old = ((name, getattr(metadata, name)) for name in self.names)
+            fresh: dict[str, Any] = {name: tensor.clone() for name, tensor in old if tensor is not None}
             backend.forward_metadata = dataclasses.replace(metadata, **fresh)

@@ -1,4 +1,4 @@
-"""All bugs, by name."""
+"""All bugs of the catalogue, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases that mutants are judged on, and the order in which a mutant meets them."""
+"""The cases that mutants are judged on: which cases a mutant needs, and in which order."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from nsa_oracle.harness.subjects.subject import SCALES
 CPU = torch.device("cpu")
 
 Line = tuple[str, int]
-"""A file, relative to ``optimized/``, and a line of it."""
-ANY_LINE = 0  # stands for a file of compiled kernels of which one was launched
+"""(path of a file relative to ``optimized/``, line number)."""
+ANY_LINE = 0  # line number of the entry for a file of kernels from which a compiled kernel was launched
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case that mutants are judged on. seconds: of processor time that the clean tree takes; 0 if not known."""
+    """One case that mutants are judged on.
+
+    text: JSON of the scenario. seconds: processor time that the clean tree takes; 0 if not known. reach: lines of
+    ``optimized/`` that the case runs.
+    """
 
     name: str
     text: str
@@ -37,9 +41,9 @@ class Case:
 
 
 def gathered_cases(fresh: int, seed: int, device: torch.device = CPU) -> list[Case]:
-    """The saved cases for ``device``, ``fresh`` new ones of metadata alone, and half as many with a layer.
+    """The saved cases for ``device``, ``fresh`` new cases of metadata alone, and half as many with a layer.
 
-    Those of the zoo are judged as ordinary cases: what makes one bug visible often shows another.
+    The saved cases of the zoo serve as ordinary cases: a case that shows one bug often shows another.
     """
     files = [*sorted(BUG_CASES.glob("*.json")), *corpus(device)]
     cases = [_case(f"{path.parent.name}/{path.stem}", from_json(path.read_text(), str(path))) for path in files]
@@ -54,7 +58,7 @@ def _case(name: str, scenario: Scenario) -> Case:
 
 
 def drawn_scenarios(with_layer: bool, count: int, seed: int, device: torch.device = CPU) -> list[Scenario]:
-    """``count`` scenarios as a run of the oracle on ``device`` draws them."""
+    """``count`` scenarios, drawn as in a run of the oracle on ``device``."""
     return drawn(scenarios(SCALES[device.type, with_layer], OPTIMIZED_SWITCHES), count, seed)
 
 
@@ -63,33 +67,35 @@ def drawn_scenarios(with_layer: bool, count: int, seed: int, device: torch.devic
 
 @dataclass
 class Deadliness:
-    """Learns which cases kill the mutants of which file: the next mutant of that file meets those first."""
+    """Learns which cases kill the mutants of each file, so that these cases come first for its next mutants."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     trials: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def learn(self, file: str, judged: Sequence[str], killer: str | None) -> None:
+        """Counts one mutant of ``file``. judged: names of its cases. killer: the case that killed it, if one did."""
         for case in judged:
             self.trials[file, case] += 1
         if killer is not None:
             self.kills[file, killer] += 1
 
     def order(self, file: str, cases: Iterable[Case]) -> list[Case]:
-        """Most kills a second first. A case that was not tried yet is thought to kill one in five.
+        """``cases`` by descending kills per second.
 
-        So long as nothing is known, a layer is thought to take long.
+        A case that was not tried yet is assumed to kill one mutant in five. A case of unknown duration is assumed to
+        take 1 s with a layer and 0.1 s without one.
         """
 
-        def kills_a_second(case: Case) -> float:
+        def kills_per_second(case: Case) -> float:
             key = (file, case.name)
             seconds = case.seconds or (1.0 if case.has_layer else 0.1)
             return (self.kills[key] + 0.2) / (self.trials[key] + 1) / (seconds + 0.02)
 
-        return sorted(cases, key=kills_a_second, reverse=True)
+        return sorted(cases, key=kills_per_second, reverse=True)
 
 
 def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
-    """As many of ``cases`` as the clean tree runs in so much processor time; at least one."""
+    """The first of ``cases`` that the clean tree runs in ``seconds`` of processor time in total; at least one."""
     ends = itertools.accumulate(case.seconds for case in cases)
     return [case for number, (case, end) in enumerate(zip(cases, ends, strict=True)) if not number or end <= seconds]
 
@@ -97,10 +103,14 @@ def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
 def cases_for(
     mutant: Mutant, cases: Sequence[Case], importers: Mapping[str, frozenset[str]], compiled: bool = False
 ) -> list[Case]:
-    """The cases that run the changed code. Where metadata alone does, a layer behind it adds little: those without.
+    """The cases that run the changed code; of these only the cases without a layer, if there are any.
 
-    importers: for each file, the files that hold something of it; what runs at import can show wherever one of them is
-    used. A line that is in no compiled code, as what is computed while compiling, can show wherever one of them ran.
+    A layer behind the metadata adds little if metadata alone runs the code.
+
+    importers: for each file, itself and the files that import it (``importers_of``). A change of code that runs at
+    import can show in any case that runs one of them.
+    compiled: kernels run as compiled code. A changed line of a kernel file that is in no compiled code, such as one
+    that is evaluated at compile time, can show in any case that launches a kernel of one of these files.
     """
     edit = mutant.edit
     lines = {(mutant.file, line) for line in range(edit.statement, (edit.node.end_lineno or edit.statement) + 1)}
@@ -121,7 +131,7 @@ def cases_for(
 
 
 def importers_of(files: Mapping[str, str]) -> dict[str, frozenset[str]]:
-    """For each file of a tree (path -> source), itself and all that import it, directly or not."""
+    """For each file of a tree (path -> source): itself and all files that import it, directly or indirectly."""
     modules = {file: _module_words(file) for file in files}
     direct = {
         file: {other for other, source in files.items() if any(words in source for words in modules[file])}
@@ -138,7 +148,7 @@ def importers_of(files: Mapping[str, str]) -> dict[str, frozenset[str]]:
 
 
 def _module_words(file: str) -> list[str]:
-    """How a module that imports ``file`` spells that."""
+    """The texts of which one occurs in every module that imports ``file``."""
     module = ".".join((PACKAGE, *Path(file).with_suffix("").parts))
     package, _, name = module.rpartition(".")
     return [f"from {module} import", f"import {module}", f"from {package} import {name}"]

@@ -1,4 +1,4 @@
-"""Mutants of ``optimized/``: every change that the operators find, each under a name that stays while its line does."""
+"""Mutants of ``optimized/``: every change that the operators find. A mutant's id is stable as long as its line is."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from nsa_oracle.harness.mutants.operators import Edit, edits
 PACKAGE = "nsa_oracle.optimized"
 TREE = Path(__file__).parent.parent.parent / "optimized"
 PROBE = "_reached"
-KERNELS = "kernels"  # the folder of it that launches nothing
+KERNELS = "kernels"  # the folder of ``optimized/`` whose files contain kernels and launch none
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One change of one file of ``optimized/``.
 
-    id: file, line, operator, and which of those that the operator finds on the line. file: relative to ``optimized/``.
+    id: ``file:line:operator:number``; number counts, from 1, the changes that the operator finds on the line.
+    file: path relative to ``optimized/``. original: source of the whole file.
     """
 
     id: str
@@ -40,12 +41,12 @@ class Mutant:
 
     @property
     def source(self) -> str:
-        """The whole changed file."""
+        """The source of the whole file with the change."""
         return self.edit.apply(self.original)
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether only a GPU can tell: the interpreter runs the threads of a program as one."""
+        """Whether the change can show only on a GPU: the interpreter runs all threads of a program as one."""
         return "barrier" in self.edit.operator
 
     @property
@@ -54,31 +55,33 @@ class Mutant:
 
     @property
     def before(self) -> str:
-        """What is replaced, in one line."""
+        """The replaced source text, in one line."""
         lines = self.original.encode().splitlines()
         node = self.edit.node
-        held = lines[node.lineno - 1 : node.end_lineno]
-        held[-1] = held[-1][: node.end_col_offset]
-        held[0] = held[0][node.col_offset :]
-        return " ".join(b" ".join(held).decode().split())
+        replaced = lines[node.lineno - 1 : node.end_lineno]
+        replaced[-1] = replaced[-1][: node.end_col_offset]
+        replaced[0] = replaced[0][node.col_offset :]
+        return " ".join(b" ".join(replaced).decode().split())
 
     @property
     def after(self) -> str:
+        """The replacement, in one line."""
         return " ".join(self.edit.text.split())
 
 
 def is_of_kernels(file: str) -> bool:
-    """Whether all of ``file`` is compiled."""
+    """Whether ``file`` contains kernels, so that all its code is compiled."""
     return Path(file).parent.name == KERNELS
 
 
 def module_name(file: str) -> str:
+    """The full name of the module in ``file``, a path relative to ``optimized/``."""
     parts = Path(file).with_suffix("").parts
     return ".".join((PACKAGE, *parts[: -1 if parts[-1] == "__init__" else None]))
 
 
 def mutants_of(file: str, source: str) -> list[Mutant]:
-    """Every mutant of one file. ``file``: relative to ``optimized/``."""
+    """Every mutant of one file. file: path relative to ``optimized/``. source: its source."""
     seen: Counter[str] = Counter()
     found = []
     for edit in edits(source, launches=not is_of_kernels(file)):
@@ -89,21 +92,22 @@ def mutants_of(file: str, source: str) -> list[Mutant]:
 
 
 def all_mutants(pattern: str = "*") -> list[Mutant]:
-    """Every mutant of the files of ``optimized/`` that match ``pattern``, by file and line."""
+    """Every mutant of the files of ``optimized/`` whose path matches ``pattern`` (fnmatch), by file and line."""
     sources = tree_sources().items()
     return [mutant for file, source in sources if fnmatch.fnmatch(file, pattern) for mutant in mutants_of(file, source)]
 
 
 def sampled(mutants: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
-    """``count`` of them, or all if there are fewer, in their order."""
+    """A random sample of ``count`` mutants, or all if there are fewer, in the given order."""
     numbers = random.Random(seed).sample(range(len(mutants)), min(count, len(mutants)))
     return [mutants[number] for number in sorted(numbers)]
 
 
 def probed(file: str, source: str) -> str:
-    """``source`` with a call before each statement of its functions, which tells its file and line in ``source``.
+    """``source`` with a call of ``PROBE`` before each statement of its functions.
 
-    It reads otherwise, but runs as it did, in Triton's interpreter too.
+    The call passes the file and the statement's line in ``source``. Formatting changes, behaviour does not, in Triton's
+    interpreter either.
     """
     tree = ast.parse(source)
     bodies = [
@@ -121,13 +125,13 @@ def probed(file: str, source: str) -> str:
 
 
 class _Replacements(importlib.abc.SourceLoader):
-    """Imports modules from other source, under the names and paths of the files that it stands for."""
+    """An importer that loads modules from other source, under the names and paths of the original files."""
 
     def __init__(self, sources: Mapping[str, str], probe: Callable[[str, int], None] | None) -> None:
         self.sources = {module_name(file): (str(TREE / file), source) for file, source in sources.items()}
         self.probe = probe
         for path, source in self.sources.values():
-            # Triton reads the source of its functions again. An entry without a time is not looked up on disk.
+            # Triton reads source through linecache, which does not compare entries without a time with the disk.
             linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
@@ -153,18 +157,19 @@ class _Replacements(importlib.abc.SourceLoader):
         for file, source in self.sources.values():
             if file == path:
                 return source.encode()
-        raise OSError(path)  # compiled code of the clean file
+        raise OSError(path)  # the cached bytecode of the original file must not be used
 
 
 def import_replaced(sources: Mapping[str, str], probe: Callable[[str, int], None] | None = None) -> None:
-    """Import all of ``optimized/`` in this process, some files of it from other ``sources``. Raises what that raises.
+    """Imports all of ``optimized/``, with ``sources`` (path -> source) in place of some files.
 
-    Once in a process, which must not hold ``optimized/`` yet but for its switches, from which nothing else is made.
-    probe: what the calls of ``probed`` sources go to.
+    May be called once per process. Of ``optimized/`` only the package itself and ``optimizations``, its switches, may
+    have been imported; they are imported again, which is safe because nothing else is derived from them. Raises what
+    the imports raise. probe: the function that ``probed`` sources call, with file and line.
     """
-    held = {name for name in sys.modules if f"{name}.".startswith(f"{PACKAGE}.")}
-    assert held <= {PACKAGE, f"{PACKAGE}.optimizations"}, held
-    for name in held:
+    loaded = {name for name in sys.modules if f"{name}.".startswith(f"{PACKAGE}.")}
+    assert loaded <= {PACKAGE, f"{PACKAGE}.optimizations"}, loaded
+    for name in loaded:
         del sys.modules[name]
     sys.meta_path.insert(0, _Replacements(sources, probe))
     package = importlib.import_module(PACKAGE)
@@ -173,5 +178,5 @@ def import_replaced(sources: Mapping[str, str], probe: Callable[[str, int], None
 
 
 def tree_sources() -> dict[str, str]:
-    """Every file of ``optimized/`` as it is."""
+    """The source of every file of ``optimized/``, by its path relative to that folder."""
     return {path.relative_to(TREE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(TREE.rglob("*.py"))}

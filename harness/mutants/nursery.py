@@ -1,4 +1,4 @@
-"""Processes in which mutants are judged: each in a fork of a process that has imported everything else."""
+"""Processes in which mutants are judged: each mutant in a fork of a *nursery*, which has imported everything else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nsa_oracle.reference.layer import SparseAttention
 from nsa_oracle.reference.multi_step import MultiStepBackend
 from nsa_oracle.reference.types import ForwardMode
 
-# Processor time that a mutant may take for a case: a multiple of what the clean tree takes, where that is known.
+# Limits of processor time for a mutant on one case: a multiple of the clean tree's time if it is known.
 TIMES_SLOWER = 10
 LEAST_SECONDS = 3.0
 MOST_SECONDS = 120.0
@@ -46,7 +46,7 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 @dataclass(frozen=True)
 class Order:
-    """What a fork of the nursery does: judge ``cases`` with some files of ``optimized/`` replaced (path -> source)."""
+    """A task for a fork: judge ``cases`` with ``sources`` (path -> source) in place of some files of ``optimized/``."""
 
     cases: tuple[Case, ...]
     sources: Mapping[str, str]
@@ -54,10 +54,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """``judged`` cases were begun; the last of them is where it ended, unless nothing failed.
+    """The result of an order.
 
-    reach: statements of ``optimized/`` that ran, where its source has probes, and lines of kernels that were compiled.
-    exitcode: the fork's; negative: a signal.
+    judged: number of cases that were begun. failed: whether the last of these failed or ended the process, or, with
+    ``at_import``, the import did. check, sentence: of the finding, or the sentence of the exception at import.
+    seconds: processor time. reach: the statements that ran in files whose source has probes, and the lines of compiled
+    kernels. exitcode: of the fork; negative for a signal.
     """
 
     judged: int
@@ -71,21 +73,22 @@ class Reply:
 
 
 def serve(orders: Connection, device_type: str) -> None:
-    """The nursery: imports everything but ``optimized/``, then forks for each order until there is none left.
+    """The main function of a nursery: imports everything but ``optimized/``, then forks for each order.
 
-    It never touches a GPU, which a fork could not use any more.
+    Returns when the other end of ``orders`` is closed. The nursery itself never uses a GPU, because its forks could not
+    use the GPU then.
     """
     processes.prepare_process(device_type)
     _warm_up()
-    gc.freeze()  # forks collect what is their own, in no time, and share the rest
-    with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
+    gc.freeze()  # the collector of a fork then skips inherited objects: it is fast, and their memory stays shared
+    with suppress(EOFError, BrokenPipeError):  # the process that sends the orders has ended
         while True:
             orders.send(_reply_of_a_fork(orders.recv(), torch.device(device_type)))
-    gc.unfreeze()  # or some library finds its objects leaked
+    gc.unfreeze()  # otherwise a library reports its objects as leaked
 
 
 def _warm_up() -> None:
-    """Let torch import the half of itself that it imports when used, by judging the reference."""
+    """Judges the reference, so that torch imports the modules that it only imports on use."""
     decode, extend = Replay(mode=ForwardMode.DECODE), Eager(mode=ForwardMode.EXTEND)
     for layer in (None, Layer()):
         scenario = Scenario(
@@ -94,34 +97,38 @@ def _warm_up() -> None:
             ),
             events=(Capture(mode=ForwardMode.DECODE, buckets=(1,)), Join(seq_len=3), decode, extend),
         )
-        graphs = layer is None  # the reference of a layer looks at lengths on the host
+        graphs = layer is None  # the reference of a layer reads lengths on the host, which no graph allows
         judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
 
 
 def _reply_of_a_fork(order: Order, device: torch.device) -> Reply:
+    """Executes ``order`` in a fork, and waits for its reply or its end."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_carry_out, args=(order, device, sender), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: numpy has idle ones
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: numpy has idle ones
         child.start()
     sender.close()
     judged = 0
     while True:
         try:
-            told = receiver.recv()
+            message = receiver.recv()
         except EOFError:
             child.join()
             return Reply(judged, failed=True, at_import=not judged, exitcode=child.exitcode)
-        if isinstance(told, Reply):
+        if isinstance(message, Reply):
             child.join()
-            return told
-        judged = told
+            return message
+        judged = message
 
 
 def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
-    """In the fork. Tells the number of each case before it is judged, so that a sudden end can be told from others."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a mutant may upset libraries; none of what they say matters
+    """The main function of a fork: sends a ``Reply`` at the end.
+
+    Also sends the number of each case before it is judged, so that the nursery knows which case ended the process.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print because of a mutant does not matter
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _end_after(MOST_SECONDS)
     reach: set[Line] = set()
@@ -137,8 +144,8 @@ def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
         sender.send(number)
         _end_after(max(LEAST_SECONDS, TIMES_SLOWER * case.seconds) if case.seconds else MOST_SECONDS)
         scenario = from_json(case.text)
-        gc.collect()  # engines are in cycles
-        # What is far apart is addresses by the terabyte, of which hardly any become memory; as with all of a GPU's.
+        gc.collect()  # engines are in reference cycles
+        # Far tensors reserve terabytes of address space but use little memory, and so do processes with a GPU.
         spacious = scenario.setup.is_far or device.type == "cuda"
         resource.setrlimit(resource.RLIMIT_DATA, UNLIMITED if spacious else (MEMORY_BYTES, UNLIMITED[1]))
         try:
@@ -152,7 +159,7 @@ def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
 
 
 def _note_kernels(reach: set[Line]) -> None:
-    """Have Triton add to ``reach`` what it runs from now on: files of kernels that it launches, lines of their code."""
+    """Makes Triton add to ``reach`` the files of kernels that it launches and the lines of code that it compiles."""
     import triton  # late: importing Triton fixes how kernels run
 
     files = {
@@ -169,21 +176,21 @@ def _note_kernels(reach: set[Line]) -> None:
 
 
 def compiled_lines(path: str | Path) -> set[Line]:
-    """Lines of ``optimized/`` that went into a kernel, from the locations in the code that Triton made of it first.
+    """The lines of ``optimized/`` in a compiled kernel. path: Triton's first intermediate code, with locations.
 
-    So a branch that was chosen while compiling counts, and the other does not.
+    Of a branch that is decided at compile time, only the lines of the chosen side are included.
     """
     named = re.compile(rf'loc\("{re.escape(str(TREE))}/([^"]+)":(\d+):')
     return {(file, int(line)) for file, line in named.findall(Path(path).read_text(encoding="utf-8"))}
 
 
 def _end_after(seconds: float) -> None:
-    """Let the process end by SIGPROF once it has used so much more processor time; a busy machine changes nothing."""
+    """Ends the process by SIGPROF after ``seconds`` more of processor time, which does not depend on other load."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 class Nurseries:
-    """``jobs`` nurseries for ``device``, each busy with one order at a time. A context manager."""
+    """``jobs`` nurseries for ``device``. Each executes one order at a time. A context manager that ends them."""
 
     def __init__(self, jobs: int, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
@@ -210,7 +217,10 @@ class Nurseries:
             process.join()
 
     def carry_out(self, orders: Iterable[tuple[Any, Order]]) -> Iterator[tuple[Any, Order, Reply]]:
-        """Each order with its key and reply, as they come. The next order is made when a nursery is free for it."""
+        """Executes ``orders``, pairs of a key and an order. Yields (key, order, reply) as they complete.
+
+        The next pair is taken from ``orders`` only when a nursery is free, so it may depend on the replies so far.
+        """
         busy: dict[Connection, tuple[Any, Order]] = {}
         waiting = iter(orders)
         idle = list(self._all)

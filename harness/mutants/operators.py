@@ -1,15 +1,15 @@
-"""Small wrong changes of source code: each operator finds its places in a syntax tree and says what to write there.
+"""Mutation operators: each finds places in a syntax tree and yields a small wrong change for each place.
 
-What cannot matter by construction is not changed:
+Code that cannot matter by construction is not changed:
 
-- annotations, decorators, docstrings and other text: they compute nothing. What a decorator of Triton's says is which
-  arguments select compiled code;
-- assertions, ``raise``, and the condition of an ``if`` that does nothing but raise: no engine gives such arguments;
-- ``num_warps``, ``num_stages``, and numbers in capitals at the head of a module that launches kernels: tile sizes and
-  program counts, chosen by measurement;
-- the second argument of a launch (``optimized.launch``), which names a compiled variant, and what is computed for it
-  alone;
-- what ``tl.multiple_of`` promises the compiler, and whether it is promised.
+- annotations, decorators, docstrings and other strings: they compute nothing. Arguments of a Triton decorator only say
+  which arguments of the kernel select compiled code;
+- assertions, ``raise``, and the condition of an ``if`` that only raises: no engine passes such arguments;
+- ``num_warps``, ``num_stages``, and numeric constants with upper-case names at the top level of a module that launches
+  kernels: tile sizes and program counts, chosen by measurement;
+- the second argument of a launch (``optimized.launch``), which names a compiled variant, and local variables that are
+  only used for it;
+- the arguments of hints to the compiler (``tl.multiple_of``), and whether a hint is given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TypeVar
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Change = tuple[str, ast.AST | str]
-"""Name of the operator, and what it writes in place of the node."""
+"""(name of the operator, replacement of the node as a node or as text)."""
 
 _N = TypeVar("_N", bound=ast.AST)
 
@@ -35,33 +35,33 @@ NEGATIONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
-# Of the two neighbours of a bound, the one that is not what shifting the boundary gives for integers.
+# The change of the right operand by one that, for integers, is not the same as shifting the boundary.
 NEIGHBOURS: dict[type[ast.cmpop], int] = {ast.Lt: -1, ast.LtE: 1, ast.Gt: 1, ast.GtE: -1}
 ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
     ast.BitXor: ast.BitAnd,
 }  # fmt: skip
-BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor)  # masks, mostly: either operand may be missing
+BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor)  # mostly masks: each operand is dropped in turn
 SHIFTED = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 OPPOSITES = {
     "min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any",
 }  # fmt: skip
 LIMITS = {"min", "max", "minimum", "maximum"}
-TEXTS = {"-inf": "inf", "inf": "-inf", "nan": "0"}  # of float(...)
+TEXTS = {"-inf": "inf", "inf": "-inf", "nan": "0"}  # arguments of float(...)
 SYMMETRIC = {*OPPOSITES, "gcd", "is_dense", "is_wide", "zip", "fma"}  # in their first two arguments
 TUNING_KEYWORDS = {"num_warps", "num_stages"}
 HINTS = {"multiple_of", "max_contiguous"}
-# Swapped arguments of these raise at once.
+# Calls that raise at once if their arguments are swapped.
 NOT_SWAPPED = {"load", "store", "arange", "zeros", "full", "cdiv", "isinstance", "getattr", "sum", "range", *HINTS}
 CAPITALS = re.compile(r"_?[A-Z][A-Z0-9_]*")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One changed place. node: what ``text`` replaces. operator: what kind of change it is.
+    """One change. operator: its name. node: the node that ``text`` replaces.
 
-    statement: line of the statement that it is part of. at_import: whether that runs when the module is imported.
+    statement: line of the statement that contains the node. at_import: whether it runs when the module is imported.
     """
 
     operator: str
@@ -71,7 +71,7 @@ class Edit:
     at_import: bool
 
     def apply(self, source: str) -> str:
-        """``source`` with this change. It has as many lines, so that messages name the right ones."""
+        """``source`` with this change and the same number of lines, so that line numbers in messages stay right."""
         lines = source.encode().splitlines(keepends=True)
         node = self.node
         assert node.end_lineno is not None
@@ -85,13 +85,13 @@ class Edit:
 
 
 def edits(source: str, launches: bool = True) -> list[Edit]:
-    """Every change of a module, in the order of its lines. ``launches``: it launches kernels, but holds none."""
+    """Every change of a module, by line and column. launches: whether the module launches kernels and contains none."""
     walker = _Walker(ast.parse(source), launches)
     return sorted(walker.edits(), key=lambda edit: (edit.node.lineno, edit.node.col_offset))
 
 
 class _Walker:
-    """Walks a module and asks each operator about each node, knowing what the node is part of."""
+    """Applies every operator to every node of a module, and answers their questions about the context of a node."""
 
     def __init__(self, module: ast.Module, launches: bool) -> None:
         self.module = module
@@ -126,6 +126,7 @@ class _Walker:
         return Edit(name, node, text, statement.lineno, self.function(node) is None)
 
     def _is_skipped(self, node: ast.AST) -> bool:
+        """Whether ``node`` and everything below it is left unchanged, for the reasons at the top of this module."""
         parent = self.parents.get(node)
         match parent:
             case ast.FunctionDef() if node is parent.returns or node in parent.decorator_list:
@@ -154,17 +155,17 @@ class _Walker:
         return False
 
     def _is_for_variants(self, name: str, assignment: ast.Assign) -> bool:
-        """Whether a local name is read where a variant is named, and nowhere else."""
+        """Whether the local ``name`` is read only in the second argument of launches."""
         function = self.function(assignment)
         if function is None:
             return False
         reads = [node for node in _loads(function) if node.id == name]
         return bool(reads) and self.in_variants.issuperset(reads)
 
-    # What a node is part of.
+    # The context of a node.
 
     def function(self, node: ast.AST) -> Function | None:
-        """The function that runs ``node``; None at import, where defaults are computed as well."""
+        """The function whose body contains ``node``; None for code that runs at import, such as a default value."""
         child, parent = node, self.parents.get(node)
         while parent is not None:
             if isinstance(parent, Function) and child in parent.body:
@@ -178,7 +179,7 @@ class _Walker:
         return node
 
     def bound_before(self, name: str, node: ast.stmt) -> bool:
-        """Whether ``name`` has a value before ``node`` as the text reads."""
+        """Whether ``name`` is a parameter or is assigned on a line before ``node``."""
         function = self.function(node)
         if function is None:
             return False
@@ -188,7 +189,7 @@ class _Walker:
         return any(n.id == name and n.lineno < node.lineno for n in stores)
 
 
-# Operators. Each yields what to write in place of a node.
+# Operators. Each yields the replacements of a node.
 
 
 def _comparisons(node: ast.AST, walker: _Walker) -> Iterator[Change]:
@@ -367,7 +368,7 @@ def _statements(node: ast.AST, walker: _Walker) -> Iterator[Change]:
             yield "statement-dropped", "pass"
         case ast.If() | ast.For() | ast.While() | ast.With():
             function = walker.function(node)
-            if function is not None and node in function.body[1:] and not _gives_something(function):
+            if function is not None and node in function.body[1:] and not _returns_a_value(function):
                 yield "early-return", "return"
 
 
@@ -378,7 +379,7 @@ OPERATORS: tuple[Callable[[ast.AST, _Walker], Iterator[Change]], ...] = (
 
 
 def _copied(node: _N) -> _N:
-    """A copy whose own lists can be changed; what is in them is shared."""
+    """A copy whose fields, and the items of its lists, can be changed; nodes further down are shared."""
     new = copy.copy(node)
     for name, value in ast.iter_fields(node):
         if isinstance(value, list):
@@ -389,7 +390,7 @@ def _copied(node: _N) -> _N:
 
 
 def _called(node: ast.AST | None) -> str:
-    """The last part of the name of what a call calls; empty for any other node."""
+    """The last part of the name that ``node`` calls; empty if it is no such call."""
     match node:
         case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
             return name
@@ -413,14 +414,14 @@ def _sign(by: int) -> str:
 
 
 def _pairs(nodes: list[ast.expr]) -> Iterator[int]:
-    """Numbers of the nodes that differ from the one behind them. Unpacked ones have no place of their own."""
+    """Indices of the nodes that differ from the next node. Starred nodes are excluded: they have no fixed position."""
     for number, pair in enumerate(itertools.pairwise(nodes)):
         if not any(isinstance(node, ast.Starred) for node in pair) and len({ast.unparse(node) for node in pair}) == 2:
             yield number
 
 
 def _is_reduction(node: ast.Call) -> bool:
-    """``tl.max(x, 1)``: its second argument is an axis."""
+    """Whether the second argument of ``min`` or ``max`` is an axis, as in ``tl.max(x, 1)``."""
     return isinstance(node.func, ast.Attribute) and node.func.attr in ("min", "max")
 
 
@@ -429,7 +430,7 @@ def _is_number(node: ast.Assign) -> bool:
 
 
 def _cannot_matter(statement: ast.stmt) -> bool:
-    """A complaint about arguments, or a promise to the compiler."""
+    """Whether ``statement`` is a ``raise`` or a hint to the compiler."""
     return isinstance(statement, ast.Raise) or (isinstance(statement, ast.Assign) and _called(statement.value) in HINTS)
 
 
@@ -437,5 +438,5 @@ def _parameters(function: Function) -> list[str]:
     return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
 
 
-def _gives_something(function: Function) -> bool:
+def _returns_a_value(function: Function) -> bool:
     return any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))

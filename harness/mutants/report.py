@@ -1,4 +1,4 @@
-"""Scores of mutants for a person, as tables, and for machines, a JSON record a line."""
+"""Renders the scores of mutants: as tables, as lines, and as JSON with one record per line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.mutants import Mutant
 from nsa_oracle.harness.mutants.scores import Fate, Score
 
-_WIDEST = 80
+_WIDEST = 80  # characters of source text in a line
 
 
 def listing(mutants: Sequence[Mutant]) -> str:
-    """What each mutant changes, a line each."""
+    """One line per mutant: id and change."""
     return "\n".join(f"{mutant.id}  {_change(mutant)}" for mutant in mutants)
 
 
 def matrix(scores: Sequence[Score]) -> Table:
-    """File by what became of its mutants; kills by the check that reported them."""
+    """A table of files by the fates of their mutants; kills are counted by the check that reported them."""
     counts = {file: Counter(_column(s) for s in scores if s.mutant.file == file) for file in _files(scores)}
     columns = [*(check.value for check in Check), *(fate.value for fate in Fate if fate is not Fate.KILLED)]
     met = [column for column in columns if any(count[column] for count in counts.values())]
@@ -35,7 +35,7 @@ def matrix(scores: Sequence[Score]) -> Table:
 
 
 def survivors(scores: Sequence[Score]) -> str:
-    """The mutants that no case killed, a line each, and how many cases tried."""
+    """One line per surviving mutant: id, change and number of cases that were judged."""
 
     def tried(scored: Score) -> str:
         return f"survived {scored.judged} cases" if scored.judged else "no case reaches it"
@@ -44,16 +44,16 @@ def survivors(scores: Sequence[Score]) -> str:
 
 
 def sum_line(scores: Sequence[Score]) -> str:
-    """All of it in one line."""
+    """The totals in one line."""
     fates = Counter(scored.fate for scored in scores)
     killed = sum(fates[fate] for fate in (Fate.KILLED, Fate.FAULT, Fate.TIME_OUT, Fate.IMPORT))
-    apart = [f"{fates[fate]} {fate.value}" for fate in (Fate.IMPORT, Fate.UNREACHED, Fate.NOT_RUN) if fates[fate]]
-    told = f"mutants: {killed} of {len(scores)} killed, {fates[Fate.SURVIVED]} survived"
-    return f"{told} ({', '.join(apart)})" if apart else told
+    details = [f"{fates[fate]} {fate.value}" for fate in (Fate.IMPORT, Fate.UNREACHED, Fate.NOT_RUN) if fates[fate]]
+    totals = f"mutants: {killed} of {len(scores)} killed, {fates[Fate.SURVIVED]} survived"
+    return f"{totals} ({', '.join(details)})" if details else totals
 
 
 def as_json(scored: Score) -> str:
-    """One record, in one line."""
+    """The JSON record of one mutant, in one line."""
     mutant = scored.mutant
     return json.dumps(
         {

@@ -1,7 +1,8 @@
-"""Judges mutants: which cases reach each, which of them kills it, by which check. One process a mutant.
+"""Judges mutants: which cases reach each mutant, which case kills it, and by which check.
 
-Triton, torch and the harness are imported once, in a *nursery*, and each mutant is judged in a fork of it, which
-imports ``optimized/`` with the mutant in it. So a mutant costs its judging, and may crash, hang or ask for any memory.
+Triton, torch and the harness are imported once, in a *nursery*. Each mutant is judged in a fork of it, which imports
+``optimized/`` with the mutant in place. A mutant therefore needs no other imports, and may crash, hang or request any
+amount of memory.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from nsa_oracle.harness.mutants.mutants import Mutant, is_of_kernels, probed, tr
 from nsa_oracle.harness.mutants.nursery import Nurseries, Order, Reply
 from nsa_oracle.harness.mutants.scores import Fate, Score, ScoringError
 
-REACH_PAYS_FROM = 20  # mutants: for fewer, finding out which cases reach them costs more than it saves
+REACH_PAYS_FROM = 20  # number of mutants from which measuring the reach of cases costs less than it saves
 
 
 def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False) -> list[Case]:
-    """The cases with what they take and reach on the clean tree. Probes would change ``compiled`` code, which has none.
+    """``cases`` with ``seconds`` and ``reach`` measured on the clean tree. Raises ScoringError if a case fails there.
 
-    Raises ScoringError if a case fails there.
+    compiled: kernels run as compiled code. Their files then get no probes, which would change that code.
     """
     found: dict[str, Case] = {}
     sources = {
@@ -34,8 +35,8 @@ def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False
     orders = ((case, Order((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
     for case, _, reply in nurseries.carry_out(orders):
         if reply.failed:
-            told = reply.sentence or f"its process ended with {reply.exitcode}"
-            raise ScoringError(f"case {case.name} fails on the clean tree; mend that first: {told}")
+            reason = reply.sentence or f"its process ended with {reply.exitcode}"
+            raise ScoringError(f"case {case.name} fails on the clean tree; mend that first: {reason}")
         found[case.name] = Case(case.name, case.text, case.has_layer, reply.seconds, reply.reach)
     return [found[case.name] for case in cases]
 
@@ -48,11 +49,11 @@ def score(
     reach_pays_from: int = REACH_PAYS_FROM,
     device: torch.device = CPU,
 ) -> Iterator[Score]:
-    """The score of each mutant on ``device``, as they come.
+    """Yields the score of each mutant on ``device``, in the order of completion.
 
-    A mutant is judged on the cases that run its changed line until one fails: on all cases where there are so few
-    mutants that finding out does not pay. ``patience``: seconds of cases, as the clean tree runs them, after which it
-    has survived. Raises ScoringError if a case fails on the clean tree.
+    A mutant is judged, until one case fails, on the cases that run its changed line, or on all ``cases`` if there are
+    fewer than ``reach_pays_from`` mutants to judge. patience: a mutant survives after cases that take the clean tree so
+    many seconds of processor time. Raises ScoringError if a case fails on the clean tree while its reach is measured.
     """
     compiled = device.type == "cuda"
     yield from (Score(mutant, Fate.NOT_RUN) for mutant in mutants if mutant.needs_gpu and not compiled)

@@ -1,4 +1,4 @@
-"""Accept lengths, and what verify and the draft extends make of them."""
+"""Bugs of accept lengths, and of verify and the draft extends, which use them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nsa_oracle.reference.types import ForwardBatch
 
 
 class IgnoresPadding(BackendWrapper):
-    """KV lengths end with the real requests, though the queries do not."""
+    """Padded requests get KV length 0, although they have query tokens."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         if moment is Moment.REPLAY:
@@ -21,6 +21,8 @@ class IgnoresPadding(BackendWrapper):
 
 
 class KeepsPlan(KeepsFields):
+    """Replays of DECODE and IDLE with several steps keep the schedules of the previous replay."""
+
     names = ("paged_mqa_schedule_metadata", "flashmla_metadata", "flashmla_num_splits")
 
     def keeps(self, batch: ForwardBatch) -> bool:
@@ -31,7 +33,7 @@ BUGS = (
     Bug(
         name="no-accept-underflows-offset",
         group=Group.ACCEPTS,
-        sentence="The rows of a request are found from its last, which one that accepted nothing does not have.",
+        sentence="The rows of a request are located from its last row, which a request that accepted nothing lacks.",
         reference="tokenspeed#298",
         trigger="DRAFT_EXTEND in which a request accepted nothing",
         caught_by=frozenset({Check.METADATA}),
@@ -49,9 +51,9 @@ BUGS = (
     Bug(
         name="one-token-per-request",
         group=Group.ACCEPTS,
-        sentence="One token of each request is prepared, the other drafts are left as they were.",
+        sentence="Only one token of each request is prepared; the rows of its other tokens keep their old content.",
         reference="sglang#16310",
-        trigger="several draft tokens a request",
+        trigger="several draft tokens per request",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -64,7 +66,7 @@ BUGS = (
     Bug(
         name="kv-lengths-ignore-padded-queries",
         group=Group.ACCEPTS,
-        sentence="KV lengths and their bounds end with the real requests, while padded queries go on.",
+        sentence="KV lengths and their bounds stop at the real requests, although the padded queries continue.",
         reference="sglang#12295",
         trigger="a batch smaller than its bucket",
         caught_by=frozenset({Check.METADATA}),
@@ -73,7 +75,7 @@ BUGS = (
     Bug(
         name="verify-loses-its-drafts",
         group=Group.ACCEPTS,
-        sentence="Verify sees the committed tokens alone, not the drafts it is to verify.",
+        sentence="Verify sees only the committed tokens, not the drafts that it must verify.",
         reference="sglang#36430",
         trigger="TARGET_VERIFY",
         caught_by=frozenset({Check.METADATA, Check.SHAPE}),
@@ -90,7 +92,7 @@ BUGS = (
         group=Group.ACCEPTS,
         sentence="A shortcut for short prefills, which select every key, is taken in the draft extend at any length.",
         reference="sglang#12816",
-        trigger="DRAFT_EXTEND of a request longer than top-k",
+        trigger="DRAFT_EXTEND of a request longer than index_topk",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -108,7 +110,7 @@ BUGS = (
     Bug(
         name="plan-kept-across-draft-steps",
         group=Group.ACCEPTS,
-        sentence="Draft replays keep the top-k plan and the schedules of the replay before.",
+        sentence="Draft replays keep the top-k plan and the schedules of the previous replay.",
         reference="sglang#30839",
         trigger="DECODE with several steps and schedules, lengths that change the splits",
         caught_by=frozenset({Check.METADATA}),

@@ -1,4 +1,4 @@
-"""Defects of attention over selected slots."""
+"""Bugs of attention over the selected slots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nsa_oracle.harness.checks.check import Check
 ATTENTIONS = (
     layer_bug(
         "masked-slot-leaks-in",
-        "A negative slot weighs as a key of zeros does, instead of nothing.",
+        "A negative slot gets the weight of a key of zeros instead of no weight.",
         REVIEW,
         "fewer tokens than index_topk",
         Check.ATTENTION,
@@ -18,9 +18,9 @@ ATTENTIONS = (
     ),
     layer_bug(
         "rescale-decided-by-the-first-head",
-        "The rescale of the accumulator is dropped for all heads when the maximum of the first does not change.",
+        "The rescale of the accumulator is skipped for all heads when the maximum of the first head does not change.",
         REVIEW,
-        "several heads, and a maximum that another than the first meets late",
+        "several heads, and a head other than the first that meets its maximum late",
         Check.ATTENTION,
         Mutation(
             ATTEND,
@@ -32,7 +32,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "split-boundary-off-by-one",
-        "A program that shares a row leaves out the last key of its chunk.",
+        "A program that shares a row omits the last key of its chunk.",
         REVIEW,
         "a row of 512 selected tokens or more, shared by several programs",
         Check.ATTENTION,
@@ -40,7 +40,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "tile-boundary-off-by-one",
-        "The last key of a row is left out.",
+        "The last key of a row is omitted.",
         REVIEW,
         "any row with a key",
         Check.ATTENTION,
@@ -48,7 +48,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "fold-without-weights",
-        "Chunks are joined as if their maxima were equal.",
+        "Chunks are combined as if their maxima were equal.",
         REVIEW,
         "more than 512 selected tokens",
         Check.ATTENTION,
@@ -60,7 +60,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "rope-part-read-at-the-wrong-byte",
-        "The RoPE part of a key is read from the byte where its third scale lies.",
+        "The RoPE part of a key is read from the byte at which its third scale begins.",
         REVIEW,
         "an FP8 cache",
         Check.ATTENTION,
@@ -80,7 +80,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "values-not-scaled",
-        "The latent is scaled where it is a key, and not where it is a value.",
+        "The latent is scaled as a key, but not as a value.",
         "sglang#34765",
         "an FP8 cache and scales other than 1",
         Check.ATTENTION,
@@ -97,7 +97,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "bf16-rounding-truncates",
-        "Results are cut off to bf16 instead of rounded to nearest even.",
+        "Results are truncated to bf16 instead of rounded to nearest even.",
         REVIEW,
         "a result that is not representable",
         Check.ATTENTION,
@@ -111,7 +111,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "slot-offset-loses-high-bits",
-        "The offset of a slot is kept in 31 bits when it is read.",
+        "The offset of a slot is truncated to 31 bits when the slot is read.",
         "sglang#34725",
         "slots far apart",
         Check.ATTENTION,
@@ -123,9 +123,9 @@ ATTENTIONS = (
     ),
     layer_bug(
         "cache-assumed-dense",
-        "Slots are taken to lie next to each other, though the cache is a slice of something larger.",
+        "Slots are assumed to be adjacent, although the cache is a slice of a larger tensor.",
         "vllm#42135",
-        "slots that lie apart",
+        "slots that are not adjacent",
         Check.ATTENTION,
         Mutation(
             LOAD_KEYS,
@@ -135,15 +135,15 @@ ATTENTIONS = (
     ),
     layer_bug(
         "lse-in-base-2",
-        "The lse adds the binary logarithm of the sum to the natural one of the maximum.",
+        "The lse contains the binary logarithm of the sum instead of the natural logarithm.",
         REVIEW,
-        "a row with several keys that weigh something",
+        "a row with several keys whose weights count",
         Check.ATTENTION,
         Mutation(RESULT, "natural_log(divisor)", "tl.log2(divisor)"),
     ),
     layer_bug(
         "lse-without-the-scale",
-        "The largest score enters the lse without sm_scale.",
+        "The largest score is added to the lse without sm_scale.",
         REVIEW,
         "a largest score other than 0",
         Check.ATTENTION,
@@ -151,7 +151,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "empty-row-gives-nan",
-        "A row without a key divides by its sum of weights, 0.",
+        "A row without keys is divided by its sum of weights, which is 0.",
         REVIEW,
         "a row without a key",
         Check.ATTENTION,
@@ -159,16 +159,16 @@ ATTENTIONS = (
     ),
     layer_bug(
         "workspace-read-before-it-is-written",
-        "The first chunk of a row is joined with what an earlier launch left in the workspace.",
+        "The first chunk of a row is combined with what an earlier launch left in the workspace.",
         "TensorRT-LLM#15783",
-        "any row that one program has to itself",
+        "any row that a single program computes",
         Check.ATTENTION,
         Mutation(ATTEND, "mask=heads[:, None] < heads_with_total", "mask=live"),
         group=Group.BUFFERS,
     ),
     layer_bug(
         "empty-chunk-read-from-the-workspace",
-        "Partials are joined of chunks that had no key and wrote none.",
+        "The workspace is also read for chunks that had no key and wrote no partial result.",
         "TensorRT-LLM#14297",
         "index_topk above 512 and a row with fewer tokens, shared by several programs",
         Check.ATTENTION,
@@ -177,7 +177,7 @@ ATTENTIONS = (
     ),
     layer_bug(
         "tiles-cut-by-the-size-of-the-launch",
-        "Where the tiles of a row begin depends on how many programs were launched, so a request's low bits depend "
+        "Where the tiles of a row begin depends on the number of launched programs, so a request's low bits depend "
         "on its batch.",
         REVIEW,
         "ordinary numbers, more keys than one tile, another batch size",
@@ -195,9 +195,9 @@ ATTENTIONS = (
     ),
     layer_bug(
         "second-head-block-repeats-the-first",
-        "The second program of a row computes the heads of the first one again, and nobody its own.",
+        "The second program of a row recomputes the heads of the first program; its own heads are never computed.",
         REVIEW,
-        "more than 64 heads, as only a GPU run draws",
+        "more than 64 heads, which only runs on a GPU draw",
         Check.ATTENTION,
         Mutation(ATTEND, "heads = pid % head_blocks * HEAD_BLOCK + tl.arange", "heads = tl.arange"),
         gpu=True,

@@ -1,4 +1,4 @@
-"""Buffers that a captured graph reads: moved, not refreshed, refreshed elsewhere, shared by mistake, frozen."""
+"""Bugs of the buffers that a captured graph reads: moved, stale, refreshed elsewhere, shared by mistake, frozen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class UpdatesTwin(KeepsFields):
 
 
 class StridesBySteps(BackendWrapper):
-    """Query bounds in verify, N + 1 apart where a request has nd tokens."""
+    """Query bounds of requests in verify are N + 1 apart, although each request has nd tokens."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         if batch.forward_mode is ForwardMode.TARGET_VERIFY and batch.batch_size > 1:
@@ -46,7 +46,7 @@ class StridesBySteps(BackendWrapper):
 
 
 class ReusesVerifyFactors(OwnInputs):
-    """What verify adds to a length is computed once and then added in draft as well."""
+    """The tokens that verify adds to a length are stored, and added in later DECODE and IDLE replays as well."""
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
         super().__init__(config, req_to_token, optimizations)
@@ -66,7 +66,7 @@ BUGS = (
     Bug(
         name="replay-rebinds-buffers",
         group=Group.BUFFERS,
-        sentence="A replay makes new buffers for its bucket instead of refilling those the graph was captured with.",
+        sentence="A replay allocates new buffers for its bucket instead of refilling those bound at capture.",
         reference="sglang#26019",
         trigger="any replay",
         caught_by=frozenset({Check.ADDRESS}),
@@ -86,9 +86,9 @@ BUGS = (
     Bug(
         name="in-graph-upgrade-allocates",
         group=Group.BUFFERS,
-        sentence="Preparation inside the graph allocates new metadata; what reads it was bound to the old.",
+        sentence="Preparation inside the graph allocates new metadata, but its readers are bound to the old buffers.",
         reference="sglang#27664",
-        trigger="a replay of a graph that prepares itself",
+        trigger="a replay of a graph that records its preparation",
         caught_by=frozenset({Check.ADDRESS}),
         plant=by_mutation(
             Mutation(
@@ -109,7 +109,7 @@ BUGS = (
     Bug(
         name="schedule-bypasses-its-buffer",
         group=Group.BUFFERS,
-        sentence="A replay hands out the FlashMLA schedule in a fresh tensor instead of the persistent buffer.",
+        sentence="A replay provides the FlashMLA schedule in a new tensor instead of the persistent buffer.",
         reference="vllm#35175",
         trigger="any replay with a FlashMLA schedule",
         caught_by=frozenset({Check.ADDRESS}),
@@ -118,7 +118,7 @@ BUGS = (
     Bug(
         name="output-allocated-per-replay",
         group=Group.BUFFERS,
-        sentence="The page table that the graph reads is allocated anew for every replay.",
+        sentence="The page table that the graph reads is reallocated for every replay.",
         reference="TensorRT-LLM#16290",
         trigger="any replay",
         caught_by=frozenset({Check.ADDRESS}),
@@ -127,7 +127,7 @@ BUGS = (
     Bug(
         name="scratch-allocated-per-replay",
         group=Group.BUFFERS,
-        sentence="A running sum that a captured kernel reads lives in scratch memory made for one call.",
+        sentence="A running sum that a captured kernel reads is in scratch memory that is allocated for one call.",
         reference="TensorRT-LLM#14297",
         trigger="any replay",
         caught_by=frozenset({Check.ADDRESS}),
@@ -136,25 +136,25 @@ BUGS = (
     Bug(
         name="eager-twin-updated",
         group=Group.BUFFERS,
-        sentence="A replay updates an eager twin of the KV bounds; the buffer that the graph reads keeps the old ones.",
+        sentence="A replay updates an eager copy of the KV bounds; the buffer that the graph reads stays as it was.",
         reference="sglang#37975",
-        trigger="lengths that differ from those of the replay before",
+        trigger="lengths that differ from those of the previous replay",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(UpdatesTwin),
     ),
     Bug(
         name="query-bounds-stride-by-steps",
         group=Group.BUFFERS,
-        sentence="Query bounds of requests lie num_steps + 1 apart where a request has num_draft_tokens queries.",
+        sentence="Query bounds of requests are num_steps + 1 apart although each request has num_draft_tokens queries.",
         reference="sglang#27545",
-        trigger="verify of several requests, draft tokens other than steps + 1",
+        trigger="verify of several requests, num_draft_tokens other than num_steps + 1",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(StridesBySteps),
     ),
     Bug(
         name="later-capture-overwrites-views",
         group=Group.BUFFERS,
-        sentence="The metadata views of one graph are overwritten when another is built, at capture.",
+        sentence="At capture, building the metadata views of one graph overwrites those of another.",
         reference="vllm#48261",
         trigger="a replay of a graph that was not captured last",
         caught_by=frozenset({Check.ADDRESS, Check.SHAPE, Check.METADATA}),
@@ -169,7 +169,7 @@ BUGS = (
     Bug(
         name="verify-factors-reused-in-draft",
         group=Group.BUFFERS,
-        sentence="What verify adds to a length is cached, and used again in the draft steps that follow.",
+        sentence="What verify adds to a length is cached and added again in the draft steps that follow.",
         reference="TensorRT-LLM#14891",
         trigger="DECODE after TARGET_VERIFY",
         caught_by=frozenset({Check.METADATA}),
@@ -178,9 +178,9 @@ BUGS = (
     Bug(
         name="draft-steps-do-not-advance",
         group=Group.BUFFERS,
-        sentence="State that depends on the position is not advanced from one draft step to the next.",
+        sentence="Position-dependent state is not advanced from one draft step to the next.",
         reference="vllm#41162",
-        trigger="DECODE with advancing steps, more than one",
+        trigger="DECODE with several advancing steps",
         caught_by=frozenset({Check.METADATA, Check.SHAPE}),
         plant=by_mutation(
             Mutation(
@@ -197,7 +197,7 @@ BUGS = (
         group=Group.BUFFERS,
         sentence="All draft steps keep their lengths in one buffer; the last one to write wins.",
         reference="vllm-ascend#10878",
-        trigger="advancing steps, more than one, in buffers of one stack",
+        trigger="several advancing steps, in buffers of one stack",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation("nsa_oracle.optimized.buffers:build", "layout, packed[step],", "layout, packed[-1],")
@@ -206,9 +206,9 @@ BUGS = (
     Bug(
         name="item-inside-capture",
         group=Group.BUFFERS,
-        sentence="The captured preparation asks the device whether there is anything to do.",
+        sentence="The captured preparation reads a device value to decide whether there is anything to do.",
         reference="tokenspeed#348",
-        trigger="capture of a graph that prepares itself",
+        trigger="capture of a graph that records its preparation",
         caught_by=frozenset({Check.CAPTURE}),
         plant=by_mutation(
             Mutation(
@@ -225,7 +225,7 @@ BUGS = (
         group=Group.BUFFERS,
         sentence="A length known to the host at capture is written into the graph as a constant.",
         reference="TensorRT-LLM#17110",
-        trigger="capture of a graph that prepares itself; in replays other lengths show it",
+        trigger="capture of a graph that records its preparation; in replays, lengths other than those of the capture",
         caught_by=frozenset({Check.CAPTURE, Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -243,9 +243,9 @@ BUGS = (
     Bug(
         name="captured-copy-from-host",
         group=Group.BUFFERS,
-        sentence="The graph holds a copy from a host buffer that nobody keeps alive until the replay.",
+        sentence="The graph contains a copy from a host buffer that is not kept alive until the replay.",
         reference="sglang#38663",
-        trigger="capture of a graph that prepares itself",
+        trigger="capture of a graph that records its preparation",
         caught_by=frozenset({Check.CAPTURE}),
         plant=by_mutation(
             Mutation(
@@ -265,9 +265,9 @@ BUGS = (
     Bug(
         name="workspace-kept-for-another-size",
         group=Group.BUFFERS,
-        sentence="A cached index tensor is used again for a page table of another width.",
+        sentence="A cached index tensor is reused for a page table of another width.",
         reference="TensorRT-LLM#15783",
-        trigger="tables of two widths, the index cache on, pages of several tokens",
+        trigger="tables of two widths, the index cache enabled, pages of several tokens",
         caught_by=frozenset({Check.SHAPE, Check.CRASH}),
         plant=by_mutation(
             Mutation(

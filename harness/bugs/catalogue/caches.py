@@ -1,4 +1,4 @@
-"""Defects of the store: quantisation and the layout of both caches."""
+"""Bugs of the store: quantisation and the layout of both caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nsa_oracle.harness.checks.check import Check
 STORES = (
     layer_bug(
         "e4m3-rounding-truncates",
-        "Quantising cuts off what e4m3 has no bits for, instead of rounding to nearest even.",
+        "Quantisation truncates to e4m3 instead of rounding to nearest even.",
         REVIEW,
         "a key that is not representable",
         Check.STORE,
@@ -18,7 +18,7 @@ STORES = (
     ),
     layer_bug(
         "e4m3-subnormals-flushed",
-        "Quantised values below the least normal e4m3 number become zero.",
+        "Quantised values below the smallest normal e4m3 number become zero.",
         REVIEW,
         "a key with elements far below its largest",
         Check.STORE,
@@ -26,7 +26,7 @@ STORES = (
     ),
     layer_bug(
         "scale-by-reciprocal",
-        "A tile's scale is its largest magnitude times a rounded 1/448, not divided by 448.",
+        "A tile's scale is its largest magnitude times a rounded 1/448, instead of divided by 448.",
         REVIEW,
         "a scale whose last bit the product gets wrong",
         Check.STORE,
@@ -34,7 +34,7 @@ STORES = (
     ),
     layer_bug(
         "zero-tile-gets-scale-zero",
-        "A tile of zeros gets the scale 0, and 0 / 0 for its values.",
+        "A tile of zeros gets the scale 0, and its values are 0 / 0.",
         REVIEW,
         "a tile of the latent that is zero, in an FP8 cache",
         Check.STORE,
@@ -42,7 +42,7 @@ STORES = (
     ),
     layer_bug(
         "neighbour-tile-decides-the-scale",
-        "All tiles of a latent are quantised by the largest magnitude of the first.",
+        "All tiles of a latent are quantised by the largest magnitude of the first tile.",
         REVIEW,
         "an FP8 cache and tiles of different magnitude",
         Check.STORE,
@@ -55,7 +55,7 @@ STORES = (
     ),
     layer_bug(
         "store-offset-loses-high-bits",
-        "The offset of a slot is kept in 31 bits, so far slots are written somewhere near the beginning.",
+        "The offset of a slot is truncated to 31 bits, so distant slots are written near the beginning of the cache.",
         "sglang#34725",
         "slots far apart",
         Check.STORE,
@@ -63,7 +63,7 @@ STORES = (
     ),
     layer_bug(
         "index-keys-alias-the-scales",
-        "Index keys are laid out with room for a scale each, and run into the page's plane of scales.",
+        "Index keys are spaced as if each were followed by its scale, and run into the page's plane of scales.",
         "ROCm/ATOM#1466",
         "pages of several tokens",
         Check.STORE,

@@ -1,6 +1,7 @@
-"""Kernels of planted bugs, as a backend launches its own: raw, past torch. Compiled code only; imported late.
+"""Kernels of planted bugs. They are launched without torch seeing it, as a backend launches its own kernels.
 
-Each leaves everything as it was if nothing is wrong around it.
+Compiled code only. The module is imported late, because importing Triton fixes how kernels run. Without a bug around
+them, the kernels leave all content unchanged.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TURN_LANES = 256  # a lane is a thread: 8 warps
+TURN_LANES = 256  # one lane per thread of 8 warps
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def mark_kernel(scratch: tl.tensor) -> None:
 
 @triton.jit
 def add_listed_kernel(addresses: tl.tensor, target: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Adds to ``target`` [n] int32 the n int32 at the address that ``addresses`` [1] int64 holds."""
+    """Adds to ``target`` [n] int32 the n int32 values at the address stored in ``addresses`` [1] int64."""
     offsets = tl.load(addresses).to(tl.pointer_type(tl.int32))
     for begin in range(0, n, BLOCK):
         cells = begin + tl.arange(0, BLOCK)
@@ -33,7 +34,7 @@ def add_listed_kernel(addresses: tl.tensor, target: tl.tensor, n: tl.tensor, BLO
 
 @triton.jit
 def copy_rows_kernel(table: tl.tensor, row_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """Copies each row of ``table`` [rows, WIDTH] int32 onto itself, one program a row. The width selects the code."""
+    """Copies each row of ``table`` [rows, WIDTH] int32 onto itself, one program per row. Compiled for each WIDTH."""
     row = table + tl.program_id(0) * row_stride
     for begin in range(0, WIDTH, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
@@ -49,10 +50,10 @@ def turn_kernel(
     WAITS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Copies ``field`` [n] int32 to ``scratch`` and back, each entry by two threads of different warps.
+    """Copies ``field`` [n] int32 to ``scratch`` [n] and back: one thread stores an entry, one of another warp loads it.
 
-    One thread stores an entry, another loads it again. The warps of the upper half are slow to store, so that a
-    missing barrier shows every time. spread: how many lanes apart neighbours are.
+    The warps of the upper half sleep before they store, so that a missing barrier shows every time. spread: distance in
+    lanes between neighbouring entries. WAITS: whether there is a barrier.
     """
     lanes = tl.arange(0, LANES)
     entries = lanes // spread

@@ -1,4 +1,4 @@
-"""What only a graph, its memory, its streams or compiled code can get wrong. Most of it needs a GPU."""
+"""Bugs of graphs: frozen host values, memory of the graph, streams, compiled code. Most of them need a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMITED = (
 
 
 class ClearsByTheMirror(BackendWrapper):
-    """Each graph clears a workspace, which nothing reads, as far as the longest request of the capture reached."""
+    """Each graph clears a workspace, which nothing reads, up to the longest length in the host mirror at capture."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is Moment.CAPTURE:
@@ -36,7 +36,7 @@ class ClearsByTheMirror(BackendWrapper):
 
 
 class OnAStream(BackendWrapper):
-    """Prepares replays on a stream of its own. This one is clean: it waits for the inputs, and the graph for it."""
+    """Prepares replays on its own stream. Contains no bug: it waits for the inputs, and the graph waits for it."""
 
     waits_before = True
     waits_after = True
@@ -62,15 +62,19 @@ class OnAStream(BackendWrapper):
 
 
 class DoesNotWaitForInputs(OnAStream):
+    """The preparation does not wait for the engine's stream."""
+
     waits_before = False
 
 
 class IsNotWaitedFor(OnAStream):
+    """The engine's stream does not wait for the preparation."""
+
     waits_after = False
 
 
 class CopiesFromPinnedMemory(BackendWrapper):
-    """Lengths are staged in pinned memory, anew for every call; the graph copies from what was staged at capture."""
+    """Each call stages the lengths in new pinned memory; the graph copies from the memory of the capture."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment in (Moment.CAPTURE, Moment.REPLAY):
@@ -84,7 +88,7 @@ class CopiesFromPinnedMemory(BackendWrapper):
 
 
 class DropsScratch(BackendWrapper):
-    """A kernel of the graph writes to scratch memory that is dropped when the capture ends."""
+    """A kernel of the graph writes to scratch memory whose last reference is dropped when the capture ends."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         from nsa_oracle.harness.bugs.catalogue.graph_kernels import mark_kernel
@@ -99,7 +103,7 @@ class DropsScratch(BackendWrapper):
 
 
 class ListsAddresses(BackendWrapper):
-    """The graph adds offsets, all 0, that it finds by a table of addresses. The table is kept, the offsets are not."""
+    """The graph adds offsets, all 0, that it finds through a table of addresses. Only the table is kept alive."""
 
     keeps = False
 
@@ -118,13 +122,13 @@ class ListsAddresses(BackendWrapper):
 
 
 class KeepsWhatItLists(ListsAddresses):
-    """Clean."""
+    """Contains no bug: the offsets are kept alive too."""
 
     keeps = True
 
 
 class TurnsThroughScratch(BackendWrapper):
-    """The KV bounds go through scratch memory, stored by one thread and loaded by another. Clean, with a barrier."""
+    """Copies the KV bounds to scratch memory and back, by different threads. Contains no bug: there is a barrier."""
 
     waits = True
 
@@ -138,11 +142,13 @@ class TurnsThroughScratch(BackendWrapper):
 
 
 class LacksTheBarrier(TurnsThroughScratch):
+    """There is no barrier between the stores and the loads."""
+
     waits = False
 
 
 class CompilesTheWidth(BackendWrapper):
-    """Eager page tables go through a kernel whose code is compiled for their width."""
+    """Eager page tables are copied onto themselves by a kernel that has their width as a compile-time constant."""
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         from nsa_oracle.harness.bugs.catalogue.graph_kernels import copy_rows_kernel
@@ -156,9 +162,9 @@ BUGS = (
     Bug(
         name="limit-frozen-above-the-capture",
         group=Group.BUFFERS,
-        sentence="Lengths are cut off at a limit that the host computed at capture, far above what it captured.",
+        sentence="Lengths are clamped to a limit that the host computed at capture, far above the captured lengths.",
         reference="TensorRT-LLM#17110",
-        trigger="capture of a graph that prepares itself; in replays only lengths beyond the limit show it",
+        trigger="capture of a graph that records its preparation; in replays, only lengths beyond the limit",
         caught_by=frozenset({Check.CAPTURE, Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -176,16 +182,16 @@ BUGS = (
     Bug(
         name="workspace-cleared-by-the-mirror",
         group=Group.BUFFERS,
-        sentence="The graph clears its workspace as far as the host's lengths reached at capture.",
+        sentence="The graph clears its workspace up to the longest length that the host mirror had at capture.",
         reference="kernel review",
-        trigger="any capture; no replay shows it, as long as nothing reads the workspace",
+        trigger="any capture; no replay, as long as nothing reads the workspace",
         caught_by=frozenset({Check.CAPTURE}),
         plant=by_wrapping(ClearsByTheMirror),
     ),
     Bug(
         name="prepares-on-an-unordered-stream",
         group=Group.TABLES,
-        sentence="Replays are prepared on a stream of the backend's own, which does not wait for the engine's inputs.",
+        sentence="Replays are prepared on the backend's own stream, which does not wait for the engine's inputs.",
         reference="sglang#28034",
         trigger="inputs that arrive late",
         caught_by=frozenset({Check.METADATA}),
@@ -195,7 +201,7 @@ BUGS = (
     Bug(
         name="replay-does-not-wait-for-its-plan",
         group=Group.TABLES,
-        sentence="Replays are prepared on a stream of the backend's own, which the graph does not wait for.",
+        sentence="Replays are prepared on the backend's own stream, and the graph does not wait for it.",
         reference="sglang#28034",
         trigger="a stream that is busy when the preparation is queued on it",
         caught_by=frozenset({Check.METADATA}),
@@ -205,7 +211,7 @@ BUGS = (
     Bug(
         name="captured-copy-from-pinned-memory",
         group=Group.BUFFERS,
-        sentence="The graph copies the lengths from pinned memory that is staged anew for every call.",
+        sentence="The graph copies the lengths from a pinned buffer, but every call allocates a new one.",
         reference="sglang#38663",
         trigger="any capture",
         caught_by=frozenset({Check.CAPTURE}),
@@ -215,7 +221,7 @@ BUGS = (
     Bug(
         name="raw-kernel-uses-dropped-scratch",
         group=Group.BUFFERS,
-        sentence="A kernel launched past torch uses scratch memory that is dropped when the capture ends.",
+        sentence="A kernel that is launched outside torch uses scratch memory that is freed when the capture ends.",
         reference="TensorRT-LLM#14297",
         trigger="any capture",
         caught_by=frozenset({Check.CAPTURE}),
@@ -225,9 +231,9 @@ BUGS = (
     Bug(
         name="address-table-outlives-its-buffers",
         group=Group.BUFFERS,
-        sentence="A captured kernel finds its buffers by a table of addresses, which is kept, unlike the buffers.",
+        sentence="A captured kernel finds its buffers through a table of addresses that outlives the buffers.",
         reference="TensorRT-LLM#14297",
-        trigger="freed memory that is used again before a replay",
+        trigger="freed memory that is reused before a replay",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(ListsAddresses),
         gpu=True,
@@ -235,7 +241,7 @@ BUGS = (
     Bug(
         name="no-barrier-between-store-and-load",
         group=Group.TABLES,
-        sentence="A thread loads what another one of its program stores, without a barrier in between.",
+        sentence="A thread loads what another thread of its program has stored, without a barrier in between.",
         reference="kernel review",
         trigger="any batch, in compiled code",
         caught_by=frozenset({Check.METADATA}),
@@ -245,9 +251,9 @@ BUGS = (
     Bug(
         name="alignment-promised-of-any-row",
         group=Group.TABLES,
-        sentence="The kernel that copies page tables is promised rows that begin on 16 bytes, whatever they begin on.",
+        sentence="The kernel that copies page tables is promised rows aligned to 16 bytes, which not all rows are.",
         reference="vllm#42135",
-        trigger="a row of more than a copy's chunk that begins elsewhere, in compiled code",
+        trigger="an unaligned row longer than the chunk of a copy, in compiled code",
         caught_by=frozenset({Check.CRASH}),
         plant=by_mutation(
             Mutation(
@@ -262,7 +268,7 @@ BUGS = (
     Bug(
         name="scale-divided-approximately",
         group=Group.LAYER,
-        sentence="The scale of a cached key is divided without rounding correctly, as compiled code does by default.",
+        sentence="The scale of a cached key is divided without correct rounding, as compiled code does by default.",
         reference="kernel review",
         trigger="any key in an FP8 cache or among the index keys, in compiled code",
         caught_by=frozenset({Check.STORE}),
@@ -275,7 +281,7 @@ BUGS = (
     Bug(
         name="width-compiled-into-a-kernel",
         group=Group.TABLES,
-        sentence="The width of an eager page table selects compiled code, so that every length compiles its own.",
+        sentence="The width of an eager page table is a compile-time constant: every length compiles its own variant.",
         reference="sglang#36888",
         trigger="eager calls of many different lengths",
         caught_by=frozenset({Check.COMPILATION}),

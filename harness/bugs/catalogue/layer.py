@@ -1,4 +1,4 @@
-"""Defects of the attention layer: caches, indexer, top-k, attention, and how a forward pass strings them together."""
+"""Bugs of the attention layer: caches, indexer, top-k, attention, and the forward pass that calls them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nsa_oracle.reference.types import (
 
 
 def reusing_selections(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
-    """A layer whose later draft steps attend to what the first one selected."""
+    """A layer whose later draft steps attend to the slots that the first step selected."""
     from nsa_oracle.optimized.layer import SparseAttention as Clean  # late: importing Triton fixes how kernels run
 
     class ReusingSelections(Clean):
-        step: int | None = None  # of the forward pass that is running
+        step: int | None = None  # draft step of the running forward pass; None outside a pass
         passes = 0
         selected: torch.Tensor
 
@@ -51,16 +51,16 @@ def reusing_selections(config: BackendConfig, attention: AttentionConfig) -> Spa
 _FORWARDS = (
     layer_bug(
         "stored-after-it-is-read",
-        "A forward pass writes its keys when its attention is done, so rows miss their own.",
+        "A forward pass writes its keys after attention, so rows do not see their own keys.",
         REVIEW,
         "any forward pass whose rows see their own key",
-        frozenset({Check.LOGITS, Check.ATTENTION}),  # what the slot held before may have the same index key
+        frozenset({Check.LOGITS, Check.ATTENTION}),  # the slot's old index key may be the same
         Mutation(FORWARD, "    self.store_cache(caches, inputs)\n", ""),
         Mutation(FORWARD, "    return Att", "    self.store_cache(caches, inputs)\n    return Att"),
     ),
     layer_bug(
         "width-frozen-by-item",
-        "The forward pass asks the device for its longest row, and a graph would keep the answer.",
+        "The forward pass reads the length of its longest row from the device, and a graph would freeze that value.",
         "tokenspeed#348",
         "a capture",
         Check.CAPTURE,
@@ -69,9 +69,9 @@ _FORWARDS = (
     ),
     layer_bug(
         "lengths-ignore-the-padded-queries",
-        "The KV length of a request does not count the query tokens that each request is padded to.",
+        "The KV length of a request does not count the query tokens to which each request is padded.",
         "sglang#12295",
-        "several query tokens a request",
+        "several query tokens per request",
         Check.LOGITS,
         Mutation(
             FORWARD,
@@ -84,7 +84,7 @@ _FORWARDS = (
     ),
     layer_bug(
         "prefill-rows-dealt-evenly",
-        "Rows of a prefill are dealt to its requests in equal shares.",
+        "The rows of a prefill are distributed evenly over its requests.",
         "vllm#52500",
         "a prefill of requests with different numbers of new tokens",
         Check.LOGITS,
@@ -100,7 +100,7 @@ _FORWARDS = (
     Bug(
         "steps-reuse-the-first-selection",
         Group.LAYER,
-        "Later draft steps attend to the slots that the first one selected.",
+        "Later draft steps attend to the slots that the first step selected.",
         "sglang#30839",
         "several draft steps and more tokens than index_topk",
         frozenset({Check.SELECTION}),

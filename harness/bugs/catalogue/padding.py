@@ -1,4 +1,4 @@
-"""What stands behind the real requests of a batch: padding, buckets, idle ranks, empty batches."""
+"""Bugs of padding, buckets, idle ranks and empty batches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from nsa_oracle.reference.types import ForwardBatch, ForwardMode
 
 
 class LeavesPadding(OwnInputs):
+    """Replays write only the real requests to the static inputs."""
+
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         count = numbers.raw_bs if moment is Moment.REPLAY else len(numbers.seq_lens)
         return HostNumbers(numbers.seq_lens[:count], numbers.pool_rows[:count], numbers.accept_lengths[:count])
 
 
 class PadsWithMinusOne(OwnInputs):
+    """Padded requests have length -1."""
+
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         numbers.seq_lens[numbers.raw_bs :] = [-1] * (len(numbers.seq_lens) - numbers.raw_bs)
         return numbers
 
 
 class PadsWithLastRow(OwnInputs):
-    """Row -1, which a host that indexes with it takes for the last."""
+    """Padded requests have the pool row that index -1 selects on the host, the last."""
 
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         last = self.pool.shape[0] - 1
@@ -33,17 +37,19 @@ class PadsWithLastRow(OwnInputs):
 
 
 class IdleKeepsBatch(OwnInputs):
+    """An IDLE replay writes nothing to the static inputs."""
+
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         return HostNumbers([], [], []) if batch.forward_mode is ForwardMode.IDLE else numbers
 
 
 class ReplaysRawSize(BackendWrapper):
-    """Without the padding of the engine, the backend is asked for the bucket of the raw size."""
+    """The backend gets the batch without its padding, and prepares the bucket of the raw size."""
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is not Moment.REPLAY:
             return batch
-        raw_bs = HostNumbers.of(batch).raw_bs or batch.batch_size  # of an idle rank the padding is all there is
+        raw_bs = HostNumbers.of(batch).raw_bs or batch.batch_size  # an idle rank has nothing but padding
         return dataclasses.replace(
             batch, batch_size=raw_bs, req_pool_indices=batch.req_pool_indices[:raw_bs], seq_lens=batch.seq_lens[:raw_bs]
         )
@@ -53,16 +59,16 @@ BUGS = (
     Bug(
         name="padding-not-refilled",
         group=Group.PADDING,
-        sentence="The runner fills in the real requests alone; behind them its inputs keep a larger batch of before.",
+        sentence="The runner writes only the real requests; behind them its inputs keep an earlier, larger batch.",
         reference="sglang#22958",
-        trigger="a batch smaller than its bucket, after one that filled it",
+        trigger="a batch smaller than its bucket, after a batch that filled it",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(LeavesPadding),
     ),
     Bug(
         name="raw-size-taken-for-the-bucket",
         group=Group.PADDING,
-        sentence="Replay prepares the bucket of the raw batch size, not the one whose graph is replayed.",
+        sentence="A replay prepares the bucket of the raw batch size, not the bucket whose graph is replayed.",
         reference="sglang#22958",
         trigger="a batch smaller than its bucket",
         caught_by=frozenset({Check.ADDRESS, Check.CRASH}),
@@ -71,7 +77,7 @@ BUGS = (
     Bug(
         name="padded-length-below-draft-tokens",
         group=Group.PADDING,
-        sentence="A padded request of length 1 has more draft tokens than KV; lengths below 0 are handed out.",
+        sentence="A padded request of length 1 has more draft tokens than KV, so some of its rows get lengths below 0.",
         reference="sglang#30378",
         trigger="DRAFT_EXTEND_V2 with padding or a short request, several draft tokens",
         caught_by=frozenset({Check.METADATA}),
@@ -105,12 +111,12 @@ BUGS = (
     Bug(
         name="fields-sized-for-requests",
         group=Group.PADDING,
-        sentence="Fields with an entry per query token are given room for one per request.",
+        sentence="Fields with one entry per query token are allocated with one entry per request.",
         reference="vllm-ascend#16168",
-        trigger="several draft tokens a request",
+        trigger="several draft tokens per request",
         caught_by=frozenset({Check.SHAPE, Check.CRASH}),
         plant=by_mutation(
-            # A prefill of many tokens keeps its room: in place of it, the test would write far into foreign memory.
+            # A prefill of many tokens keeps the right size: otherwise the test would write far beyond the buffer.
             Mutation(
                 "nsa_oracle.optimized.buffers:field_pitch",
                 "max(bs, num_rows) + 1",
@@ -121,9 +127,9 @@ BUGS = (
     Bug(
         name="schedule-search-beyond-the-last-row",
         group=Group.PADDING,
-        sentence="When all lengths are 0 the search for a multiprocessor's row ends behind the last.",
+        sentence="When all lengths are 0, the search for a multiprocessor's row ends beyond the last row.",
         reference="vllm#51972",
-        trigger="a replay in which nobody accepted anything, with a paged MQA schedule",
+        trigger="a replay in which no request accepted anything, with a paged MQA schedule",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -136,7 +142,7 @@ BUGS = (
     Bug(
         name="splits-aligned-unlike-queries",
         group=Group.PADDING,
-        sentence="The schedule's splits are sized for rows rounded up, the queries are not.",
+        sentence="The schedule's splits are sized for an aligned number of rows, the queries for the exact number.",
         reference="sglang#34443",
         trigger="a FlashMLA schedule, a number of rows that is not aligned",
         caught_by=frozenset({Check.SHAPE}),
@@ -160,7 +166,7 @@ BUGS = (
     Bug(
         name="maximum-of-no-lengths",
         group=Group.PADDING,
-        sentence="The width of an eager page table is the maximum of the lengths, of which an empty batch has none.",
+        sentence="The width of an eager page table is the maximum of the lengths, which an empty batch does not have.",
         reference="sglang#33892",
         trigger="an eager call without requests",
         caught_by=frozenset({Check.CRASH}),
@@ -171,7 +177,7 @@ BUGS = (
     Bug(
         name="ragged-batch-taken-for-uniform",
         group=Group.PADDING,
-        sentence="A batch whose requests have different numbers of tokens is laid out as if all had the same.",
+        sentence="A batch whose requests have different numbers of tokens is laid out as if all had the same number.",
         reference="vllm#52500",
         trigger="DRAFT_EXTEND with an accept length below the number of draft tokens",
         caught_by=frozenset({Check.METADATA, Check.SHAPE}),

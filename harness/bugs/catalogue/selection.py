@@ -1,4 +1,4 @@
-"""Defects of the indexer and of top-k."""
+"""Bugs of the indexer and of top-k."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
 def selecting_into_a_workspace(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
-    """A layer that selects into memory which it never clears, and writes what there is to write."""
+    """A layer that writes its selection to a workspace that it never clears, and writes no entry that is -1."""
     from nsa_oracle.optimized.layer import SparseAttention as Clean  # late: importing Triton fixes how kernels run
 
     class SelectingIntoAWorkspace(Clean):
@@ -34,7 +34,7 @@ def selecting_into_a_workspace(config: BackendConfig, attention: AttentionConfig
 INDEXERS = (
     layer_bug(
         "page-offset-loses-high-bits",
-        "The offset of a page is kept in 31 bits: page * 8448 wraps near page 254,200.",
+        "The offset of a page is truncated to 31 bits: page * 8448 wraps near page 254,200.",
         "sglang#34725",
         "pages far apart",
         Check.LOGITS,
@@ -44,7 +44,7 @@ INDEXERS = (
     ),
     layer_bug(
         "length-mask-skipped",
-        "Tokens beyond a row's length that share its last tile get a score.",
+        "Tokens beyond a row's length, but in its last tile, get a score.",
         "sglang#33247",
         "a table wider than the row is long",
         Check.LOGITS,
@@ -52,7 +52,7 @@ INDEXERS = (
     ),
     layer_bug(
         "no-fill-beyond-the-last-tile",
-        "Logits beyond a row's last tile are left as they were.",
+        "Logits beyond a row's last tile keep their old content.",
         "sglang#31824",
         "a table more than a tile wider than the row is long",
         Check.LOGITS,
@@ -64,15 +64,15 @@ INDEXERS = (
     ),
     layer_bug(
         "no-relu",
-        "Negative products of an index head with a key lower the score.",
+        "Negative products of an index head and a key are not clamped to 0, but lower the score.",
         REVIEW,
-        "a negative product and a weight",
+        "a negative product whose head has a weight",
         Check.LOGITS,
         Mutation(INDEXER, "scores = tl.where(scores < 0, 0.0, scores)", "scores = scores + 0.0"),
     ),
     layer_bug(
         "index-scales-read-interleaved",
-        "The scale of an index key is looked for right behind it, not in the page's plane of scales.",
+        "The scale of an index key is read from the bytes after the key, not from the page's plane of scales.",
         REVIEW,
         "pages of several tokens",
         Check.LOGITS,
@@ -80,9 +80,9 @@ INDEXERS = (
     ),
     layer_bug(
         "last-partial-page-skipped",
-        "Tokens on a page that is not full are scored by the keys of page 0.",
+        "Tokens on a partially filled page are scored with the keys of page 0.",
         REVIEW,
-        "a length that is no multiple of the page size",
+        "a length that is not a multiple of the page size",
         Check.LOGITS,
         Mutation(
             INDEXER,
@@ -92,15 +92,15 @@ INDEXERS = (
     ),
     layer_bug(
         "last-partial-tile-skipped",
-        "Tokens behind a row's last full tile are not scored.",
+        "Tokens after a row's last full tile are not scored.",
         REVIEW,
-        "a length that is no multiple of 128",
+        "a length that is not a multiple of 128",
         Check.LOGITS,
         Mutation(INDEXER, "num_tiles = tl.cdiv(length, BLOCK)", "num_tiles = length // BLOCK"),
     ),
     layer_bug(
         "page-table-of-the-row-before",
-        "A row is scored by the pages of the row before it.",
+        "A row is scored with the pages of the row before it.",
         REVIEW,
         "two requests",
         Check.LOGITS,
@@ -111,7 +111,7 @@ INDEXERS = (
 SELECTIONS = (
     layer_bug(
         "threshold-bin-by-arrival",
-        "Scores that agree in sign, exponent and two bits more are not told apart: the first to arrive are taken.",
+        "Scores that agree in sign, exponent and two mantissa bits count as equal: the first to arrive are selected.",
         "sglang#35257",
         "near-equal scores around the threshold",
         Check.SELECTION,
@@ -124,16 +124,16 @@ SELECTIONS = (
     ),
     layer_bug(
         "ties-to-the-higher-position",
-        "Of equal scores around the threshold, the last ones are taken.",
+        "Of equal scores at the threshold, the last ones are selected.",
         REVIEW,
-        "equal scores around the threshold",
+        "equal scores at the threshold",
         Check.SELECTION,
         Mutation(SELECT, "ties <= k - above", "ties > at_threshold - k"),
     ),
     Bug(
         "minus-one-not-seeded",
         Group.LAYER,
-        "Entries behind a short row's tokens are left as the caller's workspace had them.",
+        "Entries after a short row's tokens keep the content of the caller's workspace.",
         "vllm#55299",
         "fewer tokens than index_topk",
         frozenset({Check.SELECTION}),
@@ -142,7 +142,7 @@ SELECTIONS = (
     ),
     layer_bug(
         "short-row-ends-with-the-table",
-        "A row of at most index_topk tokens selects up to the table's width, not to its own length.",
+        "A row of at most index_topk tokens selects tokens up to the table's width, not up to its own length.",
         "flashinfer#2489",
         "a row shorter than index_topk in a wider table",
         Check.SELECTION,
@@ -150,7 +150,7 @@ SELECTIONS = (
     ),
     layer_bug(
         "take-all-path-off-by-one",
-        "A row of index_topk + 1 tokens is taken for one that selects all of them.",
+        "A row of index_topk + 1 tokens is treated as a row that selects all its tokens.",
         REVIEW,
         "a length of index_topk + 1",
         Check.SELECTION,
@@ -158,7 +158,7 @@ SELECTIONS = (
     ),
     layer_bug(
         "shortcut-takes-the-first-tokens",
-        "The shortcut for rows of at most index_topk tokens is taken by all: the first index_topk are selected.",
+        "All rows take the shortcut for rows of at most index_topk tokens, and select their first index_topk tokens.",
         "sglang#12816",
         "more tokens than index_topk",
         Check.SELECTION,
@@ -172,7 +172,7 @@ SELECTIONS = (
         "selection-2048-wide",
         "The selection is 2048 wide, whatever index_topk is.",
         "sglang#39431",
-        "another index_topk than 2048",
+        "an index_topk other than 2048",
         frozenset({Check.SHAPE}),
         Mutation(
             "nsa_oracle.optimized.topk:_select",
@@ -182,7 +182,7 @@ SELECTIONS = (
     ),
     layer_bug(
         "ragged-offset-of-the-first-row",
-        "Positions of all rows are put where the first row's request starts in the concatenated KV.",
+        "The positions of all rows are offset by the start of the first row's request in the concatenated KV.",
         REVIEW,
         "a prefill of two requests",
         Check.SELECTION,

@@ -1,4 +1,4 @@
-"""Page tables, the pool behind them, host mirrors, and the order in which things happen."""
+"""Bugs of page tables, of the pool that they are gathered from, of host mirrors, and of the order of operations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
 
 class NarrowPool(BackendWrapper):
-    """The pool has no columns for the tokens that drafts add near the limit."""
+    """The pool lacks its last ``speculative_num_draft_tokens`` columns, which drafts near the context limit need."""
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
         return req_to_token[:, : self.config.max_context_len - self.config.speculative_num_draft_tokens]
 
 
 class TrustsMirror(OwnInputs):
+    """Lengths come from the host mirror, if there is one."""
+
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         if batch.seq_lens_cpu is not None:
             numbers.seq_lens = batch.seq_lens_cpu.tolist()
@@ -29,7 +31,7 @@ class TrustsMirror(OwnInputs):
 
 
 class RecyclesRow(OwnPool):
-    """The worst order of the two: before the draft extend reads its last request's row, the row has a new owner."""
+    """The worst case of the race: the last request's row is reassigned before the draft extend reads it."""
 
     def mapped(self, mapping: torch.Tensor, batch: ForwardBatch, moment: Moment) -> None:
         if batch.forward_mode in DRAFT_EXTENDS and moment is Moment.REPLAY:
@@ -39,7 +41,7 @@ class RecyclesRow(OwnPool):
 
 
 class PlansTooEarly(BackendWrapper):
-    """The worst order of two streams: the plan reads the inputs before this batch is copied into them."""
+    """The worst case of a race of two streams: the plan reads the inputs before the batch is copied into them."""
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
         super().__init__(config, req_to_token, optimizations)
@@ -58,7 +60,7 @@ class PlansTooEarly(BackendWrapper):
 
 
 class FiltersTable(OwnInputs):
-    """Requests that accepted nothing are taken out of the page table, but not out of the lengths."""
+    """Requests that accepted nothing are filtered out of the page table, but not out of the lengths."""
 
     def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
         if numbers.accept_lengths:
@@ -72,7 +74,7 @@ class ReadsHalves(BackendWrapper):
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         rows = batch.req_pool_indices
-        if rows.stride(0) != 1:  # of one row, too, which contiguous() takes as it is
+        if rows.stride(0) != 1:  # contiguous() would not copy a strided tensor of a single row
             rows = rows.clone(memory_format=torch.contiguous_format)
         return dataclasses.replace(batch, req_pool_indices=rows.view(torch.int32)[: batch.batch_size])
 
@@ -81,7 +83,7 @@ BUGS = (
     Bug(
         name="pool-narrower-than-overshoot",
         group=Group.TABLES,
-        sentence="The pool has no columns for the drafts of a request near its limit.",
+        sentence="The pool has no columns for the drafts of a request near the context limit.",
         reference="sglang#19016",
         trigger="a length within num_draft_tokens of the context",
         caught_by=frozenset({Check.METADATA, Check.SHAPE}),
@@ -90,7 +92,7 @@ BUGS = (
     Bug(
         name="fill-stops-before-overshoot",
         group=Group.TABLES,
-        sentence="A graph's page table is wide enough, but is filled without the columns that drafts overshoot into.",
+        sentence="A graph's page table is wide enough, but the columns that drafts overshoot into are not filled.",
         reference="sglang#29379",
         trigger="a replay with a length within num_draft_tokens of the context",
         caught_by=frozenset({Check.METADATA}),
@@ -115,7 +117,7 @@ BUGS = (
     Bug(
         name="eager-needs-the-host-mirror",
         group=Group.TABLES,
-        sentence="The eager fallback sizes its page table from the host mirror, which may be absent or old.",
+        sentence="The eager fallback sizes its page table from the host mirror, which may be absent or stale.",
         reference="sglang#29798",
         trigger="an eager call without a mirror",
         caught_by=frozenset({Check.CRASH, Check.SHAPE}),
@@ -139,7 +141,7 @@ BUGS = (
     Bug(
         name="row-recycled-while-read",
         group=Group.TABLES,
-        sentence="A finished request's pool row is given away while the draft extend still reads it.",
+        sentence="A finished request's pool row is reassigned while the draft extend still reads it.",
         reference="sglang#18803",
         trigger="DRAFT_EXTEND or DRAFT_EXTEND_V2, a pool of several rows",
         caught_by=frozenset({Check.METADATA}),
@@ -148,7 +150,7 @@ BUGS = (
     Bug(
         name="plan-not-ordered-after-inputs",
         group=Group.TABLES,
-        sentence="The stream that plans a replay does not wait for the one that copies the batch into its inputs.",
+        sentence="The stream that plans a replay does not wait for the stream that copies the batch into the inputs.",
         reference="sglang#28034",
         trigger="two replays of one graph with different batches",
         caught_by=frozenset({Check.METADATA}),
@@ -157,9 +159,9 @@ BUGS = (
     Bug(
         name="place-in-batch-taken-for-pool-row",
         group=Group.TABLES,
-        sentence="A request's number in the batch is used to index the pool.",
+        sentence="A request's index in the batch is used to index the pool.",
         reference="TensorRT-LLM#13124",
-        trigger="a request whose pool row is not its place in the batch",
+        trigger="a request whose pool row differs from its index in the batch",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -177,7 +179,7 @@ BUGS = (
     Bug(
         name="width-hard-coded-2048",
         group=Group.TABLES,
-        sentence="Page tables are filled up to column 2048, whatever the context.",
+        sentence="Page tables are filled only up to column 2048, whatever the context length.",
         reference="sglang#39431",
         trigger="a request longer than 2048 tokens",
         caught_by=frozenset({Check.METADATA, Check.SHAPE}),
@@ -197,7 +199,7 @@ BUGS = (
     Bug(
         name="slice-taken-for-contiguous",
         group=Group.TABLES,
-        sentence="Rows of the pool are found as if it were contiguous, while it is a slice of something wider.",
+        sentence="Rows of the pool are addressed as if it were contiguous, although it is a slice of a wider tensor.",
         reference="vllm#42135",
         trigger="req_to_token as columns of a wider tensor",
         caught_by=frozenset({Check.METADATA}),
@@ -226,7 +228,7 @@ BUGS = (
     Bug(
         name="wide-indices-read-as-narrow",
         group=Group.TABLES,
-        sentence="64-bit pool rows are gathered with as if they were 32-bit ones.",
+        sentence="64-bit pool rows are read as if they were 32-bit.",
         reference="sglang#12300",
         trigger="int64 indices, two requests or more",
         caught_by=frozenset({Check.METADATA}),
@@ -235,9 +237,9 @@ BUGS = (
     Bug(
         name="pool-offset-loses-high-bits",
         group=Group.TABLES,
-        sentence="The offset of a row of the pool is kept in 31 bits, so the rows of a large pool are read elsewhere.",
+        sentence="The offset of a pool row is truncated to 31 bits, so rows of a large pool are read elsewhere.",
         reference="sglang#34725",
-        trigger="a pool whose rows lie far apart, and its last row in use",
+        trigger="a pool whose rows are far apart, and its last row in use",
         caught_by=frozenset({Check.METADATA}),
         plant=by_mutation(
             Mutation(
@@ -250,7 +252,7 @@ BUGS = (
     Bug(
         name="accepts-read-by-the-stride-of-lengths",
         group=Group.TABLES,
-        sentence="Accept lengths are found by the stride of the lengths, as if both were views of the same kind.",
+        sentence="Accept lengths are addressed with the stride of the lengths, as if both views had the same stride.",
         reference="vllm#42135",
         trigger="a draft extend or a prefill of three requests or more, from strided inputs",
         caught_by=frozenset({Check.METADATA}),
@@ -265,7 +267,7 @@ BUGS = (
     Bug(
         name="new-lengths-taken-for-dense",
         group=Group.TABLES,
-        sentence="The bounds of a prefill's queries are summed as if its new lengths lay side by side.",
+        sentence="The query bounds of a prefill are summed as if extend_seq_lens were contiguous.",
         reference="vllm#42135",
         trigger="a prefill of two requests or more, from strided inputs",
         caught_by=frozenset({Check.METADATA}),
@@ -280,7 +282,7 @@ BUGS = (
     Bug(
         name="fused-launch-drops-a-fill",
         group=Group.TABLES,
-        sentence="The fused launch leaves out one of the fills it replaced: the running sum behind the last live row.",
+        sentence="The fused launch omits one of the fills that it replaced: the running sum behind the last live row.",
         reference="sglang#31824",
         trigger="DRAFT_EXTEND that does not use all rows of its graph",
         caught_by=frozenset({Check.METADATA}),

@@ -1,4 +1,4 @@
-"""The functions of ``optimized/`` that several bugs change."""
+"""Mutation targets in ``optimized/`` that several bugs share."""
 
 from __future__ import annotations
 
