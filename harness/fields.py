@@ -1,4 +1,4 @@
-"""The metadata fields the judge compares, and what the axes of each mean to a person."""
+"""The metadata fields that are compared, and the meaning of their axes in reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nsa_oracle.reference.types import Metadata
 
 
 class Axis(enum.Enum):
-    """What one position along an axis stands for."""
+    """The meaning of a position along an axis. Reports show the values."""
 
     REQUEST = "request"
-    REQUEST_BOUND = "bound before request"  # entry i of a cumulative field: what lies before request i
+    REQUEST_BOUND = "bound before request"  # entry i of a running sum: the total of the requests before i
     ROW = "row"  # one query token
     ROW_BOUND = "bound before row"
     TOKEN_COLUMN = "column"  # a cache position; live below the row's KV length
@@ -27,7 +27,7 @@ class Axis(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor of the metadata. ``dead_entry``: a column that nobody writes. ``extend_axes``: if others in EXTEND."""
+    """A tensor of the metadata. dead_entry: a column of dead cells. extend_axes: axes in EXTEND, if they differ."""
 
     name: str
     axes: tuple[Axis, ...]
@@ -58,7 +58,7 @@ HOST_SCALARS = ("page_size", "max_seq_len_q", "max_seq_len_k")
 
 
 def held(metadata: Metadata) -> dict[str, object]:
-    """What a backend has as its ``metadata``, by field name; it may be anything."""
+    """The value of each field of ``metadata``, by field name. A backend may give values of any type."""
     start_end: object = getattr(metadata, "indexer_k_start_end", None)
     pair = start_end if isinstance(start_end, tuple | list) and len(start_end) == 2 else (start_end, start_end)
     halves = dict(zip(("indexer_k_start", "indexer_k_end"), pair, strict=True))
@@ -66,5 +66,5 @@ def held(metadata: Metadata) -> dict[str, object]:
 
 
 def tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
-    """The tensors of ``metadata`` by field name; those it does not have are left out."""
-    return {name: thing for name, thing in held(metadata).items() if isinstance(thing, torch.Tensor)}
+    """The fields of ``metadata`` that are tensors, by field name."""
+    return {name: value for name, value in held(metadata).items() if isinstance(value, torch.Tensor)}

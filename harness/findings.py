@@ -1,4 +1,4 @@
-"""What is found wrong: records, of which a report makes text last."""
+"""Records of disagreements. Reports make text of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Kind(enum.Enum):
-    """What is wrong, in the words of the report."""
+    """The kind of a disagreement. Reports show the values."""
 
     VALUE = "wrong value"
     BOUND = "beyond the error bound"
@@ -32,7 +32,7 @@ RADIUS = 3  # cells that a report shows on either side of the first wrong one
 
 
 def around(place: int, count: int) -> range:
-    """The places next to ``place``, itself included, among ``count``."""
+    """The indices around ``place``, itself included, within ``count``."""
     return range(max(0, place - RADIUS), min(count, place + RADIUS + 1))
 
 
@@ -47,10 +47,10 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Finding:
-    """One disagreement, as precise as it can be said.
+    """One disagreement between a backend or a layer and what is expected.
 
-    differing, compared: how many live cells of this field and step differ, out of how many. place: the first of them.
-    how: in what run of the layer, or under what change, it shows.
+    differing, compared: numbers of live cells of this field and step that differ, and that were compared. place: the
+    first cell that differs. how: the run of the layer, or the relation, that shows it.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class Finding:
     how: str = ""
 
     def is_like(self, other: Finding) -> bool:
-        """Whether both are wrong in the same way: the same field, and the same kind of disagreement."""
+        """Whether both have the same kind and the same field."""
         return (self.kind, self.field) == (other.kind, other.field)
 
     def sentence(self) -> str:

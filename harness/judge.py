@@ -40,13 +40,14 @@ from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import Metadata
 
 _HERE = Path(__file__).parent
-_NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))  # libraries aside
+# Code that is not judged. ``_frames`` already leaves out libraries.
+_NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))
 
 
 class OracleFailure(AssertionError):
-    """The backend disagrees with the reference on ``scenario``.
+    """The backend or the layer disagrees with the reference on ``scenario``.
 
-    event: index of the event at which it shows, or None if it shows before the first.
+    event: index of the event that shows it, or None if it shows before the first event.
     """
 
     def __init__(self, scenario: Scenario, finding: Finding, event: int | None) -> None:
@@ -56,12 +57,12 @@ class OracleFailure(AssertionError):
         self.event = event
 
     def __reduce__(self) -> tuple[type[OracleFailure], tuple[Scenario, Finding, int | None]]:
-        return type(self), (self.scenario, self.finding, self.event)  # it may come from another process
+        return type(self), (self.scenario, self.finding, self.event)  # to pickle a failure of another process
 
 
 @dataclass
 class Verdict:
-    """What was covered by scenarios that passed, both runs of each counted."""
+    """What was covered by scenarios that passed. Both runs of each scenario count."""
 
     cases: int = 0
     replays: int = 0
@@ -93,8 +94,8 @@ def judge(
 ) -> Verdict:
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
-    graphs: False runs eagerly what the scenario would replay. Adds to ``verdict`` if one is given, and returns it.
-    BackendError and ScenarioError pass through: nothing was judged then.
+    graphs: if False, replays run as eager calls. verdict: is added to and returned, if given. BackendError and
+    ScenarioError are raised if the scenario cannot be judged.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     with memory_for(scenario.setup.is_far, device):
@@ -115,7 +116,7 @@ def judge_subject(
     verdict: Verdict | None = None,
     graphs: bool = True,
 ) -> Verdict:
-    """``judge`` the backend and the layer of ``subject``."""
+    """Run ``judge`` on the backend and the layer of ``subject``."""
     return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
 
 
@@ -127,23 +128,23 @@ def _judge_twice(
     layer_factory: LayerFactory,
     graphs: bool,
 ) -> None:
-    other: _Run | None = None
+    run: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
-        stress = other is not None  # in the second run
+        stress = run is not None  # in the second run
 
         def build(scenario: Scenario, sentinel: int = sentinel, poison: int = poison, stress: bool = stress) -> Engine:
             return Engine(scenario, factory, layer_factory, device, Conditions(sentinel, poison, graphs, stress))
 
-        other = _Run(scenario, build, device, covered, other)
+        run = _Run(scenario, build, device, covered, run)
         with speed.without_warnings():
-            other.judge()
+            run.judge()
 
 
 def sentinels(setup: Setup) -> tuple[int, int]:
-    """What unspecified integers hold, in either run.
+    """The values of unspecified integers in the first and in the second run.
 
-    With a layer behind the metadata, a slot that exists and holds poison: what reads it is then seen in its output, and
-    does not take the process down. The last two pages of the caches are there for this.
+    With a layer behind the metadata, each is a slot that exists and holds poison: a layer that reads such a cell then
+    gives a wrong output and does not crash the process. The last two pages of the caches exist for this purpose.
     """
     if setup.layer is None:
         return SENTINELS
@@ -152,7 +153,7 @@ def sentinels(setup: Setup) -> tuple[int, int]:
 
 
 class _Run:
-    """One of the two runs of a scenario. ``other``: the one before, with other poison."""
+    """One of the two runs of a scenario. first: in the second run, the first one, which had other poison."""
 
     def __init__(
         self,
@@ -160,16 +161,16 @@ class _Run:
         build: Callable[[Scenario], Engine],
         device: torch.device,
         verdict: Verdict,
-        other: _Run | None,
+        first: _Run | None,
     ) -> None:
         self.scenario = scenario
         self.build = build
         self.device = device
         self.verdict = verdict
-        self.calls: list[list[JudgedPass]] = []  # of the layer: what each pass of each call computed
-        self._is_first = other is None
+        self.calls: list[list[JudgedPass]] = []  # results of the layer, by call and pass
+        self._is_first = first is None
         self._counter, self._growth = VariantCounter(), VariantGrowth()
-        self._others = iter(other.calls if other is not None else ())
+        self._first_calls = iter(first.calls if first is not None else ())
 
     def judge(self) -> None:
         """Raises OracleFailure at the first disagreement."""
@@ -179,7 +180,7 @@ class _Run:
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
                     self._judge_event(engine, engine.run(event), number)
-            finding = _intact(engine)  # a capture alone can write astray, too
+            finding = _stray_write(engine)  # a capture without a replay can write astray, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             self.verdict.audit.add(engine.audit)
@@ -195,7 +196,7 @@ class _Run:
         except (Exception, SystemExit) as error:
             if self.device.type == "cuda" and _is_shortage(error):
                 raise ScenarioError(
-                    f"the GPU has too little memory left ({error_line(error)}): let fewer processes share it (-n)"
+                    f"the GPU has too little memory left ({error_line(error)}): run fewer processes on it (-n)"
                 ) from error
             finding = Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception", place=_origin(error))
             raise OracleFailure(self.scenario, finding, number) from error
@@ -214,7 +215,7 @@ class _Run:
                     self.verdict.eager_calls += 1
             else:
                 finding = self._judge_layer(engine, seen, metadata)
-            finding = finding or _intact(engine)
+            finding = finding or _stray_write(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         launched = self._counter.take()
@@ -224,27 +225,27 @@ class _Run:
             self._growth.note(launched)
 
     def _judge_layer(self, engine: Engine, seen: LayerObservation, metadata: list[Metadata]) -> Finding | None:
-        """Each stage against the reference; then what must not depend on anything around it."""
+        """Compare each stage with the reference. Then check that the bits do not depend on poison, and one relation."""
         layers = self.verdict.layers
         if seen.again:
             layers.count(Relation.REPEATED)
             return _differing(self.calls[-1], seen, Relation.REPEATED)
-        twin = next(self._others, None)
+        first_call = next(self._first_calls, None)
         stages = self._stages(engine)
-        finding = stages.compare(seen, metadata, twin or ())
+        finding = stages.compare(seen, metadata, first_call or ())
         if finding is not None:
             return finding
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
 
         self.calls.append(stages.judged)
-        if twin is not None:
+        if first_call is not None:
             layers.count(Relation.POISONED)
-            finding = _differing(twin, seen, Relation.POISONED)
+            finding = _differing(first_call, seen, Relation.POISONED)
             if finding is not None:
                 return finding
         if seen.feed is Feed.ISOLATED or stages.layer.content.regime is not Regime.RANDOM:
-            return None  # what has one right answer is compared with that
+            return None  # exact content has one right answer, which it was compared with
         checked = self._relations.check(engine, seen)
         if checked is None:
             return None
@@ -262,16 +263,16 @@ class _Run:
 
 
 def _forget_locals(failure: BaseException | None) -> None:
-    """Let go of what the frames of ``failure`` hold: who keeps it would keep every engine of the case, too."""
+    """Clear the locals of the frames of ``failure``, which would keep every engine of the case alive."""
     done: set[int] = set()
-    while failure is not None and id(failure) not in done:  # a backend's exceptions may name each other as their causes
+    while failure is not None and id(failure) not in done:  # the causes of a backend's exceptions may form a cycle
         done.add(id(failure))
         traceback.clear_frames(failure.__traceback__)
         failure = failure.__context__ if failure.__cause__ is None else failure.__cause__
 
 
 def _differing(first: Sequence[JudgedPass], second: LayerObservation, relation: Relation) -> Finding | None:
-    """The first bit of a real row that two calls of the same work do not share."""
+    """The first bit of a real row that differs between two calls of the same work, or None."""
     for step, (before, now) in enumerate(zip(first, second.steps, strict=True)):
         finding = differs(before.outputs, now.outputs, list(range(second.load.passes[step].rows)))
         if finding is not None:
@@ -279,8 +280,8 @@ def _differing(first: Sequence[JudgedPass], second: LayerObservation, relation: 
     return None
 
 
-def _intact(engine: Engine) -> Finding | None:
-    """What the backend wrote where it must not, or None."""
+def _stray_write(engine: Engine) -> Finding | None:
+    """A write to memory that the backend and the layer must not write to, or None."""
     overrun = engine.guards.overrun()
     if overrun is not None:
         buffer = f"buffer of shape {list(overrun.shape)} made by {overrun.operation}"
@@ -290,18 +291,18 @@ def _intact(engine: Engine) -> Finding | None:
 
 
 def _is_shortage(error: BaseException) -> bool:
-    """Whether a GPU without memory refused the harness or the reference: no fault of what is judged."""
-    told = error_line(error)
-    refused = "out of memory" in told or "ALLOC_FAILED" in told
+    """Whether the harness or the reference ran out of GPU memory, for which the judged code is not at fault."""
+    text = error_line(error)
+    refused = "out of memory" in text or "ALLOC_FAILED" in text
     return refused and all(any(Path(f.filename).is_relative_to(own) for own in _NOT_JUDGED) for f in _frames(error))
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Where the exception passed, but for libraries."""
+    """The frames that the exception passed, without those of libraries."""
     return [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
 
 
 def _origin(error: BaseException) -> str:
-    """Where the exception came from: the innermost frame that is not a library's."""
+    """The innermost frame of the exception outside libraries: file, line and function."""
     frames = _frames(error)
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

@@ -21,9 +21,9 @@ def compare_caches(
     slot_name: Callable[[int], str],
     tally: LayerTally,
 ) -> Finding | None:
-    """Compare every byte of both dense caches, except those of page 0, whose content is unspecified.
+    """Compare every byte of both dense caches, except page 0, whose content is unspecified.
 
-    slot_name: names a slot for a person.
+    slot_name: returns the name of a slot in reports.
     """
     for name, got, want, skipped in (
         ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), page_size),
@@ -49,7 +49,7 @@ def compare_caches(
 
 
 def _place_of(config: AttentionConfig, page_size: int, name: str, unit: int, byte: int) -> tuple[int, str]:
-    """The slot, and the part of its token, that a byte of a cache belongs to."""
+    """The slot that a byte of a cache belongs to, and the part of the slot's token."""
     if name == "index_k_cache":
         keys = page_size * config.index_head_dim
         if byte < keys:
@@ -68,7 +68,7 @@ def _place_of(config: AttentionConfig, page_size: int, name: str, unit: int, byt
 
 
 def with_canonical_nans(config: AttentionConfig, caches: AttentionCaches, slots: torch.Tensor) -> AttentionCaches:
-    """A copy of dense ``caches`` in which every NaN in ``slots`` [n] has the same bits."""
+    """A copy of dense ``caches`` in which all NaNs in ``slots`` [n] have the same bits."""
     kv, index_k = caches.kv.clone(), caches.index_k.clone()
     tokens = as_bytes(kv[slots, 0])  # [n, bytes]
     if config.kv_cache_dtype is KVCacheDtype.FP8:
@@ -88,6 +88,6 @@ def with_canonical_nans(config: AttentionConfig, caches: AttentionCaches, slots:
 
 
 def _canonical_nans(content: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes ``content`` [n, bytes] of numbers, every NaN among them made NAN_BYTEs."""
+    """``content`` [n, bytes] uint8, numbers of ``dtype``, with all bytes of each NaN set to NAN_BYTE."""
     nan = content.clone(memory_format=torch.contiguous_format).view(dtype).float().isnan()
     return torch.where(nan.repeat_interleave(dtype.itemsize, dim=1), NAN_BYTE, content)

@@ -1,4 +1,4 @@
-"""The kinds of check that the oracle makes: every finding belongs to exactly one."""
+"""The checks of the oracle. Every finding belongs to exactly one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from nsa_oracle.harness.findings import Finding, Kind
 
 
 class Check(enum.Enum):
-    """What the oracle looks at. A finding belongs to exactly one."""
+    """What the oracle checks."""
 
     METADATA = "metadata"  # live cells of the metadata against the reference
     SHAPE = "shape"  # shapes, dtypes, devices, presence, host scalars
     ADDRESS = "address"  # buffers that moved after capture
-    CAPTURE = "capture"  # what a graph cannot hold, and what it must not
-    COMPILATION = "compilation"  # kernels compiled for every size
-    BOUNDS = "bounds"  # writes outside buffers, and into inputs
+    CAPTURE = "capture"  # operations that a capture refuses, and faults of a captured graph
+    COMPILATION = "compilation"  # kernels compiled anew for each size
+    BOUNDS = "bounds"  # writes outside buffers, and to inputs
     STORE = "store"  # every byte of the caches
     LOGITS = "logits"
     SELECTION = "selection"  # top-k and its transforms
     ATTENTION = "attention"  # out and lse
-    RELATION = "relation"  # what must not change a bit
-    CRASH = "crash"  # an exception out of the backend
+    RELATION = "relation"  # changes that must not change a bit
+    CRASH = "crash"  # an exception of the backend or the layer
 
     @staticmethod
     def of(finding: Finding) -> Check:

@@ -1,8 +1,8 @@
-"""Finds host values that a capture freezes into its graph, also those that no replay happens to show.
+"""Finds host values that a capture freezes into its graph, including those that no replay of the scenario exposes.
 
-A bucket is captured once more, by a backend without history, while every number that changes from batch to batch has
-another value: lengths, the host mirror and its sum, pool rows, accept lengths. The two graphs must do the same. What
-differs between them, and does not between two captures of one batch, is a host value that every later replay repeats.
+A bucket is captured again by a backend without history, with other values of all numbers that change between batches:
+lengths, the host mirror and its sum, pool rows, accept lengths. The two graphs must do the same work. A host value that
+differs between them, but not between two captures of the same batch, is frozen: every later replay repeats it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nsa_oracle.reference.types import ForwardMode
 
 
 def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario], Engine]) -> Finding | None:
-    """A host value frozen into one graph of ``engine``, which the scenario's seed chooses; None if there is none.
+    """A host value that is frozen into one graph of ``engine``, or None. The scenario's seed chooses the graph.
 
-    ``build`` makes an engine without history. What cannot be decided is counted in ``engine.audit`` and not reported.
+    build: makes an engine without history. Undecidable cases are counted in ``engine.audit`` and not reported.
     """
-    if not engine.graphs or scenario.setup.is_far:  # what is far apart takes gigabytes, for each engine
+    if not engine.graphs or scenario.setup.is_far:  # far memory takes gigabytes per engine
         return None
-    (mode, bs), bound = sorted(engine.graphs.items(), key=_order)[scenario.seed % len(engine.graphs)]
+    (mode, bs), bound = sorted(engine.graphs.items(), key=_sort_key)[scenario.seed % len(engine.graphs)]
     batch = other_batch(scenario.setup, mode, bs)
     tally = engine.audit
     before = bound.graph.host_values()
@@ -40,13 +40,13 @@ def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario],
     if not differing:
         return None
 
-    # The control: whatever two captures of one batch do not share says nothing.
+    # The control: a difference between two captures of the same batch is no frozen value.
     again = _captured(build, scenario, mode, bs, None, tally)
     if again is None:
         return None
     unsteady = differences(before, again)
     if any(d.name in STRUCTURE for d in unsteady):
-        tally.missed("graphs that come out differently when the same is captured twice")
+        tally.missed("graphs that differ between two captures of the same batch")
         return None
     places = {(d.node, d.name) for d in unsteady}
     frozen = next((d for d in differing if (d.node, d.name) not in places), None)
@@ -64,7 +64,7 @@ def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario],
 
 
 def other_batch(setup: Setup, mode: ForwardMode, bs: int) -> Batch:
-    """A legal batch of ``bs`` requests with as little as possible in common with padding; the mirror is wrong too."""
+    """A legal batch of ``bs`` requests that shares as little as possible with padding. Its mirror is wrong, too."""
     longest, drafts = setup.max_seq_len, setup.num_draft_tokens
     seq_lens = tuple(longest - request % longest for request in range(bs))
     mirror = tuple(max(2, length - 1) for length in seq_lens)
@@ -81,7 +81,7 @@ def _captured(
     batch: Batch | None,
     tally: AuditTally,
 ) -> list[NodeValues] | None:
-    """The host values of a fresh capture of ``batch``, or of padding; None if the backend takes no such batch."""
+    """The host values of a new capture of ``batch``, or of padding if it is None; None if the capture fails."""
     engine = build(scenario)
     engine.place(_full_pool(scenario.setup))
     try:
@@ -93,12 +93,12 @@ def _captured(
 
 
 def _full_pool(setup: Setup) -> np.ndarray:
-    """A mapping in which every token of every row has a slot that exists: [pool_size, max_context_len] int32."""
+    """A page mapping in which every token of every row has an existing slot: [pool_size, max_context_len] int32."""
     tokens = np.arange(setup.pool_size * setup.max_context_len, dtype=np.int64)
     first, count = setup.page_size, setup.pool_size * setup.pages_per_request * setup.page_size
     return (first + tokens % count).astype(np.int32).reshape(setup.pool_size, setup.max_context_len)
 
 
-def _order(item: tuple[tuple[ForwardMode, int], object]) -> tuple[str, int]:
+def _sort_key(item: tuple[tuple[ForwardMode, int], object]) -> tuple[str, int]:
     (mode, bs), _ = item
     return mode.value, bs

@@ -1,8 +1,8 @@
-"""Says of a wrong number what is impossible about it, in the words of whoever reads it next.
+"""Adds to the finding of a wrong number why the number is impossible.
 
-Kernels take lengths and bounds for unsigned numbers, and slots and pages for addresses: a length of -3 is not a little
-wrong but an access to nowhere. No reference is needed to see that. It adds a clause to what was found, and finds
-nothing itself: every live cell, of every row and of padding too, is compared anyway, and no other cell is specified.
+Kernels read lengths and bounds as unsigned numbers, and slots and pages as addresses, so a length of -3 is not a small
+error but an access outside memory. No reference is needed to see that. The module only adds a clause to a finding and
+finds nothing itself: every live cell of every row, padding included, is compared anyway, and no other is specified.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _METADATA = {field.name for field in FIELDS}
 
 
 def diagnosed(finding: Finding | None, setup: Setup) -> Finding | None:
-    """``finding`` with what is impossible about the wrong value, if it is a value of the metadata and anything is."""
+    """``finding``, with a clause if its value is a wrong number of the metadata that is impossible."""
     if finding is None or finding.kind is not Kind.VALUE or finding.field not in _METADATA:
         return finding
     clause = _impossible(finding, int(finding.got), setup)
@@ -37,7 +37,7 @@ def _impossible(finding: Finding, value: int, setup: Setup) -> str | None:
     if name in RUNNING_SUMS:
         if value and finding.place in _FIRST:
             return "a running sum that does not start at 0"
-        before = _before(finding)
+        before = _preceding(finding)
         return "below the one before it, in a running sum" if before is not None and value < before else None
     if name in SLOTS:
         return None if 0 <= value < slots else "no slot that exists"
@@ -46,8 +46,8 @@ def _impossible(finding: Finding, value: int, setup: Setup) -> str | None:
     return "below 0" if value < 0 else None
 
 
-def _before(finding: Finding) -> int | None:
-    """What was found in the cell before the wrong one, or None if that is not known."""
+def _preceding(finding: Finding) -> int | None:
+    """The value in the cell before the wrong one, or None if it is not known."""
     places = [cell.place for cell in finding.neighbours]
     number = places.index(finding.place) if finding.place in places else 0
     return int(finding.neighbours[number - 1].got) if number else None

@@ -1,8 +1,8 @@
-"""Judges what a layer computed, stage by stage: caches, index logits, selected slots, attention.
+"""Compares the results of a layer with the reference, stage by stage: caches, index logits, selected slots, attention.
 
-Each stage is compared with what the reference makes of the stage's own inputs, in a chain those that the backend
-computed: one bug is one failure, at the stage that has it. Integers, cache bytes, and all numbers in an exact regime
-must have the same value; ordinary numbers must stay within a bound derived from their operands (``checks.bounds``).
+Each stage is compared with what the reference computes from the stage's own inputs, which in a chain are those that the
+layer computed. One bug is therefore one failure, at the stage that has it. Integers, cache bytes, and all numbers in an
+exact regime must be equal. Ordinary numbers must stay within a bound derived from their operands (``checks.bounds``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, Forwar
 
 @dataclass(frozen=True)
 class JudgedPass:
-    """A pass of the layer that is right, and what was counted of it."""
+    """The results of a pass that was compared, and the counts of that comparison."""
 
     outputs: AttentionOutputs
     positions: torch.Tensor | None
@@ -40,7 +40,7 @@ class JudgedPass:
     tally: LayerTally
 
     def is_repeated_by(self, step: LayerStep, rows: int) -> bool:
-        """Whether ``step`` gave the same bits in all of its ``rows``."""
+        """Whether ``step`` has the same bits in its first ``rows`` rows."""
         pairs = [(getattr(self.outputs, name), tensor) for name, tensor in vars(step.outputs).items()]
         pairs += [(self.positions, step.positions), (self.ragged, step.ragged)]
         return all(_same_rows(one, other, rows) for one, other in pairs)
@@ -53,7 +53,7 @@ def _same_rows(one: torch.Tensor | None, other: torch.Tensor | None, rows: int) 
 
 
 class StageJudge:
-    """Compares what one layer showed, stage by stage."""
+    """Compares the observations of one layer, stage by stage."""
 
     def __init__(self, layer: JudgedLayer, tally: LayerTally) -> None:
         self.layer = layer
@@ -62,15 +62,15 @@ class StageJudge:
         self.tally = tally
         self.labels = SlotLabels(layer.world, layer.setup.page_size, layer.content)
         self.numbers = NumberCheck(layer, self.labels)
-        self.judged: list[JudgedPass] = []  # the passes of the call that was compared last, as far as they are right
+        self.judged: list[JudgedPass] = []  # passes of the last compared call, in order
 
     def compare(
         self, seen: LayerObservation, metadata: Sequence[Metadata], before: Sequence[JudgedPass] = ()
     ) -> Finding | None:
-        """The first disagreement in stage and step order, or None.
+        """The first disagreement in step and stage order, or None.
 
-        before: the passes of the same call in the scenario's other run. One that gave the same bits is as right now:
-        inputs, caches and metadata are the same where anything may look at them.
+        before: the passes of the same call in the scenario's first run. A pass that gives the same bits again is right:
+        inputs, caches and metadata are the same in both runs, except for unspecified content.
         """
         self.judged = []
         if seen.modified is not None:
@@ -78,14 +78,14 @@ class StageJudge:
             how = seen.feed.value
             return Finding(Kind.INPUT, name, "changed content", "the content that it was given", step, how=how)
 
-        caches = dense_copy(seen.load.caches)  # as each pass in turn must leave them
+        caches = dense_copy(seen.load.caches)  # updated pass by pass to their expected content
         for step, (got, a_pass) in enumerate(zip(seen.steps, seen.load.passes, strict=True)):
             rows = self.expected.rows(a_pass, metadata[step], caches)
             known = before[step] if step < len(before) and before[step].is_repeated_by(got, a_pass.rows) else None
             finding = (
                 self._compare_caches(got.caches, caches, self.labels.slot)
                 or self._compare_pass(got, rows, a_pass, seen, known)
-                or self._compare_unused(got, seen)
+                or self._compare_unused_tail(got, seen)
             )
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
@@ -95,7 +95,7 @@ class StageJudge:
         return finding if finding is None else dataclasses.replace(finding, how=Feed.ISOLATED.value)
 
     def _compare_stored(self, seen: Stored, caches: AttentionCaches) -> Finding | None:
-        """Made-up keys, stored into ``caches``. One NaN is like any other."""
+        """Compare a store of edge-case keys. Stores them into ``caches``, too. Any NaN equals any other."""
         given = seen.given
         inputs = map_tensors(given.inputs, lambda tensor: tensor.to(caches.kv.device))
         kv_cache.store_cache(self.config, caches, inputs)
@@ -120,7 +120,7 @@ class StageJudge:
     def _compare_pass(
         self, got: LayerStep, rows: LayerRows, a_pass: Pass, seen: LayerObservation, known: JudgedPass | None
     ) -> Finding | None:
-        """The first stage of a pass that is wrong, given the stage before it."""
+        """The first disagreement of a pass. known: an earlier pass with the same bits, which is not compared again."""
         feed = seen.feed
         total, self.tally = self.tally, LayerTally() if known is None else known.tally
         finding = None
@@ -145,7 +145,7 @@ class StageJudge:
         return self.expected.reference.config.index_topk
 
     def _rows_of(self, seen: LayerObservation, a_pass: Pass) -> int:
-        """How many rows a pass has, in a graph those of padding included."""
+        """Number of rows of a pass, in a graph including padding rows."""
         if seen.bucket is None:
             return a_pass.rows
         return seen.bucket * self.expected.reference.config.rows_per_request(seen.batch.mode)
@@ -165,7 +165,7 @@ class StageJudge:
     def _compare_selection(
         self, got: LayerStep, want_logits: torch.Tensor, rows: LayerRows, a_pass: Pass, feed: Feed
     ) -> Finding | None:
-        """Top-k, by itself and with each transform. In a chain it selects by the layer's own logits."""
+        """Compare top-k, by itself and with each transform. In a chain it selects from the layer's own logits."""
         logits = want_logits if feed is Feed.ISOLATED else got.outputs.logits[: a_pass.rows]
         stages = [("indices", got.outputs.indices, self.expected.indices)]
         if got.positions is not None:
@@ -179,15 +179,15 @@ class StageJudge:
                 expect(rows, logits),
                 scores=partial(scores_of, name, rows, logits),
                 row_name=partial(self.labels.row, a_pass),
-                entry_name=self._slot_of_row if name == "indices" else _number_of_row,
+                entry_name=self._slot_of_row if name == "indices" else _entry_of_row,
             )
             finding = compare_entries(entries, self.layer.weaker.get(name), self.tally)
             if finding is not None:
                 return finding
         return None
 
-    def _compare_unused(self, got: LayerStep, seen: LayerObservation) -> Finding | None:
-        """Rows that a graph reserves and the batch does not use see no key: no slot, output 0, lse -inf."""
+    def _compare_unused_tail(self, got: LayerStep, seen: LayerObservation) -> Finding | None:
+        """Compare the tail of DRAFT_EXTEND in a graph. Its rows see no key: no slot, logits and lse -inf, out 0."""
         live = int(sum(seen.batch.accept_lengths)) if seen.batch.mode is ForwardMode.DRAFT_EXTEND else None
         if seen.feed is not Feed.GRAPH or live is None:
             return None
@@ -205,5 +205,5 @@ class StageJudge:
         return self.labels.slot(slot)
 
 
-def _number_of_row(row: int, entry: int) -> str:
+def _entry_of_row(row: int, entry: int) -> str:
     return str(entry)

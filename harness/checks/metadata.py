@@ -1,4 +1,4 @@
-"""Bit-for-bit comparison of what a backend showed with what the reference says, live cells only."""
+"""Compares the live cells of a backend's metadata with the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _compare_step(
 ) -> Finding | None:
     for name in fields.HOST_SCALARS:
         scalar = got.host_scalars[name]
-        # A tensor would make every use of it a sync; a bool is no size.
+        # A tensor would synchronise at every use; a bool is not a size.
         if not isinstance(scalar, int) or isinstance(scalar, bool) or scalar != getattr(want, name):
             return Finding(Kind.HOST_SCALAR, name, repr(got.host_scalars[name]), repr(getattr(want, name)))
     expected = fields.tensors(want)
@@ -101,7 +101,7 @@ def _compare_field(
 def _live_cells(
     field: Field, cells: NDArray[np.int32], want: Metadata, lengths: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Cells whose content is specified: in a page table, those below the KV length of the row."""
+    """Mask of cells whose content is specified: in a page table, those below the KV length of the row."""
     live = np.ones(cells.shape, dtype=np.bool_)
     if field.axes[-1] in (Axis.TOKEN_COLUMN, Axis.PAGE_COLUMN):
         if len(cells) != len(lengths):  # EXTEND: one row per request
@@ -121,7 +121,7 @@ def _neighbours(
     live: NDArray[np.bool_],
     labels: RowLabels,
 ) -> list[Neighbour]:
-    """Cells around the first difference along the last axis; dead ones are left out."""
+    """Live cells around the first difference, along the last axis."""
     *outer, inner = first
     cells = [(*outer, i) for i in around(inner, got.shape[-1])]
     return [Neighbour(labels.place(field, i), str(got[i]), str(want[i])) for i in cells if live[i]]

@@ -1,4 +1,4 @@
-"""Compares what a layer computed in floating point: index logits, attention outputs and their logsumexp."""
+"""Compares the floating-point results of a layer: index logits, attention outputs and their logsumexp."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.reference import attention, kv_cache
 from nsa_oracle.reference.types import AttentionConfig
 
-MOST_CHECKED = 1 << 21  # numbers of a row's keys times heads, beyond which one row a pass is checked for exactness
+MOST_CHECKED = 1 << 21  # elements of a row's keys, times heads; of larger rows, one per pass is checked for exactness
 
 
 class NumberCheck:
-    """Compares the numbers of one layer, by value where the content is exact and within a bound elsewhere.
+    """Compares the numbers of one layer: by value if the content is exact, else within a bound.
 
-    labels: names rows and slots for a person.
+    labels: names of rows and slots in reports.
     """
 
     def __init__(self, layer: JudgedLayer, labels: SlotLabels) -> None:
@@ -49,7 +49,7 @@ class NumberCheck:
     def compare_attention(
         self, got: LayerStep, indices: torch.Tensor, rows: LayerRows, a_pass: Pass, tally: LayerTally
     ) -> Finding | None:
-        """Compare out and lse. indices [R, K]: the slots that attention was given."""
+        """Compare out and lse. indices: [R, K], the slots that attention was given."""
         count, q, cache = a_pass.rows, rows.inputs.q, rows.caches.kv
         out, lse = attention.unrounded(self.config, q, cache, indices)
         out_bound, lse_bound = None, None
@@ -61,7 +61,7 @@ class NumberCheck:
         if not self._is_bounded("out"):
             out, out_bound = out.to(torch.float32).to(torch.bfloat16), None
         if lse_bound is None or not self._is_bounded("lse"):
-            # Weights and their sum are exact: what is left is a logarithm, a product and a sum.
+            # Weights and their sum are exact: only a logarithm, a product and a sum are rounded.
             counts = (indices >= 0).sum(1, keepdim=True).clamp(min=1)
             lse_bound = 2.0**-21 * (lse.abs() + 2 * counts.double().log() + 1)
         finding = self._compare_numbers("out", got.outputs.out[:count], out, out_bound, a_pass, "head", tally)
@@ -77,7 +77,7 @@ class NumberCheck:
         axis: str,
         tally: LayerTally,
     ) -> Finding | None:
-        """By value if there is no bound: zeros of either sign are equal, and so are NaN."""
+        """Compare within ``bound``, or by value if it is None: then zeros of both signs are equal, and so are NaNs."""
         stage, declared = tally.stage(name), self.weaker.get(name)
         kind = Kind.VALUE
         if bound is not None:
@@ -109,23 +109,23 @@ class NumberCheck:
         )  # fmt: skip
 
     def _check_exact(self, q: torch.Tensor, cache: torch.Tensor, indices: torch.Tensor, a_pass: Pass) -> None:
-        """That the content of the rows is as exact as it is meant to be."""
+        """Check the premises of exact content on the inputs of the rows. Raises NotExact."""
         for row, slots in enumerate(indices):
             keys = slots[slots >= 0]
             if self._is_checked(a_pass, row, len(keys) * self.config.qk_head_dim * self.config.num_heads):
                 check_exact(self.config, self.regime, q[row], kv_cache.load_kv(self.config, cache, keys))
 
     def _is_bounded(self, name: str) -> bool:
-        """Whether the numbers of a stage need only stay within the error bound of ordinary ones."""
+        """Whether the numbers of a stage are compared within the error bound."""
         return not self.regime.is_exact or self.weaker.get(name) is Strictness.BOUND
 
     def _is_checked(self, a_pass: Pass, row: int, numbers: int) -> bool:
-        """Whether a row's inputs are checked against the premises of exactness. All are, unless that takes long."""
+        """Whether the premises of exactness are checked on this row. Of large rows, only the last of a pass is."""
         return numbers <= MOST_CHECKED or row == a_pass.rows - 1
 
 
 def _around(got: torch.Tensor, want: torch.Tensor, first: list[int], at: str) -> list[Neighbour]:
-    """The cells next to the first wrong one, along the last axis."""
+    """Cells around the first wrong one, along the last axis."""
     *outer, inner = first
     place = at.rsplit(" ", 1)[0]
     cells = [(i, float(got[(*outer, i)]), float(want[(*outer, i)])) for i in around(inner, got.shape[-1])]
@@ -133,17 +133,17 @@ def _around(got: torch.Tensor, want: torch.Tensor, first: list[int], at: str) ->
 
 
 def _index_keys(config: AttentionConfig, rows: LayerRows, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index keys of a row's visible tokens as cached: e4m3 [n, dim], and their scales [n]."""
+    """Cached index keys of a row's visible tokens: [n, dim] e4m3, and their scales [n] float32."""
     slots = rows.page_table_1[row, :length]
     values, scales = kv_cache.load_index_k(config, rows.caches.index_k, slots)
     return values.to(torch.float8_e4m3fn), scales
 
 
 def _bf16_steps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """How many bf16 numbers lie from one to the other."""
+    """Distance of two tensors in steps of bf16, elementwise, int32."""
 
-    def place(numbers: torch.Tensor) -> torch.Tensor:
+    def ordinal(numbers: torch.Tensor) -> torch.Tensor:
         bits = numbers.to(torch.bfloat16).contiguous().view(torch.int16).int()
         return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
-    return (place(got) - place(want)).abs()
+    return (ordinal(got) - ordinal(want)).abs()

@@ -1,4 +1,4 @@
-"""Names rows, requests, columns and slots for a person."""
+"""Names of rows, requests, columns and slots in reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsa_oracle.reference.types import ForwardMode
 
 
 class RowLabels:
-    """Names rows, requests and columns of one observation for a person."""
+    """Names the rows, requests and columns of one observation."""
 
     def __init__(self, seen: Observation) -> None:
         self.raw_bs = seen.raw_bs
@@ -57,7 +57,7 @@ def _rows_per_request(seen: Observation) -> Sequence[int]:
 
 
 class SlotLabels:
-    """Names rows of a pass and slots of a layer's caches for a person, and says whose token lies in a slot."""
+    """Names the rows of a pass, and the slots of a layer's caches with the request whose token they hold."""
 
     def __init__(self, world: World, page_size: int, content: Content) -> None:
         self.world = world
@@ -75,9 +75,9 @@ class SlotLabels:
             if page in request.pages:
                 position = request.pages.index(page) * self.page_size + offset
                 return f"slot {slot} (running request {number}, position {position})"
-        return f"slot {slot} (nobody's)"
+        return f"slot {slot} (no running request)"
 
     def origin(self, value: torch.Tensor) -> str:
-        """Which slot an output [kv_lora_rank] was read from, where one key has all the weight."""
+        """The slot that an output [kv_lora_rank] was read from, in a regime where one key has all the weight."""
         origin = self.content.decode(value)
-        return " (no one key's value)" if origin is None else f" (the value of {self.slot(origin.slot)})"
+        return " (no single key's value)" if origin is None else f" (the value of {self.slot(origin.slot)})"

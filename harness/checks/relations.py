@@ -1,8 +1,8 @@
-"""Changes that must not change one bit of what a request gets, on any data.
+"""Changes that must not change one bit of a request's results, on any data.
 
-After a call of the layer, the same batch is served once more under one change: by a backend that has seen nothing
-before, in another order, alone, behind other padding, from other pages, without the graph. Since the batch comes from
-the middle of a scenario, each relation is checked after any history.
+After a call of the layer, the same batch is served again under one change: by a backend without history, in another
+order, alone, with other padding, from other pages, without the graph. The batch comes from the middle of a scenario, so
+each relation is checked after some history.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 
 class Relation(enum.StrEnum):
-    """What is changed."""
+    """The change under which results must stay the same. Reports show the values."""
 
     COLD = "captured by a backend without history"
     TWICE = "replayed twice"
@@ -38,7 +38,7 @@ class Relation(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Variation:
-    """The same work once more, changed. order: the requests of the original batch that it has, in its own order."""
+    """A changed repetition of the same work. order: its requests, as indices in the original batch."""
 
     batch: Batch
     order: tuple[int, ...]
@@ -52,7 +52,7 @@ EngineFactory = Callable[[Scenario], Engine]
 
 
 class Relations:
-    """Checks one relation after each call it is given, taking turns. ``build`` makes an engine without history."""
+    """Checks one relation after each call, in turn. build: makes an engine without history."""
 
     def __init__(self, scenario: Scenario, build: EngineFactory) -> None:
         self.scenario = scenario
@@ -60,7 +60,7 @@ class Relations:
         self.turn = scenario.seed
 
     def check(self, engine: Engine, seen: LayerObservation) -> tuple[Relation, Finding | None] | None:
-        """The relation whose turn it is, and how the layer broke it; None if no relation fits this call."""
+        """The next relation, and its violation by the layer, if any. None if no relation applies to this call."""
         fitting = list(self._fitting(engine, seen))
         if not fitting:
             return None
@@ -69,7 +69,7 @@ class Relations:
         return relation, rerun()
 
     def check_all(self, engine: Engine, seen: LayerObservation) -> Iterator[tuple[Relation, Finding | None]]:
-        """Every relation that fits this call, and how the layer broke it."""
+        """Yields each relation that applies to this call, and its violation by the layer, if any."""
         for relation, rerun in self._fitting(engine, seen):
             yield relation, rerun()
 
@@ -104,7 +104,7 @@ class Relations:
                 yield rerun(Relation.ALONE, _of_requests(same, (alone,)))
 
     def _run(self, variation: Variation) -> LayerObservation:
-        """Serve a variation from an engine of its own."""
+        """Run ``variation`` in a new engine."""
         bucket, mode = variation.bucket, variation.batch.mode
         events = () if bucket is None else (Capture(mode=graph_mode(mode), buckets=(bucket,)),)
         engine = self.build(self.scenario.model_copy(update={"events": events}))
@@ -115,13 +115,13 @@ class Relations:
         return _last(engine.replay(bucket, variation.batch, variation.load))
 
     def _relabelled(self, variation: Variation) -> Variation:
-        """The same requests on other pages: all pages that requests can hold, in reverse order."""
+        """The same requests on other pages: the order of all pages that requests can hold is reversed."""
         setup = self.scenario.setup
         page_size, last = setup.page_size, setup.num_pages - 3
         pages = np.arange(setup.num_pages)
         pages[1 : last + 1] = pages[last:0:-1]
         slots = pages[:, None] * page_size + np.arange(page_size)
-        new_slot = torch.from_numpy(slots.reshape(-1))  # an involution: it is its own inverse
+        new_slot = torch.from_numpy(slots.reshape(-1))  # its own inverse
         caches = variation.load.caches
         device = caches.kv.device
         kv, index_k = torch.empty_like(caches.kv), torch.empty_like(caches.index_k)
@@ -162,13 +162,16 @@ def differs(
     rows: list[int],
     original_slot: Callable[[torch.Tensor], torch.Tensor] = lambda slots: slots,
 ) -> Finding | None:
-    """The first stage whose bits differ between ``rows`` of ``first`` and the first rows of ``second``, or None."""
+    """The first stage whose bits differ between ``rows`` of ``first`` and the first rows of ``second``, or None.
+
+    original_slot: maps the slots of ``second`` to those of ``first``.
+    """
     for name in ("logits", "indices", "out", "lse"):
         want = getattr(first, name)[rows]
         got = getattr(second, name)[: len(rows)]
         if name == "indices":
             got = original_slot(got)
-        if want.shape != got.shape:  # eager logits are as wide as the longest request
+        if want.shape != got.shape:  # eager logits are only as wide as the longest request
             width = min(want.shape[-1], got.shape[-1])
             want, got = want[..., :width], got[..., :width]
         wrong = _bits(want) != _bits(got)
@@ -201,7 +204,7 @@ def _of_requests(variation: Variation, order: tuple[int, ...]) -> Variation:
 
 
 def _reads_what_others_write(seen: LayerObservation, alone: int, table: np.ndarray) -> bool:
-    """Whether a request sees a key that another one writes in the same call, in a shared prefix."""
+    """Whether request ``alone`` sees a key, in a shared prefix, that another request writes in the same call."""
     pool_row = seen.batch.pool_rows[alone]
     longest = max(
         (n for p in seen.load.passes for r, n in zip(p.requests, p.seqlens, strict=True) if r == alone), default=0

@@ -1,4 +1,4 @@
-"""What top-k selected, compared entry by entry, or as a set of tokens where a layer declares no more."""
+"""Compares the results of top-k entry by entry, or as sets of tokens if a layer declares only that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nsa_oracle.reference.topk import topk_indices, transform_paged, transform_r
 
 
 class SelectableRows(Protocol):
-    """Rows that top-k selects from: how long each is, and what its positions become."""
+    """Rows that top-k selects from: their lengths, and the tables that transform positions."""
 
     @property
     def seqlens_expanded(self) -> torch.Tensor: ...
@@ -33,9 +33,10 @@ class SelectableRows(Protocol):
 
 @dataclass(frozen=True)
 class SelectedEntries:
-    """One result of top-k, positions or what they become: got and want are [R, index_topk] int32.
+    """One result of top-k, positions or transformed positions. got, want: [R, index_topk] int32.
 
-    scores: what each entry that a row may select scores. row_name, entry_name: a row, and an entry of it, for a person.
+    scores: the score of each entry that a row may select. row_name, entry_name: names of a row, and of an entry of a
+    row, in reports.
     """
 
     name: str
@@ -46,7 +47,7 @@ class SelectedEntries:
     entry_name: Callable[[int, int], str]
 
     def wrong_form(self) -> Finding | None:
-        """Another shape or dtype than it should have, or another kind of device."""
+        """A wrong device type, shape or dtype, or None."""
         got, want = self.got, self.want
         if got.device.type != want.device.type:
             return Finding(Kind.DEVICE, self.name, str(got.device), str(want.device))
@@ -56,7 +57,7 @@ class SelectedEntries:
         return None
 
     def first_wrong(self, as_sets: bool) -> Finding | None:
-        """The first entry that is not as it should be. as_sets: forgive the order of a row, and ties."""
+        """The first wrong entry, or None. as_sets: any order within a row and any choice among ties is right."""
         wrong = self.got != self.want
         for row in wrong.any(1).nonzero().flatten().tolist() if as_sets else ():
             if _equally_good(self.got[row], self.want[row], self.scores(row)):
@@ -81,7 +82,7 @@ class SelectedEntries:
 
 
 def entries_of(name: str, rows: SelectableRows, row: int) -> list[int]:
-    """What each token of a row is called in a result of top-k: a position, a slot, a place in the concatenated KV."""
+    """The entry of each token of a row in the result ``name``: a position, a slot or a place in the concatenated KV."""
     length = int(rows.seqlens_expanded[row])
     match name:
         case "indices":
@@ -95,14 +96,14 @@ def entries_of(name: str, rows: SelectableRows, row: int) -> list[int]:
 
 
 def scores_of(name: str, rows: SelectableRows, logits: torch.Tensor, row: int) -> dict[int, float]:
-    """What each entry that a row may select scores. NaN counts as -inf."""
+    """The score of each entry that a row may select. NaN counts as -inf."""
     entries = entries_of(name, rows, row)
     scores = logits[row, : len(entries)].nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
     return dict(zip(entries, scores.tolist(), strict=True))
 
 
 def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, float]) -> bool:
-    """Whether a row selected as many different entries as it should, of the same scores."""
+    """Whether ``got`` has as many entries as ``want``, all different, with the same scores."""
     chosen = [entry for entry in got.tolist() if entry != -1]
     best = [entry for entry in want.tolist() if entry != -1]
     if len(set(chosen)) != len(chosen) or any(entry not in scores for entry in chosen):
@@ -111,7 +112,7 @@ def _equally_good(got: torch.Tensor, want: torch.Tensor, scores: Mapping[int, fl
 
 
 def compare_entries(entries: SelectedEntries, declared: Strictness | None, tally: LayerTally) -> Finding | None:
-    """Entry by entry, or as the layer declares. ``declared``: its weaker way for this stage, if any."""
+    """Compare entry by entry, or as the layer declares. declared: its weaker comparison of this stage, if any."""
     finding = entries.wrong_form()
     if finding is not None:
         return finding
@@ -124,7 +125,7 @@ def compare_entries(entries: SelectedEntries, declared: Strictness | None, tally
 
 
 def compare_edge_logits(seen: Selected, layer: JudgedLayer, tally: LayerTally) -> Finding | None:
-    """Top-k by itself, of made-up logits, and one of its transforms."""
+    """Compare top-k and one of its transforms on edge-case logits."""
     given = seen.given
     positions = topk_indices(given.logits, given.seqlens_expanded, layer.setup.index_topk)
     for name, got, want in (
@@ -155,7 +156,7 @@ def _row_of_edge_logits(given: EdgeLogits, row: int) -> str:
 
 
 def _entry_of_edge_logits(name: str, given: EdgeLogits, row: int, entry: int) -> str:
-    """An entry, and the logit that it was selected for."""
+    """Name of an entry, with the logit of its token."""
     entries = entries_of(name, given, row)
     if entry not in entries:
         return str(entry)

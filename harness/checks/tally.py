@@ -1,4 +1,4 @@
-"""How much was compared, by field, stage and relation."""
+"""Counts of what was compared, by field, stage and relation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from nsa_oracle.harness.protocol import Strictness
 
 @dataclass
 class StageTally:
-    """How many numbers of a stage were compared, and how. worst: largest fraction of the error bound that was used.
+    """How many numbers of a stage were compared bit for bit, within the error bound, and in a weaker way.
 
-    declared: the value of the ``Strictness`` in which the ``weaker`` ones were compared.
+    worst: largest fraction of the error bound that was used. declared: value of the ``Strictness`` of the weaker way.
     """
 
     exact: int = 0
@@ -34,9 +34,10 @@ class StageTally:
 
 @dataclass
 class LayerTally:
-    """What was compared of layers, by stage; how often each relation was tried; how many replays had a layer.
+    """Counts of compared numbers by stage, of tried relations, and of replays with a layer.
 
-    selections, keys: how many rows of made-up logits top-k was given, and of made-up keys the store, by kind.
+    selections, keys: number of rows of edge-case logits given to top-k, and of edge-case keys given to the store, by
+    kind.
     """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
@@ -54,19 +55,19 @@ class LayerTally:
     def add(self, other: LayerTally) -> None:
         for name, tally in other.stages.items():
             self.stage(name).add(tally)
-        for mine, theirs in (
+        for counts, others in (
             (self.relations, other.relations),
             (self.selections, other.selections),
             (self.keys, other.keys),
         ):
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
+            for name, count in others.items():
+                counts[name] = counts.get(name, 0) + count
         self.replays += other.replays
 
 
 @dataclass
 class Tally:
-    """How much was compared."""
+    """How many fields and cells of metadata were compared."""
 
     fields: int = 0
     cells: int = 0

@@ -1,7 +1,7 @@
-"""The model around the attention layer: what its projections hand over, and what its caches must hold.
+"""The inputs of the layer's forward passes and the expected content of its caches.
 
-The host's side of it follows from the scenario alone, like ``harness.world``. Every key is known by the slot it lies
-in and the forward pass that wrote it, so that a stale or misplaced one is seen.
+Both are derived from the scenario alone, as the state in ``scenarios.world`` is. Each key is a function of its slot and
+of the pass that writes it, so a stale or misplaced key shows as a difference.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nsa_oracle.reference.types import AttentionInputs, BackendConfig, ForwardMo
 
 
 class CacheState:
-    """What the caches of the layer must hold, on ``device``, as forward passes and requests come and go.
+    """The expected content of the layer's caches, on ``device``, as passes run and requests join and finish.
 
-    ``truth``: dense caches of all the setup's slots; whatever no running request has written is ``poison``.
+    truth: dense caches with all slots of the setup. Slots that no running request has written hold ``poison``.
     """
 
     def __init__(self, setup: Setup, seed: int, poison: int, device: torch.device) -> None:
@@ -41,9 +41,10 @@ class CacheState:
         self._random = Stream(seed, "candidates")
 
     def settle(self, world: World) -> None:
-        """Before a forward pass: give every cached token that no pass has written a key, and poison what is free.
+        """Write a key for each cached token that no pass has written, and poison slots without a request.
 
-        Such tokens come from passes that the scenario leaves out: the prefill of a request that joins, for one.
+        Called before a forward pass. Such tokens come from passes that the scenario leaves out, for example the
+        prefill of a request that joins.
         """
         page_size = self.setup.page_size
         pages = sorted({page for request in world.running for page in request.pages})
@@ -52,7 +53,7 @@ class CacheState:
         freed[held] = False
         self._poison(np.flatnonzero(freed))
         self._written[freed] = False
-        self._poison(np.arange(page_size))  # page 0: rows without a token write there
+        self._poison(np.arange(page_size))  # page 0: rows that stand for no token write there
 
         live = [world.req_to_token[request.pool_row, : request.seq_len] for request in world.running]
         slots = np.unique(np.concatenate(live)) if live else np.empty(0, dtype=np.int64)
@@ -64,7 +65,7 @@ class CacheState:
             self._written[missing] = True
 
     def passes(self, world: World, batch: Batch, config: BackendConfig) -> list[Pass]:
-        """The forward passes of one replay or eager call of ``batch`` (not padded): one a step. New keys each time."""
+        """One forward pass per step, for a replay or eager call of ``batch`` (not padded). Each call makes new keys."""
         passes = []
         for step in range(config.speculative_num_steps):
             self._version += 1
@@ -72,7 +73,7 @@ class CacheState:
         return passes
 
     def apply(self, passes: Sequence[Pass]) -> None:
-        """Write the keys of ``passes``, as the layer under judgement must have done."""
+        """Write the keys of ``passes``, as the judged layer must have done."""
         for a_pass in passes:
             inputs = a_pass.inputs
             self._store(inputs.k, inputs.index_k, inputs.out_cache_loc)
@@ -99,7 +100,10 @@ class CacheState:
         return Pass(step, requests, tokens, seqlens, positions, inputs)
 
     def _candidates(self, visible: NDArray[np.int32], index_topk: int) -> list[int]:
-        """Slots that a row's heads may single out: all it selects for sure, or one that its index then must find."""
+        """Slots that a row's heads may single out: all visible slots if the row selects all of them, else one of them.
+
+        The indexer must then find that one slot.
+        """
         slots = [int(slot) for slot in visible]
         return slots if len(slots) <= index_topk else [slots[self._random.integers(1, len(slots))[0]]]
 
@@ -120,9 +124,9 @@ class CacheState:
 
 
 def query_rows(batch: Batch, config: BackendConfig, step: int) -> Iterator[tuple[int, int, int, int]]:
-    """(request, draft token, KV length seen, position of the own key) of each row of ``batch``, padding included.
+    """Yields (request, draft token, KV length seen, position of the row's own key) per row, padding included.
 
-    A draft step writes the token behind those that the step before wrote, whether or not its metadata shows them.
+    A draft step writes its token after those of the earlier steps, whether or not its metadata shows them.
     """
     mode = batch.mode
     for request, seq_len in enumerate(batch.seq_lens):

@@ -1,4 +1,4 @@
-"""Memory for the caches of a layer."""
+"""Allocates the caches of a layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, KVCache
 def new_caches(
     setup: Setup, config: AttentionConfig, num_pages: int, device: torch.device, poison: int, band: int = 0
 ) -> AttentionCaches:
-    """Dense caches full of poison: all slots of the setup, and ``num_pages`` pages of index keys.
+    """Returns dense caches filled with the byte ``poison``: all slots of the setup, and ``num_pages`` index-K pages.
 
-    band: so many slots and pages more at either end of both.
+    kv: [slots, 1, qk_head_dim] bf16, or [slots, 1, kv_token_bytes] uint8 for FP8. index_k: [pages, bytes of a page]
+    uint8. band: number of extra slots and pages at either end.
     """
     slots = setup.num_pages * setup.page_size + 2 * band
     num_pages += 2 * band

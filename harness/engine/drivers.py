@@ -1,4 +1,4 @@
-"""The calls a serving engine makes on a backend: through the multi-step wrapper, or on each single-step backend."""
+"""Calls a backend as a serving engine does: through the multi-step wrapper, or on each single-step backend."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
 
 class Driver(Protocol):
-    """One call for each thing the engine wants done, whichever methods it takes."""
+    """One method per operation of the engine, whichever methods of the backend it takes."""
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None: ...
 
     def prepare_eagerly(self, batch: ForwardBatch) -> None: ...
 
     def bind(self, batch: ForwardBatch) -> None:
-        """Before capture: bind the backend's metadata to the buffers of this mode and bucket."""
+        """Bind the backend's metadata to the buffers of this mode and bucket. Called before capture."""
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
-        """Inside capture: record the preparation, if the backend wants it in the graph."""
+        """Record the preparation, if the backend implements ``PreparesInGraph``. Called inside capture."""
 
     def prepare_replay(self, batch: ForwardBatch) -> None: ...
 
 
 class MultiStepDriver:
-    """As SGLang's draft worker drives ``NativeSparseAttnMultiStepBackend``."""
+    """Drives the multi-step backend as SGLang's draft worker drives ``NativeSparseAttnMultiStepBackend``."""
 
     def __init__(self, backend: MultiStepBackend) -> None:
         self.backend = backend
@@ -50,7 +50,7 @@ class MultiStepDriver:
 
 
 class SingleStepDriver:
-    """As SGLang's graph runners drive one ``NativeSparseAttnBackend``, here each step's in turn."""
+    """Drives each step's backend in turn, as SGLang's graph runners drive one ``NativeSparseAttnBackend``."""
 
     def __init__(self, backends: Sequence[SingleStepBackend], config: BackendConfig) -> None:
         self.backends = backends

@@ -1,8 +1,8 @@
 """The device side of a serving engine: static graph inputs, padding, capture, replay, and probes in the graph.
 
-What a captured graph really reads is observed from inside it: each graph ends with copies of every metadata field,
-taken from the addresses the fields had at capture, into memory of the engine. A backend that prepares the right
-numbers in the wrong place is seen as the attention kernel behind it would see it.
+What a captured graph reads is observed from inside it. Each graph ends with copies of every metadata field into the
+engine's memory, taken from the addresses that the fields had at capture. Numbers that a backend prepares at another
+address are therefore missed here, as the attention kernel in the same graph would miss them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class Engine:
-    """Runs the events of one scenario against one backend, and the layer behind it, on one device."""
+    """Runs the events of one scenario against one backend, and its attention layer if any, on one device."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class Engine:
         self.world = World(scenario, sentinel)
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
-        self.audit = AuditTally()  # of the graphs' nodes
-        self._replayed: list[BoundGraph] = []  # those that were replayed once more
+        self.audit = AuditTally()  # of all captured graphs
+        self._replayed: list[BoundGraph] = []  # graphs whose second replay has been checked
 
-        # 1. The engine's own memory. A batch that outgrows every bucket runs eagerly from the same inputs.
+        # 1. The engine's inputs. A batch larger than every bucket runs eagerly and uses them too.
         buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
         max_bs = max(buckets, default=1)
         self._delivery = Delivery(device, late=conditions.stress)
@@ -65,7 +65,7 @@ class Engine:
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
 
-        # 2. The backend, every allocation of it between guard bands.
+        # 2. The backend. Each of its allocations lies between guard bands.
         self.guards = GuardWatch()
         with GuardedAllocations(sentinel, device) as guard:
             self.backend = factory(self.config, self._pool.tensor, scenario.optimizations)
@@ -74,17 +74,14 @@ class Engine:
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self.guards.keep(guard.buffers)
 
-        # 3. The layer behind it, and what its caches must hold.
+        # 3. The layer, and the expected content of its caches.
         self.layer: LayerEngine | None = None
         if setup.layer is not None:
             max_rows = max_bs * setup.num_draft_tokens
             self.layer = LayerEngine(scenario, setup.layer, layer_factory, self.world, device, conditions, max_rows)
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
-        """Apply one event to the world and the backend; yield what each replay or eager call showed.
-
-        Metadata comes first: a caller that finds it wrong need not ask for what the layer made of it.
-        """
+        """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
         batch = self.world.apply(event)
         self._pool.send(self.world.req_to_token)
         match event:
@@ -102,7 +99,7 @@ class Engine:
                 yield from self._call(batch, None)
 
     def _call(self, batch: Batch, bucket: int | None) -> Iterator[Observation | LayerObservation]:
-        """One replay or eager call, with new keys for the layer."""
+        """Make one replay or eager call, with new keys for the layer."""
         load = None if self.layer is None else self.layer.load(batch)
         if bucket is None:
             yield from self.call_eagerly(batch, load)
@@ -111,7 +108,7 @@ class Engine:
             yield from self._replay_again(bucket, batch, load)
 
     def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
-        """The layer once more, without a preparation in between; once for each graph, since it costs a replay."""
+        """Replay again without a preparation, to observe the layer. Once per graph, because it costs a replay."""
         bound = self.graphs[graph_mode(batch.mode), bs]
         if load is None or self.conditions.stress or bound in self._replayed:
             return
@@ -122,11 +119,11 @@ class Engine:
         yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, bound.shown_steps(), again=True)
 
     def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
-        """Replay the graph of the batch's mode and bucket ``bs``."""
+        """Replay the graph of the batch's mode and bucket ``bs``. Raises CaptureError if it uses released memory."""
         sentinel, spoilt = self.conditions.sentinel, self.conditions.spoilt
         bound = self.graphs[graph_mode(batch.mode), bs]
         if dangling := bound.graph.dangling_bytes():
-            reason = f"the graph uses {dangling} bytes that nobody holds any more: a later allocation may get them"
+            reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
             raise CaptureError("capture", f"{batch.mode.value}, bucket {bs}", reason)
         padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
         forward_batch = self.inputs.load(padded)
@@ -134,7 +131,7 @@ class Engine:
         if self.layer is not None:
             assert load is not None
             self.layer.driver.load(load)
-        # Without guard bands: to look at them would wait for streams, to keep them would keep memory from being reused.
+        # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
                 self.driver.prepare_replay(forward_batch)
@@ -155,7 +152,7 @@ class Engine:
     def call_eagerly(
         self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
     ) -> Iterator[Observation | LayerObservation]:
-        """Prepare ``batch`` without a graph; then each stage of the layer by itself, then the whole layer."""
+        """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
         forward_batch = self.inputs.load(batch)
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
@@ -178,10 +175,10 @@ class Engine:
                     yield self.layer.run_chain(batch, load, metadata, self.guards)
 
     def capture(self, mode: ForwardMode, bs: int, batch: Batch | None = None) -> None:
-        """Capture the preparation, where the backend wants it in the graph, the layer, and the probes.
+        """Capture the preparation, if the backend records it in the graph, the layer, and the probes.
 
-        On padding alone, as servers do, unless ``batch``, of ``bs`` requests, is given. Raises CaptureError for what
-        the capture refuses, and for what its graph holds and must not.
+        The batch is padding alone, as in servers, unless a ``batch`` of ``bs`` requests is given. Raises CaptureError
+        for an operation that the capture refuses and for a fault that the audit of the graph finds.
         """
         if batch is None:
             batch = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
@@ -197,7 +194,7 @@ class Engine:
 
         def forward() -> None:
             self.driver.prepare_in_graph(forward_batch)
-            arena.copy_metadata()  # what attention would read, at the addresses it would read it from
+            arena.copy_metadata()  # what attention would read, from the addresses that it uses
             if layer is not None:
                 layer.forward(metadata)
                 arena.copy_metadata_behind_layer()
@@ -212,25 +209,25 @@ class Engine:
         self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps)
 
     def place(self, req_to_token: NDArray[np.int32]) -> None:
-        """Take over the page mapping of another engine's requests."""
+        """Use the page mapping ``req_to_token`` of another engine's requests."""
         self.world.req_to_token[:] = req_to_token
         self._pool.send(req_to_token)
 
     def modified_input(self) -> str | None:
-        """The name of an input that the backend has written to, or None."""
+        """The name of an input that the backend or the layer has modified, or None."""
         self._delivery.deliver()
         if self._pool.is_modified():
             return "req_to_token"
-        written = None if self.layer is None else self.layer.driver.modified_input()  # by a capture, too
+        written = None if self.layer is None else self.layer.driver.modified_input()  # a capture can write, too
         return self.inputs.modified() or (None if written is None else written.name)
 
     def _check_steps(self) -> None:
-        """Raises WrongResult unless there is a single-step backend for each step."""
+        """Raises WrongResult unless there is one single-step backend per step."""
         seen, wanted = len(self.backend.attn_backends), self.config.speculative_num_steps
         if seen != wanted:
             raise WrongResult(Finding(Kind.SHAPE, "attn_backends", f"{seen} steps", f"{wanted} steps"))
 
     def _shown_metadata(self) -> list[Metadata]:
-        """The metadata of each step, as the backend shows it now."""
+        """The metadata that each single-step backend exposes now. Raises WrongResult."""
         self._check_steps()
         return [getattr(step, "forward_metadata", None) for step in self.backend.attn_backends]  # type: ignore[misc]

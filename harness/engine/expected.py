@@ -1,4 +1,4 @@
-"""What the reference says of a batch: its metadata, and each stage of the layer given the stage before."""
+"""The reference's results for a batch: the metadata, and each stage of the layer from the stage before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nsa_oracle.reference.types import (
 def expected_metadata(
     config: BackendConfig, req_to_token: NDArray[np.int32], batch: Batch, in_graph: bool
 ) -> list[Metadata]:
-    """Metadata of each step. Computed on the host from the batch's own numbers."""
+    """The metadata of each step, computed on the host from the numbers of ``batch``."""
     forward_batch = _as_forward_batch(batch)
     pool = torch.from_numpy(req_to_token)
     distinct = 1 if config.step_semantics is StepSemantics.SHARED else config.speculative_num_steps
@@ -54,10 +54,11 @@ def _as_forward_batch(batch: Batch) -> ForwardBatch:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What one forward pass of the layer works on, for rows that are compared: all tensors on one device.
+    """The inputs of one forward pass of the layer, for the rows that are compared. All tensors are on one device.
 
-    inputs: as the pass has them. seqlens_expanded [R] int32; page_table_1 [R, W] and real_page_table [R, ceil(W / P)]
-    int32, a row per query token. caches: with this pass's own keys already written.
+    inputs: those of the pass. seqlens_expanded: [R] int32. page_table_1: [R, W] int32, and real_page_table:
+    [R, ceil(W / P)] int32, with one row per query token. topk_indices_offset: [R] int32, or None. caches: with the keys
+    of this pass already written.
     """
 
     inputs: AttentionInputs
@@ -69,13 +70,13 @@ class LayerRows:
 
 
 class ExpectedLayer:
-    """The reference's layer on the first rows of a pass, each stage a function of the stage before."""
+    """The reference's layer on the rows of a pass, padding left out. Each stage is a function of the stage before."""
 
     def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
         self.reference = layer.SparseAttention(config, attention)
 
     def rows(self, a_pass: Pass, metadata: Metadata, caches: AttentionCaches) -> LayerRows:
-        """Write the keys of ``a_pass`` to ``caches`` and gather what its rows see. Padding is left out."""
+        """Write the keys of ``a_pass`` to ``caches`` and gather the inputs of its rows. Padding is left out."""
         device = caches.kv.device
         inputs = map_tensors(a_pass.inputs, lambda tensor: tensor.to(device))
         self.reference.store_cache(caches, inputs)
@@ -94,7 +95,7 @@ class ExpectedLayer:
         )
 
     def logits(self, rows: LayerRows) -> torch.Tensor:
-        """[R, W] float32."""
+        """Index logits, [R, W] float32."""
         inputs = rows.inputs
         return self.reference.indexer_logits(
             inputs.index_q,
@@ -106,24 +107,27 @@ class ExpectedLayer:
         )
 
     def positions(self, rows: LayerRows, logits: torch.Tensor) -> torch.Tensor:
-        """[R, K] int32."""
+        """Positions of the selected tokens, [R, K] int32."""
         return self.reference.topk_indices(logits, rows.seqlens_expanded)
 
     def indices(self, rows: LayerRows, logits: torch.Tensor) -> torch.Tensor:
-        """[R, K] int32, slots."""
+        """Slots of the selected tokens, [R, K] int32."""
         return self.reference.topk_transform_paged(logits, rows.seqlens_expanded, rows.page_table_1)
 
     def ragged(self, rows: LayerRows, logits: torch.Tensor) -> torch.Tensor:
-        """[R, K] int32, places in the concatenated KV."""
+        """Places of the selected tokens in the concatenated KV, [R, K] int32."""
         assert rows.topk_indices_offset is not None
         return self.reference.topk_transform_ragged(logits, rows.seqlens_expanded, rows.topk_indices_offset)
 
     def indices_with_holes(self, rows: LayerRows, logits: torch.Tensor) -> torch.Tensor:
-        """What attention by itself is given: every fourth entry is -1, for nothing says that those come last."""
+        """Indices for attention as an isolated stage, [R, K] int32: every fourth entry is replaced by -1.
+
+        The contract allows -1 anywhere in a row, not only at its end.
+        """
         indices = self.indices(rows, logits)
         row, entry = (torch.arange(size, device=indices.device) for size in indices.shape)
         return torch.where((row[:, None] + entry) % 4 == 1, -1, indices)
 
     def attention(self, rows: LayerRows, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Out [R, H, rank] bf16 and lse [R, H] float32."""
+        """Returns out [R, H, rank] bf16 and lse [R, H] float32."""
         return self.reference.sparse_mla(rows.inputs.q, rows.caches.kv, indices)

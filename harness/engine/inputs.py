@@ -1,4 +1,4 @@
-"""The input tensors that an engine hands to a backend: at fixed addresses, between poison, of any width and stride."""
+"""The input tensors that a backend receives: at fixed addresses, between poison, of any integer width and stride."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}
 
 
 class StaticInput:
-    """One input tensor at a fixed address."""
+    """One input tensor at a fixed address: a column of a [capacity, columns] tensor."""
 
     def __init__(
         self, name: str, dtype: IntDtype, capacity: int, columns: int, sentinel: int, delivery: Delivery
@@ -30,7 +30,7 @@ class StaticInput:
         self._column = columns // 2
 
     def write(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Put ``numbers`` at the front and return that part; what lies behind stays as earlier batches left it."""
+        """Write ``numbers`` to the front and return that part. Entries after it keep the values of earlier batches."""
         count, banded = len(numbers), self._banded
         banded.content[:count, self._column] = torch.tensor(numbers, dtype=banded.content.dtype)
         self._delivery.send(banded.memory, banded.expected)
@@ -41,16 +41,16 @@ class StaticInput:
 
 
 class StaticInputs:
-    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the rest as earlier ones did.
+    """The input tensors of all graphs, at fixed addresses. A smaller batch leaves the other entries unchanged.
 
-    What is loaded is there when ``delivery`` delivers it.
+    Loaded values reach the device when ``delivery`` delivers them.
     """
 
     def __init__(self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery) -> None:
         def static(name: str, dtype: IntDtype, columns: int) -> StaticInput:
             return StaticInput(name, dtype, capacity, columns if inputs.strided else 1, sentinel, delivery)
 
-        # A strided input is a column of several, of another number for each: no stride may stand for another.
+        # A strided input is one column of a wider tensor. The widths differ, so that no stride passes for another.
         self.seq_lens = static("seq_lens", inputs.seq_lens, 3)
         self.req_pool_indices = static("req_pool_indices", inputs.req_pool_indices, 2)
         self.accept_length = static("accept_length", inputs.accept_length, 4)
@@ -58,7 +58,7 @@ class StaticInputs:
         self.extend_prefix_lens = static("extend_prefix_lens", inputs.accept_length, 6)
 
     def load(self, batch: Batch) -> ForwardBatch:
-        """Write the batch into the static tensors and return it as the engine hands it to a backend."""
+        """Write ``batch`` into the static tensors. Returns it as a backend receives it."""
         mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
         accept_length = self.accept_length.write(batch.accept_lengths)
         drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
@@ -83,13 +83,13 @@ class StaticInputs:
         )
 
     def modified(self) -> str | None:
-        """The name of an input whose memory is not as the engine left it, or None."""
+        """The name of an input whose memory differs from what the engine wrote, or None."""
         inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
         return next((static.name for static in inputs if static.is_modified()), None)
 
 
 class PoolInput:
-    """``req_to_token`` at a fixed address: dense, a view of a wider tensor, or of rows far apart, as the setup says."""
+    """``req_to_token`` at a fixed address: dense, a view of a wider tensor, or with far rows, as the setup says."""
 
     def __init__(self, setup: Setup, sentinel: int, delivery: Delivery) -> None:
         margin = 3 if setup.inputs.wide_req_to_token else 0  # columns of the wider tensor on either side
@@ -102,7 +102,7 @@ class PoolInput:
         self.tensor = self._banded.tensor[:, self._columns]  # [pool_size, max_context_len] int32
 
     def send(self, req_to_token: NDArray[np.int32]) -> None:
-        """What the table holds from the next delivery on."""
+        """Set the content that the table has from the next delivery on."""
         self._banded.content[:, self._columns] = torch.from_numpy(req_to_token)
         self._delivery.send(self._banded.memory, self._banded.expected)
 

@@ -1,6 +1,6 @@
-"""Each stage of a layer by itself: every one is given the reference's result of the stage before.
+"""Runs each stage of a layer by itself, on the reference's result of the stage before.
 
-The store and top-k get made-up keys and logits as well.
+The store and top-k also run on edge-case keys and logits (``content.edge_keys``, ``content.edge_logits``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nsa_oracle.harness.memory.poison import GuardedAllocations
 from nsa_oracle.harness.subjects.results import locating_results, out_and_lse_of, tensor_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
 
-_RESULTS = {
+_RESULT_NAMES = {
     "indexer_logits": "logits",
     "topk_transform_paged": "indices",
     "topk_transform_ragged": "topk_ragged",
@@ -38,7 +38,7 @@ _RESULTS = {
 
 
 class IsolatedStages:
-    """Runs the stages of one layer, between guard bands, on inputs that are theirs alone."""
+    """Runs the stages of one layer on copies of their inputs, with guard bands around all allocations."""
 
     def __init__(self, driver: LayerDriver, expected: ExpectedLayer, sentinel: int) -> None:
         self.driver = driver
@@ -48,12 +48,12 @@ class IsolatedStages:
         self._step = 0
 
     def run(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[LayerStep, ...]:
-        """Every stage of every pass."""
-        # 1. All passes write their keys.
+        """Run every stage of every pass."""
+        # 1. The store, for all passes.
         self.driver.load_caches(load.caches)
         stored = [self._store(step, a_pass.inputs) for step, a_pass in enumerate(load.passes)]
 
-        # 2. The other stages, over caches as the reference writes them.
+        # 2. The other stages, on caches that the reference has written.
         truth = dense_copy(load.caches)
         steps = []
         for step, (a_pass, step_metadata) in enumerate(zip(load.passes, metadata, strict=True)):
@@ -65,77 +65,77 @@ class IsolatedStages:
         return tuple(steps)
 
     def store(self, given: EdgeKeys) -> Stored:
-        """The store of made-up keys, into caches as the last pass left them."""
+        """Run the store on edge-case keys, into the caches as the last pass left them."""
         with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))
 
     def select(self, given: EdgeLogits, ragged: bool) -> Selected:
-        """Top-k, and one of its transforms, of made-up logits."""
+        """Run top-k and its ragged or paged transform on edge-case logits."""
         self._step = 0
         with locating_results(0, Feed.ISOLATED.value):
             return self._select(given, ragged)
 
     def _select(self, given: EdgeLogits, ragged: bool) -> Selected:
-        logits = self._hand("logits", given.logits)
-        lengths = self._hand("seqlens_expanded", given.seqlens_expanded)
+        logits = self._read_only("logits", given.logits)
+        lengths = self._read_only("seqlens_expanded", given.seqlens_expanded)
         positions = self._tensor("topk_indices", logits, lengths)
         if ragged:
-            offset = self._hand("topk_indices_offset", given.topk_indices_offset)
+            offset = self._read_only("topk_indices_offset", given.topk_indices_offset)
             ragged_places = self._tensor("topk_transform_ragged", logits, lengths, offset)
             return Selected(given, positions, ragged=ragged_places)
-        table = self._hand("page_table_1", given.page_table_1)
+        table = self._read_only("page_table_1", given.page_table_1)
         return Selected(given, positions, indices=self._tensor("topk_transform_paged", logits, lengths, table))
 
     def _store(self, step: int, inputs: AttentionInputs) -> AttentionCaches:
         self._step = step
-        watched = [self._hand(name, tensor) for name, tensor in vars(inputs).items()]
-        given = AttentionInputs(**{one.name: one.given for one in watched})
+        watched = [self._read_only(name, tensor) for name, tensor in vars(inputs).items()]
+        given = AttentionInputs(**{read_only.name: read_only.given for read_only in watched})
         self._call("store_cache", self.driver.caches, given, watched=watched)
         return self.driver.cached()
 
     def _compute(self, rows: LayerRows, stored: AttentionCaches) -> LayerStep:
         inputs, fed = rows.inputs, self.expected.logits(rows)
-        lengths = self._hand("seqlens_expanded", rows.seqlens_expanded)
+        lengths = self._read_only("seqlens_expanded", rows.seqlens_expanded)
         logits = self._tensor(
             "indexer_logits",
-            self._hand("index_q", inputs.index_q),
-            self._hand("index_weights", inputs.index_weights),
+            self._read_only("index_q", inputs.index_q),
+            self._read_only("index_weights", inputs.index_weights),
             ReadOnly("index_k_cache", self.driver.caches.index_k, rows.caches.index_k),
-            self._hand("real_page_table", rows.real_page_table),
+            self._read_only("real_page_table", rows.real_page_table),
             lengths,
             rows.page_table_1.shape[1],
         )
-        scores = self._hand("logits", fed)
+        scores = self._read_only("logits", fed)
         positions = self._tensor("topk_indices", scores, lengths)
-        table = self._hand("page_table_1", rows.page_table_1)
+        table = self._read_only("page_table_1", rows.page_table_1)
         indices = self._tensor("topk_transform_paged", scores, lengths, table)
         ragged = None
         if rows.topk_indices_offset is not None:
-            offset = self._hand("topk_indices_offset", rows.topk_indices_offset)
+            offset = self._read_only("topk_indices_offset", rows.topk_indices_offset)
             ragged = self._tensor("topk_transform_ragged", scores, lengths, offset)
         attention = self._call(
             "sparse_mla",
-            self._hand("q", inputs.q),
+            self._read_only("q", inputs.q),
             ReadOnly("kv_cache", self.driver.caches.kv, rows.caches.kv),
-            self._hand("indices", self.expected.indices_with_holes(rows, fed)),
+            self._read_only("indices", self.expected.indices_with_holes(rows, fed)),
         )
         out, lse = out_and_lse_of(attention)
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
 
-    def _hand(self, name: str, tensor: torch.Tensor) -> ReadOnly:
+    def _read_only(self, name: str, tensor: torch.Tensor) -> ReadOnly:
         with self.guard:
             return handed_out(name, tensor, self.driver.device, self.driver.is_strided(name))
 
     def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
-        """A copy of what a stage gives: the next call may use the same memory."""
-        return tensor_of(_RESULTS.get(stage, stage), self._call(stage, *arguments)).clone()
+        """Call a stage and copy its result, because the next call may reuse the memory."""
+        return tensor_of(_RESULT_NAMES.get(stage, stage), self._call(stage, *arguments)).clone()
 
     def _call(self, stage: str, *arguments: Any, watched: Sequence[ReadOnly] = ()) -> Any:
         with self.guard:
             result = getattr(self.driver.layer, stage)(
-                *(one.given if isinstance(one, ReadOnly) else one for one in arguments)
+                *(argument.given if isinstance(argument, ReadOnly) else argument for argument in arguments)
             )
-        name = first_modified([*watched, *(one for one in arguments if isinstance(one, ReadOnly))])
+        name = first_modified([*watched, *(argument for argument in arguments if isinstance(argument, ReadOnly))])
         if name is not None:
             self.modified = self.modified or Modified(self._step, name)
         return result

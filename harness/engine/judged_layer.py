@@ -1,4 +1,4 @@
-"""What a check is told of the layer that it judges."""
+"""The properties of a layer that checks use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from nsa_oracle.reference.types import AttentionConfig
 
 @dataclass(frozen=True)
 class JudgedLayer:
-    """What a check must know of the layer that an engine drives: its sizes, its content, who holds which page.
+    """The layer that an engine drives: its sizes, its content, and which request holds which page.
 
-    expected: the reference's layer. world: the requests that run now. weaker: what the layer declares, by stage.
+    expected: the reference's layer. world: the requests that run now. weaker: the weaker comparisons that the layer
+    declares, by stage.
     """
 
     setup: Setup

@@ -1,4 +1,4 @@
-"""The layer's side of an engine: what its caches must hold, its stages by themselves, the chain, and the capture."""
+"""The layer's part of an engine: expected caches, isolated stages, the eager chain, and capture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class LayerEngine:
-    """Serves batches of one scenario with one layer. ``max_rows``: of any graph."""
+    """Serves the batches of one scenario with one layer. max_rows: largest number of rows of a graph."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class LayerEngine:
         self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)
-        self._edge_sets = 0  # sets of edge rows that the store and top-k were given
+        self._edge_sets = 0  # number of sets of edge-case rows used so far
 
     def judged(self) -> JudgedLayer:
-        """What a check must know of this layer."""
+        """The properties of this layer that checks use."""
         return JudgedLayer(
             setup=self.setup,
             config=self.driver.config,
@@ -69,7 +69,7 @@ class LayerEngine:
         )
 
     def load(self, batch: Batch) -> LayerLoad:
-        """The forward passes of one call of ``batch`` (not padded), with new keys, and the caches before the first."""
+        """The passes of one call of ``batch`` (not padded), with new keys, and the caches before the first pass."""
         self.cache_state.settle(self.world)
         passes = tuple(self.cache_state.passes(self.world, batch, self.config))
         load = LayerLoad(passes, dense_copy(self.cache_state.truth))
@@ -79,9 +79,10 @@ class LayerEngine:
     def run_stages(
         self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
     ) -> LayerObservation:
-        """Each stage of each pass, given the reference's result of the stage before; the store and top-k on edge rows.
+        """Run each stage of each pass on the reference's result of the stage before.
 
-        metadata: the reference's. The edge rows differ from call to call, and between the runs of a scenario.
+        Then run the store and top-k on edge-case rows, which differ between calls and between the runs of a scenario.
+        metadata: the reference's.
         """
         self._edge_sets += 1
         sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
@@ -96,7 +97,7 @@ class LayerEngine:
     def run_chain(
         self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
     ) -> LayerObservation:
-        """Every pass as a whole, on the backend's own ``metadata``."""
+        """Run every pass as a whole, on the backend's own ``metadata``."""
         self.driver.load_caches(load.caches)
         guard = GuardedAllocations(self.conditions.sentinel, self.device)
         shown = [
@@ -109,14 +110,14 @@ class LayerEngine:
         return LayerObservation(batch, batch.size, Feed.CHAIN, None, load, steps, modified)
 
     def prepare_capture(self, rows: int) -> CapturedPasses:
-        """Before a capture of ``rows`` rows a pass: memory, and inputs of padding alone."""
+        """Prepare a capture of ``rows`` rows per pass: allocate memory, and load inputs of padding alone."""
         self.driver.reserve()
         self.driver.load(LayerLoad((), dense_copy(self.cache_state.truth)))
         return CapturedPasses(self.driver, rows)
 
 
 class CapturedPasses:
-    """The passes that a graph records, and its copies of what each has computed."""
+    """The passes that a graph records, and the graph's copies of their results."""
 
     def __init__(self, driver: LayerDriver, rows: int) -> None:
         self.driver = driver
@@ -124,14 +125,14 @@ class CapturedPasses:
         self._steps: dict[int, LayerStep] = {}
 
     def forward(self, metadata: Sequence[Metadata]) -> None:
-        """Run one pass a step. The warm-up makes the memory of the copies; the capture records copies into it."""
+        """Run one pass per step. The warm-up run allocates the copies; the capture records copies into them."""
         for step, step_metadata in enumerate(metadata):
             shown = self.driver.forward(step, step_metadata, self.rows)
             if step not in self._steps:
                 self._steps[step] = LayerStep(copied(shown.outputs), shown.caches)
             copies, outputs = vars(self._steps[step].outputs).values(), vars(shown.outputs).values()
-            for ours, theirs in zip(copies, outputs, strict=True):
-                ours.copy_(theirs)  # now: the next pass may use the same memory
+            for copy, output in zip(copies, outputs, strict=True):
+                copy.copy_(output)  # at once, because the next pass may reuse the memory
 
     @property
     def steps(self) -> tuple[LayerStep, ...]:

@@ -1,4 +1,4 @@
-"""Records of what an engine showed: of metadata, of each pass of a layer, of stages by themselves."""
+"""Records of what an engine observes: metadata, passes of a layer, and isolated stages."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 @dataclass(frozen=True)
 class Conditions:
-    """What may vary around one scenario without changing a right answer.
+    """Conditions that may vary around a scenario without changing a right answer.
 
-    sentinel: what unspecified integers hold. poison: the byte that unwritten cache memory is made of.
-    graphs: False runs eagerly what the scenario would replay. stress: late inputs and slow streams, on a GPU (see
-    ``engine.stress``).
+    sentinel: value of unspecified integers. poison: byte value of unwritten cache memory. graphs: if False, replays run
+    as eager calls. stress: late inputs and slow streams, on a GPU (see ``engine.stress``).
     """
 
     sentinel: int
@@ -33,16 +32,20 @@ class Conditions:
 
     @property
     def spoilt(self) -> int:
-        """What free memory holds at a replay: 0 times a number is 0, and the word of NaN also means "no slot"."""
+        """The int32 word that fills free memory at a replay: NaN, or the sentinel under stress.
+
+        NaN shows even where a stale number has weight 0. But as an integer the NaN word is -1, which passes for "no
+        slot", so one of the two runs uses the sentinel.
+        """
         return self.sentinel if self.stress else NAN_WORD
 
 
 @dataclass(frozen=True)
 class StepObservation:
-    """Metadata of one step as a consumer sees it.
+    """The metadata of one step as a consumer sees it.
 
-    tensors: host copies by field name. moved: fields that are no longer where the graph reads them. odd: what there is
-    in the place of a tensor, if anything.
+    tensors: host copies by field name. moved: fields that are no longer at the address that the graph reads. odd:
+    description of a value that is neither a tensor nor None, by field name.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -55,9 +58,9 @@ class StepObservation:
 
 @dataclass(frozen=True)
 class Observation:
-    """One replay (``in_graph``) or eager call; its tensors hold until the engine's next one.
+    """The metadata of one replay (``in_graph``) or eager call. Its tensors are valid until the engine's next call.
 
-    ``batch`` is padded to the graph's bucket; its first ``raw_bs`` requests are real.
+    batch: padded to the graph's bucket. Its first ``raw_bs`` requests are real.
     """
 
     batch: Batch
@@ -68,10 +71,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """The layer's side of one replay or eager call; rows are those of the padded batch, real ones first.
+    """The layer's results of one replay or eager call. Rows are those of the padded batch, real rows first.
 
-    modified: what the layer was given, may not write to, and did. selected, stored: what isolated top-k made of other
-    logits, and the store of other keys. again: a second replay, right after the one before it.
+    modified: a read-only input that the layer modified. selected, stored: results of isolated top-k on edge-case logits
+    and of the isolated store on edge-case keys. again: a second replay, without a preparation since the first.
     """
 
     batch: Batch
@@ -88,7 +91,7 @@ class LayerObservation:
 
 @dataclass(frozen=True)
 class Selected:
-    """What top-k made of made-up logits: positions, and their slots or places in the concatenated KV."""
+    """Top-k of edge-case logits: positions, and their slots or their places in the concatenated KV."""
 
     given: EdgeLogits
     positions: torch.Tensor
@@ -98,33 +101,34 @@ class Selected:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the store left in the caches when it was given made-up keys."""
+    """The caches after a store of edge-case keys."""
 
     given: EdgeKeys
     caches: AttentionCaches
 
 
 class Feed(enum.Enum):
-    """What the stages of a layer were given."""
+    """How a layer was run: what its stages got as inputs."""
 
-    GRAPH = "captured chain"  # the backend's metadata, and each stage the one before, all in one graph
-    CHAIN = "eager chain"  # likewise, without a graph
-    ISOLATED = "isolated stage"  # the reference's metadata, and its result of the stage before
+    GRAPH = "captured chain"  # the backend's metadata, and the layer's own result of the stage before, in one graph
+    CHAIN = "eager chain"  # the same, without a graph
+    ISOLATED = "isolated stage"  # the reference's metadata, and the reference's result of the stage before
 
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """What one replay or eager call gives the layer: the passes, one a step, and the caches before the first."""
+    """The layer's inputs in one replay or eager call: one pass per step, and the caches before the first pass."""
 
     passes: tuple[Pass, ...]
-    caches: AttentionCaches  # dense, the setup's pages; nobody writes to them
+    caches: AttentionCaches  # dense, the setup's pages; read-only
 
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What one pass of the layer computed, and what it left in the caches (dense, the setup's pages).
+    """The results of one pass of the layer, and the caches after it (dense, the setup's pages).
 
-    Isolated stages also show top-k before each of its transforms. fed: the reference's logits that they selected from.
+    Only isolated stages give the others. positions, ragged: results of ``topk_indices`` and ``topk_transform_ragged``.
+    fed: the reference's logits that top-k selected from.
     """
 
     outputs: AttentionOutputs
@@ -135,7 +139,7 @@ class LayerStep:
 
 
 def copied(outputs: AttentionOutputs) -> AttentionOutputs:
-    """A copy of all tensors, each in memory of its own."""
+    """A dense copy of each tensor, in memory of its own."""
     return AttentionOutputs(**{name: tensor.contiguous().clone() for name, tensor in vars(outputs).items()})
 
 
@@ -144,7 +148,7 @@ def dense_copy(caches: AttentionCaches) -> AttentionCaches:
 
 
 class Modified(NamedTuple):
-    """An input that a layer has written to, and the pass in which it did, if that is known."""
+    """An input that a layer has modified, and the step of the pass that did so, if known."""
 
     step: int | None
     name: str

@@ -1,4 +1,4 @@
-"""Forward passes of the layer: which rows, which keys, where they go."""
+"""Forward passes of the layer: their rows, keys and destination slots."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nsa_oracle.reference.types import AttentionInputs
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the layer: draft step ``step`` of one batch, its R rows in batch order, padding left out.
+    """One forward pass of the layer: draft step ``step`` of one batch, with R rows in batch order, without padding.
 
-    requests, tokens: the request (its place in the batch) and draft token of each row. seqlens: KV length that each row
-    sees, its own key included. positions: where its own key belongs, below 0 for a row that stands for no token.
-    inputs: on the host.
+    requests, tokens: request (index in the batch) and draft token of each row. seqlens: KV length that each row sees.
+    It includes the row's own key, except in draft steps under ``shared`` step semantics. positions: position of the
+    row's own key, below 0 for a row that stands for no token. inputs: on the host.
     """
 
     step: int
@@ -31,7 +31,7 @@ class Pass:
         return len(self.requests)
 
     def of_requests(self, order: Sequence[int]) -> Pass:
-        """The rows of some requests, in that order of requests, as a batch of those alone."""
+        """The pass of a batch of the requests in ``order`` alone, in that order."""
         rows = [row for request in order for row in range(self.rows) if self.requests[row] == request]
         place = {request: number for number, request in enumerate(order)}
         return Pass(
@@ -45,5 +45,5 @@ class Pass:
 
 
 def map_tensors(inputs: AttentionInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:
-    """``inputs`` with every tensor replaced by ``change`` of it."""
+    """``inputs`` with ``change`` applied to every tensor."""
     return AttentionInputs(**{name: change(tensor) for name, tensor in vars(inputs).items()})

@@ -1,4 +1,4 @@
-"""Copies of metadata and outputs that end each captured graph: what the graph itself read."""
+"""Copies of metadata and layer outputs at the end of each captured graph, which show what the graph itself read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nsa_oracle.reference.types import Metadata
 
 @dataclass(frozen=True)
 class Probe:
-    """Where a graph leaves its copy of one field of one step."""
+    """Location of a graph's copy of one field of one step."""
 
     offset: int  # in the probe arena, in int32 words
     shape: torch.Size
@@ -29,10 +29,10 @@ class Probe:
 
 
 class ProbeArena:
-    """Memory for the probes of one graph: all of it is brought to the host in one transfer.
+    """Memory for the probes of one graph, in one piece, so that one transfer brings all probes to the host.
 
-    probes: by step and field. arena, arena_behind: int32, on the device; the second holds the same fields once the
-    layer has run, and is empty without one.
+    probes: by step and field. arena, arena_behind: int32, on the device. ``arena_behind`` holds the same fields after
+    the layer has run, and is empty without a layer.
     """
 
     def __init__(self, metadata: Sequence[Metadata], device: torch.device, with_layer: bool) -> None:
@@ -52,28 +52,28 @@ class ProbeArena:
         self._copies_behind = [probe.view(self.arena_behind) for probe in probes if with_layer]
 
     def copy_metadata(self) -> None:
-        """In a graph: copy every field, as it is before the layer runs."""
-        if self._fields:  # a backend without any metadata is reported when it is looked at
+        """Copy every field as it is before the layer runs. Called inside capture."""
+        if self._fields:  # a backend without metadata is reported by the comparison
             torch._foreach_copy_(self._copies, self._fields)
 
     def copy_metadata_behind_layer(self) -> None:
-        """In a graph: copy every field, as the layer has left it."""
+        """Copy every field as the layer has left it. Called inside capture."""
         torch._foreach_copy_(self._copies_behind, self._fields)
 
 
 @dataclass(frozen=True, eq=False)
 class BoundGraph:
-    """A captured graph with the metadata it reads and the probes that tell what it read, by step and field."""
+    """A captured graph, the metadata that it reads, and the probes that show what it read, by step and field."""
 
     graph: CapturedGraph
     metadata: tuple[Metadata, ...]
     probes: tuple[dict[str, Probe], ...]
-    arena: torch.Tensor  # int32, on the device: one transfer brings all probes to the host
-    arena_behind: torch.Tensor  # the same fields once the layer has run; empty without one
-    layer_steps: tuple[LayerStep, ...]  # the graph's copies of what each pass of the layer computed
+    arena: torch.Tensor  # int32, on the device; memory of all probes
+    arena_behind: torch.Tensor  # the same fields after the layer has run; empty without a layer
+    layer_steps: tuple[LayerStep, ...]  # the graph's copies of the results of each pass
 
     def modified_field(self) -> Modified | None:
-        """A field of the metadata that the layer has written to, or None."""
+        """A metadata field that the layer has modified, or None."""
         if not len(self.arena_behind) or torch.equal(self.arena, self.arena_behind):
             return None
         before, after = self.arena.cpu(), self.arena_behind.cpu()
@@ -85,17 +85,17 @@ class BoundGraph:
         )
 
     def shown_steps(self) -> tuple[LayerStep, ...]:
-        """Copies of what the passes of the last replay have left."""
+        """Copies of the results of each pass in the last replay."""
         return tuple(LayerStep(copied(kept.outputs), dense_copy(kept.caches)) for kept in self.layer_steps)
 
     def spoil_outputs(self) -> None:
-        """Leave nothing of the last replay in the graph's copies of the layer's outputs."""
+        """Overwrite the graph's copies of the layer's outputs, so that nothing of the last replay remains."""
         for step in self.layer_steps:
             for tensor in vars(step.outputs).values():
                 as_bytes(tensor.view(-1)).fill_(NAN_BYTE)
 
     def poison(self, sentinel: int, page_size: int) -> None:
-        """Before a replay: leave nothing in the probes, nor in table cells that the graph's last batch had dead."""
+        """Overwrite the probes, the layer's outputs and the dead table cells of the last batch, before a replay."""
         self.arena.fill_(sentinel)
         self.spoil_outputs()
         seen: set[int] = set()
@@ -107,13 +107,16 @@ class BoundGraph:
                 if lengths is None or table is None or {lengths.dtype, table.dtype} != {torch.int32}:
                     continue
                 if len(table) != len(lengths) or 0 in table.stride():
-                    continue  # not laid out as the contract says; the comparison reports it
+                    continue  # not the contract's layout; the comparison reports it
                 if table.data_ptr() not in seen:  # steps may share one buffer
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // tokens), sentinel)
 
     def changes_when_replayed_again(self, sentinel: int, spoilt: int) -> bool:
-        """Replay without a preparation in between: a graph that counts on one, or adds to itself, shows it."""
+        """Replay without a preparation; True if the metadata differs.
+
+        It does in a graph that depends on a preparation before each replay, or that accumulates into its buffers.
+        """
         first = self.arena.clone()
         self.arena.fill_(sentinel)
         self.graph.spoil(spoilt)
@@ -121,7 +124,7 @@ class BoundGraph:
         return not torch.equal(self.arena, first)
 
     def observe(self, shown: Sequence[Metadata], wait: bool) -> tuple[StepObservation, ...]:
-        """What the probes of a replayed graph hold. shown: the metadata now. wait: for a GPU's streams first."""
+        """The content of the probes after a replay. shown: the metadata now. wait: then synchronise the GPU."""
         arena = self.arena.cpu()
         if wait and arena.device != self.arena.device:
             torch.cuda.synchronize(self.arena.device)
@@ -132,14 +135,14 @@ class BoundGraph:
 
 
 def observe(metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
-    """The metadata of one step. seen: host copies of its fields. probes: of a graph, to tell which fields moved."""
+    """The metadata of one step. seen: host copies of its fields. probes: those of a graph, to detect moved fields."""
     held = fields.tensors(metadata)
-    others = {name: thing for name, thing in fields.held(metadata).items() if name not in held}
+    others = {name: value for name, value in fields.held(metadata).items() if name not in held}
     return StepObservation(
         tensors=seen,
         dtypes={name: tensor.dtype for name, tensor in held.items()},
         devices={name: tensor.device for name, tensor in held.items()},
         host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
         moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
-        odd={name: described(thing) for name, thing in others.items() if thing is not None},
+        odd={name: described(value) for name, value in others.items() if value is not None},
     )

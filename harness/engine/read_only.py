@@ -1,4 +1,4 @@
-"""What a layer is given must come back as it was: copies to compare it with."""
+"""Detects writes of a layer to its inputs and metadata, by comparison with copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsa_oracle.reference.types import Metadata
 
 
 class ReadOnly(NamedTuple):
-    """A tensor that a layer is given, and what its first rows must still hold afterwards."""
+    """A tensor given to a layer, and the content that its first rows must still have afterwards."""
 
     name: str
     given: torch.Tensor
@@ -24,17 +24,17 @@ class ReadOnly(NamedTuple):
 
 
 def handed_out(name: str, tensor: torch.Tensor, device: torch.device, strided: bool = False) -> ReadOnly:
-    """A copy of ``tensor`` to give away, dense or with gaps between rows."""
+    """A copy of ``tensor`` on ``device`` to give to a layer: dense, or with gaps between rows."""
     return ReadOnly(name, unwritten_memory(tensor.shape, tensor.dtype, device, strided).copy_(tensor), tensor)
 
 
 def first_modified(watched: Iterable[ReadOnly]) -> str | None:
-    """The name of the first that was written to, or None."""
-    return next((one.name for one in watched if one.is_modified()), None)
+    """The name of the first modified tensor, or None."""
+    return next((read_only.name for read_only in watched if read_only.is_modified()), None)
 
 
 class ReadOnlyMetadata:
-    """Metadata that a layer is given. It must neither write to it nor put other tensors or numbers in."""
+    """Metadata given to a layer, which must neither write to its tensors nor replace tensors or host scalars."""
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
@@ -43,7 +43,7 @@ class ReadOnlyMetadata:
         self._scalars = {name: getattr(metadata, name, None) for name in fields.HOST_SCALARS}
 
     def first_modified(self) -> str | None:
-        """The name of the first field that is not as it was, or None."""
+        """The name of the first field that has changed, or None."""
         now = fields.tensors(self.metadata)
         for name, kept in self._kept.items():
             if name not in now or not (same_bits(now[name], kept) and same_bits(self._tensors[name], kept)):

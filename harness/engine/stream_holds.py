@@ -1,6 +1,6 @@
-"""Holds streams back until the host lets go, so that no race is won or lost by the speed of a machine.
+"""Holds streams until the host releases them, so that no race is decided by the speed of a machine.
 
-Compiled code only; imported late.
+The kernel needs Triton's compiler, so this module is imported only where a stream is held.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -15,28 +15,28 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-MOST_NANOSECONDS = 100_000_000  # for a host that waits for the stream, and so would never let go
+MOST_NANOSECONDS = 100_000_000  # limit, for a host that waits for the held stream and would never release it
 
 
 class Holds:
-    """Work on any stream of a device that ends when the host releases it. Make one a device, by ``holds_on``."""
+    """Kernels that occupy streams of a device until the host releases them. ``holds_on`` makes one per device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._released = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._last = 0
         with torch.cuda.device(device):
-            self.hold()  # compiles: never in the middle of a case
+            self.hold()  # compiles the kernel now, and not in the middle of a case
         self.release()
 
     def hold(self) -> None:
-        """What the current stream is given from now on waits for ``release``, but for 0.1 s at most."""
+        """Make work that is queued on the current stream from now on wait for ``release``, for at most 0.1 s."""
         self._last += 1
         with torch.cuda.device(self._device):
             hold_kernel[1,](self._released, self._last, MOST_NANOSECONDS, num_warps=1)
 
     def release(self) -> None:
-        """Let go of whatever is held."""
+        """Release every held stream."""
         self._released.fill_(self._last)
 
 
@@ -47,7 +47,7 @@ def holds_on(device: torch.device) -> Holds:
 
 @triton.jit(do_not_specialize=["number", "most"])
 def hold_kernel(released: tl.tensor, number: tl.tensor, most: tl.tensor) -> None:
-    """Ends when ``released`` [1] int32, which the host writes to, reaches ``number``, or after ``most`` nanoseconds."""
+    """Ends when ``released`` [1] int32, which the host writes, reaches ``number``, or after ``most`` nanoseconds."""
     began = globaltimer()
     held = tl.load(released, volatile=True) < number
     while held:

@@ -1,16 +1,17 @@
-"""Memory seen as bytes: equal bits, unwritten memory, strided rows."""
+"""Tensors as bytes: comparison of bits, unwritten memory, strided rows."""
 
 from __future__ import annotations
 
 import torch
 
-GAP = 16  # elements between rows of strided inputs: whole vectors of 16 bytes, as slices of something wider have
+GAP = 16  # elements between rows of strided inputs: whole vectors of 16 bytes, as in slices of a wider tensor
 
 
 def unwritten_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool) -> torch.Tensor:
-    """Memory of ``shape``, every byte 0xFF: NaN, or -1. strided: rows, and what they consist of, lie apart.
+    """A tensor of ``shape`` whose bytes are all 0xFF: NaN in a floating-point type, -1 in a signed integer type.
 
-    The last dimension stays dense, unless it is the only one: that has every other element of its memory.
+    strided: the last dimension is dense, and a gap of ``GAP`` elements follows each of its rows. A tensor of one
+    dimension takes every other element of its memory.
     """
     if not strided or not shape:
         whole = memory = torch.empty(*shape, dtype=dtype, device=device)
@@ -25,18 +26,18 @@ def unwritten_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``tensor``: uint8, the last dimension as many times longer. A view."""
+    """A uint8 view of ``tensor``. Its last dimension is longer by the size of an element in bytes."""
     return tensor.view(torch.uint8)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bytes, wherever they are. NaN is like any other."""
+    """Whether two tensors have the same shape, dtype and bytes, on any devices. NaN is compared by its bits, too."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    # Not ``contiguous``: what has at most one element counts as that, whatever its stride.
+    # Not ``contiguous()``: it returns a tensor of at most one element as it is, whatever its stride.
     a, b = (as_bytes(tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)) for tensor in (one, other))
     return torch.equal(a.to(b.device), b)
 
 
-NAN_BYTE = 0xFF  # all bytes so: NaN in bf16, float32, float64 and e4m3
+NAN_BYTE = 0xFF  # NaN in bf16, float32, float64 and e4m3 if all bytes have this value
 NAN_WORD = -1  # an int32 of such bytes

@@ -1,8 +1,8 @@
-"""Memory that betrays a backend which reads or writes what it must not.
+"""Memory that exposes a backend which reads or writes where it must not.
 
-Three devices: a *sentinel* fills every cell whose content is unspecified (the judge runs each scenario with two
-different ones, so that a value computed from such a cell shows even if it happens to be right once); *bands* surround
-every buffer the backend allocates and every input it is given; and dead cells of the page tables are filled anew
+Three mechanisms. A *sentinel* fills every cell whose content is unspecified; the judge runs each scenario with two
+sentinels, so that a value computed from such a cell shows even if it happens to be right once. *Bands* surround every
+buffer that the backend allocates and every input that it receives. Dead cells of the page tables are filled again
 before each replay.
 """
 
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nsa_oracle.harness.memory.bits import NAN_BYTE
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
 
-# Where no layer follows the metadata. Far outside every slot, page and length a scenario can produce, positive so that
-# C and Python division agree.
+# Sentinels of scenarios without a layer. They lie far outside every slot, page and length that a scenario can produce,
+# and are positive, so that division in C and in Python agree.
 SENTINELS = (0x5A5A5A5A, 0x35353535)
-ALIGNED_WORDS = 64  # int32 words; 256 bytes keep the alignment that vectorised stores need
-GUARD_WORDS = 64 * ALIGNED_WORDS  # on either side: what is written further off may end the process, and tell nothing
+ALIGNED_WORDS = 64  # int32 words, 256 bytes: keeps the alignment that vectorised stores need
+GUARD_WORDS = 64 * ALIGNED_WORDS  # int32 words at either end; a write further away may crash the process
 GUARD_VALUE = 0x6BADBEEF
 
 
@@ -31,13 +31,13 @@ _bands = True
 
 
 def band(size: int) -> int:
-    """How large a band of ``size`` is: 0 inside ``without_bands``."""
+    """The size of a band: ``size``, or 0 inside ``without_bands``."""
     return size if _bands else 0
 
 
 @contextmanager
 def without_bands() -> Iterator[None]:
-    """Buffers and inputs have nothing beside them, for a tool that watches the end of every allocation itself."""
+    """Context without bands around buffers and inputs, for a tool that itself checks the end of every allocation."""
     global _bands
     _bands = False
     try:
@@ -48,14 +48,14 @@ def without_bands() -> Iterator[None]:
 
 @dataclass
 class GuardedBuffer:
-    """One allocation of the backend: its storage with a guard band on either side, and the operation that made it."""
+    """One allocation of the backend: its storage with a guard band at either end, and the operator that made it."""
 
-    storage: torch.Tensor  # the buffer's words between two bands, int32
+    storage: torch.Tensor  # int32: a band, the words of the buffer, a band
     operation: str
     shape: tuple[int, ...]
 
     def bands(self) -> torch.Tensor:
-        """What lies before and behind the buffer: [2, words]."""
+        """The bands before and after the buffer: [2, words] int32."""
         words = band(GUARD_WORDS)
         return torch.stack((self.storage[:words], self.storage[len(self.storage) - words :]))
 
@@ -65,27 +65,27 @@ class GuardedBuffer:
 
 
 class BandedInput:
-    """An input of the engine: memory at a fixed address, poison on either side of it, and a host copy of all of that.
+    """An input of the engine: memory at a fixed address, with poison at either end, and a host copy of all of it.
 
-    What reads past either end gets poison; what writes there is found as what writes to the input itself. ``far``: its
-    rows, with poison around each, lie so far apart that the offset of the last one, in elements, needs 64 bits.
+    A read past either end returns poison. A write there is detected like a write to the input itself. far: rows, each
+    between poison, lie so far apart that the offset of the last one, in elements, needs 64 bits.
     """
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, sentinel: int, device: torch.device, far: bool = False
     ) -> None:
         rows, columns = shape
-        beside = band(-(-max(columns, 1) // ALIGNED_WORDS) * ALIGNED_WORDS)  # a whole row, and as aligned as the memory
+        margin = band(-(-max(columns, 1) // ALIGNED_WORDS) * ALIGNED_WORDS)  # at least a row; keeps the alignment
         inside: tuple[slice, ...]
         if far:
-            self.expected = torch.full((rows, columns + 2 * beside), sentinel, dtype=dtype)
+            self.expected = torch.full((rows, columns + 2 * margin), sentinel, dtype=dtype)
             self.memory = far_apart(self.expected.to(device, copy=True), BEYOND_31_BITS)
-            inside = (slice(None), slice(beside, beside + columns))
+            inside = (slice(None), slice(margin, margin + columns))
         else:
-            self.expected = torch.full((rows * columns + 2 * beside,), sentinel, dtype=dtype)
+            self.expected = torch.full((rows * columns + 2 * margin,), sentinel, dtype=dtype)
             self.memory = self.expected.to(device, copy=True)
-            inside = (slice(beside, beside + rows * columns),)
-        self.content = self.expected[inside].view(shape)  # on the host: what is sent next
+            inside = (slice(margin, margin + rows * columns),)
+        self.content = self.expected[inside].view(shape)  # on the host: the content to send next
         self.tensor = self.memory[inside].view(shape)  # on the device
 
     def is_modified(self) -> bool:
@@ -93,10 +93,10 @@ class BandedInput:
 
 
 class PoisonedAllocations(TorchDispatchMode):
-    """While active, every fresh tensor that ``empty`` and its kin return on the device is filled: with ``sentinel`` if
-    it holds int32 or int64, else with bytes that make NaN of any floating-point type.
+    """Dispatch mode that fills each new tensor which ``empty`` and similar operators return on the device.
 
-    Else it would often hold what was freed last, which is right more often than not.
+    int32 and int64 tensors are filled with ``sentinel``, others with bytes that are NaN in every floating-point type.
+    Otherwise such a tensor would often hold the content freed last, which is usually right.
     """
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
@@ -109,11 +109,11 @@ class PoisonedAllocations(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and self._is_fresh_buffer(result, (*args, *(kwargs or {}).values())):
-            return self._made(result, str(func))
+            return self._replacement(result, str(func))
         return result
 
     def _is_fresh_buffer(self, result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
-        """Not a view, an in-place result or a host tensor."""
+        """Whether ``result`` is a new dense buffer: not a view, an in-place result or a host tensor."""
         if result.device.type != self.device.type:
             return False
         if not result.is_contiguous() or result.storage_offset():
@@ -122,8 +122,8 @@ class PoisonedAllocations(TorchDispatchMode):
         inputs = (argument for argument in arguments if isinstance(argument, torch.Tensor))
         return all(tensor.untyped_storage().data_ptr() != address for tensor in inputs)
 
-    def _made(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        """What to hand out in place of a fresh ``tensor``."""
+    def _replacement(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        """The tensor to return in place of the new ``tensor``."""
         if "empty" in operation and tensor.dtype in (torch.int32, torch.int64):
             tensor.fill_(self.sentinel)
         elif "empty" in operation:
@@ -132,19 +132,19 @@ class PoisonedAllocations(TorchDispatchMode):
 
 
 class GuardedAllocations(PoisonedAllocations):  # type: ignore[no-untyped-call]
-    """And every fresh tensor is moved between guard bands, which ``buffers`` keep until somebody looks at them."""
+    """Also moves each new tensor between guard bands. ``buffers`` keeps them until they are checked."""
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
         super().__init__(sentinel, device)
         self.buffers: list[GuardedBuffer] = []
 
-    def _made(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    def _replacement(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         count = tensor.numel() * tensor.element_size()
-        words, beside = -(-count // 4), band(GUARD_WORDS)
-        storage = torch.full((words + 2 * beside,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
-        body = storage.view(torch.uint8)[4 * beside : 4 * beside + count].view(tensor.dtype).view(tensor.shape)
+        words, margin = -(-count // 4), band(GUARD_WORDS)
+        storage = torch.full((words + 2 * margin,), GUARD_VALUE, dtype=torch.int32, device=tensor.device)
+        body = storage.view(torch.uint8)[4 * margin : 4 * margin + count].view(tensor.dtype).view(tensor.shape)
         if "empty" in operation:
-            super()._made(body, operation)
+            super()._replacement(body, operation)
         else:
             body.copy_(tensor)
         self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))
@@ -152,7 +152,7 @@ class GuardedAllocations(PoisonedAllocations):  # type: ignore[no-untyped-call]
 
 
 def overrun(buffers: Sequence[GuardedBuffer]) -> GuardedBuffer | None:
-    """The first of ``buffers`` with a written guard band, or None. Synchronises once."""
+    """The first of ``buffers`` with a changed guard band, or None. Synchronises once."""
     if not buffers:
         return None
     bands = torch.stack([buffer.bands() for buffer in buffers])  # [buffers, 2, GUARD_WORDS]
@@ -166,5 +166,5 @@ def fill_dead_cells(table: torch.Tensor, live_columns: torch.Tensor, sentinel: i
     table.masked_fill_(columns >= live_columns[:, None], sentinel)
 
 
-# What cache memory that nobody wrote is made of, by run.
+# Byte values of unwritten cache memory, one per run of a scenario.
 POISON_BYTES = (0xFF, 0x7F)  # NaN in every type; a huge finite bf16 and float32, and NaN in e4m3
