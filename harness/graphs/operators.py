@@ -63,7 +63,6 @@ LIKE_FACTORIES = EMPTY_FACTORIES | {
     aten.new_ones,
     aten.new_full,
 }
-WRITES_WITHOUT_READING = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.random_}
 CHANGES_SHAPE_ONLY = {aten.resize_, aten.resize_as_, aten.set_}
 MASK_INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
 NEEDS_DEVICE_OPERANDS = MASK_INDEXING | {aten.copy_, aten.copy}
@@ -102,14 +101,6 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             written.extend(tensors_in(value))
     return written
-
-
-def is_view(func: Any) -> bool:
-    returns_alias = any(value.alias_info is not None for value in func._schema.returns)
-    writes = any(
-        argument.alias_info is not None and argument.alias_info.is_write for argument in schema_arguments(func)
-    )
-    return returns_alias and not writes
 
 
 def has_mask(indices: Sequence[torch.Tensor | None]) -> bool:

@@ -54,17 +54,11 @@ class Launch:
 
 
 class SimulatedCapturedGraph:
-    """Recorded operations, with every tensor they use held alive.
-
-    `storages_read` and `storages_written` are the (address, bytes) of storages that existed before the capture;
-    `allocations` counts the storages that the recorded operations made.
-    """
+    """Recorded operations, with every tensor they use held alive."""
 
     def __init__(
         self,
         nodes: Sequence[Operation | Launch],
-        storages_read: frozenset[tuple[int, int]],
-        storages_written: frozenset[tuple[int, int]],
         made: Sequence[torch.UntypedStorage],
         found: dict[int, torch.UntypedStorage],
         host_scalars: frozenset[int],
@@ -73,9 +67,6 @@ class SimulatedCapturedGraph:
         self._found = found
         self._made = {storage._cdata: storage for storage in made}
         self._host_scalars = host_scalars  # storages of the copies that the nodes hold
-        self.storages_read = storages_read
-        self.storages_written = storages_written
-        self.allocations = len(made)
 
     def replay(self) -> None:
         with torch.no_grad():

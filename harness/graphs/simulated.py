@@ -40,10 +40,8 @@ from nsa_oracle.harness.graphs.operators import (
     NEEDS_DEVICE_OPERANDS,
     SYNC_FUNCTIONS,
     SYNC_OPERATORS,
-    WRITES_WITHOUT_READING,
     aten,
     has_mask,
-    is_view,
     names_host,
     schema_arguments,
     tensors_in,
@@ -98,8 +96,6 @@ class _Recorder:
         self._made: dict[int, torch.UntypedStorage] = {}
         self._host_scalars: set[int] = set()  # copies that nodes hold
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._read: set[tuple[int, int]] = set()
-        self._written: set[tuple[int, int]] = set()
         self._functions = _RecordFunctions(self)
         self._operators = _RecordOperators(self)
         for tensor in host_tensors:
@@ -148,22 +144,12 @@ class _Recorder:
         storage = tensor.untyped_storage()
         self._made[storage._cdata] = storage
 
-    def note_read(self, tensor: torch.Tensor) -> None:
-        self._note(tensor, self._read)
-
     def note_write(self, tensor: torch.Tensor) -> None:
         """Keep what the storage held before this recording first touches it, to put it back afterwards."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._made:
-            if storage._cdata not in self._saved:
-                with self.pausing():
-                    self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
-            self._note(tensor, self._written)
-
-    def _note(self, tensor: torch.Tensor, storages: set[tuple[int, int]]) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._made and storage.nbytes():
-            storages.add((storage.data_ptr(), storage.nbytes()))
+        if storage._cdata not in self._made and storage._cdata not in self._saved:
+            with self.pausing():
+                self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
 
     def freeze(self, tree: Any) -> Any:
         """Own aliases, because the body may still reshape its tensors in place; a copy of a host scalar."""
@@ -205,7 +191,6 @@ class _Recorder:
             if self.is_host(tensor):
                 self.reject(f"triton kernel {executor.fn.__name__}", _HOST_READ)
             # A kernel does not say which of its pointers it writes.
-            self.note_read(tensor)
             self.note_write(tensor)
         resolved = copy.copy(executor)
         resolved_grid: list[Any] = []
@@ -236,10 +221,9 @@ class _Recorder:
         for storage in self._made.values():
             # No replay has filled these yet: whoever reads them first must not find a right answer by luck.
             storage.fill_(0xFF)  # type: ignore[attr-defined]
-        read, written = frozenset(self._read), frozenset(self._written)
         made = tuple(self._made.values())
         self._made = {}  # its handles would count as holders for as long as the recorder is not collected
-        return SimulatedCapturedGraph(self.nodes, read, written, made, found, frozenset(self._host_scalars))
+        return SimulatedCapturedGraph(self.nodes, made, found, frozenset(self._host_scalars))
 
 
 class _RecordFunctions(TorchFunctionMode):
@@ -329,8 +313,8 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         self._reject_synchronisation(func, args, kwargs)
         self._reject_host_operands(func, args, tensors)
-        written = written_arguments(func, args, kwargs)
-        self._note_accesses(func, tensors, written)
+        for tensor in written_arguments(func, args, kwargs):
+            recorder.note_write(tensor)
         if func.namespace not in ("aten", "prims"):
             return self._run_custom(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -375,16 +359,6 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         indices = [index for index in args[1] if index is not None]
         value = args[2]
         return len(indices) == 1 and has_mask(indices) and value.dim() == 0 and self.recorder.is_host(value)
-
-    def _note_accesses(self, func: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
-        recorder = self.recorder
-        only_written = func.overloadpacket in WRITES_WITHOUT_READING or any(a.is_out for a in schema_arguments(func))
-        if not is_view(func):
-            for tensor in tensors:
-                if not (only_written and any(tensor is target for target in written)):
-                    recorder.note_read(tensor)
-        for tensor in written:
-            recorder.note_write(tensor)
 
     def _run_custom(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record what a Python operator does inside; an operator that shows nothing inside is recorded whole."""
