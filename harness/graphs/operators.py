@@ -1,4 +1,4 @@
-"""What the simulation knows of torch's operators: which synchronise, write, make or view memory."""
+"""Classification of torch's operators for the simulated graph: synchronising, writing, allocating, reshaping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SYNC_OPERATORS = {
     aten.bincount,
 }
 
-# These look at a value to check it when the tensor is on a CPU, and do not when it is on a GPU.
+# These read a value to validate it if the tensor is on a CPU, but not if it is on a GPU.
 CHECKS_ON_CPU_ONLY = {
     torch.nn.functional.one_hot,
     torch.quantile,
@@ -72,7 +72,7 @@ CPU_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CompositeExplicitAuto
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
+    """Returns the tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
     found = []
     for leaf in tree_leaves(tree):
         tensor = leaf if isinstance(leaf, torch.Tensor) else getattr(leaf, "base", None)
@@ -82,7 +82,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def names_host(device: Any) -> bool | None:
-    """Whether a `device=` argument names the host (True) or the device (False); None when it names neither."""
+    """Whether a `device=` argument names the host (True) or the device (False); None if the argument is None."""
     if device is None:
         return None
     return isinstance(device, str) and device.startswith("cpu")
@@ -94,7 +94,7 @@ def schema_arguments(func: Any) -> Sequence[Any]:
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that the operator's schema says it writes."""
+    """Returns the tensors that the operator writes according to its schema."""
     written: list[torch.Tensor] = []
     for position, argument in enumerate(schema_arguments(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
