@@ -1,4 +1,4 @@
-"""Edge-case keys for the store called by itself: values that a model's keys rarely contain.
+"""Edge-case keys for the store called by itself: values that a model's keys rarely contain. Reports: *made-up keys*.
 
 Each row has one kind: in some of its tiles a NaN, an infinity, zeros of both signs, denormals, the largest finite
 number, numbers half-way between two e4m3 codes, or one magnitude alone. Its other tiles are ordinary. An index key is

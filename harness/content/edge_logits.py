@@ -1,4 +1,4 @@
-"""Edge-case logits for top-k called by itself: values that an indexer's scores rarely contain.
+"""Edge-case logits for top-k called by itself: values that scores rarely contain. Reports: *made-up logits*.
 
 There is one row each with NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than places,
 one number alone, few tokens, and numbers in order, the best of them at an end. Garbage that top-k must not read follows
