@@ -6,7 +6,7 @@ query depends on its id (pool row and draft token) and on the version. Neither d
 
 In the exact regimes (all but RANDOM) every intermediate result of the layer is representable, so the right answer has
 one bit pattern for any order of summation, any tiles and any splits; ``content.exactness`` proves and checks this. A
-key of these regimes consists of:
+key of these regimes, in the order of its elements:
 
 - Latent part, which is also the value: multiples of 1/8. Each of the four quant tiles has one extreme element, +-7/8 m,
   with the tile's m drawn from 0 (the whole tile is zero, but never all four), 1, 2, 4; some *score elements* 0, 1/8 or

@@ -16,7 +16,7 @@ from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig
 class OrdinaryContent:
     """Sums of two uniform numbers, in (-2, 2), with a few large, tiny, denormal and zero parts.
 
-    Whole tiles, and whole index keys, are tiny: a store that has a least scale would turn them into zeros.
+    The tiny parts are whole tiles and whole index keys: a store that has a least scale would turn them into zeros.
 
     Computed with integers and with float32 operations that every machine rounds alike, without functions of a
     mathematical library.
