@@ -1,7 +1,7 @@
-"""A process to judge in that may be lost: a kernel that faults leaves the GPU unusable for the process that ran it.
+"""Child processes that run cases and may die: a kernel that faults leaves the GPU unusable for its process.
 
-What is called in a child, its arguments and its result travel by pickle. A child that dies, or takes too long, is
-replaced by a fresh one at the next call.
+Functions called in a child, their arguments and their results are pickled. After a child has died, or has taken too
+long, the next call starts a new one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SECONDS_TO_END = 3
 
 
 class ChildDied(Exception):
-    """The process ended, or was ended, before it had an answer. One line says how."""
+    """The process ended, or was killed, before it returned a result. The message is one line that says how."""
 
 
 class Child:
-    """A process of its own in which kernels run on ``device``; started by the first call.
+    """A child process in which kernels run on ``device``. The first call starts it.
 
-    number: of those that work side by side; on several GPUs it says which is used.
+    number: of this child among those that run in parallel; it selects the GPU if there are several.
     """
 
     def __init__(self, device: str, number: int = 0) -> None:
@@ -39,9 +39,11 @@ class Child:
         self._pipe: Connection | None = None
 
     def call(self, function: Callable[..., T], *arguments: object, timeout: float | None = None) -> T:
-        """What ``function`` returns there. Raises what it raises, and ChildDied if there is no answer in ``timeout``.
+        """Call ``function`` in the child and return its result.
 
-        Whatever an Exception is not (such as a KeyboardInterrupt) ends the child.
+        Raises what ``function`` raises, and ChildDied if there is no result within ``timeout`` seconds (None: no
+        limit) or the child dies. A BaseException of ``function`` that is no Exception, such as a KeyboardInterrupt,
+        ends the child.
         """
         if self._process is None:
             self._start()
@@ -61,17 +63,17 @@ class Child:
         return result
 
     def end(self) -> None:
-        """End the process at once, whatever it does; a thread that waits for its answer gets ChildDied."""
+        """Kill the process at once; a thread that waits for its result gets ChildDied."""
         if self._process is not None:
             self._process.kill()
 
     def close(self) -> int | None:
-        """End the process, if there is one, and return its exit code."""
+        """End the process and return its exit code, or None if there is no process."""
         process, pipe = self._process, self._pipe
         self._process = self._pipe = None
         if process is None or pipe is None:
             return None
-        pipe.close()  # a child that waits for work ends at this
+        pipe.close()  # a child that waits for work ends when its pipe closes
         process.join(timeout=SECONDS_TO_END)
         if process.is_alive():
             process.kill()
@@ -80,14 +82,14 @@ class Child:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.device, self.number), daemon=True)
+        self._pipe, childs_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(childs_end, self.device, self.number), daemon=True)
         self._process.start()
-        theirs.close()  # so that its end is seen as one
+        childs_end.close()  # otherwise recv would not raise EOFError when the child dies
 
 
 def _serve(pipe: Connection, device: str, number: int) -> None:
-    """Answer calls until the other end is gone."""
+    """Execute calls until the other end of the pipe is closed."""
     take_gpu(number)
     prepare_process(device)
     while True:
@@ -105,11 +107,11 @@ def _serve(pipe: Connection, device: str, number: int) -> None:
 
 
 def take_gpu(number: int) -> None:
-    """Of the GPUs that this process sees, leave it number ``number``, counted round.
+    """Restrict this process to one of its visible GPUs: ``number`` modulo their count.
 
-    Before anything uses CUDA, which looks once. Nothing changes where there is one GPU or none.
+    Call it before anything uses CUDA, which reads the environment once. Does nothing if there is one GPU or none.
     """
-    count = torch.cuda.device_count()  # asks the driver's library, and starts no CUDA
+    count = torch.cuda.device_count()  # asks the driver's library, without initialising CUDA
     if count < 2:
         return
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -118,7 +120,7 @@ def take_gpu(number: int) -> None:
 
 
 def prepare_process(device: str) -> None:
-    """Before anything imports Triton: fix how kernels run in this process, whatever its environment says."""
+    """Set how kernels run in this process, whatever its environment says. Call it before anything imports Triton."""
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device == "cpu":
         speed_up()
@@ -126,4 +128,4 @@ def prepare_process(device: str) -> None:
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         gluon.install()
-    torch.set_num_threads(1)  # tensors are tiny; threads of several processes would only get in each other's way
+    torch.set_num_threads(1)  # tensors are tiny, and threads of several processes would compete for cores

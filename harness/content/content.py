@@ -1,21 +1,21 @@
-"""What is in the attention inputs: keys, queries and weights as a pure function of a seed, a regime and a place.
+"""Content of the attention inputs: keys, queries and weights as a pure function of a seed, a regime and a place.
 
-A key depends on the slot it is written to and on the *version*, the number of the forward pass that writes it: rows
-that write one slot in one pass agree, and a key left over from an older pass is another one. A query depends on its id
-(pool row and draft token) and the version. Neither depends on its place in the batch.
+A key depends on the slot that it is written to and on the *version*, the number of the forward pass that writes it.
+Rows that write one slot in one pass have the same key, and a key left over from an older pass is a different one. A
+query depends on its id (pool row and draft token) and on the version. Neither depends on its place in the batch.
 
-In the exact regimes (all but RANDOM) every intermediate of the layer is representable, so that the true answer has one
-bit pattern whatever the order of summation, the tiles or the splits; ``harness.exactness`` proves and checks it. Their
-key, in the order of its elements:
+In the exact regimes (all but RANDOM) every intermediate result of the layer is representable, so the right answer has
+one bit pattern for any order of summation, any tiles and any splits; ``content.exactness`` proves and checks this. A
+key of these regimes, in the order of its elements:
 
-- Latent part, which is the value too: multiples of 1/8. Each of the four quant tiles has one extreme element, +-7/8 m
+- Latent part, which is also the value: multiples of 1/8. Each of the four quant tiles has one extreme element, +-7/8 m,
   with the tile's m drawn from 0 (the whole tile is zero, but never all four), 1, 2, 4; some *score elements* 0, 1/8 or
-  2/8 (0 in a zero tile); and payload elements that spell (slot, version) in digits of three bits: {+-1..+-4}/8 m, each
-  digit at least once in every tile, more often where the tile has room. Which element of a tile is what depends on the
-  seed.
-- RoPE part: the bits of the slot as +-1 (scrambled by the seed, so that neighbours differ in many), repeated to fill
-  it, then a constant 1.
-- Index key: see ``_IndexKeys``.
+  2/8 (0 in a zero tile); and payload elements that encode (slot, version) in digits of three bits: {+-1..+-4}/8 m, each
+  digit at least once in every tile, and repeated up to the end of the tile. The seed determines the positions within a
+  tile.
+- RoPE part: the bits of the slot as +-1 (scrambled by the seed, so that the codes of neighbouring slots differ in many
+  elements), repeated to fill the part, then a constant 1.
+- Index key: see ``index_keys.IndexKeys``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Content:
     """The content of one layer's inputs. All tensors are on the CPU."""
 
     def __init__(self, attention: AttentionConfig, regime: Regime, seed: int) -> None:
-        """Raises ValueError for sizes too small to hold the structure of an exact regime."""
+        """Raises ValueError for sizes too small for the structure of an exact regime."""
         self.attention = attention
         self.regime = regime
         self._source: ExactContent | OrdinaryContent = (
@@ -43,7 +43,10 @@ class Content:
         )
 
     def keys(self, slots: Sequence[int], version: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys that pass ``version`` writes to ``slots``: k bf16 [n, qk_head_dim], index_k bf16 [n, index_head_dim]."""
+        """Keys that pass ``version`` writes to ``slots``: k bf16 [n, qk_head_dim], index_k bf16 [n, index_head_dim].
+
+        Raises ValueError for a slot outside 0..MAX_SLOTS - 1.
+        """
         numbers = np.asarray(slots, dtype=np.int64).reshape(-1)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < MAX_SLOTS:
             raise ValueError(f"slots must lie in 0..{MAX_SLOTS - 1}")
@@ -52,13 +55,14 @@ class Content:
     def queries(
         self, ids: Sequence[tuple[int, int]], version: int, candidates: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries of the rows named by ``ids`` (pool row, draft token) in pass ``version``.
+        """Queries of the rows with ``ids`` (pool row, draft token) in pass ``version``.
 
-        candidates[i]: slots that row i certainly attends to, none if it attends to nothing. All of its visible slots,
-        or, if it sees more than index_topk, exactly one. DOMINATING directs its heads at them, and gives the first the
-        uniquely highest index score; the other regimes ignore them.
+        candidates[i]: slots that row i certainly attends to; none if it attends to nothing, all of its visible slots,
+        or exactly one if it sees more than index_topk. DOMINATING directs the row's heads at them, and gives the first
+        one the highest index score, without a tie; the other regimes ignore them.
 
-        Returns q bf16 [n, H, qk_head_dim], index_q float8_e4m3fn [n, IH, ID], index_weights float32 [n, IH].
+        Returns q bf16 [n, H, qk_head_dim], index_q float8_e4m3fn [n, IH, ID], index_weights float32 [n, IH]. Raises
+        ValueError if the numbers of ids and candidates differ.
         """
         if len(ids) != len(candidates):
             raise ValueError(f"{len(ids)} ids, but candidates for {len(candidates)} rows")
@@ -66,14 +70,14 @@ class Content:
         return self._source.queries(places, candidates)
 
     def targets(self, row: tuple[int, int], version: int, candidates: Sequence[int]) -> list[int]:
-        """DOMINATING: the slot that each head of a row attends to. See ``queries``."""
+        """DOMINATING: the slot that each head of a row attends to; see ``queries``. Raises ValueError in RANDOM."""
         if not isinstance(self._source, ExactContent):
             raise ValueError("random content has no targets")
         return [int(s) for s in self._source.targets([((row[0] << 32) | row[1], version % VERSIONS)], [candidates])[0]]
 
     def decode(self, value: torch.Tensor) -> Origin | None:
-        """Where ``value`` [kv_lora_rank], an output of the DOMINATING regime, was written, or None.
+        """Slot and version of the key whose value is ``value`` [kv_lora_rank], an output of the DOMINATING regime.
 
-        Every element must be what was written there: a value put together from two keys, or changed at all, is None.
+        None unless every element is that of the key: for a value mixed from two keys, or changed in any way.
         """
         return self._source.decode(value) if isinstance(self._source, ExactContent) else None

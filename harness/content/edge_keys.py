@@ -1,8 +1,8 @@
-"""Made-up keys, for the store by itself: what a model hands over when something went wrong, or only just went right.
+"""Edge-case keys for the store called by itself: values that a model's keys rarely contain. Reports: *made-up keys*.
 
-Whatever the case, each row is of one kind: in some of its tiles a NaN, an infinity, zeros of both signs, denormals, the
-largest number there is, numbers half-way between two of e4m3's, or one magnitude alone; its other tiles are ordinary.
-Index keys are one tile, and so always of that kind. The RoPE part is stored as it is, whatever its bits.
+Each row has one kind: in some of its tiles a NaN, an infinity, zeros of both signs, denormals, the largest finite
+number, numbers half-way between two e4m3 codes, or one magnitude alone. Its other tiles are ordinary. An index key is
+one tile, and so always of the row's kind. The RoPE part has arbitrary bits, which the store must not change.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
 
 Ints = NDArray[np.int64]
-Bits = NDArray[np.uint16]  # bf16 numbers by their bits: no processor flushes a denormal or quietens a NaN then
+Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flushes a denormal or quietens a NaN
 
 
 class KeyKind(enum.Enum):
-    """What tiles of a key consist of."""
+    """What the chosen tiles of a key contain."""
 
     NAN = "NaN"
     INFINITE = "infinities"
@@ -38,9 +38,9 @@ class KeyKind(enum.Enum):
 
 @dataclass(frozen=True)
 class EdgeKeys:
-    """Rows to store, each of one kind, in slots that are all different. On the CPU.
+    """Rows to store, each of one kind, in distinct slots. All tensors are on the CPU.
 
-    inputs: keys, index keys and slots; what the store does not look at is 0.
+    inputs: keys, index keys and slots; the inputs that the store does not read are 0.
     """
 
     kinds: tuple[KeyKind, ...]
@@ -53,23 +53,23 @@ class EdgeKeys:
 
 
 def edge_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: int) -> EdgeKeys:
-    """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
+    """The rows for call number ``call`` of run number ``run`` of a scenario.
 
-    One of each kind, unless the setup has fewer slots; never on the dummy page.
+    There is one row of each kind, or as many as the setup has slots; none is on the dummy page.
     """
     slots = np.arange(setup.page_size, setup.num_pages * setup.page_size)
     count = min(len(KeyKind), len(slots))
     kinds = tuple(list(KeyKind)[(call + row) % len(KeyKind)] for row in range(count))
     places = [(call, row) for row in range(count)]
     rank, rope, index_dim = config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim
-    # Of the row, then of each tile, then of each of their elements, and the RoPE part at the end.
+    # For the row, for each tile, for each of their elements, and for the RoPE part, which comes last.
     numbers = 2 + 2 * (NUM_QUANT_TILES + 1) + 3 * (rank + index_dim) + rope
     random = Stream(seed, f"made-up keys {run}").halves_at(places, numbers)
     keys = np.empty((count, config.qk_head_dim), dtype=np.uint16)
     index_keys = np.empty((count, index_dim), dtype=np.uint16)
     for row, kind in enumerate(kinds):
         words = iter(random[row, 1:].astype(np.int64))
-        chosen = next(words) % ((1 << NUM_QUANT_TILES) - 1) + 1  # a bit for each tile; one at least is set
+        chosen = next(words) % ((1 << NUM_QUANT_TILES) - 1) + 1  # a bit for each tile; at least one is set
         for tile in range(NUM_QUANT_TILES):
             begin = tile * config.quant_tile
             draw = _KeyDraw.of(words, config.quant_tile)
@@ -92,7 +92,7 @@ def edge_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: 
     )
 
 
-# The numbers of a tile
+# The values of a tile
 
 _SIGN = 1 << 15
 _INF, _LARGEST = 0x7F80, 0x7F7F
@@ -102,7 +102,7 @@ _CODES: NDArray[np.float32] = torch.arange(0x7F, dtype=torch.uint8).view(torch.f
 
 @dataclass(frozen=True)
 class _KeyDraw:
-    """What a tile is made from: random numbers of 16 bits, two for it, one of them a place, and three an element."""
+    """Random 16-bit numbers for a tile of n elements: choice and place (an element) once, the others [n]."""
 
     choice: int
     place: int
@@ -123,7 +123,7 @@ class _KeyDraw:
         return (exponents << 7 | self.values % 128).astype(np.uint16) | self.signs
 
     def with_one(self, bits: Bits, number: int) -> Bits:
-        """``bits`` with ``number`` in one place."""
+        """``bits`` with ``number`` at ``place``, written in place."""
         bits[self.place] = number
         return bits
 
@@ -149,9 +149,9 @@ def _largest(draw: _KeyDraw) -> Bits:
 
 
 def _halfway(draw: _KeyDraw) -> Bits:
-    """The largest is 448 times a power of two, which is the scale; all others tie between two neighbouring codes."""
+    """The largest is 448 times the scale, a power of two; all others are half-way between neighbouring codes."""
     codes = draw.values % (len(_CODES) - 1)
-    numbers = (_CODES[codes] + _CODES[codes + 1]) / 2  # 5 bits at most, of bf16's 8
+    numbers = (_CODES[codes] + _CODES[codes + 1]) / 2  # at most 5 significant bits; bf16 has 8
     numbers[draw.place] = _CODES[-1]
     scaled: NDArray[np.float32] = np.ldexp(numbers, draw.choice % 64 - 32)
     return (scaled.view(np.uint32) >> 16).astype(np.uint16) | draw.signs

@@ -1,9 +1,9 @@
-"""Made-up logits, for top-k by itself: what the indexer's scores of a drawn case hardly ever are.
+"""Edge-case logits for top-k called by itself: values that scores rarely contain. Reports: *made-up logits*.
 
-Whatever the case, one row each has NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than
-places, one number alone, or numbers in order, the best of them at an end; and behind every row lies rubbish, at which
-nobody may look. What is right is the contract's: ties go to the lower position, zeros tie, NaN counts as -inf, and no
-other two numbers are the same.
+There is one row each with NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than places,
+one number alone, few tokens, and numbers in order, the best of them at an end. Garbage that top-k must not read follows
+each row. The contract defines the right answer: ties go to the lower position, zeros of both signs tie, NaN counts as
+-inf, and no other two numbers tie.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 
 Ints = NDArray[np.int64]
-Bits = NDArray[np.uint32]  # float32 numbers by their bits: no processor flushes a denormal or quietens a NaN then
+Bits = NDArray[np.uint32]  # float32 numbers as bits, so that no processor flushes a denormal or quietens a NaN
 
 
 class LogitKind(enum.Enum):
-    """What a row of logits consists of."""
+    """What a row of logits contains."""
 
     NAN = "NaN"
     INFINITE = "infinities"
@@ -39,9 +39,9 @@ class LogitKind(enum.Enum):
 
 @dataclass(frozen=True)
 class EdgeLogits:
-    """Rows for top-k and its transforms, each of one kind of numbers. All tensors are on the CPU.
+    """Rows for top-k and its transforms, each of one kind. All tensors are on the CPU.
 
-    logits: [n, W] float32. seqlens_expanded: [n] int32. page_table_1: [n, W] int32, the slots of a row all different,
+    logits: [n, W] float32. seqlens_expanded: [n] int32. page_table_1: [n, W] int32, with distinct slots in a row and
     the engine's sentinel in dead cells. topk_indices_offset: [n] int32.
     """
 
@@ -53,9 +53,10 @@ class EdgeLogits:
 
 
 def edge_logits(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> EdgeLogits:
-    """The rows for call number ``call`` of a run of a scenario; ``run`` tells its runs apart.
+    """The rows for call number ``call`` of run number ``run`` of a scenario.
 
-    They are as wide as the page tables of a graph. If no row can have more than index_topk tokens, all are FEW.
+    They are as wide as the page tables of a graph. If no row can have more than index_topk tokens, there are two rows,
+    both FEW.
     """
     width, topk = setup.max_context_len, setup.index_topk
     kinds = tuple(LogitKind) if width > topk else (LogitKind.FEW, LogitKind.FEW)
@@ -79,7 +80,7 @@ def edge_logits(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> 
 
 
 def _length(kind: LogitKind, width: int, topk: int, word: int) -> int:
-    """At most ``topk`` for FEW, else more."""
+    """Length of a row, chosen by ``word``: at most ``topk`` for FEW, else more."""
     if kind is LogitKind.FEW:
         choices = [n for n in (0, 1, topk - 1, topk) if n <= width]
     else:
@@ -91,12 +92,12 @@ def _length(kind: LogitKind, width: int, topk: int, word: int) -> int:
 
 
 def _slots(rows: int, width: int, slots: int, start: int) -> Ints:
-    """[rows, width] numbers below ``slots``, of which there are at least ``width``; those of a row are different."""
+    """[rows, width] slots below ``slots``, distinct within a row. ``slots`` must be at least ``width``."""
     places = start + np.arange(rows)[:, None] * (width // 2 + 1) + np.arange(width)
     return places * coprime_step(slots) % slots
 
 
-# The numbers of a row
+# The values of a row
 
 _SIGN = np.uint32(1 << 31)
 _INF, _NEGATIVE_INF, _LARGEST = (np.uint32(bits) for bits in (0x7F800000, 0xFF800000, 0x7F7FFFFF))
@@ -107,7 +108,7 @@ _BEYOND: Bits = np.array([_NANS[0], _INF, _LARGEST, _NANS[3]], dtype=np.uint32)
 
 @dataclass(frozen=True)
 class _LogitDraw:
-    """What a row of ``topk`` places is made from: random numbers of 63 bits, two for each token."""
+    """Random 63-bit numbers for a row of n tokens: choice once, order and values [n]. topk: places to fill."""
 
     topk: int
     choice: int
@@ -129,7 +130,10 @@ class _LogitDraw:
         return ((self.values % (1 << 23)).astype(np.float32) * np.float32(2**-20) - np.float32(4)).view(np.uint32)
 
     def tied(self, larger: Bits, tied: Bits, smaller: Bits, above: int | None = None) -> Bits:
-        """``above`` places, or half of them, go to ``larger`` numbers; not all that are ``tied`` get one then."""
+        """A row in random order: ``above`` (default topk // 2) ``larger`` numbers, ``tied`` and ``smaller`` ones.
+
+        There are more tied numbers than places left for them.
+        """
         above = self.topk // 2 if above is None else above
         ranks, most = self.ranks, max(self.topk + 1, self.length - self.length // 4)
         return np.where(ranks < above, larger, np.where(ranks < most, tied, smaller))
@@ -137,7 +141,7 @@ class _LogitDraw:
 
 def _nan(draw: _LogitDraw) -> Bits:
     nothing = np.where(draw.values % 3 == 0, _NEGATIVE_INF, _NANS[(draw.values >> 8) % 4])
-    nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # one at least
+    nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # at least one NaN
     return draw.tied(draw.ordinary, nothing, nothing)
 
 
@@ -152,20 +156,20 @@ def _zeros(draw: _LogitDraw) -> Bits:
     positive = draw.ordinary & ~_SIGN | np.uint32(1)
     row = draw.tied(positive, np.where(draw.values % 2, _SIGN, np.uint32(0)), positive | _SIGN)
     zeros = np.flatnonzero(row << np.uint32(1) == 0)
-    row[zeros[0]], row[zeros[-1]] = _SIGN, 0  # whoever ranks them by sign takes the last, which gets no place
+    row[zeros[0]], row[zeros[-1]] = _SIGN, 0  # ranked by sign, the last zero would get a place, which it must not
     return row
 
 
 def _denormal(draw: _LogitDraw) -> Bits:
     row = (draw.values % 0x7FFFFF + 1).astype(np.uint32) | np.where(draw.order % 2, _SIGN, np.uint32(0))
-    row[-1] = 0x7FFFFF  # the largest: whoever takes all for zero leaves it out
+    row[-1] = 0x7FFFFF  # the largest: a top-k that flushes denormals to zero leaves it out
     return row
 
 
 def _neighbours(draw: _LogitDraw) -> Bits:
     ranks = draw.ranks
     ranks[ranks == draw.length - 1] = ranks[-1]
-    ranks[-1] = draw.length - 1  # likewise
+    ranks[-1] = draw.length - 1  # the largest is last: a top-k for which neighbours tie leaves it out
     first = 0x3F000000 + draw.choice // 2 % 0x1000000
     if draw.choice % 2:
         return (first + ranks).astype(np.uint32)
@@ -175,7 +179,7 @@ def _neighbours(draw: _LogitDraw) -> Bits:
 def _ties(draw: _LogitDraw) -> Bits:
     few = (draw.values % 0x10000).astype(np.uint32)
     two = np.full_like(few, 0x40000000) | np.where(draw.choice % 2, _SIGN, np.uint32(0))
-    above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # so one, or every, place is for ties
+    above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # ties get about half, one or all of the places
     return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few, above)
 
 
@@ -184,7 +188,7 @@ def _equal(draw: _LogitDraw) -> Bits:
 
 
 def _sorted(draw: _LogitDraw) -> Bits:
-    """Of whoever loses a token at an end of the row, none of the others takes its place by chance."""
+    """The best tokens lie at one end of the row: a top-k that loses tokens there cannot be right by chance."""
     positions = np.arange(draw.length)
     ascending = (0x3F000000 + positions).astype(np.uint32)
     best_last = np.where(positions < draw.length - draw.topk, np.uint32(0x3F000000), ascending)

@@ -1,4 +1,4 @@
-"""Content of the exact regimes: every intermediate of the layer is representable."""
+"""Content of the exact regimes, for which every intermediate result of the layer is representable."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _VERSION_DIGITS = 4
 _NUM_DIGITS = _SLOT_DIGITS + _VERSION_DIGITS
 _DIGIT_LEVELS: Small = np.array([-4, -3, -2, -1, 1, 2, 3, 4], dtype=np.int16)
 
-_TILE_MULTIPLIERS: Small = np.array([0, 1, 2, 4, 1, 2, 4, 4], dtype=np.int16)  # of a latent tile, equally likely
+_TILE_MULTIPLIERS: Small = np.array([0, 1, 2, 4, 1, 2, 4, 4], dtype=np.int16)  # of a latent tile, each equally likely
 
-_SCORE_QUERY = 8  # times a score element of 0, 1/8, 2/8: an integer
-_DOMINATING_QUERY = 128  # two codes differ in one element at least: 2 * 128 between the best score and the next
+_SCORE_QUERY = 8  # its product with a score element (0, 1/8 or 2/8) is an integer
+_DOMINATING_QUERY = 128  # two codes differ in at least one element, so the best score leads by at least 2 * 128
 _MIN_TILE = 1 + _NUM_DIGITS + 3
 _MIN_ROPE = 4
 
 
 class Origin(NamedTuple):
-    """Where a value was written, and by which forward pass (modulo VERSIONS)."""
+    """The slot that a value was written to, and the number of the pass that wrote it (modulo VERSIONS)."""
 
     slot: int
     version: int
@@ -42,13 +42,13 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class _ValueLayout:
-    """Which element of the latent part holds what. Four tiles of the same make-up, each shuffled by the seed."""
+    """Positions in the latent part by role. All four tiles have the same structure; the seed shuffles each."""
 
-    tile_of: Ints  # [rank]
+    tile_of: Ints  # [rank]: the tile of each element
     extremes: Ints  # [tiles]
     scores: Ints  # [tiles * scores of a tile]
     payload: Ints  # [payload elements]
-    digits: Ints  # [payload elements]: which digit each holds
+    digits: Ints  # [payload elements]: the digit that each one holds
 
     @staticmethod
     def of(attention: AttentionConfig, seed: int) -> _ValueLayout:
@@ -68,7 +68,7 @@ class _ValueLayout:
 
 
 class ExactContent:
-    """Content of the exact regimes, built in small integers: eighths for keys."""
+    """Content of the exact regimes, computed in small integers; keys are counted in eighths."""
 
     def __init__(self, attention: AttentionConfig, regime: Regime, seed: int) -> None:
         _check_sizes(attention)
@@ -118,7 +118,7 @@ class ExactContent:
         return origin
 
     def _read_digits(self, eighths: Small) -> Origin | None:
-        """What the first tile that is not zero spells."""
+        """Slot and version encoded in the first tile that is not zero, or None if it encodes none."""
         layout = self.layout
         multipliers = np.abs(eighths[layout.extremes]) // EXTREME
         tile = int(np.argmax(multipliers > 0))
@@ -149,7 +149,7 @@ class ExactContent:
         return bf16_of_integers(q, 1), as_e4m3(index_q.astype(np.float32)), torch.from_numpy(weights)
 
     def _lattice_queries(self, places: Sequence[tuple[int, int]]) -> Small:
-        """[n, H, qk_head_dim]: two score elements and two code elements of each head, and the constant element."""
+        """[n, H, qk_head_dim]: each head reads two score elements, two code elements and the constant element."""
         attention, scores = self.attention, self.layout.scores
         random = self._query_bytes(places).astype(np.int64)  # [n, H, 8]
         q = np.zeros((*random.shape[:2], attention.qk_head_dim), dtype=np.int16)
@@ -171,7 +171,7 @@ class ExactContent:
         return q
 
     def _dominating_queries(self, places: Sequence[tuple[int, int]], candidates: Sequence[Sequence[int]]) -> Small:
-        """[n, H, qk_head_dim]: each head asks for the code of its target."""
+        """[n, H, qk_head_dim]: each head matches the code of its target."""
         targets = self.targets(places, candidates)
         self.rope_code.check(targets)
         q = np.zeros((*targets.shape, self.attention.qk_head_dim), dtype=np.int16)
@@ -179,7 +179,7 @@ class ExactContent:
         return q
 
     def targets(self, places: Sequence[tuple[int, int]], candidates: Sequence[Sequence[int]]) -> Ints:
-        """[n, H] slots: the row's candidates in turn from a random one on, spread out if they outnumber the heads."""
+        """[n, H] slots: the row's candidates in order from a random one on, spread out if there are more than heads."""
         heads = np.arange(self.attention.num_heads)
         starts = self.query_stream.words_at(places, 1)[:, 0]
         targets = np.zeros((len(places), len(heads)), dtype=np.int64)
@@ -196,13 +196,13 @@ class ExactContent:
 
 
 def _digits(slots: Ints, version: int) -> Ints:
-    """[n] -> [n, 12]: the slot's and then the version's digits, the least significant first."""
+    """[n] -> [n, 12]: the digits of the slot, then those of the version, each least significant first."""
     numbers = slots + MAX_SLOTS * version
     return (numbers[:, None] >> (_DIGIT_BITS * np.arange(_NUM_DIGITS))) & ((1 << _DIGIT_BITS) - 1)
 
 
 def _two_of(first: Ints, second: Ints, count: int) -> Ints:
-    """Two random bytes -> [..., 2] different numbers below ``count``."""
+    """Two random bytes -> [..., 2] distinct numbers below ``count``."""
     one = first % count
     return np.stack([one, (one + 1 + second % (count - 1)) % count], axis=-1)
 

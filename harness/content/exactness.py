@@ -1,36 +1,38 @@
-"""Why the exact regimes of ``harness.content`` are exact, and a check that given inputs satisfy the premises.
+"""Proof that the exact regimes of ``content.content`` are exact, and a check that given inputs satisfy its premises.
 
 **Attention.** For one row and head let the selected keys have scores s_j = q . k_j and values v_j (their latent part).
 
 1. *Scores.* Every product q_d k_jd is an integer and sum_d |q_d k_jd| <= 2^24. Any partial sum is an integer of at most
-   that magnitude, so float32 holds it: s_j is exact in any order, on tensor cores too, which keep 24 bits below the
-   largest term. sm_scale = ln 2 makes the factor of the exp2 domain exactly 1, so the exponents are the s_j themselves.
-2. *Who weighs.* With m = max_j s_j, each key is *near* (m - s_j <= 8) or *far* (m - s_j >= 256). Relative to any near
-   key a far one has weight 2^-248 or less, which is 0 in float32 (the least positive number is 2^-149). So is the
-   factor that rescales what far keys alone have gathered once a near key comes: finite times 0. Far keys leave nothing.
-3. *Sums.* Let g be the least s_j of the near keys, m' any reference that an implementation measures exponents from (a
-   running maximum, a split's, the final one): a near key, hence g <= m' <= g + 8. With at most 2048 keys and values
-   that are multiples of 1/8, |v| <= 4:
+   that magnitude, which float32 represents. So s_j is exact in any order of summation, also on tensor cores, which keep
+   24 bits below the largest term. sm_scale = ln 2 makes the factor of the exp2 domain exactly 1, so the exponents are
+   the s_j themselves.
+2. *Weights.* With m = max_j s_j, each key is *near* (m - s_j <= 8) or *far* (m - s_j >= 256). Relative to any near key
+   a far key has weight 2^-248 or less, which is 0 in float32 (the least positive number is 2^-149). If an
+   implementation accumulates far keys alone first, its factor that rescales this finite sum when a near key comes is 0
+   for the same reason. Far keys contribute nothing.
+3. *Sums.* Let g be the least s_j of the near keys, and m' the reference from which an implementation measures exponents
+   (a running maximum, that of a split, or the final one). It is the score of a near key, hence g <= m' <= g + 8. With
+   at most 2048 keys and values that are multiples of 1/8 with |v| <= 4:
        sum 2^(s_j - m') v_jd = 2^(g - m' - 3) N,  N = sum 2^(s_j - g) 8 v_jd an integer,  |N| <= 2048 2^8 32 = 2^24,
        sum 2^(s_j - m')      = 2^(g - m') M,      M = sum 2^(s_j - g) an integer,         0 < M <= 2^19.
-   The same holds of any partial sum, and a change of m' multiplies by a power of two. So accumulators and denominators
-   are exact for any order, tiling and splitting, whatever the moments of rescaling. Weights are powers of two: rounding
+   The same holds for any partial sum, and a change of m' multiplies by a power of two. So accumulators and denominators
+   are exact for any order, tiling and splitting, whenever they are rescaled. Weights are powers of two, so rounding
    them to bf16 changes nothing.
 4. *Result.* N and M are exact, so N/M rounded once to float32 and once to bf16 has one bit pattern.
 
-The FP8 cache changes nothing of content's keys: a tile's scale amax / 448 is a power of two (amax is 3.5, 1.75 or 7/8,
-which is 448 times 2^-7, 2^-8, 2^-9) or 1 for a zero tile, and key / scale has at most 4 significant bits and is an
-integer of at most 448, so e4m3 has it.
+The FP8 cache does not change these keys: a tile's scale amax / 448 is a power of two (amax is 3.5, 1.75 or 7/8, which
+is 448 times 2^-7, 2^-8, 2^-9) or 1 for a zero tile, and key / scale is an integer of at most 448 with at most 4
+significant bits, which e4m3 represents.
 
-Content keeps to this with room to spare. A LATTICE head reads two score elements (each a product of 0, 1 or 2 times one
-sign) and two code elements (each +-1): scores of any two keys differ by at most 2 * 2 + 2 * 2 = 8. The constant element
-shifts all alike, and is all that EQUAL reads. DOMINATING reads 128 times a code of +-1: the target scores 256 more
-than any other slot, whose code differs in one element or more.
+Content satisfies the premises with a margin. A LATTICE head reads two score elements (each adds 0, 1 or 2 times one
+sign) and two code elements (each adds +-1), so scores of any two keys differ by at most 2 * 2 + 2 * 2 = 8. The constant
+element shifts all scores alike, and is the only one that EQUAL reads. DOMINATING reads 128 times a code of +-1: the
+target scores at least 256 more than any other slot, whose code differs in at least one element.
 
 **Indexer.** For one row let kq_j be the key as cached (e4m3), r_j its scale, w_h the weights.
 
 5. Every product q_hd kq_jd is a multiple of one power of two, u, and sum_d |q_hd kq_jd| <= 2^13 u. So a dot product is
-   exact in any order even on FP8 tensor cores, which keep 13 bits below the largest term's leading one.
+   exact in any order even on FP8 tensor cores, which keep 13 bits below the leading one of the largest term.
 6. Every w_h is a multiple of one power of two, t, and sum_h |w_h| relu(q_h . kq_j) <= 2^24 u t: exact in any order.
 7. r_j is a power of two: scaling is exact, before or after the sum.
 """
@@ -52,21 +54,21 @@ MAX_VALUE = 4
 VALUE_GRID = 8  # values are multiples of 1/8
 FP32_UNITS = 2.0**24
 FP8_TENSOR_CORE_UNITS = 2.0**13
-_FINEST = 24  # numbers must be multiples of 2^-24, and below 2^38, for the arithmetic of this module
+_FINEST = 24  # this module's arithmetic needs numbers that are multiples of 2^-24 and below 2^38
 
 
 class NotExact(ValueError):
-    """Inputs for which the proof does not hold. One line: the premise, and where it fails."""
+    """The proof does not hold for these inputs. The message is one line: the premise, and where it fails."""
 
 
 def check_exact(attention: AttentionConfig, regime: Regime, q: torch.Tensor, keys: torch.Tensor) -> None:
-    """One row's queries q [H, qk_head_dim] bf16, on any device, over its selected keys [n, qk_head_dim] bf16.
+    """Check one row's queries q [H, qk_head_dim] bf16, on any device, with its selected keys [n, qk_head_dim] bf16.
 
-    The keys may be as written or as the cache gives them back. Raises NotExact naming the first premise that fails.
-    Those on scores are the regime's own: none below the largest in EQUAL, none far below in LATTICE.
+    The keys may be those written or those read from the cache. Raises NotExact with the first premise that fails. For
+    scores the regime's own premise is checked: in EQUAL none is below the largest, in LATTICE none is far below it.
     """
     if not regime.is_exact:
-        raise NotExact(f"{regime.value} content promises nothing")
+        raise NotExact(f"{regime.value} content is not exact")
     if np.float32(attention.sm_scale / math.log(2)) != 1:
         raise NotExact(f"sm_scale is {attention.sm_scale}, not ln 2")
     if len(keys) > MAX_KEYS:
@@ -87,9 +89,9 @@ def check_exact_index(
     index_k: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    """One row's index queries [IH, ID] e4m3 and weights [IH] over the cache's index keys [n, ID] e4m3, scales [n].
+    """Check one row's index queries [IH, ID] e4m3 and weights [IH] with cached index keys [n, ID] e4m3 and scales [n].
 
-    Raises NotExact naming the first premise that fails.
+    Raises NotExact with the first premise that fails.
     """
     if len(index_k) == 0:
         return
@@ -129,7 +131,7 @@ def _check_scores(regime: Regime, queries: torch.Tensor, keys: torch.Tensor) -> 
 
 
 def _check_survives_fp8(numbers: torch.Tensor, tile: int) -> None:
-    """[n, rank]: quantised, with a scale for each ``tile`` elements, and dequantised they are the same."""
+    """Check that quantising ``numbers`` [n, rank], with one scale per ``tile`` elements, does not change them."""
     tiles = numbers.reshape(len(numbers), -1, tile)
     amax = tiles.abs().amax(dim=2)
     scales = torch.where(amax == 0, 1.0, (amax / FP8_MAX).float().double())
@@ -145,12 +147,12 @@ def _check_powers_of_two(scales: torch.Tensor, axes: str, what: str) -> None:
 
 
 def _product_unit(queries: torch.Tensor, keys: torch.Tensor, query_name: str, key_name: str) -> float:
-    """Largest power of two that divides every product q_hd k_jd; infinity if they are all 0."""
+    """Largest power of two that divides every product q_hd k_jd; infinity if all are 0."""
     return float((_units(queries, query_name) * _units(keys, key_name)).min())
 
 
 def _units(numbers: torch.Tensor, what: str) -> torch.Tensor:
-    """[n, d] -> [d]: largest power of two dividing the column; infinity if it is 0. One column if [n]."""
+    """[n, d] -> [d]: largest power of two that divides each column, infinity for zeros. [n] counts as one column."""
     columns = numbers if numbers.dim() == 2 else numbers[:, None]
     scaled = columns.abs() * 2.0**_FINEST
     wrong = ~(scaled < 2.0**62) | (scaled != torch.round(scaled))
@@ -160,7 +162,7 @@ def _units(numbers: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _refuse(wrong: torch.Tensor, numbers: torch.Tensor, axes: str, premise: str) -> None:
-    """Raise NotExact for the first place that is wrong, if any."""
+    """Raise NotExact for the first place that ``wrong`` marks, if any."""
     if not bool(wrong.any()):
         return
     place = tuple(int(i) for i in wrong.nonzero()[0])

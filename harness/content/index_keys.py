@@ -10,7 +10,7 @@ from nsa_oracle.harness.scenarios.regime import MAX_CODE_BITS, Regime
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.reference.types import AttentionConfig
 
-EXTREME = 7  # eighths, before the tile's multiplier: scale = 7/8 m / 448 = m 2^-9
+EXTREME = 7  # in eighths, before the tile's multiplier m: the scale is 7/8 m / 448 = m 2^-9
 
 _INDEX_MULTIPLIERS: Small = np.array([1, 2, 4, 4], dtype=np.int16)
 
@@ -18,10 +18,10 @@ MIN_INDEX_DIM = 16
 
 
 class CodeWords:
-    """A code word of +-1 for each slot: the bits of a scrambled slot number, repeated to ``width`` elements.
+    """A code word of +-1 for each slot: the bits of a scrambled slot number, repeated to fill ``width`` elements.
 
-    Distinct for slots below 2^bits, for the scramble is a bijection of the bits: multiplication by an odd number,
-    addition and a right shift that is xored in can each be undone.
+    Slots below 2^bits have distinct words, because the scramble is a bijection of the bits: multiplication by an odd
+    number, addition and xor with a right shift are each invertible.
     """
 
     def __init__(self, stream: Stream, width: int) -> None:
@@ -41,18 +41,18 @@ class CodeWords:
 
     def check(self, slots: Ints) -> None:
         if slots.size and slots.max() >= 1 << self.bits:
-            raise ValueError(f"slot {slots.max()} has no code of its own: {self.bits} bits are all there is room for")
+            raise ValueError(f"slot {slots.max()} has no code of its own: codes have {self.bits} bits")
 
 
 class IndexKeys:
     """Index keys and queries of the exact regimes.
 
-    A key is a multiple of 1/8 whose amax is 7/8 m with m of 1, 2, 4: its scale is 2^-9 m, its e4m3 values are key /
-    scale. The last element is 7/8.
+    The elements of a key are multiples of 1/8, and its amax is 7/8 m with m of 1, 2 or 4. So its scale is 2^-9 m, and
+    its e4m3 values are key / scale. The last element is 7/8.
 
-    DOMINATING: the slot's code times 7/8, then an element of +-7/8 m that makes the scale vary and that no query reads.
+    DOMINATING: the slot's code times 7/8, then an element of +-7/8 m that varies the scale and that no query reads.
     LATTICE and EQUAL: +-{0..7}/8 m. Half of the keys are one of six patterns of the seed, so that ties are frequent; in
-    LATTICE one of the six is zero. EQUAL's queries read the last element alone, LATTICE's all the others.
+    LATTICE one of the six is zero. Queries read the last element alone in EQUAL, and all the others in LATTICE.
     """
 
     _PATTERNS = 6
@@ -69,11 +69,11 @@ class IndexKeys:
 
     @property
     def query_bytes(self) -> int:
-        """Random bytes that ``queries`` wants for a row."""
+        """Random bytes that ``queries`` needs for a row."""
         return self.heads * (self.dim + 1)
 
     def eighths(self, slots: Ints, version: int) -> Small:
-        """[n, ID] keys in eighths."""
+        """Keys [n, ID], in eighths."""
         random = self.stream.bytes_at(places_of(slots, version), self.dim + 2)
         if self.regime is Regime.DOMINATING:
             return self._coded(slots, random)
@@ -89,7 +89,7 @@ class IndexKeys:
         return eighths
 
     def _lattice(self, random: NDArray[np.uint8]) -> Small:
-        """[n, dim + 1] random bytes -> [n, ID] eighths with amax 7 m, reached somewhere before the last element."""
+        """[n, dim + 1] random bytes -> [n, ID] eighths with amax 7 m, which an element before the last has."""
         multipliers = _INDEX_MULTIPLIERS[random[:, 0] % 4]
         levels = (random[:, 1:] % 15).astype(np.int16) - EXTREME
         extreme = (random[:, :1] >> 2).astype(np.int64) * (self.dim - 1) // 64
@@ -99,12 +99,15 @@ class IndexKeys:
         return eighths
 
     def queries(self, random: NDArray[np.uint8], targets: Ints) -> tuple[Small, NDArray[np.float32]]:
-        """[n, query_bytes] random bytes and the slots [n] to prefer -> index_q [n, IH, ID], weights [n, IH]."""
+        """[n, query_bytes] random bytes and the slots [n] to score highest -> index_q [n, IH, ID], weights [n, IH].
+
+        Only DOMINATING uses the slots.
+        """
         random = random.reshape(len(random), self.heads, self.dim + 1)
         weights = (random[..., 0] % 17).astype(np.int16) - 8
         index_q = np.zeros((len(random), self.heads, self.dim), dtype=np.int16)
         match self.regime:
-            case Regime.DOMINATING:  # a head with a negative weight asks for the opposite, and takes nothing off there
+            case Regime.DOMINATING:  # a negative weight has a negated query, so that it subtracts nothing at the target
                 signs = signs_of(random[..., 1])
                 signs[:, 0] = 1
                 weights = signs * (1 + random[..., 0] % 8).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Small integers and float bits, and the tensors made of them."""
+"""Conversions of small integers and of float bits to tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def places_of(slots: Ints, version: int) -> list[tuple[int, int]]:
 
 
 def signs_of(random: NDArray[np.generic]) -> Small:
-    """+-1 by the lowest bit."""
+    """+1 where the lowest bit is set, else -1."""
     return ((random.astype(np.int64) & 1) * 2 - 1).astype(np.int16)
 
 
 def bf16_of_integers(integers: Small, unit: float) -> torch.Tensor:
-    """The integers times ``unit``, which must be representable: nothing is rounded."""
+    """The integers times ``unit`` as bf16. The products must be representable; they are not rounded."""
     bits = (integers.astype(np.float32) * np.float32(unit)).view(np.uint32) >> 16
     return as_bf16(bits.astype(np.uint16))
 
 
 def bf16_bits(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest even."""
+    """The bits of the numbers rounded to bf16, to nearest even."""
     bits = numbers.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -41,5 +41,5 @@ def as_bf16(bits: NDArray[np.uint16]) -> torch.Tensor:
 
 
 def as_e4m3(numbers: NDArray[np.float32]) -> torch.Tensor:
-    """Rounded to nearest even. The numbers must be at most 448."""
+    """The numbers rounded to e4m3, to nearest even. Their magnitudes must be at most 448."""
     return torch.from_numpy(numbers).to(torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""Ordinary numbers, for the regime RANDOM."""
+"""Content of the regime RANDOM: ordinary numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig
 
 
 class OrdinaryContent:
-    """Ordinary numbers: the sum of two uniform ones, in (-2, 2), with a few large, tiny, denormal and zero parts.
+    """Sums of two uniform numbers, in (-2, 2), with a few large, tiny, denormal and zero parts.
 
-    Tiny ones are whole tiles, and whole index keys, that a least scale would make zeros of.
+    The tiny parts are whole tiles and whole index keys: a store that has a least scale would turn them into zeros.
 
-    Made of integers and of float32 operations that every machine rounds alike; no function of a mathematical library.
+    Computed with integers and with float32 operations that every machine rounds alike, without functions of a
+    mathematical library.
     """
 
     def __init__(self, attention: AttentionConfig, seed: int) -> None:
@@ -56,16 +57,16 @@ class OrdinaryContent:
 
 
 _HEADER = 12
-_TINY = np.float32(2**-60)  # below any least scale; nothing becomes denormal by it
+_TINY = np.float32(2**-60)  # a factor below any least scale; it makes no number denormal
 
 
 def _noise(
     stream: Stream, places: Sequence[tuple[int, int]], count: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
-    """[n, count] float32 numbers, and [n, 12] random 16-bit ones, of which the first three are used up.
+    """[n, count] float32 numbers, and [n, 12] random 16-bit numbers, of which the first three are already used.
 
-    Each row is scaled by 1/2, 1 or 2; then an eighth of its elements are made so small that they are denormal in e4m3
-    beside the others, and two of them eight times as large.
+    Each row is scaled by 1/2, 1 or 2. Then an eighth of its elements are made so small, relative to the others, that
+    they are denormal in e4m3, and two elements eight times as large.
     """
     random = stream.halves_at(places, _HEADER + 2 * count)
     numbers = (random[:, _HEADER::2].astype(np.int32) + random[:, _HEADER + 1 :: 2] - 65535).astype(np.float32)
@@ -77,9 +78,9 @@ def _noise(
 
 
 def _with_denormals(bits: NDArray[np.uint16], random: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """bf16 ``bits`` [n, count] with two elements of each row made denormal, in place, by numbers 3 to 6 of ``random``.
+    """Make two elements of each row of bf16 ``bits`` [n, count] denormal, in place, by numbers 3 to 6 of ``random``.
 
-    In bits, since the processor may have been told to flush denormals.
+    Works on bits, because the processor may be set to flush denormals.
     """
     places = random[:, 3:5].astype(np.int64) * bits.shape[1] >> 16
     np.put_along_axis(bits, places, random[:, 5:7] & 0x807F, axis=1)

@@ -1,4 +1,4 @@
-"""The blocks of torch's CUDA allocator at one moment."""
+"""A snapshot of the blocks of torch's CUDA allocator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-SHARED_POOL = (0, 0)  # what torch calls the pool that is no graph's
+SHARED_POOL = (0, 0)  # torch's id of the pool that does not belong to a graph
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An address that the graph uses, and the part of the graph that does. node: its number in the graph."""
+    """An address that a graph uses. part: what uses it, in words. node: number of that node in the graph."""
 
     part: str
     address: int
@@ -23,10 +23,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of memory of torch's allocator.
+    """A block of torch's caching allocator.
 
-    requested: bytes of it that somebody asked for; a block is rounded up to 512. held: whether somebody has it. free:
-    whether the next allocation may get it; what nobody holds is not free as long as a stream uses it.
+    size: in bytes, rounded up to a multiple of 512. requested: bytes that the allocation asked for. held: whether the
+    block is allocated. free: whether the next allocation may get it; a block that was freed while a stream still uses
+    it is neither held nor free.
     """
 
     address: int
@@ -39,10 +40,10 @@ class Block:
 
 
 class Allocator:
-    """The blocks of torch's CUDA allocator at one moment."""
+    """A snapshot of the blocks of torch's CUDA allocator on one device, in order of address."""
 
     def __init__(self, segments: Iterable[Mapping[str, Any]], device: int) -> None:
-        """``segments``: what ``torch.cuda.memory_snapshot()`` returns."""
+        """``segments``: the result of ``torch.cuda.memory_snapshot()``. ``device``: index of the GPU."""
         self.blocks = sorted(
             (block for segment in segments if segment["device"] == device for block in _blocks(segment)),
             key=lambda block: block.address,
@@ -51,7 +52,7 @@ class Allocator:
 
     @classmethod
     def now(cls, device: torch.device) -> Allocator | None:
-        """As it is; None if blocks come from another allocator than torch's own, or are not cached at all."""
+        """Take a snapshot. None if torch uses another allocator than its native one, or caches no blocks."""
         if torch.cuda.get_allocator_backend() != "native":
             return None
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -59,7 +60,7 @@ class Allocator:
         return allocator if allocator.blocks else None
 
     def block_at(self, address: int) -> Block | None:
-        """The block that holds ``address``, or None if it is of another allocator."""
+        """The block that contains ``address``, or None if the memory belongs to another allocator."""
         number = bisect.bisect_right(self._addresses, address) - 1
         if number < 0:
             return None
@@ -67,7 +68,7 @@ class Allocator:
         return block if address < block.address + block.size else None
 
     def dangling(self, references: Sequence[Reference]) -> tuple[Reference, Block] | None:
-        """The first of ``references`` into a block that nobody holds, or None."""
+        """The first of ``references`` to a block of the shared pool that is not held, with that block, or None."""
         for reference in references:
             block = self.block_at(reference.address)
             if block is None or block.held or block.pool != SHARED_POOL:
@@ -77,10 +78,10 @@ class Allocator:
         return None
 
     def _may_be_an_end(self, reference: Reference, block: Block, references: Sequence[Reference]) -> bool:
-        """Whether ``reference`` may say where the buffer before ``block`` ends, as some kernels are told.
+        """Whether ``reference`` may be the end of the buffer in the preceding block, which some kernels receive.
 
-        Nothing is read there, and where that buffer begins is a parameter of the same kernel. A buffer that leaves the
-        last bytes of its block unused ends before.
+        Such an address is not read. The same kernel then also receives the beginning of that buffer, and the buffer
+        fills its block to the last byte: a shorter one would end before ``block``.
         """
         before = self.block_at(block.address - 1)
         return (

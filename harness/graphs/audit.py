@@ -1,14 +1,14 @@
-"""Audits a captured CUDA graph: does everything that its nodes read and write still belong to somebody?
+"""Audits a captured CUDA graph: is all memory that its nodes read and write still allocated?
 
-The torch operators of a body are followed while it runs (``harness.graph``). What is launched past torch, a raw kernel
-or a copy out of pinned memory, shows in the graph's nodes alone.
+``graphs.storages`` follows the torch operators of a body while it runs. Work that is launched without torch, such as a
+raw kernel or a copy out of pinned memory, shows in the graph's nodes alone.
 
-When a number is taken for an address. Only a parameter of exactly eight bytes is, and only if the driver knows memory
-there: no length or stride comes near the addresses of a GPU. Of a C++ kernel it has to be declared a pointer, and
-structures are left alone, since what lies in their padding may be the address of something long gone. An address is
-dangling only if it lies in a block of torch's allocator that nobody holds, in the pool from which every allocation is
-served: memory of other allocators, of a graph's own pool and of private pools belongs to somebody who is not asked.
-Whatever cannot be read is counted and not judged.
+A parameter counts as an address only if it has exactly eight bytes and the driver knows memory there: no length or
+stride comes near the addresses of a GPU. In a C++ kernel it must also be declared a pointer. Structures are skipped,
+since their padding may contain the address of memory that was freed long ago. An address is dangling only if it lies in
+a block of torch's allocator that is not held, in the pool that serves every allocation. Memory of other allocators, of
+a graph's own pool and of private pools is taken to be held, because its owner cannot be determined. Whatever cannot be
+read is counted and not judged.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ADDRESS_BYTES = 8
 
 @dataclass
 class AuditTally:
-    """What was looked at in captured graphs, and what was not, by reason.
+    """Counts of what was audited in captured graphs, and of what was not audited, by reason.
 
-    compared: graphs that were captured once more, from other values, to find what is frozen in them.
+    compared: graphs that were captured once more, with other host values, to find frozen values.
     """
 
     graphs: int = 0
@@ -72,7 +72,7 @@ class AuditTally:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a graph must not hold. part: of the graph, such as a kernel and its parameter. reason: one clause."""
+    """What a graph must not contain. part: of the graph, such as a kernel and its parameter. reason: one clause."""
 
     part: str
     reason: str
@@ -80,7 +80,7 @@ class Fault:
 
 @dataclass
 class Audit:
-    """What one look at a captured graph found. references: into memory that others could drop later."""
+    """The audit of one captured graph. references: to device memory, which its owners could free later."""
 
     tally: AuditTally = field(default_factory=AuditTally)
     fault: Fault | None = None
@@ -89,7 +89,7 @@ class Audit:
 
 @functools.cache
 def driver_bindings() -> Any | None:
-    """The module ``cuda.bindings.driver``, or None where it is not installed."""
+    """The module ``cuda.bindings.driver``, or None if it is not installed."""
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError:
@@ -97,25 +97,25 @@ def driver_bindings() -> Any | None:
 
 
 HostMemory = Callable[[int], bool | None]
-"""Whether pinned memory at an address is still held by anybody but the graph; None if nobody knows."""
+"""Whether anything but the graph still holds the pinned memory at an address; None if that is unknown."""
 
 
 def audit(reader: GraphReader, nodes: Sequence[Node], allocator: Allocator | None, is_held: HostMemory) -> Audit:
-    """Look at every node. ``allocator``: as it is now, before anything else is allocated."""
+    """Audit every node. ``allocator``: a snapshot taken after the capture, before any other allocation."""
     found = Audit()
     found.tally.graphs = 1
     for number, node in enumerate(nodes):
         fault = _audit_node(reader, node, number, is_held, found)
         found.fault = found.fault or fault
     if allocator is None:
-        found.tally.missed("addresses, for memory is not of torch's own allocator", len(found.references))
+        found.tally.missed("addresses: memory does not come from torch's own allocator", len(found.references))
     elif found.fault is None and (hit := allocator.dangling(found.references)) is not None:
         found.fault = dangling_fault(*hit)
     return found
 
 
 def dangling_fault(reference: Reference, block: Block) -> Fault:
-    """What is wrong with using ``block``."""
+    """The fault of a reference to a free ``block``."""
     inside = f"{reference.address - block.address} bytes into a free block of {block.size}"
     return Fault(reference.part, f"uses memory that nobody holds any more ({inside}): a later allocation may get it")
 
@@ -132,7 +132,7 @@ def _audit_node(reader: GraphReader, node: Node, number: int, is_held: HostMemor
                 return Fault(part, "copies from host memory, which may be gone or changed when the graph is replayed")
             ends = (node.source, node.target)
             found.references += [Reference(part, place.address, number) for place in ends if place.side is Side.DEVICE]
-            found.tally.missed("ends of copies that are no plain memory", sum(end.side is None for end in ends))
+            found.tally.missed("ends of copies that are not plain memory", sum(end.side is None for end in ends))
         case FillNode():
             found.tally.saw("fill")
             part = f"fill of {node.width * node.height} elements (node {number})"
@@ -152,7 +152,7 @@ def _audit_kernel(
     missed = found.tally.missed
     places = node.places_of(ParameterKind.ADDRESS)
     if node.parameters is None or places is None:
-        missed("kernels whose parameters are not told")
+        missed("kernels whose parameters cannot be read")
         return None
     fault = None
     for place in places:
@@ -167,7 +167,7 @@ def _audit_kernel(
             missed(str(refusal))
             continue
         if side is None:
-            continue  # a number, or no memory that a kernel could reach
+            continue  # a number, or memory that a kernel cannot reach
         found.tally.addresses += 1
         part = f"kernel {readable(node.kernel)}, parameter {place} (node {number})"
         if side is Side.DEVICE:

@@ -20,7 +20,7 @@ _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 
 
 def calling_line(failure: TracebackType | None = None) -> str:
-    """The innermost line outside torch, triton and the runners: of `failure`, or else of the running stack."""
+    """The innermost line outside torch, triton and the runners, in `failure` or, without one, in the current stack."""
     frames = traceback.extract_stack() if failure is None else traceback.extract_tb(failure)
     return describe_frame(innermost_user_frame(frames))
 

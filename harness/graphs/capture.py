@@ -1,4 +1,4 @@
-"""What every graph runner provides, and the error of a capture that is refused."""
+"""The protocol of graph runners and captured graphs, and the error that a refused capture raises."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nsa_oracle.harness.graphs.host_values import NodeValues
 
 
 class CaptureError(Exception):
-    """A body did something that a graph cannot hold.
+    """A body did something that a graph cannot contain.
 
-    `operation` names the call, `where` reads "file.py:123 in function", `reason` is one clause.
+    `operation` names the call, `where` has the form "file.py:123 in function", `reason` is one clause.
     """
 
     def __init__(self, operation: str, where: str, reason: str) -> None:
@@ -28,31 +28,31 @@ class CaptureError(Exception):
 
 
 class CapturedGraph(Protocol):
-    """A capture that can be replayed. On CUDA, synchronising after `replay` is the caller's job."""
+    """A capture that can be replayed. On CUDA the caller must synchronise after `replay`."""
 
     def replay(self) -> None: ...
 
     def dangling_bytes(self) -> int:
-        """Size of the memory that was there before the capture and that now nobody but this object keeps alive.
+        """Bytes of memory that existed before the capture and that only this object keeps alive now.
 
-        A server's graph keeps nothing alive: to it such memory is free, and the next allocation may get it.
+        A server's graph keeps nothing alive: there such memory would be free, and the next allocation could get it.
         """
 
     def audit(self) -> Audit:
-        """What its nodes read and write, as it was right after the capture; nothing where there are no nodes."""
+        """The audit of the graph's nodes, made right after the capture; empty for a simulated graph."""
 
     def host_values(self) -> Sequence[NodeValues]:
-        """The host values that the capture gave to its nodes, for a comparison with another capture."""
+        """The host values that the capture passed to the nodes, for comparison with another capture."""
 
     def spoil(self, value: int) -> None:
-        """Write ``value`` over free memory: what nobody holds, and scratch of this graph's own between two replays."""
+        """Overwrite free memory, and this graph's own scratch between two replays, with the int32 ``value``."""
 
 
 class GraphRunner(Protocol):
     """Captures bodies.
 
-    `host_tensors` are the host's own CPU tensors (mirrors such as `seq_lens_cpu`) that the body can reach. The
-    simulated runner cannot tell them from device tensors otherwise; the CUDA runner needs no telling.
+    `host_tensors` are the CPU tensors of the host (mirrors such as `seq_lens_cpu`) that the body can reach. The
+    simulated runner cannot distinguish them from device tensors otherwise; the CUDA runner can, and ignores them.
     """
 
     def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> CapturedGraph: ...

@@ -1,14 +1,14 @@
-"""Graph runners: capture a body once, replay what it did on the same storages.
+"""The runner of real CUDA graphs: captures a body once and replays it on the same storages.
 
-A replayed graph does not run Python: it reads and writes the addresses, and uses the host values, of its capture.
-That is the contract of `torch.cuda.CUDAGraph`; `harness.simulated_graph` keeps the same contract for CPU tensors.
+A replay runs no Python: it reads and writes the addresses, and uses the host values, of the capture. This is the
+contract of `torch.cuda.CUDAGraph`; `graphs.simulated` implements the same contract for CPU tensors.
 
-Both runners run the body twice: a warm-up whose effects count (kernels compile, lazily made buffers get made), then
-the capture, whose effects on tensors do not count. After `capture` an `x += 1` has been applied once; each `replay`
+Both runners run the body twice: a warm-up whose effects remain (kernels compile, lazy buffers are allocated), then the
+capture, whose effects on tensors do not remain. After `capture` an `x += 1` has been applied once; each `replay`
 applies it once more.
 
 Both refuse a body that moves a tensor which existed before (`resize_` that grows it, `set_`, `.data = ...`). A CUDA
-capture would accept that, and every other holder of the buffer would then be bound to memory the graph never reads.
+capture would accept this, and every other holder of the tensor would keep memory that the graph does not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nsa_oracle.harness.graphs.storages import StorageWatch, use_count
 
 @dataclass(frozen=True)
 class CudaContent:
-    """What a CUDA graph was seen to be made of, right after its capture. pool: its private memory."""
+    """What was read from a CUDA graph right after its capture. pool: id of its private memory pool."""
 
     audit: Audit
     host_values: list[NodeValues]
@@ -42,7 +42,7 @@ class CudaContent:
 
 
 class CudaCapturedGraph:
-    """A `torch.cuda.CUDAGraph` with the storages its operators found, kept alive as long as it is."""
+    """A `torch.cuda.CUDAGraph`; keeps alive the storages that its operators used and that existed before."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class CudaCapturedGraph:
         self.graph.replay()
 
     def dangling_bytes(self) -> int:
-        # Host memory that Python looked at during the capture is found too, and not part of the graph.
+        # `_found` also has host memory that Python read during the capture, which is not part of the graph.
         found = (storage for storage in self._found.values() if storage.device.type == "cuda")
         seen_by_torch = sum(storage.nbytes() for storage in found if use_count(storage) == 1)
         allocator = Allocator.now(self.device)
@@ -82,7 +82,7 @@ class CudaCapturedGraph:
 
 
 class CudaGraphRunner:
-    """Captures bodies into real CUDA graphs, and reads the nodes of each."""
+    """Captures bodies into real CUDA graphs, and reads their nodes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -90,13 +90,13 @@ class CudaGraphRunner:
     def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> CudaCapturedGraph:
         """Run `body` once for real, then record it.
 
-        Raises CaptureError for what the capture refuses; whatever the warm-up raises is the body's own and passes
-        unchanged. `host_tensors` is not needed here: the CUDA runtime knows pageable memory.
+        Raises CaptureError for what the capture refuses. Exceptions of the warm-up propagate unchanged. `host_tensors`
+        is not used: the CUDA runtime recognises pageable memory.
         """
         watch = StorageWatch()
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            # Work queued before capture must be done before the side stream runs, and the other way round after it.
+            # The side stream must wait for the work queued before the capture, and later work for the side stream.
             torch.cuda.synchronize()
             with torch.cuda.stream(stream), watch:
                 body()
@@ -105,13 +105,13 @@ class CudaGraphRunner:
 
     def _record(self, body: Callable[[], None], watch: StorageWatch, stream: torch.cuda.Stream) -> CudaCapturedGraph:
         graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be read
-        # Named here because a graph that failed does not tell which pool it was given.
+        # Chosen here because a graph whose capture failed does not report its pool.
         pool = torch.cuda.graph_pool_handle()
-        watch.forget_failure()  # What the warm-up caught and survived is no fault.
+        watch.forget_failure()  # An exception that the body caught in the warm-up is not a fault.
         failure: Exception | None = None
         ended = False
         with torch.cuda.stream(stream), _no_collection():
-            # thread_local: another thread's allocation (a watchdog, a plug-in) is not this body's fault.
+            # thread_local: an allocation in another thread (a watchdog, a plug-in) must not fail this capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 with watch, watch.noting_calls():
@@ -125,7 +125,7 @@ class CudaGraphRunner:
                         ended = True
                         graph.instantiate()
                 except RuntimeError as error:
-                    # The first failure is the cause; this one says only that the capture had been invalidated.
+                    # The first failure is the cause; this one only says that the capture is invalid.
                     failure = failure or error
         failure = failure or watch.swallowed_refusal
         if failure is None:
@@ -136,7 +136,7 @@ class CudaGraphRunner:
         raise failure
 
     def _look_at(self, graph: torch.cuda.CUDAGraph, watch: StorageWatch, pool: tuple[int, int]) -> CudaContent:
-        """Read the graph's nodes, before anything else is allocated."""
+        """Read and audit the graph's nodes, before anything else is allocated."""
         driver = driver_bindings()
         if driver is None:
             return CudaContent(_not_audited("cuda-bindings is not installed"), watch.calls, pool)
@@ -149,12 +149,12 @@ class CudaGraphRunner:
         return CudaContent(audited, [*watch.calls, *of_nodes(reader, nodes, allocator)], pool)
 
     def _recover(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], ended: bool) -> None:
-        """Leave allocator, random generator and error state as before a failed capture."""
+        """Restore the allocator, random generator and error state after a failed capture."""
         with suppress(RuntimeError):
             graph.reset()
         if not ended:
             # Some versions of capture_end raise before they detach the allocator from the graph's private pool, and
-            # then never give the pool back; the others refuse to do either twice.
+            # then never release the pool. The other versions raise if either is done twice.
             index = torch.cuda.current_device()
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(index, pool)
@@ -162,7 +162,7 @@ class CudaGraphRunner:
                 torch._C._cuda_releasePool(index, pool)
         with suppress(RuntimeError):
             torch.cuda.synchronize()
-        # The default generator still believes that it is being captured until a capture ends well.
+        # The default generator stays in its capturing state until a capture succeeds.
         probe = torch.zeros(1, device=self.device)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -182,7 +182,7 @@ def _not_audited(reason: str) -> Audit:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collected CUDA graph or event makes calls that are illegal during capture, and would invalidate it."""
+    """Disable garbage collection: destroying a CUDA graph or event makes calls that would invalidate the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -194,18 +194,18 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _empty_is_legal() -> Iterator[None]:
-    """Torch warns of a capture that recorded nothing; a body with nothing to do is no fault of anybody."""
+    """Ignore torch's warning of a capture that recorded nothing: a body may have nothing to do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         yield
 
 
 def _translate(failure: RuntimeError, watch: StorageWatch) -> CaptureError:
-    """Name the operation and line behind a CUDA failure."""
+    """The CaptureError for a CUDA failure, with the operation and the line that caused it."""
     reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
     if watch.failed_operation is not None and watch.failed_where is not None:
         return CaptureError(watch.failed_operation, watch.failed_where, reason)
-    # Not a torch call (a raw kernel launch, a synchronize): the source line is the best name there is.
+    # Not a torch call (a raw kernel launch, a synchronize): the source line is the best available name.
     frame = innermost_user_frame(traceback.extract_tb(failure.__traceback__))
     operation = (frame.line if frame is not None else None) or "capture"
     return CaptureError(operation, describe_frame(frame), reason)

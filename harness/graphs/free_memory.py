@@ -1,8 +1,8 @@
-"""Overwrites memory that nobody holds, as the next allocation in a busy server would.
+"""Overwrites free memory, as the next allocation in a busy server would.
 
-A block of torch's allocator that is free may be handed out at any moment, on the stream it belongs to: whoever still
-reads it, from a graph or by an address kept in a table, reads what its next owner writes. Here that owner writes at
-once. No memory is allocated for it, so that nothing moves.
+torch's allocator may hand out a free block at any time, on the stream that the block belongs to. A graph, or an address
+kept in a table, that still refers to the block then reads what its next owner writes. This module writes to the block
+at once. It allocates no memory, so it does not change which blocks later allocations get.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 from nsa_oracle.harness.graphs.allocator import SHARED_POOL, Allocator
 
-MOST_SPOILED_BYTES = 1 << 31  # of one call: a bound on time, more than any case leaves behind
+MOST_SPOILED_BYTES = 1 << 31  # for one call: bounds the time, and is more than any case leaves free
 _WORD = 4
 
 
 class _Words:
-    """int32 words at an address, as an object that torch can see as a tensor."""
+    """int32 words at an address, as an object that torch can wrap in a tensor."""
 
     def __init__(self, address: int, count: int) -> None:
         self.__cuda_array_interface__: dict[str, Any] = {
@@ -31,10 +31,10 @@ class _Words:
 
 
 def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: torch.device, value: int) -> int:
-    """Fill free blocks with ``value`` on the current stream; returns how many bytes.
+    """Fill free blocks with the int32 ``value`` on the current stream, and return the number of bytes written.
 
-    They are those that an allocation on this very stream could get without waiting, and those of ``own_pool``, which
-    belong to one graph alone: between its replays they hold nothing.
+    The blocks are those that an allocation on this stream could get without waiting, and the free blocks of
+    ``own_pool``, which belong to one graph alone and hold nothing between its replays.
     """
     stream, spoiled = torch.cuda.current_stream(device).cuda_stream, 0
     for block in allocator.blocks:
@@ -47,7 +47,7 @@ def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: t
 
 
 def spoil_storage(storage: torch.UntypedStorage, value: int) -> None:
-    """Fill host memory with ``value``, whole words of it. A storage of another device is left alone."""
+    """Fill the whole int32 words of a storage in host memory with ``value``. Leaves other devices' storages alone."""
     if storage.device.type != "cpu":
         return
     memory = torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -1,7 +1,7 @@
-"""The host values that a capture gave to a graph: what two captures of one bucket must agree on.
+"""The host values that a capture passed to a graph. Two captures of one bucket must have the same.
 
-Addresses are left out, as every capture has its own; where a tensor begins in its memory is not, for a slice that
-begins at a host value is as frozen as a length.
+Addresses are left out, as every capture has its own. The offset of a tensor in its storage is included, because a
+slice that begins at a host value is frozen like a length.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nsa_oracle.harness.graphs.nodes import (
     readable,
 )
 
-STRUCTURE = ("what is launched", "number of nodes")  # the names of differences after which nothing can be paired
+STRUCTURE = ("what is launched", "number of nodes")  # names of differences after which nodes can no longer be paired
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True)
 class NodeValues:
-    """One node: what it does, and its host values by name, as text."""
+    """One node of a graph: what it does, and its host values by name, as text."""
 
     what: str
     values: Mapping[str, str]
@@ -39,7 +39,7 @@ class NodeValues:
 
 @dataclass(frozen=True)
 class Difference:
-    """A host value that two captures do not share."""
+    """A host value that differs between two captures."""
 
     node: int
     what: str
@@ -49,7 +49,7 @@ class Difference:
 
 
 def differences(first: Sequence[NodeValues], second: Sequence[NodeValues]) -> list[Difference]:
-    """Where they differ, node by node; the first node that does something else ends it, for nothing after it pairs."""
+    """Differences node by node, up to the first node that does something else: later nodes cannot be paired."""
     found: list[Difference] = []
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         if one.what != other.what:
@@ -70,19 +70,19 @@ def of_call(
     kwargs: Mapping[str, Any],
     is_host: Callable[[torch.Tensor], bool],
 ) -> NodeValues:
-    """Of a call: its plain arguments, the layout of tensors, and the content of host scalars, which a launch copies.
+    """The host values of a call: plain arguments, layouts of tensors, contents of host scalars, which a launch copies.
 
-    names: of the positional arguments, as far as they are known.
+    names: of the positional arguments; a position beyond them is named ``argument i``.
     """
     named = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)} | dict(kwargs)
     values = {}
     for name, value in named.items():
         for path, leaf in tree_flatten_with_path(value)[0]:
-            values[name + "".join(map(str, path))] = _told(leaf, is_host)
+            values[name + "".join(map(str, path))] = _describe(leaf, is_host)
     return NodeValues(what, values)
 
 
-def _told(leaf: Any, is_host: Callable[[torch.Tensor], bool]) -> str:
+def _describe(leaf: Any, is_host: Callable[[torch.Tensor], bool]) -> str:
     if isinstance(leaf, torch.Tensor):
         if is_host(leaf):
             return f"host tensor {leaf.tolist()}" if leaf.dim() == 0 else "host tensor"
@@ -93,8 +93,8 @@ def _told(leaf: Any, is_host: Callable[[torch.Tensor], bool]) -> str:
 
 
 def of_nodes(reader: GraphReader, nodes: Iterable[Node], allocator: Allocator | None) -> list[NodeValues]:
-    """Of the nodes of a CUDA graph. Structures of C++ kernels are left out: padding would look like a value."""
-    told = []
+    """The host values of a CUDA graph's nodes, without structures of C++ kernels: padding would look like a value."""
+    reported = []
     for node in nodes:
         match node:
             case KernelNode():
@@ -104,15 +104,15 @@ def of_nodes(reader: GraphReader, nodes: Iterable[Node], allocator: Allocator | 
                     for place in node.places_of(ParameterKind.NUMBER) or ()
                     if node.parameters is not None
                 }
-                told.append(NodeValues(f"kernel {readable(node.kernel)}", shape | values))
+                reported.append(NodeValues(f"kernel {readable(node.kernel)}", shape | values))
             case CopyNode():
-                told.append(NodeValues("copy", {"bytes": str(node.size)}))
+                reported.append(NodeValues("copy", {"bytes": str(node.size)}))
             case FillNode():
                 numbers = ("value", "element_size", "width", "height")
-                told.append(NodeValues("fill", {name: str(getattr(node, name)) for name in numbers}))
+                reported.append(NodeValues("fill", {name: str(getattr(node, name)) for name in numbers}))
             case _:
-                told.append(NodeValues(node.what, {}))
-    return told
+                reported.append(NodeValues(node.what, {}))
+    return reported
 
 
 def _of_parameter(reader: GraphReader, parameter: bytes, allocator: Allocator | None) -> str:

@@ -1,7 +1,7 @@
-"""Reads what a captured CUDA graph is made of: kernels with their parameters, copies, fills, and whatever else.
+"""Reads the nodes of a captured CUDA graph: kernels with their parameters, copies, fills, and other nodes.
 
-Everything goes through one object, the module ``cuda.bindings.driver``, so that a stand-in can take its place. A call
-that the driver refuses, and a node of a kind that is not known, are told as such and never guessed at.
+All calls go through one object, the module ``cuda.bindings.driver``, so that tests can replace it. A call that the
+driver refuses and a node of unknown kind are reported as such; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-MOST_PARAMETERS = 1024  # of one kernel: their total size is limited to 32,764 bytes
+MOST_PARAMETERS = 1024  # of one kernel; CUDA limits their total size to 32,764 bytes
 _SUCCESS, _INVALID_VALUE = 0, 1
 _MEMORY_HOST, _MEMORY_DEVICE, _MEMORY_ARRAY, _MEMORY_UNIFIED = 1, 2, 3, 4
 _KERNEL, _COPY, _FILL, _HOST_FUNCTION, _CHILD_GRAPH = 0, 1, 2, 3, 4
@@ -40,14 +40,14 @@ _NUMBERS = {
 
 
 class ParameterKind(enum.Enum):
-    """What a parameter of a kernel is."""
+    """What a kernel parameter can be."""
 
     ADDRESS = "address"
     NUMBER = "number"
 
 
 class Side(enum.Enum):
-    """Where memory is, as the driver knows it."""
+    """Where memory is, according to the driver."""
 
     DEVICE = "device"
     HOST = "host"  # pinned or registered
@@ -55,19 +55,19 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True)
 class KernelNode:
-    """One launch. parameters: the bytes of each, or None if the driver does not tell them."""
+    """One kernel launch. parameters: the bytes of each, or None if the driver does not report them."""
 
-    kernel: str  # as compiled: mangled if it is C++
+    kernel: str  # the compiled name: mangled if it is C++
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
     parameters: tuple[bytes, ...] | None
 
     def places_of(self, kind: ParameterKind) -> list[int] | None:
-        """Which parameters can be of a kind. None: the parameters are not known, or not what is declared.
+        """Positions of the parameters that can be of a kind. None if they are unknown or do not match the declaration.
 
-        C++ declares its parameters, in the mangled name. In other languages (Triton, C) there are no structures, and
-        any parameter may be either.
+        A C++ kernel declares its parameters in the mangled name. Other languages (Triton, C) pass no structures, and
+        any of their parameters may be of either kind.
         """
         if self.parameters is None:
             return None
@@ -82,7 +82,7 @@ class KernelNode:
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a copy. side: None for a CUDA array, or where the driver does not say."""
+    """One end of a copy. side: None for a CUDA array, or if the driver does not report it."""
 
     address: int
     side: Side | None
@@ -90,7 +90,7 @@ class Place:
 
 @dataclass(frozen=True)
 class CopyNode:
-    """A copy of ``size`` bytes in all."""
+    """A copy of ``size`` bytes in total."""
 
     source: Place
     target: Place
@@ -99,7 +99,7 @@ class CopyNode:
 
 @dataclass(frozen=True)
 class FillNode:
-    """``height`` rows of ``width`` elements that are set to ``value``."""
+    """A fill of ``height`` rows of ``width`` elements with ``value``. element_size: in bytes."""
 
     address: int
     value: int
@@ -127,40 +127,40 @@ Node = KernelNode | CopyNode | FillNode | OtherNode | UnreadNode
 
 
 class DriverRefusal(Exception):
-    """A call that the driver refused or that this version of it does not have. One clause."""
+    """The driver refused a call, or its bindings lack the function. The message is one clause."""
 
 
 class GraphReader:
-    """Reads graphs and asks about addresses. ``driver``: the module ``cuda.bindings.driver``, or what stands in."""
+    """Reads graphs and looks up addresses. ``driver``: the module ``cuda.bindings.driver``, or a replacement."""
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        # By function, as many nodes launch the same.
+        # Cached by function, as many nodes launch the same one.
         self._names: dict[int, str] = {}
         self._sizes: dict[int, list[int] | None] = {}
 
     def nodes(self, graph: int) -> list[Node]:
-        """The nodes of a raw graph (``torch.cuda.CUDAGraph.raw_cuda_graph()``), those of child graphs included.
+        """The nodes of a raw graph (``torch.cuda.CUDAGraph.raw_cuda_graph()``), with those of child graphs.
 
-        Raises DriverRefusal if the graph does not even list its nodes.
+        Raises DriverRefusal if the driver does not list the nodes.
         """
         return list(self._nodes(graph))
 
     def side(self, address: int) -> Side | None:
-        """Where the memory at ``address`` is. None: the driver knows no memory there, so it may not be an address.
+        """Where the memory at ``address`` is. None if the driver knows no memory there (the value may be a number).
 
-        Raises DriverRefusal if the driver answers anything else.
+        Raises DriverRefusal if the driver returns another error.
         """
         attribute = self._attribute("CUpointer_attribute").CU_POINTER_ATTRIBUTE_MEMORY_TYPE
         code, *answer = self._raw_call("cuPointerGetAttribute", attribute, address)
         if code == _INVALID_VALUE:
             return None
         if code != _SUCCESS:
-            raise DriverRefusal(f"cuPointerGetAttribute said {code}")
+            raise DriverRefusal(f"cuPointerGetAttribute returned {code}")
         return {_MEMORY_DEVICE: Side.DEVICE, _MEMORY_HOST: Side.HOST}.get(int(answer[0]))
 
     def is_managed(self, address: int) -> bool:
-        """Whether it is managed memory, which belongs to both sides."""
+        """Whether ``address`` is in managed memory, which belongs to both sides."""
         attribute = self._attribute("CUpointer_attribute").CU_POINTER_ATTRIBUTE_IS_MANAGED
         code, *answer = self._raw_call("cuPointerGetAttribute", attribute, address)
         return code == _SUCCESS and bool(answer[0])
@@ -188,11 +188,11 @@ class GraphReader:
             return self._fill(self._call("cuGraphMemsetNodeGetParams", node)[0])
         if kind in _OTHER_KINDS:
             return OtherNode(_OTHER_KINDS[kind])
-        return UnreadNode(_name_of_kind(kind), "not a kind that is known")
+        return UnreadNode(_name_of_kind(kind), "unknown kind")
 
     def _kernel(self, params: Any) -> KernelNode:
         function, prefix = params.func, "cuFunc"
-        if not int(function):  # of a library that no context has loaded yet
+        if not int(function):  # the kernel is in a library that no context has loaded yet
             function, prefix = params.kern, "cuKernel"
         return KernelNode(
             self._kernel_name(function, prefix),
@@ -209,13 +209,16 @@ class GraphReader:
         return self._names[int(function)]
 
     def _parameters(self, function: Any, prefix: str, table: int) -> tuple[bytes, ...] | None:
-        """What lies behind ``table``, the address of an array with the address of each parameter."""
+        """The bytes of each parameter. ``table``: address of an array of the parameters' addresses.
+
+        None if the driver does not report the sizes or the addresses.
+        """
         if int(function) not in self._sizes:
             self._sizes[int(function)] = self._sizes_of_parameters(function, prefix)
         sizes = self._sizes[int(function)]
         if not sizes:
             return None if sizes is None else ()
-        if not table:  # packed by the launch into one buffer
+        if not table:  # the launch packed its parameters into one buffer
             return None
         addresses = (ctypes.c_void_p * len(sizes)).from_address(table)
         if not all(addresses):
@@ -226,7 +229,7 @@ class GraphReader:
         sizes: list[int] = []
         for number in range(MOST_PARAMETERS):
             code, *answer = self._raw_call(f"{prefix}GetParamInfo", function, number)
-            if code == _INVALID_VALUE:  # there is no such parameter: these were all
+            if code == _INVALID_VALUE:  # past the last parameter
                 return sizes
             if code != _SUCCESS:
                 return None
@@ -244,7 +247,7 @@ class GraphReader:
             return Place(int(getattr(params, f"{end}Host") or 0) + offset, Side.HOST)
         address = int(getattr(params, f"{end}Device") or 0) + offset
         if kind == _MEMORY_UNIFIED:
-            # Either side; what the driver does not know is ordinary host memory.
+            # May be on either side; memory that the driver does not know is ordinary host memory.
             side = self.side(address) or Side.HOST
             return Place(address, None if side is Side.HOST and self.is_managed(address) else side)
         return Place(address, Side.DEVICE if kind == _MEMORY_DEVICE else None)
@@ -260,18 +263,18 @@ class GraphReader:
         return found
 
     def _raw_call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """The result code as an int, then what the call returns."""
+        """Returns the result code as an int, then the results. Raises DriverRefusal if the call cannot be made."""
         function = self._attribute(name)
         try:
             code, *answer = function(*arguments)
             return (int(code), *answer)
-        except Exception as error:  # whatever a version of the bindings makes of its arguments
+        except Exception as error:  # versions of the bindings raise different exceptions for their arguments
             raise DriverRefusal(f"{name} raised {type(error).__name__}") from error
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         code, *answer = self._raw_call(name, *arguments)
         if code != _SUCCESS:
-            raise DriverRefusal(f"{name} said {code}")
+            raise DriverRefusal(f"{name} returned {code}")
         return tuple(answer)
 
 
@@ -281,13 +284,13 @@ def _name_of_kind(kind: int) -> str:
 
 
 def readable(kernel: str, most: int = 80) -> str:
-    """The name of a kernel as a person would write it, cut short."""
+    """The demangled name of a kernel, truncated to ``most`` characters."""
     name = _demangled(kernel)
     return name if len(name) <= most else name[: most - 3] + "..."
 
 
 def declared_types(kernel: str) -> list[str] | None:
-    """The types of the parameters in a mangled name; None if it does not tell."""
+    """The types of the parameters in a mangled name; None if the name does not contain them."""
     name = _demangled(kernel)
     if not name.endswith(")"):
         return None

@@ -1,4 +1,4 @@
-"""What the simulation knows of torch's operators: which synchronise, write, make or view memory."""
+"""Classification of torch's operators for the simulated graph: synchronising, writing, allocating, reshaping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SYNC_OPERATORS = {
     aten.bincount,
 }
 
-# These look at a value to check it when the tensor is on a CPU, and do not when it is on a GPU.
+# These read a value to validate it if the tensor is on a CPU, but not if it is on a GPU.
 CHECKS_ON_CPU_ONLY = {
     torch.nn.functional.one_hot,
     torch.quantile,
@@ -63,7 +63,6 @@ LIKE_FACTORIES = EMPTY_FACTORIES | {
     aten.new_ones,
     aten.new_full,
 }
-WRITES_WITHOUT_READING = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.random_}
 CHANGES_SHAPE_ONLY = {aten.resize_, aten.resize_as_, aten.set_}
 MASK_INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._unsafe_index_put}
 NEEDS_DEVICE_OPERANDS = MASK_INDEXING | {aten.copy_, aten.copy}
@@ -73,7 +72,7 @@ CPU_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CompositeExplicitAuto
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
+    """Returns the tensors in a tree of arguments, also those inside Triton's descriptors and reinterpreted pointers."""
     found = []
     for leaf in tree_leaves(tree):
         tensor = leaf if isinstance(leaf, torch.Tensor) else getattr(leaf, "base", None)
@@ -83,7 +82,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def names_host(device: Any) -> bool | None:
-    """Whether a `device=` argument names the host (True) or the device (False); None when it names neither."""
+    """Whether a `device=` argument names the host (True) or the device (False); None if the argument is None."""
     if device is None:
         return None
     return isinstance(device, str) and device.startswith("cpu")
@@ -95,21 +94,13 @@ def schema_arguments(func: Any) -> Sequence[Any]:
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that the operator's schema says it writes."""
+    """Returns the tensors that the operator writes according to its schema."""
     written: list[torch.Tensor] = []
     for position, argument in enumerate(schema_arguments(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             written.extend(tensors_in(value))
     return written
-
-
-def is_view(func: Any) -> bool:
-    returns_alias = any(value.alias_info is not None for value in func._schema.returns)
-    writes = any(
-        argument.alias_info is not None and argument.alias_info.is_write for argument in schema_arguments(func)
-    )
-    return returns_alias and not writes
 
 
 def has_mask(indices: Sequence[torch.Tensor | None]) -> bool:

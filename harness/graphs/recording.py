@@ -19,7 +19,7 @@ from nsa_oracle.harness.graphs.storages import use_count
 
 @dataclass(frozen=True)
 class Operation:
-    """A recorded operator: its arguments, and the outputs that its result belongs in (None: already in place)."""
+    """A recorded operator: its arguments, and for each result the tensor to copy it to (None: written in place)."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -54,17 +54,11 @@ class Launch:
 
 
 class SimulatedCapturedGraph:
-    """Recorded operations, with every tensor they use held alive.
-
-    `storages_read` and `storages_written` are the (address, bytes) of storages that existed before the capture;
-    `allocations` counts the storages that the recorded operations made.
-    """
+    """Recorded operations; keeps every tensor that they use alive."""
 
     def __init__(
         self,
         nodes: Sequence[Operation | Launch],
-        storages_read: frozenset[tuple[int, int]],
-        storages_written: frozenset[tuple[int, int]],
         made: Sequence[torch.UntypedStorage],
         found: dict[int, torch.UntypedStorage],
         host_scalars: frozenset[int],
@@ -73,9 +67,6 @@ class SimulatedCapturedGraph:
         self._found = found
         self._made = {storage._cdata: storage for storage in made}
         self._host_scalars = host_scalars  # storages of the copies that the nodes hold
-        self.storages_read = storages_read
-        self.storages_written = storages_written
-        self.allocations = len(made)
 
     def replay(self) -> None:
         with torch.no_grad():
@@ -83,7 +74,7 @@ class SimulatedCapturedGraph:
                 node.run()
 
     def dangling_bytes(self) -> int:
-        # What no node holds was looked at by the host alone.
+        # A storage that no node holds was used on the host alone.
         return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
 
     def audit(self) -> Audit:
@@ -100,14 +91,14 @@ class SimulatedCapturedGraph:
         return tensor.untyped_storage()._cdata in self._host_scalars
 
     def _held_by_nodes_alone(self, storages: dict[int, torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
-        """Those of `storages`, of each of which this object has one handle, that nobody has but it and its nodes."""
+        """Yield the storages that only this object (one handle each) and its nodes hold."""
         for key, tensors in self._tensors_of_nodes.items():
             if key in storages and use_count(storages[key]) == 1 + tensors:
                 yield storages[key]
 
     @functools.cached_property
     def _tensors_of_nodes(self) -> dict[int, int]:
-        """By storage: through how many tensors the nodes hold it."""
+        """For each storage that the nodes use, the number of their tensors on it."""
         held: dict[int, set[int]] = {}
         for node in self._nodes:
             for tensor in tensors_in(vars(node)):

@@ -13,7 +13,7 @@ def graph_runner(device: torch.device) -> GraphRunner:
     if device.type == "cuda":
         return CudaGraphRunner(device)
     if device.type == "cpu":
-        # Imported late: the simulation is built from this module's error and watch.
+        # Imported late: only a run on a CPU needs the simulation.
         from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
 
         return SimulatedGraphRunner()

@@ -1,16 +1,16 @@
-"""A graph for CPU tensors that keeps the contract of a CUDA graph: recorded operations, replayed on fixed storages.
+"""A graph for CPU tensors that follows the contract of a CUDA graph: recorded operations, replayed on fixed storages.
 
 On a CPU every tensor has the same device, so the simulation decides which side a tensor would be on:
 
-* *host*: the tensors named in `host_tensors`, tensors made from host data (`torch.tensor`, `from_numpy`), factories
-  without a device or with the string "cpu", and whatever is computed from those alone;
+* *host*: the tensors in `host_tensors`, tensors made from host data (`torch.tensor`, `from_numpy`), factories called
+  without a device or with the string "cpu", and results computed from host tensors alone;
 * *device*: everything else. A `torch.device` object always names the device, the string "cpu" always the host.
 
-Work on host tensors alone runs once, at capture, as Python does; the values it yields are frozen. Work on device
-tensors is recorded. A copy between the two sides, and a host's look at a device value, are what a capture refuses.
+Operations on host tensors alone run once, at capture, as in eager Python; their results are frozen. Operations on
+device tensors are recorded. The capture refuses copies between the two sides and reads of a device value on the host.
 
-Recorded are the operations that a device would see: inside a `torch.library` operator written in Python these are its
-inner operations and kernel launches, so that no Python of the operator runs again in a replay.
+The recorder sees the operations that a device would execute. For a `torch.library` operator written in Python these
+are its inner operations and kernel launches, so a replay does not run the operator's Python again.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ from nsa_oracle.harness.graphs.operators import (
     NEEDS_DEVICE_OPERANDS,
     SYNC_FUNCTIONS,
     SYNC_OPERATORS,
-    WRITES_WITHOUT_READING,
     aten,
     has_mask,
-    is_view,
     names_host,
     schema_arguments,
     tensors_in,
@@ -60,12 +58,12 @@ _SYNC = "needs a device value on the host, which synchronises"
 
 
 class SimulatedGraphRunner:
-    """Captures bodies on CPU tensors. See the module for which tensors count as the host's."""
+    """Captures bodies on CPU tensors. The module docstring says which tensors count as host tensors."""
 
     def capture(self, body: Callable[[], None], host_tensors: Sequence[torch.Tensor] = ()) -> SimulatedCapturedGraph:
-        """Run `body` once for real, then record it and undo what the recording run did to tensors.
+        """Run `body` once for real, then record it and undo the effects of the recording run on tensors.
 
-        Raises CaptureError for what a CUDA capture refuses; other exceptions are the body's own and pass unchanged.
+        Raises CaptureError for what a CUDA capture refuses. Other exceptions of the body propagate unchanged.
         """
         watch = StorageWatch()
         with watch:
@@ -76,7 +74,7 @@ class SimulatedGraphRunner:
             with watch, recorder.active(), recorder.hooked_launches():
                 body()
             if recorder.fault is not None:
-                # The body swallowed it; a real capture stays invalidated and says so at its end.
+                # The body swallowed the exception; a CUDA capture stays invalidated and fails at its end.
                 raise recorder.fault
         finally:
             recorder.undo()
@@ -85,21 +83,19 @@ class SimulatedGraphRunner:
 
 
 class _Recorder:
-    """What one recording run has seen: its nodes, which storages are the host's, which are new, what to undo."""
+    """State of one recording run: its nodes, the host storages, the new storages, and the contents to restore."""
 
     def __init__(self, host_tensors: Sequence[torch.Tensor]) -> None:
         self.fault: CaptureError | None = None
         self.paused = False
         self.function: Callable[..., Any] | None = None  # the Python-level function being called
-        self.factories_on_host: bool | None = None  # where a factory puts its tensor; None: beside its operands
+        self.factories_on_host: bool | None = None  # side of a factory's tensor; None: the side of its operands
         self.nodes: list[Operation | Launch] = []
-        # Both keep their storages alive: an address that is handed out again would change sides.
+        # Both keep their storages alive: a reused address could belong to the other side.
         self._host: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
-        self._host_scalars: set[int] = set()  # copies that nodes hold
+        self._host_scalars: set[int] = set()  # storages of the copies that nodes hold
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._read: set[tuple[int, int]] = set()
-        self._written: set[tuple[int, int]] = set()
         self._functions = _RecordFunctions(self)
         self._operators = _RecordOperators(self)
         for tensor in host_tensors:
@@ -107,7 +103,7 @@ class _Recorder:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Both modes, on top of whatever is active; entered again for the body of a custom operator."""
+        """Push both modes on top of the active ones; entered again for the body of a custom operator."""
         with self._functions, self._operators:
             yield
 
@@ -129,7 +125,7 @@ class _Recorder:
             self.function, self.factories_on_host = before
 
     def reject(self, func: Callable[..., Any] | str, reason: str) -> NoReturn:
-        """Refuse an operation, under the name that the body called it by."""
+        """Raise CaptureError under the name that the body called, and remember the first such error."""
         name = func if isinstance(func, str) else operation_name(self.function or func)
         error = CaptureError(name, calling_line(), reason)
         self.fault = self.fault or error
@@ -148,25 +144,15 @@ class _Recorder:
         storage = tensor.untyped_storage()
         self._made[storage._cdata] = storage
 
-    def note_read(self, tensor: torch.Tensor) -> None:
-        self._note(tensor, self._read)
-
     def note_write(self, tensor: torch.Tensor) -> None:
-        """Keep what the storage held before this recording first touches it, to put it back afterwards."""
+        """Save the content of the storage before this recording first writes to it; `undo` restores it."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._made:
-            if storage._cdata not in self._saved:
-                with self.pausing():
-                    self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
-            self._note(tensor, self._written)
-
-    def _note(self, tensor: torch.Tensor, storages: set[tuple[int, int]]) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._made and storage.nbytes():
-            storages.add((storage.data_ptr(), storage.nbytes()))
+        if storage._cdata not in self._made and storage._cdata not in self._saved:
+            with self.pausing():
+                self._saved[storage._cdata] = _whole(tensor), _whole(tensor).clone()
 
     def freeze(self, tree: Any) -> Any:
-        """Own aliases, because the body may still reshape its tensors in place; a copy of a host scalar."""
+        """Alias the device tensors, because the body may still reshape its own in place, and copy the host scalars."""
         with self.pausing():
             return tree_map_only(torch.Tensor, self._own, tree)
 
@@ -177,11 +163,11 @@ class _Recorder:
         self._host_scalars.add(own.untyped_storage()._cdata)
         return own
 
-    # Triton launches that no operator wraps.
+    # Triton launches outside of any operator.
 
     @contextmanager
     def hooked_launches(self) -> Iterator[None]:
-        """Record launches of Triton's interpreter, if it is loaded; a dispatch mode does not see them."""
+        """Record launches of Triton's interpreter, if it is loaded: a dispatch mode does not see them."""
         interpreter = sys.modules.get("triton.runtime.interpreter")
         if interpreter is None:
             yield
@@ -204,14 +190,13 @@ class _Recorder:
         for tensor in tensors_in((args, kwargs)):
             if self.is_host(tensor):
                 self.reject(f"triton kernel {executor.fn.__name__}", _HOST_READ)
-            # A kernel does not say which of its pointers it writes.
-            self.note_read(tensor)
+            # A launch does not declare which of its pointers it writes.
             self.note_write(tensor)
         resolved = copy.copy(executor)
         resolved_grid: list[Any] = []
 
         def resolve(meta: dict[str, Any]) -> Any:
-            # The grid is computed once, by the capture; a look at a device value there is a synchronisation.
+            # The grid is computed once, at capture; reading a device value there is a synchronisation.
             with self.pausing(False):
                 resolved_grid.append(executor.grid(meta))
             return resolved_grid[-1]
@@ -227,23 +212,22 @@ class _Recorder:
     # The end of a recording.
 
     def undo(self) -> None:
-        """Put every storage back: a capture runs nothing on the device."""
+        """Restore the content of every storage: a capture runs nothing on the device."""
         for memory, saved in self._saved.values():
             memory.copy_(saved)
-        self._saved.clear()  # they hold the storages, and the recorder lives until its cycles are collected
+        self._saved.clear()  # releases the storages: the recorder lives until its reference cycles are collected
 
     def finish(self, found: dict[int, torch.UntypedStorage]) -> SimulatedCapturedGraph:
         for storage in self._made.values():
-            # No replay has filled these yet: whoever reads them first must not find a right answer by luck.
+            # No replay has filled these yet: a read before the first replay must not find a right value by chance.
             storage.fill_(0xFF)  # type: ignore[attr-defined]
-        read, written = frozenset(self._read), frozenset(self._written)
         made = tuple(self._made.values())
-        self._made = {}  # its handles would count as holders for as long as the recorder is not collected
-        return SimulatedCapturedGraph(self.nodes, read, written, made, found, frozenset(self._host_scalars))
+        self._made = {}  # these handles would count as holders until the recorder is collected
+        return SimulatedCapturedGraph(self.nodes, made, found, frozenset(self._host_scalars))
 
 
 class _RecordFunctions(TorchFunctionMode):
-    """Sees calls as the body wrote them, among them the ones that never reach the dispatcher."""
+    """Sees calls as the body wrote them, including those that never reach the dispatcher."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -269,7 +253,7 @@ class _RecordFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _factories_on_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
-        """Where this call puts a new tensor: where it was told to, or beside its operands, or on the host."""
+        """Side of a tensor that this call creates: the named device's, None for that of its operands, else the host."""
         named = names_host(kwargs.get("device"))
         if named is not None:
             return named
@@ -278,15 +262,15 @@ class _RecordFunctions(TorchFunctionMode):
         return True
 
     def _from_host_data(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """`torch.tensor` and its kin: host data stays on the host, or is copied to the device and refused."""
+        """`torch.tensor` and similar functions: host data may stay on the host; a copy to the device is refused."""
         recorder = self.recorder
-        beside = args[0] if func is torch.Tensor.new_tensor else None
-        data = kwargs.get("data", args[beside is not None] if len(args) > (beside is not None) else None)
+        template = args[0] if func is torch.Tensor.new_tensor else None
+        data = kwargs.get("data", args[template is not None] if len(args) > (template is not None) else None)
         on_host = names_host(kwargs.get("device"))
         if on_host is None:
-            on_host = recorder.is_host(beside) if beside is not None else default_device.CURRENT_DEVICE is None
+            on_host = recorder.is_host(template) if template is not None else default_device.CURRENT_DEVICE is None
         if isinstance(data, torch.Tensor):
-            if kwargs.get("device") is None and beside is None:
+            if kwargs.get("device") is None and template is None:
                 on_host = recorder.is_host(data)
             self._check_move(func, data, on_host)
             moved: torch.Tensor = func(*args, **kwargs)
@@ -308,7 +292,7 @@ class _RecordFunctions(TorchFunctionMode):
 
 
 class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what a device would execute: operators below autograd and below composite functions."""
+    """Sees the operators that a device would execute, below autograd and composite functions."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -329,8 +313,8 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         self._reject_synchronisation(func, args, kwargs)
         self._reject_host_operands(func, args, tensors)
-        written = written_arguments(func, args, kwargs)
-        self._note_accesses(func, tensors, written)
+        for tensor in written_arguments(func, args, kwargs):
+            recorder.note_write(tensor)
         if func.namespace not in ("aten", "prims"):
             return self._run_custom(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -340,7 +324,7 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _is_host_work(self, func: Any, tensors: list[torch.Tensor]) -> bool:
         packet, recorder = func.overloadpacket, self.recorder
         if packet is aten.lift_fresh:
-            return True  # Only data that Python just handed over passes through it.
+            return True  # torch applies it only to tensors just made from Python data
         if (packet in LIKE_FACTORIES or not tensors) and recorder.factories_on_host is not None:
             return recorder.factories_on_host
         return bool(tensors) and all(recorder.is_host(tensor) for tensor in tensors)
@@ -356,7 +340,7 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             recorder.reject(func, f"{_SYNC}: the length of a boolean mask's selection")
 
     def _reject_host_operands(self, func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
-        """Host tensors beside device tensors: a scalar is frozen into the launch, anything else needs a copy."""
+        """Reject host operands of a device operation, except scalars, which a launch freezes; others need a copy."""
         packet, recorder = func.overloadpacket, self.recorder
         host = [tensor for tensor in tensors if recorder.is_host(tensor)]
         if not host:
@@ -369,32 +353,22 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             recorder.reject(func, _HOST_READ)
 
     def _fills_mask(self, packet: Any, args: tuple[Any, ...]) -> bool:
-        """`x[mask] = 5.0` is a masked_fill on a GPU when the value is a host scalar and the mask the only index."""
+        """Whether this is `x[mask] = 5.0`, a masked_fill on a GPU: a host scalar as value, a mask as the only index."""
         if packet is not aten.index_put_:
             return False
         indices = [index for index in args[1] if index is not None]
         value = args[2]
         return len(indices) == 1 and has_mask(indices) and value.dim() == 0 and self.recorder.is_host(value)
 
-    def _note_accesses(self, func: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
-        recorder = self.recorder
-        only_written = func.overloadpacket in WRITES_WITHOUT_READING or any(a.is_out for a in schema_arguments(func))
-        if not is_view(func):
-            for tensor in tensors:
-                if not (only_written and any(tensor is target for target in written)):
-                    recorder.note_read(tensor)
-        for tensor in written:
-            recorder.note_write(tensor)
-
     def _run_custom(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record what a Python operator does inside; an operator that shows nothing inside is recorded whole."""
+        """Record the operations inside a Python operator; record the operator itself if none are visible."""
         recorder = self.recorder
         recorded = len(recorder.nodes)
         if not any(func.has_kernel_for_dispatch_key(key) for key in CPU_KEYS):
             result = func(*args, **kwargs)
         else:
             with recorder.active(), recorder.calling(None, None):
-                # The kernel itself: calling the operator would come back here for ever.
+                # Calls the kernel itself: calling the operator would recurse into this mode.
                 result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         if len(recorder.nodes) == recorded:
             self._record(func, args, kwargs, result)
@@ -413,7 +387,7 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         reshapes = func.overloadpacket in CHANGES_SHAPE_ONLY or torch.Tag.inplace_view in func.tags
         if reshapes or func.overloadpacket in EMPTY_FACTORIES or not (writes or any(fresh)):
-            return  # A change of shape, untouched memory, or a view: nothing for a device to execute.
+            return  # A change of shape, uninitialised memory, or a view: nothing for a device to execute.
         outputs = tuple(
             recorder.freeze(leaf) if is_fresh else None for leaf, is_fresh in zip(results, fresh, strict=True)
         )
@@ -421,12 +395,12 @@ class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """The storage's memory; an empty storage has none, and is known by its (negated) object instead."""
+    """Address of the storage's memory; for an empty storage the negated address of its object, as it has no memory."""
     return storage.data_ptr() or -storage._cdata
 
 
 def _destination(recorder: _Recorder, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> bool | None:
-    """Whether `Tensor.to(*args, **kwargs)` names the host; None when it names no device."""
+    """Whether `Tensor.to(*args, **kwargs)` names the host (True) or the device (False); None if it names neither."""
     args, kwargs = arguments
     for argument in (*args, kwargs.get("device"), kwargs.get("other")):
         if isinstance(argument, torch.Tensor):
@@ -437,7 +411,7 @@ def _destination(recorder: _Recorder, arguments: tuple[tuple[Any, ...], dict[str
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of all its storage, an alias; of a huge one only what the tensor shows, as the rest is untouched."""
+    """Alias of all bytes of the tensor's storage; of a huge storage, of the tensor alone: the rest is not written."""
     storage = tensor.untyped_storage()
     if storage.nbytes() > _HUGE:
         return tensor.detach()

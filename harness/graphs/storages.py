@@ -1,4 +1,4 @@
-"""Follows the storages that a body uses while it is captured."""
+"""Tracks the storages that a body uses while it is captured."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 
 
 class StorageWatch:
-    """Follows a body's operations: rejects moved storages, keeps found ones alive, remembers the first failure.
+    """Tracks a body's operations: rejects moved storages, keeps existing ones alive, remembers the first failure.
 
-    Used as a context manager around the body, for the warm-up and again for the capture; what was made inside either
-    is the body's own and may be moved freely.
+    Used as a context manager around the body, for the warm-up and again for the capture. Storages that the body
+    creates in either run are its own and may be moved.
     """
 
     def __init__(self) -> None:
-        # Weak, so that watching does not lengthen the life of intermediates and so change which addresses are reused.
+        # Weak references: a strong one would lengthen the life of intermediates and change which addresses are reused.
         self._made: set[StorageWeakRef] = set()
-        # Strong: a graph holds raw addresses. Memory freed under it would be handed to an unrelated tensor, and the
-        # stale graph would then corrupt a later case instead of failing its own.
+        # Strong references: a graph holds raw addresses. Freed memory would go to an unrelated tensor, and the stale
+        # graph would then corrupt a later case instead of failing its own.
         self.found: dict[int, torch.UntypedStorage] = {}
-        self.calls: list[NodeValues] = []  # operators on CUDA tensors, if they are noted
+        self.calls: list[NodeValues] = []  # operators on CUDA tensors, recorded inside `noting_calls`
         self._notes_calls = False
         self.failed_operation: str | None = None
         self.failed_where: str | None = None
@@ -53,9 +53,10 @@ class StorageWatch:
 
     @property
     def swallowed_refusal(self) -> Exception | None:
-        """What an operation raised because of the capture, though the body caught it.
+        """The exception that an operation raised because of the capture, even if the body caught it.
 
-        Some refusals invalidate the capture and some do not, by version of torch; a body that needs one is at fault.
+        Which refusals invalidate the capture depends on the version of torch; a body that runs into one is at fault
+        in any case.
         """
         return self._failure if "captur" in str(self._failure) else None
 
@@ -76,7 +77,7 @@ class StorageWatch:
 
     @contextmanager
     def noting_calls(self) -> Iterator[None]:
-        """Note what host values every operator on CUDA tensors is given."""
+        """Record the host values that each operator on CUDA tensors receives."""
         self._notes_calls = True
         try:
             yield
@@ -89,7 +90,7 @@ class StorageWatch:
             self.calls.append(of_call(str(func), names, args, kwargs, lambda tensor: not tensor.is_cuda))
 
     def holds_host_memory(self, address: int) -> bool | None:
-        """Whether anybody else holds the host memory at an address; None if no operator found any there."""
+        """Whether anything but this watch holds the host memory at an address; None if no operator used any there."""
         for storage in self.found.values():
             begin = storage.data_ptr()
             if storage.device.type == "cpu" and begin <= address < begin + storage.nbytes():
@@ -101,12 +102,12 @@ class StorageWatch:
 
     @contextmanager
     def noting_failure(self, func: Callable[..., Any]) -> Iterator[None]:
-        """Remember the first operation that raised, under the name that the body called it by."""
+        """Remember the first operation that raised, under the name that the body called."""
         try:
             yield
         except Exception as error:
             if self.failed_operation is None:
-                # The traceback reaches into a custom operator's own body, the stack stops at the call to it.
+                # The traceback reaches into the body of a custom operator; the stack ends at the call of the operator.
                 frame = innermost_user_frame(traceback.extract_tb(error.__traceback__))
                 self.failed_where = calling_line() if frame is None else describe_frame(frame)
                 self.failed_operation, self._failure = operation_name(func), error
@@ -123,7 +124,7 @@ class _WatchFunctions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # `.data = ...` never reaches the dispatcher.
+        # `.data = ...` does not reach the dispatcher.
         if func == torch.Tensor.data.__set__ and self.watch.existed(args[0]):  # type: ignore[attr-defined]
             raise CaptureError("torch.Tensor.data = ...", calling_line(), "rebinds an existing tensor to other memory")
         with self.watch.noting_failure(func):
@@ -147,7 +148,7 @@ class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self.watch.noting_failure(func):
             result = func(*args, **kwargs)
         if any(storage.data_ptr() != address for storage, address in before):
-            # An `out=` that was too small, say: seen only afterwards.
+            # For example an `out=` that was too small: this shows only after the call.
             self.watch.reject_move(func, "moved an existing tensor to other memory")
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.watch.note_outputs(outputs)
@@ -155,7 +156,7 @@ class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _reject_known_moves(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Reject before the harm is done, so that the caller's buffer stays where it was."""
+        """Reject before the operator runs, so that the caller's buffer stays at its address."""
         packet = func.overloadpacket
         if packet is torch.ops.aten.set_ and self.watch.existed(args[0]):
             self.watch.reject_move(func, "rebinds an existing tensor to other memory")
@@ -169,6 +170,6 @@ class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def use_count(storage: torch.UntypedStorage) -> int:
-    """How many tensors and other holders `storage` has, all Python handles of the storage itself counted as one."""
+    """Number of holders of `storage`, tensors included; all Python handles of the storage itself count as one."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count

@@ -1,11 +1,11 @@
-"""Runs kernels written in Gluon without a GPU, on top of Triton's interpreter, which does not know that language.
+"""Runs kernels written in Gluon without a GPU, on top of Triton's interpreter, which does not support Gluon.
 
-The words of Gluon, said in those of ``gluon_machine``, of Triton's interpreter and of ``ptx``. Layouts,
-registers and the warps of a partition are nobody's business here: a tensor is an array, and a barrier among the threads
-of one partition, which act as one, does nothing.
+This module implements the functions of Gluon with ``interpreter.gluon_machine``, Triton's interpreter and
+``interpreter.ptx``. Layouts, registers and the warps of a partition are not modelled: a tensor is an array, and a
+barrier among the threads of one partition, which act as one, does nothing.
 
-``install`` makes ``optimized/`` import its kernels so. Of Gluon there is what they use; asking for more raises
-AttributeError. Import this module late: importing Triton fixes how kernels run.
+``install`` makes the kernels of ``optimized/`` import this implementation. It covers the part of Gluon that they use;
+any other name raises AttributeError. Import this module late: importing Triton fixes how kernels run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nsa_oracle.harness.interpreter.gluon_machine import (
 )
 
 THREADS_PER_WARP = 32
-POISON_BYTE = 0xFF  # all bytes so: NaN in bf16 and float32
+POISON_BYTE = 0xFF  # repeated, it gives NaN in bf16 and float32
 GLUON = "triton.experimental.gluon"
 CUDA = "triton.language.extra.cuda"
 KERNELS = "nsa_oracle.optimized.kernels.attention_hopper"
@@ -60,13 +60,13 @@ def _running() -> Program:
 
 
 class Layout:
-    """Of no meaning here."""
+    """Any layout of Gluon; ignored."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class _Language(ModuleType):
-    """Of what it has no word for itself, Triton's."""
+    """A stand-in for a module of Gluon. Some names that it does not define come from ``triton.language``."""
 
     OF_TRITON = (
         "int1", "int32", "int64", "uint8", "float32", "bfloat16", "pointer_type", "constexpr", "tensor", "tuple",
@@ -79,10 +79,10 @@ class _Language(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.OF_TRITON:
-            return getattr(tl, name)  # each time: a launch replaces some
+            return getattr(tl, name)  # looked up each time: a launch replaces some
         if name in self.LAYOUTS:
             return Layout
-        raise AttributeError(f"the interpreter of Gluon knows no {self.__name__}.{name}")
+        raise AttributeError(f"the Gluon interpreter does not implement {self.__name__}.{name}")
 
 
 def _arange(start: Any, end: Any, layout: Any = None) -> Any:
@@ -125,11 +125,11 @@ def _warp_specialize(work: Sequence[Any], warps: Sequence[Any], registers: Seque
 
 
 def _inline_asm(asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-    several = isinstance(dtype, tuple)
-    dtypes = dtype if several else (dtype,)
+    is_tuple = isinstance(dtype, tuple)
+    dtypes = dtype if is_tuple else (dtype,)
     results = ptx.run(asm, [arg.handle.data for arg in args], len(dtypes))
     tensors = tuple(tensor(data.view(numpy_type(of)), of) for data, of in zip(results, dtypes, strict=True))
-    return tensors if several else tensors[0]
+    return tensors if is_tuple else tensors[0]
 
 
 def _fence_async_shared() -> None:
@@ -140,7 +140,7 @@ def _fence_async_shared() -> None:
 def _warpgroup_mma(a: Any, b: Descriptor, acc: Any, *, use_acc: Any = True, is_async: Any = False) -> Any:
     for operand in (a, b):
         if isinstance(operand, Descriptor) and operand.buffer in operand.allocation.unfenced:
-            raise GluonError("the matrix units read shared memory that was written behind the last fence")
+            raise GluonError("the matrix units read shared memory that was written after the last fence")
     product = Product(a, b, acc if use_acc else None)
     if is_async:
         _running().current.products.append(product)
@@ -191,7 +191,7 @@ def _async_load(tile: Descriptor, pointers: Any, mask: Any = None) -> None:
 
 
 def _async_arrive(barrier: Descriptor, increment_count: Any = True) -> None:
-    """Each thread of the partition, when its copies have landed."""
+    """Each thread of the partition arrives at the barrier once the partition's copies have landed."""
     program, target = _running(), _barrier_of(barrier)
     partition = program.current
     threads = partition.warps * THREADS_PER_WARP
@@ -205,7 +205,7 @@ def _async_arrive(barrier: Descriptor, increment_count: Any = True) -> None:
 
 
 def _wait_group(num_outstanding: Any = 0) -> None:
-    """For all copies of the partition: none is in a group that could stay behind."""
+    """Waits for all copies of the partition: groups, of which some could stay outstanding, are not modelled."""
     partition = _running().current
     copies, partition.copies = partition.copies, []
     for copy in copies:
@@ -217,7 +217,7 @@ def _jit(function: Any = None, **options: Any) -> Any:
 
 
 def _decorated(function: Callable[..., Any], **options: Any) -> Any:
-    """A function of the interpreter's, whose launches are programs as above."""
+    """Wraps a function for Triton's interpreter, so that each program of a launch is a ``Program``."""
 
     class Kernel(interpreter.InterpretedFunction):  # type: ignore[misc]
         def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -232,7 +232,11 @@ def _decorated(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _as_program(body: Callable[..., Any], warps: int) -> Callable[..., None]:
-    """A kernel to the interpreter, which looks for Triton's language among its globals: those of this module."""
+    """Wraps a kernel to run as a ``Program`` of ``warps`` warps; every second one is eager.
+
+    The interpreter looks for Triton's language in the globals of the function that it launches. For the wrapper these
+    are the globals of this module.
+    """
 
     @functools.wraps(body)
     def program(**args: Any) -> None:
@@ -250,7 +254,7 @@ def _as_program(body: Callable[..., Any], warps: int) -> Callable[..., None]:
 
 @contextmanager
 def _as_gluon_has_it() -> Iterator[None]:
-    """A tensor's type has a layout, and bf16 is rounded to: the interpreter's own cast truncates."""
+    """Give tensor types a layout, as in Gluon, and round casts to bf16, which the interpreter truncates."""
     builder: Any = interpreter.interpreter_builder
     cast = builder.cast_impl
 
@@ -275,7 +279,7 @@ def _module(name: str, **members: Any) -> _Language:
 
 
 def _modules() -> dict[str, ModuleType]:
-    """What stands in for Gluon, by name."""
+    """The modules that replace Gluon, by name."""
     async_copy = _module(
         "async_copy",
         async_load=_async_load,
@@ -320,24 +324,24 @@ def _modules() -> dict[str, ModuleType]:
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Modules that are imported inside find these in place of Gluon."""
-    ours = _modules()
+    """Modules imported inside this context import the replacements instead of Gluon."""
+    replacements = _modules()
     packages = {triton.experimental: ("gluon", GLUON), triton.language.extra: ("cuda", CUDA)}
-    before = {name: sys.modules.pop(name, None) for name in ours}
+    before = {name: sys.modules.pop(name, None) for name in replacements}
     with ExitStack() as stack:
         for package, (attribute, name) in packages.items():
-            stack.enter_context(patch.object(package, attribute, ours[name], create=True))
-        sys.modules.update(ours)
+            stack.enter_context(patch.object(package, attribute, replacements[name], create=True))
+        sys.modules.update(replacements)
         try:
             yield
         finally:
-            for name in ours:
+            for name in replacements:
                 del sys.modules[name]
             sys.modules.update({name: module for name, module in before.items() if module is not None})
 
 
 def as_installed(name: str) -> AbstractContextManager[None]:
-    """What the module ``name`` is to be executed in, while ``install`` is in force."""
+    """The context in which to execute the module ``name``: ``stand_ins`` for Gluon kernels after ``install``."""
     is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
     return stand_ins() if name == KERNELS and is_installed else nullcontext()
 
@@ -358,6 +362,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Have ``optimized/``'s kernels in Gluon interpreted: before it is imported. Harmless to call twice."""
+    """Make ``optimized/`` interpret its Gluon kernels. Call before importing it; repeated calls do nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

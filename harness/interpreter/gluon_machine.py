@@ -1,12 +1,13 @@
-"""One program as a GPU runs it, in several partitions: what these have to do with each other. See ``harness.gluon``.
+"""Model of one GPU program that runs in several partitions, and of how they synchronise. Used by ``interpreter.gluon``.
 
-- They take turns, and a partition waits for an mbarrier until it has passed. Every second program runs *eagerly*:
-  copies land at once, and whoever waits goes on as soon as it may. In the others a copy lands when somebody needs it,
-  and a partition goes on until it must wait. What is right under any schedule is right under both; a barrier that is
-  not waited for, or that lets somebody through too early, shows under one of them: in a launch of two programs, always.
-- Shared memory begins as NaN, and has a size: what lies outside a tile is an error and no neighbour.
-- Matrix units read what a fence has made visible to them, when somebody waits for the product, and not before.
-- If all wait for each other, that is an error, and so is an mbarrier at which too many arrive.
+- Partitions take turns, and a partition waits at an mbarrier until its phase has passed. Every second program is
+  *eager*: copies land at once, and a waiting partition continues as soon as it may. In the other programs a copy lands
+  when it is needed, and a partition runs until it must wait. A kernel that is right under any schedule is right under
+  both. A missing wait, or a barrier that passes too early, shows under one of the two: in a launch of two programs,
+  always.
+- Shared memory begins as NaN. An access outside a tile is an error and does not reach the neighbouring memory.
+- Matrix units read shared memory when a product is waited for, and no earlier; a fence must have made it visible.
+- A deadlock of all partitions is an error, and so are more arrivals at an mbarrier than its count.
 
 Import this module late: importing Triton fixes how kernels run.
 """
@@ -28,7 +29,7 @@ from triton.runtime import interpreter
 
 
 class GluonError(RuntimeError):
-    """What a GPU would answer with a fault, a hang, or numbers that depend on luck. One line."""
+    """An error that on a GPU would be a fault, a hang, or results that depend on timing. The message is one line."""
 
 
 # Shared memory.
@@ -36,22 +37,26 @@ class GluonError(RuntimeError):
 
 @dataclass(eq=False)
 class Barrier:
-    """An mbarrier: a phase ends when as many have arrived as it counts; the next begins with nobody."""
+    """An mbarrier: a phase ends after ``count`` arrivals, and the next one begins with none.
+
+    missing: arrivals that the current phase still needs. late: copies in flight, with the number of arrivals once they
+    have landed.
+    """
 
     count: int
     missing: int
     phase: int = 0
-    late: list[tuple[list[Copy], int]] = field(default_factory=list)  # copies, and who arrives when they have landed
+    late: list[tuple[list[Copy], int]] = field(default_factory=list)
 
     def arrive(self, count: int) -> None:
         self.missing -= count
         if self.missing < 0:
-            raise GluonError(f"more arrive at an mbarrier than the {self.count} that it counts")
+            raise GluonError(f"more arrivals at an mbarrier than its count of {self.count}")
         if self.missing == 0:
             self.phase, self.missing = self.phase + 1, self.count
 
     def land(self) -> None:
-        """Whatever is on its way."""
+        """Land all copies in flight, and count their arrivals."""
         late, self.late = self.late, []
         for copies, count in late:
             for copy in copies:
@@ -65,7 +70,7 @@ class Barrier:
 
 @dataclass(eq=False)
 class Allocation:
-    """unfenced: which of its buffers were written since the last fence."""
+    """An allocation of shared memory. unfenced: numbers of its buffers that were written since the last fence."""
 
     barriers: dict[int, Barrier] = field(default_factory=dict)
     unfenced: set[int] = field(default_factory=set)
@@ -73,7 +78,7 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class Descriptor:
-    """A tile in shared memory. buffer: which of its allocation, by the first dimension of one of three."""
+    """A tile in shared memory. buffer: its number in the allocation, an index of the first of three dimensions."""
 
     allocation: Allocation
     data: npt.NDArray[Any]
@@ -93,7 +98,7 @@ class Descriptor:
     def slice(self, start: Any, length: Any, dim: Any = 0) -> Descriptor:
         start, length, dim = map(operator.index, (start, length, dim))
         if start < 0 or length < 1 or start + length > self.data.shape[dim]:
-            raise GluonError(f"{start} to {start + length} are not all in a dimension of {self.data.shape[dim]}")
+            raise GluonError(f"the slice {start} to {start + length} exceeds a dimension of {self.data.shape[dim]}")
         place = (slice(None),) * dim + (slice(start, start + length),)
         return Descriptor(self.allocation, self.data[place], self.dtype, self.buffer)
 
@@ -105,7 +110,7 @@ class Descriptor:
     def reinterpret(self, dtype: Any, shape: Sequence[Any], layout: Any) -> Descriptor:
         words = self.data.view(numpy_type(dtype))
         if words.shape != tuple(map(operator.index, shape)):
-            raise GluonError(f"{self.shape} of {self.dtype} are not {list(shape)} of {dtype}")
+            raise GluonError(f"a tile of {self.shape} of {self.dtype} cannot be read as {list(shape)} of {dtype}")
         return Descriptor(self.allocation, words, dtype, self.buffer)
 
     def store(self, value: Any) -> None:
@@ -123,7 +128,7 @@ class Descriptor:
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """From memory, through ``pointers``, to shared memory; zeros where ``mask`` is not."""
+    """A copy from ``pointers`` in global memory to a tile in shared memory; masked-off cells become 0."""
 
     target: Descriptor
     pointers: Any
@@ -135,7 +140,7 @@ class Copy:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """``a`` @ ``b`` + ``acc``, which nobody has waited for."""
+    """``a`` @ ``b`` + ``acc``, not yet waited for. ``value`` computes it in float32, from the memory as it is then."""
 
     a: Any
     b: Descriptor
@@ -150,10 +155,10 @@ class Product:
 
 
 def _floats(operand: Any) -> torch.Tensor:
-    """float32 of bf16, in shared memory or in registers. For torch, which multiplies in one thread; numpy may not."""
+    """A bf16 operand, in shared memory or in registers, as float32. torch multiplies in one thread; numpy may not."""
     bits = operand.data if isinstance(operand, Descriptor) else operand.handle.data
     if bits.dtype != np.uint16:
-        raise GluonError(f"the matrix units are not asked for products of {operand.dtype} here")
+        raise GluonError(f"the Gluon interpreter multiplies bf16 alone, not {operand.dtype}")
     return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32))
 
 
@@ -161,17 +166,17 @@ def _floats(operand: Any) -> torch.Tensor:
 
 
 class _Abandoned(Exception):
-    """Ends a partition whose program has failed."""
+    """Raised in a partition to end it after another partition of its program has failed."""
 
 
 @dataclass(eq=False)
 class Partition:
-    """Warps that do one thing, and act as one."""
+    """Warps that run one function, and act as one thread. copies: not yet assigned to a barrier."""
 
     warps: int
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits_for: tuple[Barrier, int] | None = None
-    copies: list[Copy] = field(default_factory=list)  # of no barrier yet
+    copies: list[Copy] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     is_done: bool = False
 
@@ -180,7 +185,7 @@ class Partition:
 
 
 class Program:
-    """One program of a launch. eager: see the module's docstring."""
+    """One program of a launch. eager: see the module docstring."""
 
     def __init__(self, warps: int, eager: bool) -> None:
         self.eager = eager
@@ -190,14 +195,14 @@ class Program:
         self.error: BaseException | None = None
 
     def specialize(self, work: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], warps: Sequence[int]) -> Any:
-        """Run a function to a partition, the first in this thread, until all have ended."""
+        """Run one function in each partition, the first in this thread, and return its result after all have ended."""
         default = self.current
         (function, args), *others = work
         threads = []
         for (other, other_args), count in zip(others, warps, strict=True):
             partition = Partition(count)
             self.partitions.append(partition)
-            body = contextvars.copy_context().run  # numpy's handling of errors is of the context
+            body = contextvars.copy_context().run  # numpy's error handling is stored in the context
             threads.append(threading.Thread(target=body, args=(self._work, partition, other, other_args), daemon=True))
             threads[-1].start()
         try:
@@ -213,7 +218,7 @@ class Program:
             raise
         finally:
             for partition in self.partitions[1:]:
-                while not partition.is_done:  # each, woken, finds the error
+                while not partition.is_done:  # once woken, it finds the error and ends
                     partition.turn.release()
                     default.turn.acquire()
             for thread in threads:
@@ -231,7 +236,7 @@ class Program:
         except BaseException as error:
             self.error = self.error or error
         partition.is_done = True
-        self._wake(self.partitions[0])  # it passes the turn on
+        self._wake(self.partitions[0])  # it gives the turn to another partition
 
     def wait(self, barrier: Barrier, parity: int) -> None:
         partition = self.current
@@ -241,12 +246,15 @@ class Program:
             partition.waits_for = None
 
     def offer(self) -> None:
-        """The turn, to whoever waits for it."""
+        """In an eager program, let a partition run that may continue now."""
         if self.eager and len(self.partitions) > 1:
             self._pass_on(self.current)
 
     def _pass_on(self, partition: Partition) -> None:
-        """To another that can go, and come back when it is this one's turn: at once, if none can and this one may."""
+        """Give the turn to another partition that can run, and return when ``partition`` may continue.
+
+        If no other partition can run, returns at once if ``partition`` can, and raises GluonError (a deadlock) if not.
+        """
         others = [other for other in self.partitions if other is not partition and other.can_go()]
         if others:
             self._wake(others[0])

@@ -1,9 +1,9 @@
-"""Checks, in Triton's interpreter, what kernels promise the compiler of pointers, which the interpreter takes on trust.
+"""Checks, in Triton's interpreter, what kernels promise the compiler about pointers; the interpreter ignores it.
 
-A kernel says ``tl.multiple_of(pointer, 16)`` so that 16 bytes move at once. Where that is not so, a GPU faults; where
-``tl.max_contiguous`` is not so, it reads and writes other cells than the kernel names. An interpreter, which moves
-every cell by itself, gives the right answer. Of integers nothing is checked: kernels promise much of offsets that they
-then mask off.
+With ``tl.multiple_of(pointer, 16)`` the compiler may move 16 bytes at once. If this promise is broken, a GPU faults. If
+that of ``tl.max_contiguous`` is broken, a GPU reads and writes other cells than the kernel names. The interpreter moves
+each cell separately and gives the right result. Promises about integers are not checked: kernels promise much about
+offsets that they then mask off.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ POINTER_BITS = 64
 
 
 class BrokenPromise(RuntimeError):
-    """What a kernel promises the compiler is not so. One line."""
+    """A kernel breaks a promise that it gave the compiler. The message is one line."""
 
 
 def install() -> None:
-    """Have the interpreter raise BrokenPromise where a kernel breaks one. Harmless to call twice."""
+    """Make the interpreter raise BrokenPromise where a kernel breaks a promise. Repeated calls do no harm."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     def set_attr(handle: Any, key: str, values: list[int]) -> None:
@@ -41,8 +41,9 @@ def _check_divisibility(pointers: npt.NDArray[Any], values: list[int], size: int
         if beyond.any():
             _refuse(
                 np.where(_continue(pointers, dim, size), 0, beyond),
-                f"tl.multiple_of promises that what starts in dimension {dim} starts on {value} bytes, and",
-                "points {} beyond such: a GPU would fault",
+                f"tl.multiple_of promises that contiguous cells in dimension {dim} start at a multiple of {value} "
+                "bytes, but",
+                "points {} bytes past one: a GPU would fault",
             )
 
 
@@ -51,23 +52,23 @@ def _check_contiguity(pointers: npt.NDArray[Any], values: list[int], size: int) 
         place = np.indices(pointers.shape)[dim] % value
         _refuse(
             np.where(_continue(pointers, dim, size), 0, place),
-            f"tl.max_contiguous promises {value} cells side by side in dimension {dim}, and",
-            "points elsewhere: a GPU would take cells that the kernel does not name",
+            f"tl.max_contiguous promises {value} contiguous cells in dimension {dim}, but",
+            "points elsewhere: a GPU would access cells that the kernel does not name",
         )
 
 
 def _continue(pointers: npt.NDArray[Any], dim: int, size: int) -> npt.NDArray[np.bool_]:
-    """Which point to the cell behind that of the lane before them in ``dim``."""
+    """Marks the pointers to the cell right after that of the preceding lane in ``dim``; these need no alignment."""
     found = np.zeros(pointers.shape, bool)
     found[(slice(None),) * dim + (slice(1, None),)] = np.diff(pointers.astype(np.int64), axis=dim) == size
     return found
 
 
 def _refuse(wrong: npt.NDArray[Any], promise: str, truth: str) -> None:
-    """Raise for the first lane that is not 0, if any."""
+    """Raise BrokenPromise for the first lane that is not 0 in ``wrong``, if any; ``truth`` formats its value."""
     if wrong.any():
         lane = tuple(map(int, np.argwhere(wrong)[0]))
         raise BrokenPromise(f"{promise} lane {list(lane)} {truth.format(int(wrong[lane]))}")
 
 
-CHECKS = {"tt.divisibility": _check_divisibility, "tt.contiguity": _check_contiguity}  # by Triton's names for promises
+CHECKS = {"tt.divisibility": _check_divisibility, "tt.contiguity": _check_contiguity}  # by Triton's names

@@ -1,6 +1,6 @@
-"""Runs a block of inline PTX on arrays, one element a thread, as far as our kernels use the language.
+"""Runs a block of inline PTX on arrays, one element per thread; implements the instructions that our kernels use.
 
-Registers are declared in vain: each holds whatever array was written to it last, of the width that wrote it.
+Register declarations are ignored: a register holds the last array written to it, with the width of that write.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Array = npt.NDArray[Any]
 
 
 class PtxError(NotImplementedError):
-    """An instruction that is not known here, or of a register that was never written. One line."""
+    """An instruction that is not implemented, or a read of a register that was not written. The message is one line."""
 
 
 def run(asm: str, inputs: Sequence[Array], outputs: int) -> list[Array]:
-    """What ``asm`` leaves in its first ``outputs`` operands, of 32 bits. The others are ``inputs``, alike in shape.
+    """Run ``asm`` and return its first ``outputs`` operands as uint32 arrays. The other operands are ``inputs``.
 
-    Raises PtxError.
+    All inputs have the same shape. Raises PtxError for an instruction or an operand that is not implemented.
     """
     registers: dict[str, Array] = {f"${outputs + number}": array for number, array in enumerate(inputs)}
     for statement in asm.strip().strip("{}").split(";"):
@@ -37,9 +37,9 @@ def _step(statement: str, registers: dict[str, Array]) -> None:
     name, _, rest = statement.partition(" ")
     operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", rest)
     if name == ".reg" or name.startswith("prefetch."):
-        return  # nothing to see: a prefetch brings data nearer, at any address
+        return  # no effect on values: a prefetch accepts any address
     if guard is not None:
-        raise PtxError(f"the interpreter of PTX knows no guarded {name}")
+        raise PtxError(f"the PTX interpreter does not implement guarded {name}")
     if name == "mov.b32" and operands[0].startswith("{"):
         low, high = _names(operands[0])
         pairs = _read(operands[1], registers).view(np.uint32)
@@ -47,7 +47,7 @@ def _step(statement: str, registers: dict[str, Array]) -> None:
     elif name in OPERATIONS:
         registers[operands[0]] = OPERATIONS[name](*(_read(operand, registers) for operand in operands[1:]))
     else:
-        raise PtxError(f"the interpreter of PTX does not know {name}")
+        raise PtxError(f"the PTX interpreter does not implement {name}")
 
 
 def _names(group: str) -> list[str]:
@@ -58,13 +58,13 @@ def _read(operand: str, registers: dict[str, Array]) -> Array:
     if operand in registers:
         return registers[operand]
     if not re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", operand):
-        raise PtxError(f"the interpreter of PTX finds nothing in {operand}")
+        raise PtxError(f"the PTX interpreter finds no value in {operand}: it was not written")
     shape = next(iter(registers.values())).shape
     return np.full(shape, int(operand, 0), np.int64).astype(np.uint32)
 
 
 def _pair(low: Array, high: Array) -> Array:
-    """Two words of 16 bits in one of 32."""
+    """Packs two 16-bit words into one 32-bit word."""
     return low.view(np.uint16).astype(np.uint32) | high.view(np.uint16).astype(np.uint32) << 16
 
 
@@ -75,7 +75,7 @@ def _from_e4m3_pair(pairs: Array) -> Array:
 
 
 def to_bf16(x: Array) -> Array:
-    """The bits of float32 ``x`` rounded to bf16, to nearest even."""
+    """The bits, as uint16, of float32 ``x`` rounded to bf16, to nearest even."""
     return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 

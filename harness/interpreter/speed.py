@@ -1,11 +1,11 @@
 """Makes Triton's interpreter about five times faster, for the many small launches of a run without a GPU.
 
-And makes that of 3.6 run at all beside numpy 2.4, which no longer takes an array of one element for a number. Five of
-its habits cost most of the time and add nothing here: it patches the language module anew for every call of a
-device function, although the launch around it already has; it recomputes each integer operation in 64 bits to look for
-overflow, which sizes that fit the interpreter cannot reach; it builds a table of dtypes whenever it looks one up; it
-validates and wraps the shape of every intermediate, of which there are few different ones; and it promotes and
-broadcasts operands that are alike.
+It also makes the interpreter of Triton 3.6 run with numpy 2.4, which no longer accepts an array of one element as a
+number. Five costs take most of the time and are not needed here. The interpreter patches the language module again for
+every call of a device function, although the enclosing launch has done so. It recomputes each integer operation in 64
+bits to detect overflow, which sizes that fit the interpreter cannot cause. It builds a table of dtypes for each
+look-up. It validates and wraps the shape of every intermediate, although there are few different shapes. It promotes
+and broadcasts operands that already have the same type and shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_CONSTANTS = 4096
 
 
 def speed_up() -> None:
-    """Cure all of them. Harmless to call twice, or under a Triton whose interpreter has no such habit."""
+    """Remove all five costs. Repeated calls do no harm, nor does a Triton whose interpreter lacks one of them."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     builder: Any = interpreter.interpreter_builder
@@ -49,7 +49,7 @@ def speed_up() -> None:
 
 
 def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a device function inside a launch. What it sees of the language is patched at most once."""
+    """Call a device function inside a launch; patch the language that it can name only if that is not yet done."""
     from triton.runtime import interpreter
 
     if any(interpreter.tl.core.is_builtin(module.load) for module in _languages(function.fn)):
@@ -58,12 +58,12 @@ def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _with_numbers(patch_tensor: Callable[..., None]) -> Callable[..., None]:
-    """``patch_tensor``, after which a tensor of one element is a number whatever its shape."""
+    """Wrap ``patch_tensor`` so that a tensor of one element, of any shape, also works as an index."""
 
     @functools.wraps(patch_tensor)
     def patch(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope puts back what there was before
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope restores the old value
 
     return patch
 
@@ -77,7 +77,7 @@ def _languages(function: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def _remembering(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``get_np_dtype``, asked once for each scalar type: a block has the numpy dtype of its elements."""
+    """Cache ``get_np_dtype`` by scalar type: a block has the numpy dtype of its elements."""
     known: dict[str, Any] = {}
 
     @functools.wraps(get_np_dtype)
@@ -92,7 +92,7 @@ def _remembering(get_np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[..., None]:
-    """The constructor of a block type or of a tensor, run once for each type and shape; then its results are shared."""
+    """Cache the results of the constructor of block types, or of tensors, by type and shape."""
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
     shapes: dict[tuple[Any, ...], Any] = {}
 
@@ -102,8 +102,8 @@ def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[
         key = (id(element_ty), sizes)
         if key not in known:
             init(self, element_ty, shape)
-            self.shape = shapes.setdefault(sizes, self.shape)  # one for all elements: to be told by identity
-            known[key] = dict(vars(self))  # holds the element type, so that its id is not given to another
+            self.shape = shapes.setdefault(sizes, self.shape)  # one object for all element types: compared by identity
+            known[key] = dict(vars(self))  # holds the element type, so that its id is not reused
         else:
             vars(self).update(known[key])
 
@@ -120,7 +120,7 @@ def _remembering_shapes(init: Callable[..., None], of_tensor: bool) -> Callable[
 
 
 def _unless_of_that_type(cast: Callable[..., Any]) -> Callable[..., Any]:
-    """``cast``, which leaves what is of the type already as it is."""
+    """Wrap ``cast`` to return a tensor unchanged that already has the type."""
 
     @functools.wraps(cast)
     def to_type(tensor: Any, dtype: Any, *rounding: Any) -> Any:
@@ -130,7 +130,7 @@ def _unless_of_that_type(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unless_alike(broadcast: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """``broadcast``, which leaves operands of one shape as they are."""
+    """Wrap ``broadcast`` to return operands of the same shape unchanged."""
 
     @functools.wraps(broadcast)
     def shared(lhs: Any, rhs: Any) -> Any:
@@ -143,9 +143,10 @@ def _unless_alike(broadcast: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
 
 def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Callable[..., Any]:
-    """``promote``, which makes a block of a whole number once for each type of the tensor that it meets.
+    """Wrap ``promote`` to cache the block made from an int, by the type of the tensor operand.
 
-    Operands of one integer type need no promotion. No operation writes to its operands.
+    Sharing such blocks is safe: no operation writes to its operands. Two tensors of the same integer type are returned
+    unchanged, because they need no promotion.
     """
     known: dict[tuple[Any, ...], Any] = {}
 
@@ -156,13 +157,13 @@ def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Ca
             alike = lhs.type.name == rhs.type.name and lhs.dtype.is_int()
             return (lhs, rhs) if alike else promote(lhs, rhs, *how, **named)
         tensor, number = (lhs, rhs) if tensor_first else (rhs, lhs)
-        # A block of 1 would be handed out for True, and one of 0.0 for -0.0: they are equal keys.
+        # Only ints: True would get the block of 1, and -0.0 that of 0.0, as they are equal as keys.
         if not (tensor_first or tensor_last) or type(number) is not int:
             return promote(lhs, rhs, *how, **named)
         key = (number, tensor_first, tensor.type.name, how, *named.items())
         if key not in known:
             both = promote(lhs, rhs, *how, **named)
-            if both[tensor_last] is not tensor:  # it was promoted as well
+            if both[tensor_last] is not tensor:  # the tensor was promoted as well
                 return both
             if len(known) == MOST_CONSTANTS:
                 known.clear()
@@ -174,18 +175,19 @@ def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Ca
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep numpy from warning of NaN and infinity, which rows of padding and poison are full of; no GPU would warn."""
+    """Suppress numpy's warnings of NaN and infinity, which padding rows and poison contain; a GPU does not warn."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
 
 
 def deep_stack(function: F) -> F:
-    """Give ``function`` a frame so large that all calls below it find room behind it.
+    """Give ``function`` a frame so large that the frames of all calls below it fit in its chunk.
 
     CPython keeps frames in chunks of 16 KiB and returns a chunk to the system as soon as the call that opened it
-    returns. The interpreter's small calls can sit right at the end of a chunk, whatever called it permitting, and then
-    each maps and unmaps memory: seen to double the time of a run. A larger frame opens a larger chunk.
+    returns. Depending on the depth of the stack, the interpreter's small calls can begin right at the end of a chunk,
+    and each of them then maps and unmaps memory; this was seen to double the time of a run. A larger frame opens a
+    larger chunk.
     """
     code = function.__code__.replace(co_stacksize=1 << 16)  # 512 KiB, in a chunk of 1 MiB
     function.__code__ = code
