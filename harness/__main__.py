@@ -11,7 +11,7 @@ __all__ = ["app", "bugs", "cases", "main", "mutants"]
 
 
 def main() -> None:
-    """Run the command line; as with ``python -m``, backends and layers are found from the current folder."""
+    """Run the command line. Backends and layers are imported from the current folder too, as with ``python -m``."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     app()

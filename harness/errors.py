@@ -1,10 +1,10 @@
-"""What stops a run before anything is judged. Each message is one line that names the cause and the mend."""
+"""Errors that stop a run before anything is judged. Each message is one line that names the cause and the remedy."""
 
 from __future__ import annotations
 
 
 class BackendError(ValueError):
-    """A backend that cannot be judged at all. The message is one line and names the cause and the mend."""
+    """A backend or layer that cannot be judged at all. The message is one line and names the cause and the remedy."""
 
 
 class ScenarioError(ValueError):
@@ -12,14 +12,14 @@ class ScenarioError(ValueError):
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """Text from a file, fit for one line of a terminal: nothing unprintable, nothing endless."""
+    """``text`` for one line of a terminal: unprintable characters escaped, and at most ``most`` characters."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[:most] + "..."
 
 
 def error_line(error: BaseException, most: int = 200) -> str:
-    """What an exception of any kind says, fit for one line; white space is folded."""
+    """The message of any exception for one line of a terminal, as by ``one_line``, with white space folded."""
     try:
         return one_line(" ".join(str(error).split()), most)
-    except Exception:  # an exception of the judged code that cannot even say what it is
+    except Exception:  # the judged code may raise exceptions whose __str__ fails
         return "no text"

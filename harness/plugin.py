@@ -1,4 +1,4 @@
-"""The pytest plugin: ``--oracle-*`` options, the ``oracle`` and ``device`` fixtures, and the table that ends a run."""
+"""The pytest plugin: ``--oracle-*`` options, the ``oracle`` and ``device`` fixtures, and the closing report."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
 
 ENTROPY = "oracle_entropy"
-BUG = "oracle_bug"  # of a test report: the planted bug that its item had to kill
-PROPERTY = "oracle"  # of a test report: what its item covered, so that it survives the way from an xdist worker
+BUG = "oracle_bug"  # property of a test report: the planted bug that its item had to kill
+PROPERTY = "oracle"  # property of a test report: what its item covered, in a form that xdist workers can send
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,47 +41,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--oracle-profile",
         choices=sorted(PROFILES),
         default="pr",
-        help="how much to explore: "
-        + ", ".join(f"{name} {profile.cases} cases" for name, profile in PROFILES.items())
-        + "; nightly draws new ones every time (default: pr)",
+        help="how many cases to draw, of metadata alone + with an attention layer: "
+        + ", ".join(f"{name} {profile.cases:,} + {profile.layer_cases:,}" for name, profile in PROFILES.items())
+        + "; dev and pr draw the same cases in every run, nightly new ones (default: pr)",
     )
     group.addoption(
         "--oracle-device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where the backend runs: cuda uses real CUDA graphs, cpu Triton's interpreter and a simulated graph "
-        "(default: auto, cuda if there is one)",
+        help="where the backend runs; cuda: real CUDA graphs; cpu: Triton's interpreter and a simulated graph; auto: "
+        "cuda if there is a GPU (default: auto)",
     )
     group.addoption(
         "--oracle-backend",
         metavar="MODULE:ATTRIBUTE",
-        help="judge what this callable builds from (config, req_to_token) instead of optimized/",
+        help="backend to judge: a callable of (config, req_to_token) (default: optimized/)",
     )
     group.addoption(
         "--oracle-layer",
         metavar="MODULE:ATTRIBUTE",
-        help="judge the attention layer, or single stages of it, that this callable builds from (config, attention)",
+        help="attention layer to judge: a callable of (config, attention) that returns a layer or single stages of "
+        "one (default: optimized/)",
     )
     group.addoption(
         "--oracle-replay",
         metavar="FILE",
         action="append",
         default=[],
-        help="judge only this saved case; may be given several times",
+        help="judge this saved case and run nothing else; may be given several times",
     )
     group.addoption(
-        "--oracle-save", metavar="DIR", default="failures", help="where failing cases are saved (default: failures)"
+        "--oracle-save", metavar="DIR", default="failures", help="folder to save failing cases in (default: failures)"
     )
     group.addoption(
         "--oracle-budget",
         metavar="SECONDS",
         type=_seconds,
-        help="stop exploring after this long; what was found by then is still shrunk and reported",
+        help="judge no new case after this time; a failure found by then is still shrunk and reported (default: no "
+        "limit)",
     )
 
 
 def _seconds(text: str) -> float:
-    """A number of seconds from the command line."""
+    """Parse a number of seconds from the command line."""
     try:
         seconds = float(text)
     except ValueError:
@@ -93,7 +95,11 @@ def _seconds(text: str) -> float:
 
 @dataclass
 class Oracle:
-    """One session's settings, and the ways to judge with them."""
+    """The settings of one session, and methods that judge with them.
+
+    backend_spec, layer_spec: ``module:attribute``, or None for ``optimized/``. deadline: value of ``time.monotonic()``
+    after which no further case is judged. entropy: the seed from which the session's cases are drawn.
+    """
 
     device: torch.device
     subject: Subject
@@ -106,7 +112,7 @@ class Oracle:
 
     @functools.cached_property
     def recovery(self) -> Recovery:
-        """Judges here, and elsewhere once this process has lost its GPU."""
+        """Judges in this process, or in a child process once this one has lost its GPU."""
         return Recovery(SubjectSpec(self.backend_spec, self.layer_spec), self.subject, self.device)
 
     def judge_file(self, path: Path) -> Exploration:
@@ -116,7 +122,7 @@ class Oracle:
         return outcome
 
     def explore(self, shard: int, with_layer: bool = False) -> Exploration:
-        """Judge the part of the profile's cases that falls to this shard."""
+        """Judge this shard's share of the profile's cases."""
         profile = PROFILES[self.profile]
         return self.recovery.explore(
             (profile.layer_cases if with_layer else profile.cases) // SHARDS,
@@ -132,7 +138,7 @@ class Oracle:
             return None
         text = failure.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
-        lost = "THE GPU FAULTED: what is left of this process's cases is judged in a process of its own.\n"
+        lost = "THE GPU FAULTED: the remaining cases of this process are judged in a child process.\n"
         return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
 
     def replay_command(self, outcome: Exploration) -> str:
@@ -141,7 +147,7 @@ class Oracle:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Fix how kernels run before anything imports Triton, and refuse unusable options in one line."""
+    """Fix how kernels run before anything imports Triton, and reject unusable options with a one-line error."""
     share_gpus(config)
     wanted = config.getoption("--oracle-device")
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -175,28 +181,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def share_gpus(config: pytest.Config) -> None:
-    """Workers of pytest-xdist, which are gw0, gw1, ..., take a GPU each. Their controller leaves them all to them."""
+    """Give each worker of pytest-xdist (gw0, gw1, ...) one of the GPUs. The controller uses none."""
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     if worker is not None:
         processes.take_gpu(int(worker["workerid"].removeprefix("gw")))
 
 
 def _writable_folder(name: str) -> Path:
-    """The folder ``name``, which need not exist. Raises ValueError where nothing could be saved in it."""
+    """The folder ``name``, which need not exist yet. Raises ValueError if nothing could be saved in it."""
     folder = Path(name)
     try:
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     except OSError as error:
         raise ValueError(f"--oracle-save {name}: {error.strerror}") from None
-    if not there.is_dir():
-        raise ValueError(f"--oracle-save {name}: {there} is a file; name a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--oracle-save {name}: nothing can be written in {there}; name another directory")
+    if not existing.is_dir():
+        raise ValueError(f"--oracle-save {name}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--oracle-save {name}: nothing can be written in {existing}; name another directory")
     return folder
 
 
 def _entropy(config: pytest.Config, fresh: bool) -> int:
-    """Where this session's cases are drawn from; workers of pytest-xdist take the controller's."""
+    """The seed from which this session's cases are drawn; workers of pytest-xdist use the controller's."""
     worker_input = getattr(config, "workerinput", {})
     if ENTROPY in worker_input:
         return int(worker_input[ENTROPY])
@@ -205,7 +211,7 @@ def _entropy(config: pytest.Config, fresh: bool) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of pytest-xdist where to draw its cases from."""
+    """Send the seed of the session to a worker of pytest-xdist."""
     node.workerinput[ENTROPY] = node.config.stash[ORACLE].entropy
 
 
@@ -227,7 +233,7 @@ def device(oracle: Oracle) -> torch.device:
 
 @pytest.fixture
 def verdict_of(oracle: Oracle, request: pytest.FixtureRequest) -> Callable[[Exploration], None]:
-    """A function that fails the test with the oracle's report, and counts what it covered, whatever the outcome."""
+    """A function that records what an exploration covered and, if it failed, fails the test with its report."""
 
     def conclude(outcome: Exploration) -> None:
         text = oracle.told(outcome)
@@ -239,7 +245,7 @@ def verdict_of(oracle: Oracle, request: pytest.FixtureRequest) -> Callable[[Expl
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give each oracle test its items: saved cases first, then the shards of the exploration."""
+    """Create the items of the oracle's tests: one per saved case, and one per shard of the exploration."""
     replayed = [Path(file) for file in metafunc.config.getoption("--oracle-replay")]
     if "saved_case" in metafunc.fixturenames:
         oracle = metafunc.config.stash[ORACLE]
@@ -251,7 +257,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _corpus(subject: Subject, device: torch.device) -> list[tuple[Path, str | None]]:
-    """The saved cases, and why one is not for ``subject``."""
+    """The saved cases, each with what is outside the limits of ``subject``, or None.
+
+    Raises UsageError if a case is malformed or names wrong switches.
+    """
     try:
         saved = [(file, load(file)) for file in corpus(device)]
         for file, scenario in saved:
@@ -262,7 +271,7 @@ def _corpus(subject: Subject, device: torch.device) -> list[tuple[Path, str | No
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The corpus runs first; with ``--oracle-replay`` nothing else runs."""
+    """Saved cases run first. With ``--oracle-replay`` nothing else runs."""
     saved = [item for item in items if "saved_case" in getattr(item, "fixturenames", ())]
     others = [item for item in items if item not in saved]
     if config.getoption("--oracle-replay"):
@@ -278,7 +287,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """What cannot be judged is one line."""
+    """Report what cannot be judged in one line, without a traceback."""
     try:
         return (yield)
     except (BackendError, ScenarioError) as error:
@@ -319,7 +328,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _died(oracle: Oracle, file: Path) -> dict[str, str]:
-    """The failure of a case that took down the process that judged it."""
+    """The failure record of a case that killed the process that judged it."""
     command = oracle.replay_command(Exploration(saved=file))
     return {"sentence": "the process died while it judged a case", "command": command, "optimizations": ""}
 
@@ -342,7 +351,7 @@ def _as_property(oracle: Oracle, outcome: Exploration) -> str:
 
 
 def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
-    """Add one item's coverage to ``verdict``; return its failures."""
+    """Add one item's coverage to ``verdict``. Returns its failure records."""
     data = json.loads(value)
     cases, replays, eager_calls, compared, cells = data["counts"]
     layers = data["layers"]

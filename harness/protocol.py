@@ -1,7 +1,8 @@
-"""What the harness asks of a backend: the methods a serving engine calls on SGLang's NSA backend, by the same names.
+"""The methods that the harness calls on a backend and on a layer.
 
-A third-party backend stands behind these protocols with a thin adapter that renames its metadata fields to those of
-``reference.types.Metadata``. Every field must be there, but for the schedules of a configuration that asks for none.
+Those of a backend have the names that a serving engine calls on SGLang's NSA backend. A third-party backend needs a
+thin adapter that renames its metadata fields to those of ``reference.types.Metadata``. Every field is required, except
+schedules that the configuration does not ask for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nsa_oracle.reference.types import (
 
 @runtime_checkable
 class SingleStepBackend(Protocol):
-    """One draft step. After every call ``forward_metadata`` is what attention reads next."""
+    """The backend of one draft step. After every call ``forward_metadata`` is what attention reads next."""
 
     forward_metadata: Metadata
 
@@ -35,7 +36,10 @@ class SingleStepBackend(Protocol):
         """Prepare ``forward_metadata`` for a forward pass outside any graph."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what graphs of up to ``max_bs`` requests and ``max_num_tokens`` rows share. Called once, first."""
+        """Allocate what all graphs, of up to ``max_bs`` requests and ``max_num_tokens`` rows, share.
+
+        Called once, before any other method for graphs.
+        """
 
     def init_forward_metadata_capture_cuda_graph(
         self,
@@ -47,9 +51,9 @@ class SingleStepBackend(Protocol):
         forward_mode: ForwardMode,
         spec_info: SpecInfo | None,
     ) -> None:
-        """Bind ``forward_metadata`` to the buffers that the graph of this mode and bucket will read from now on.
+        """Bind ``forward_metadata`` to the buffers that the graph of this mode and of bucket ``bs`` reads from now on.
 
-        The tensors given here are the engine's static inputs: it refreshes them in place before each replay.
+        The tensor arguments are the engine's static inputs, which it refreshes in place before each replay.
         """
 
     def init_forward_metadata_replay_cuda_graph(
@@ -64,16 +68,16 @@ class SingleStepBackend(Protocol):
         seq_lens_cpu: torch.Tensor | None,
         out_cache_loc: torch.Tensor | None = None,
     ) -> None:
-        """Refresh those buffers, in place, just before the graph of this mode and bucket is replayed."""
+        """Refresh those buffers in place, just before the graph of this mode and of bucket ``bs`` is replayed."""
 
 
 @runtime_checkable
 class MultiStepBackend(Protocol):
-    """N single-step backends behind one set of calls."""
+    """N single-step backends behind one set of methods."""
 
     @property
     def attn_backends(self) -> Sequence[SingleStepBackend]:
-        """The single-step backends, in step order."""
+        """The N single-step backends, in step order."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None: ...
 
@@ -86,21 +90,22 @@ class MultiStepBackend(Protocol):
 
 @runtime_checkable
 class PreparesInGraph(Protocol):
-    """Optional, for either kind of backend: metadata preparation that is captured with the forward pass."""
+    """Optional, for both kinds of backend: metadata preparation that is captured with the forward pass."""
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
-        """Record the preparation. Called inside capture, before anything reads the metadata."""
+        """Run the preparation. Called during capture, before anything reads the metadata."""
 
 
 @runtime_checkable
 class SparseAttention(Protocol):
-    """One sparse attention layer. Its stages can be judged one by one; ``forward`` is all of them, in a graph too.
+    """One sparse attention layer. Its stages are judged one by one; ``forward`` runs all of them, in a graph too.
 
-    Shapes and dtypes are those of ``reference.types``; the page tables given to stages have a row per query token.
+    Arguments have the shapes and dtypes of ``reference.types``, for R rows (query tokens). The page tables passed to
+    stages have one row per query token.
     """
 
     def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
-        """Quantise and write the rows' own keys."""
+        """Quantise each row's own keys and write them to slot ``inputs.out_cache_loc`` of both caches."""
 
     def indexer_logits(
         self,
@@ -111,49 +116,52 @@ class SparseAttention(Protocol):
         seqlens_expanded: torch.Tensor,
         max_seq_len_k: int,
     ) -> torch.Tensor:
-        """Score of every cached token for every row: float32 [R, max_seq_len_k]."""
+        """Scores of the cached tokens for each row: float32 [R, max_seq_len_k], -inf from ``seqlens_expanded`` on."""
 
     def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
-        """Positions of the best tokens of each row: int32 [R, index_topk]."""
+        """Positions of each row's best tokens: int32 [R, index_topk], ascending, then -1."""
 
     def topk_transform_paged(
         self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, page_table_1: torch.Tensor
     ) -> torch.Tensor:
-        """Slots of the best tokens of each row: int32 [R, index_topk]."""
+        """Slots of each row's best tokens: int32 [R, index_topk], in order of position, then -1."""
 
     def topk_transform_ragged(
         self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, topk_indices_offset: torch.Tensor
     ) -> torch.Tensor:
-        """Places of the best tokens of each row in the batch's concatenated KV: int32 [R, index_topk]."""
+        """Places of each row's best tokens in the batch's concatenated KV: int32 [R, index_topk], then -1."""
 
     def sparse_mla(
         self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over the slots ``indices`` names: out bf16 [R, heads, kv_lora_rank], lse float32 [R, heads]."""
+        """Attention over the slots in ``indices``, int32 [R, index_topk], of which -1 is skipped.
+
+        Returns out, bf16 [R, num_heads, kv_lora_rank], and lse, float32 [R, num_heads].
+        """
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
         """One forward pass of the R rows that ``metadata`` describes."""
 
 
 STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")
-"""What is compared of a layer, in order."""
+"""The results of a layer that are compared, in order."""
 
 
 class Strictness(enum.Enum):
-    """How a stage of a layer is compared. A layer that cannot be bit-exact declares a weaker way, by stage.
+    """How a stage of a layer is compared.
 
-    It does so in an attribute ``weaker``, a mapping of stage names (``STAGES``) to these; the report
-    names every stage that was compared so.
+    A layer that cannot be bit-exact declares weaker comparisons in an attribute ``weaker``, a mapping of stage names
+    (``STAGES``) to members of this class. The closing report names every stage that was compared in a weaker way.
     """
 
     EXACT = "bit-exact"
-    BOUND = "within the error bound"  # of ordinary numbers, on exact content too
+    BOUND = "within the error bound"  # the bound of ordinary numbers, on exact content too
     SAME_SET = "the same tokens in any order, ties forgiven"
     ONE_STEP = "within one step of bf16"
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that can be compared so."""
+        """The stages that can be compared in this way."""
         match self:
             case Strictness.SAME_SET:
                 return "topk_indices", "indices", "topk_ragged"
@@ -166,7 +174,7 @@ class Strictness(enum.Enum):
 
 
 LayerFactory = Callable[[BackendConfig, AttentionConfig], SparseAttention]
-"""Builds the layer to judge."""
+"""Builds the layer to judge from the configurations of backend and attention."""
 
 BackendFactory = Callable[[BackendConfig, torch.Tensor, tuple[str, ...]], MultiStepBackend]
 """Builds the backend to judge from its configuration, ``req_to_token`` and the scenario's optimisation names."""

@@ -1,4 +1,4 @@
-"""The command line application, and what its commands share."""
+"""The command-line application, and what its commands share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 from nsa_oracle.harness import processes
 
 app = typer.Typer(
-    help="Replay saved cases, survey layers, and measure the oracle itself. Exit 0 passes, 1 fails, 2 unusable.",
+    help="Judge saved cases, survey layers, and measure how good the oracle is.\n\nExit codes: 0 everything passed, "
+    "1 something failed, 2 a file, backend, layer, option or tool cannot be used, 130 interrupted before anything "
+    "failed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,10 +31,28 @@ class Device(Enum):
 
 
 Files = Annotated[list[Path], typer.Argument(help="Saved cases (JSON).", show_default=False)]
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        help="cuda: real CUDA graphs; cpu: Triton's interpreter and a simulated graph; auto: cuda if there is a GPU."
+    ),
+]
+SPEC = "MODULE:ATTRIBUTE"
+BackendOption = Annotated[
+    str | None,
+    typer.Option(metavar=SPEC, help="Backend to judge instead of optimized/: a callable of (config, req_to_token)."),
+]
+LAYER_HELP = "a callable of (config, attention) that returns an attention layer or single stages of one."
+LayerOption = Annotated[
+    str | None, typer.Option(metavar=SPEC, help=f"Layer to judge instead of that of optimized/: {LAYER_HELP}")
+]
 
 
 def torch_device(wanted: Device) -> torch.device:
-    """The device to use; fixes how kernels run, so it must come before anything imports Triton."""
+    """The device to use. Fixes how kernels run in this process, so call it before anything imports Triton.
+
+    Raises typer.Exit(2) if ``wanted`` is CUDA and there is no such device.
+    """
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise unusable("--device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted is not Device.CPU and torch.cuda.is_available() else "cpu")
@@ -41,5 +61,6 @@ def torch_device(wanted: Device) -> torch.device:
 
 
 def unusable(message: str) -> typer.Exit:
+    """Print ``message`` as an error. Returns the exit with code 2, for the caller to raise."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(2)

@@ -15,13 +15,13 @@ from nsa_oracle.harness.bugs import kill_matrix as kill_report
 from nsa_oracle.harness.bugs.hunt import hunt_all
 from nsa_oracle.harness.bugs.kills import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
-from nsa_oracle.harness.commands.app import Device, app, torch_device, unusable
+from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
 from nsa_oracle.harness.report import text
 
 
 class HuntProfile(Enum):
-    """How many cases a bug may survive."""
+    """How many cases are tried on a bug before it counts as a survivor."""
 
     DEV = "dev"
     PR = "pr"
@@ -32,20 +32,27 @@ class HuntProfile(Enum):
         return {HuntProfile.DEV: 50, HuntProfile.PR: 200, HuntProfile.NIGHTLY: 1000}[self]
 
 
+PROFILE_HELP = f"Most cases tried on a bug: {', '.join(f'{each.value} {each.cases}' for each in HuntProfile)}."
+
+
 @app.command()
 def bugs(
-    listed: Annotated[bool, typer.Option("--list", help="Name the bugs and what each is, and hunt none.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="Hunt this bug; may be given several times.")] = None,
-    profile: Annotated[HuntProfile, typer.Option(help="How many cases a bug may survive.")] = HuntProfile.PR,
-    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
-    seed: Annotated[int, typer.Option(min=0, help="Where cases are drawn from.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted at a time, in processes spread over all GPUs.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the kills to this file as well.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write the matrix to this file as well.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the bugs with descriptions, and hunt none.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Hunt only this bug; may be given several times.")] = None,
+    profile: Annotated[HuntProfile, typer.Option(help=PROFILE_HELP)] = HuntProfile.PR,
+    device: DeviceOption = Device.AUTO,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted in parallel, in processes spread over all GPUs.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the kills to this JSON file.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Also write the kill matrix to this HTML file.")
+    ] = None,
 ) -> None:
-    """Plant every bug of the zoo in optimized/ and print which check kills it: the kill matrix.
+    """Plant every bug of the zoo and print which check kills it.
 
-    Interrupted it tells what it has. Exit 130 if all bugs hunted so far died as they should.
+    Each bug is planted by itself, in optimized/; the table of bugs and checks is the kill matrix. If interrupted, the
+    command prints the results so far, and exits with 130 if all bugs hunted so far were killed by a check that is meant
+    to find them.
     """
     where = torch_device(device)
     unknown = [name for name in only or () if name not in ZOO]
@@ -65,12 +72,12 @@ def bugs(
         with (
             tempfile.TemporaryDirectory() as scratch,
             ended_by_a_signal(),
-            progress_of("hunting", len(hunted)) as tell,
+            progress_of("hunting", len(hunted)) as show_progress,
             closing(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs)) as hunt,
         ):
             for kill in hunt:
                 found[kill.bug] = kill
-                tell(len(found))
+                show_progress(len(found))
     except KeyboardInterrupt:
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]

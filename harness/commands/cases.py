@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from nsa_oracle.harness.commands.app import Device, Files, app, torch_device, unusable
+from nsa_oracle.harness.commands.app import (
+    LAYER_HELP,
+    SPEC,
+    BackendOption,
+    Device,
+    DeviceOption,
+    Files,
+    LayerOption,
+    app,
+    torch_device,
+    unusable,
+)
 from nsa_oracle.harness.commands.sanitizer import CASES, Tool, obstacle
 from nsa_oracle.harness.commands.sanitizer import sanitize as run_sanitizer
 from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
@@ -26,12 +37,15 @@ from nsa_oracle.harness.subjects.subject import Subject
 @app.command()
 def replay(
     files: Files,
-    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
-    backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
-    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
-    graphs: Annotated[bool, typer.Option(help="--no-graphs runs eagerly what the case would replay.")] = True,
+    device: DeviceOption = Device.AUTO,
+    backend: BackendOption = None,
+    layer: LayerOption = None,
+    graphs: Annotated[bool, typer.Option(help="Replay captured graphs, or run each replay as an eager call.")] = True,
 ) -> None:
-    """Judge saved cases, one line each, and explain those that fail."""
+    """Judge saved cases and explain those that fail.
+
+    Prints one line for each case that passes and a full report for each that fails.
+    """
     where = torch_device(device)
     try:
         cases = [(file, load(file)) for file in files]
@@ -59,10 +73,14 @@ def replay(
 @app.command()
 def tiers(
     file: Annotated[Path, typer.Argument(help="A saved case (JSON).", show_default=False)],
-    backend: Annotated[str | None, typer.Option(help="module:attribute to judge instead of optimized/.")] = None,
-    layer: Annotated[str | None, typer.Option(help="module:attribute of an attention layer, or stages of one.")] = None,
+    backend: BackendOption = None,
+    layer: LayerOption = None,
 ) -> None:
-    """Replay one case on every tier and name the first that fails: its logic, its compilation, or its capture."""
+    """Judge one case on every tier and name the first that fails.
+
+    Tiers go from the reference on the CPU to the captured graph on the GPU. The first tier that fails shows where the
+    cause is: in the case itself, the logic, the compilation or the capture.
+    """
     try:
         load(file)
         outcomes = list(run_tiers(file, backend, layer))
@@ -77,15 +95,16 @@ def tiers(
 
 @app.command()
 def survey(
-    layer: Annotated[str, typer.Option(help="module:attribute of an attention layer, or stages of one.")],
-    cases: Annotated[int, typer.Option(min=1, help="How many cases to draw.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Where they are drawn from.")] = 0,
-    device: Annotated[Device, typer.Option(help="cuda: real CUDA graphs; cpu: interpreter, simulated.")] = Device.AUTO,
-    budget: Annotated[float | None, typer.Option(min=0, help="End after so many seconds.", metavar="SECONDS")] = None,
+    layer: Annotated[str, typer.Option(metavar=SPEC, help=f"Layer to survey: {LAYER_HELP}")],
+    cases: Annotated[int, typer.Option(min=1, help="Number of cases to draw.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
+    device: DeviceOption = Device.AUTO,
+    budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
 ) -> None:
-    """Tell every property that a layer holds and every one that it does not, instead of stopping at the first.
+    """Count how often each property of a layer is checked and broken.
 
-    Interrupted or out of time it tells what it has. Exit 130 if interrupted with nothing broken so far.
+    Unlike replay, a survey does not stop at the first failure. If interrupted or out of time, it prints the results so
+    far; it exits with 130 if interrupted before any property was broken.
     """
     where = torch_device(device)
     deadline = None if budget is None else time.monotonic() + budget
@@ -94,8 +113,8 @@ def survey(
         subject = Subject.load(None, layer, where)
         found = Survey(subject, where)
         try:
-            with ended_by_a_signal(), progress_of("surveying", cases) as tell:
-                found.run(cases, seed, deadline, tell)
+            with ended_by_a_signal(), progress_of("surveying", cases) as show_progress:
+                found.run(cases, seed, deadline, show_progress)
         except KeyboardInterrupt:
             interrupted = True
     except (BackendError, ScenarioError, ValueError) as error:
@@ -111,12 +130,15 @@ def survey(
 @app.command()
 def sanitize(
     files: Annotated[list[Path] | None, typer.Argument(help="Saved cases (JSON); by default a few small ones.")] = None,
-    tool: Annotated[list[Tool] | None, typer.Option(help="Run this tool alone; may be given several times.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that each tool may take.")] = 600,
+    tool: Annotated[list[Tool] | None, typer.Option(help="Run only this tool; may be given several times.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit of each tool, in seconds.")] = 600,
 ) -> None:
-    """Judge saved cases on the GPU under NVIDIA's compute-sanitizer, and tell in one line what each tool found."""
-    if (why := obstacle()) is not None:
-        raise unusable(f"sanitize: {why}")
+    """Judge saved cases under NVIDIA's compute-sanitizer.
+
+    Needs a GPU and the CUDA toolkit. Prints one line for each tool.
+    """
+    if (reason := obstacle()) is not None:
+        raise unusable(f"sanitize: {reason}")
     cases = files or list(CASES)
     try:
         for file in cases:
@@ -134,10 +156,10 @@ def sanitize(
 
 @app.command()
 def show(files: Files) -> None:
-    """Tell saved cases in plain words."""
+    """Describe saved cases in words."""
     try:
-        told = [(scenario.note, story(scenario)) for scenario in map(load, files)]
+        stories = [(scenario.note, story(scenario)) for scenario in map(load, files)]
     except ScenarioError as error:
         raise unusable(str(error)) from None
-    for note, text in told:
+    for note, text in stories:
         typer.echo(f"{note}\n{text}" if note else text)

@@ -1,4 +1,4 @@
-"""The command ``mutants``: changes every line of ``optimized/`` and prints what no case notices."""
+"""The command ``mutants``: mutates every line of ``optimized/`` and prints the mutants that no case kills."""
 
 from __future__ import annotations
 
@@ -22,26 +22,45 @@ from nsa_oracle.harness.report import text
 
 @app.command()
 def mutants(
-    listed: Annotated[bool, typer.Option("--list", help="Name the mutants and what each changes; judge none.")] = False,
-    file: Annotated[str, typer.Option(help="Files of optimized/, as a pattern: 'kernels/*', 'topk.py'.")] = "*",
-    only: Annotated[list[str] | None, typer.Option(help="Judge this mutant; may be given several times.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Judge so many of them, picked at random.")] = None,
-    cases: Annotated[int, typer.Option(min=0, help="Fresh cases beside the saved ones, and half as many more.")] = 48,
-    seed: Annotated[int, typer.Option(min=0, help="Where the sample and fresh cases are drawn from.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Mutants judged at a time, each in its own process.")] = 2,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds of cases that a survivor has survived.")] = math.inf,
-    device: Annotated[Device, typer.Option(help="cuda: compiled kernels, the Gluon one too.")] = Device.CPU,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Add a record a line, as they come.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the mutants and what each changes; judge none.")] = False,
+    file: Annotated[
+        str, typer.Option(help="Files of optimized/ to mutate, as a pattern such as 'kernels/*' or 'topk.py'.")
+    ] = "*",
+    only: Annotated[list[str] | None, typer.Option(help="Judge only this mutant; may be given several times.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Judge only this many mutants, picked at random.")] = None,
+    cases: Annotated[
+        int, typer.Option(min=0, help="Fresh cases of metadata, besides the saved ones; half as many with a layer.")
+    ] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample and of the fresh cases.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Mutants judged in parallel, each in its own process.")] = 2,
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="A mutant counts as a survivor after cases that take this long on unchanged code.",
+        ),
+    ] = math.inf,
+    device: Annotated[
+        Device,
+        typer.Option(
+            help="cuda: compiled kernels, including the Gluon kernel; cpu: Triton's interpreter; auto: cuda if there "
+            "is a GPU."
+        ),
+    ] = Device.CPU,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Append one JSON record per mutant to this file, as they are judged.")
+    ] = None,
 ) -> None:
-    """Change every line of optimized/ in every way that the operators know, and print what no case notices.
+    """Mutate optimized/ and print the mutants that no case kills.
 
-    Runs without a GPU unless told to use one. Fresh cases: so many of metadata alone, and half as many with a
-    layer. A mutant is judged until a case fails, so it is the survivors that take long.
+    Every line is changed in every way that the mutation operators know. Runs without a GPU unless --device says
+    otherwise. A mutant is judged until a case fails, so survivors take longest.
     """
     where = torch_device(device)
     chosen = all_mutants(file)
     if not chosen:
-        raise unusable(f"--file {file}: no file of optimized/ that can be changed has such a name")
+        raise unusable(f"--file {file}: matches no file of optimized/ that can be mutated")
     if unknown := sorted(set(only or ()) - {mutant.id for mutant in chosen}):
         raise unusable(f"--only {unknown[0]}: no such mutant; --list names them all")
     chosen = [mutant for mutant in chosen if not only or mutant.id in only]
@@ -53,11 +72,11 @@ def mutants(
     try:
         with (
             json_file.open("a", encoding="utf-8") if json_file is not None else nullcontext() as records,
-            progress_of("judging", len(chosen)) as tell,
+            progress_of("judging", len(chosen)) as show_progress,
         ):
             for scored in score(chosen, gathered_cases(cases, seed, where), jobs, patience, device=where):
                 scores.append(scored)
-                tell(len(scores))
+                show_progress(len(scores))
                 if records is not None:
                     print(mutant_scores.as_json(scored), file=records, flush=True)
     except OSError as error:

@@ -1,9 +1,10 @@
-"""Runs saved cases under NVIDIA's compute-sanitizer, which sees what no output shows: stray accesses, races, barriers.
+"""Runs saved cases under NVIDIA's compute-sanitizer, which finds what no output shows: stray accesses, races, barriers.
 
-Every tool runs the cases in a process of its own. Under memcheck each tensor is an allocation of its own with nothing
-beside it, so that an access one byte past its end is one; graphs cannot be captured then, and the cases run eagerly.
+Each tool runs the cases in a separate process. Under memcheck each tensor is a separate allocation with no neighbour,
+so that an access one byte past its end is found. Graphs cannot be captured then, so the cases run eagerly.
 
-``python -m harness.sanitize FILE...`` is what runs inside: ``python -m harness sanitize`` is for people.
+The process under the tool runs ``python -m nsa_oracle.harness.commands.sanitizer FILE...``; users run
+``nsa-oracle sanitize``.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ CASES = tuple(
 )
 FOUND = 86  # exit code of the tool when it has something to report
 PLACES = (Path("/usr/local/cuda/bin/compute-sanitizer"), Path("/opt/cuda/bin/compute-sanitizer"))
-EAGERLY = "ORACLE_SANITIZE_EAGERLY"  # set for the process inside
+EAGERLY = "ORACLE_SANITIZE_EAGERLY"  # environment variable of the process under the tool
 
 
 class Tool(enum.StrEnum):
-    """What compute-sanitizer looks for."""
+    """The tools of compute-sanitizer, by what they look for."""
 
     MEMCHECK = "memcheck"  # accesses outside allocations, misaligned ones
     RACECHECK = "racecheck"  # shared memory written and read without a barrier
@@ -48,7 +49,7 @@ class Tool(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """clean: None if the tool did not run to its end. told: what it found, or why it did not run."""
+    """What one tool found. clean: None if it did not run to its end. told: what it found, or why it did not run."""
 
     tool: Tool
     clean: bool | None
@@ -56,18 +57,18 @@ class Outcome:
     seconds: float
 
     def line(self) -> str:
-        word = {True: "clean", False: "FOUND", None: "not run"}[self.clean]
-        return f"{self.tool.value}: {word}: {self.told} ({self.seconds:.0f} s)"
+        verdict = {True: "clean", False: "FOUND", None: "not run"}[self.clean]
+        return f"{self.tool.value}: {verdict}: {self.told} ({self.seconds:.0f} s)"
 
 
 def find_sanitizer() -> str | None:
-    """The tool, on the PATH or where CUDA puts it."""
-    beside_cuda = (str(place) for place in PLACES if place.exists())
-    return shutil.which("compute-sanitizer") or next(beside_cuda, None)
+    """The path of compute-sanitizer, on the PATH or where CUDA installs it, or None."""
+    installed = (str(place) for place in PLACES if place.exists())
+    return shutil.which("compute-sanitizer") or next(installed, None)
 
 
 def obstacle() -> str | None:
-    """Why nothing can be sanitized here, in one line, or None."""
+    """Why compute-sanitizer cannot run on this machine, in one line, or None if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     if find_sanitizer() is None:
@@ -76,13 +77,13 @@ def obstacle() -> str | None:
 
 
 def sanitize(files: Sequence[Path], tools: Sequence[Tool], seconds: float) -> Iterator[Outcome]:
-    """Judge ``files`` under each tool, ``seconds`` at most each."""
+    """Judge ``files`` under each tool, for at most ``seconds`` each."""
     sanitizer = find_sanitizer()
     assert sanitizer is not None
     for tool in tools:
         started = time.monotonic()
-        clean, told = _run(sanitizer, tool, files, seconds)
-        yield Outcome(tool, clean, told, time.monotonic() - started)
+        clean, found = _run(sanitizer, tool, files, seconds)
+        yield Outcome(tool, clean, found, time.monotonic() - started)
 
 
 def _run(sanitizer: str, tool: Tool, files: Sequence[Path], seconds: float) -> tuple[bool | None, str]:
@@ -100,15 +101,15 @@ def _run(sanitizer: str, tool: Tool, files: Sequence[Path], seconds: float) -> t
 
 
 def verdict_of(code: int, output: str, cases: int) -> tuple[bool | None, str]:
-    """What an exit code and the output behind it mean: whether it is clean (None: it did not run), and one line."""
-    said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
-    said = [line for line in said if line]
-    reports = [line for line in said if not re.match(r"COMPUTE-SANITIZER|.*SUMMARY|Target application", line)]
-    refused = next((line for line in said if "not supported" in line), None)
+    """Interprets the tool's exit code and output: whether it is clean (None: it did not run), and why, in one line."""
+    lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
+    lines = [line for line in lines if line]
+    reports = [line for line in lines if not re.match(r"COMPUTE-SANITIZER|.*SUMMARY|Target application", line)]
+    refused = next((line for line in lines if "not supported" in line), None)
     if refused is not None:
         return None, refused
     if code == FOUND:
-        summary = next((line for line in said if "SUMMARY" in line), "errors")
+        summary = next((line for line in lines if "SUMMARY" in line), "errors")
         return False, "; ".join([summary, *reports[:1]])
     if code == 0:
         return True, f"{cases} case{'' if cases == 1 else 's'}"
@@ -120,7 +121,7 @@ def verdict_of(code: int, output: str, cases: int) -> tuple[bool | None, str]:
 
 
 def _judge_inside(files: Sequence[str]) -> int:
-    """Judge each file on the GPU; the exit code of the process inside."""
+    """Judge each file on the GPU, in the process under the tool. Returns its exit code."""
     eagerly = EAGERLY in os.environ
     with without_bands() if eagerly else nullcontext():
         for file in files:

@@ -1,4 +1,4 @@
-"""How far a long command is, on a terminal."""
+"""Progress bars and signals of commands that take long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_of(what: str, count: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of ``count`` are done, on a terminal's stderr; the function that is given tells it."""
+    """Shows a progress bar on stderr, if that is a terminal. Yields a function that sets how many are done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -21,14 +21,14 @@ def progress_of(what: str, count: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-INTERRUPTED = 130  # exit code, as a shell has it of what Ctrl-C ends
+INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 
 
 @contextmanager
 def ended_by_a_signal() -> Iterator[None]:
-    """Let the first SIGTERM do what Ctrl-C does: raise KeyboardInterrupt. Others do nothing until the context ends.
+    """The first SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Later ones are ignored until the context ends.
 
-    ``timeout`` sends two, and the second would hit whatever cleans up after the first.
+    ``timeout`` sends two, and the second would interrupt the clean-up after the first.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

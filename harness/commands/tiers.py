@@ -1,6 +1,6 @@
-"""One case on every tier, from the reference to a captured graph: the first to fail tells where to look.
+"""Judges one case on every tier, from the reference to a captured graph. The first to fail shows where the cause is.
 
-A tier is a process of its own, since how kernels run is fixed when Triton is imported.
+Each tier runs in a separate process, because importing Triton fixes how kernels run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rich.table import Table
 
 from nsa_oracle.harness.errors import BackendError
 
-FAILED, UNUSABLE = 1, 2  # exit codes of ``python -m harness replay``
+FAILED, UNUSABLE = 1, 2  # exit codes of ``nsa-oracle replay``
 VERDICT = "ORACLE FAILURE  "
 
 
 class Tier(enum.Enum):
-    """In the order in which they add something that can go wrong."""
+    """The tiers, in order: each adds something that can fail."""
 
     REFERENCE = "CPU reference"
     INTERPRETER = "interpreter"
@@ -52,7 +52,7 @@ class Tier(enum.Enum):
 
 @dataclass(frozen=True)
 class TierOutcome:
-    """passed: None where the tier could not run here. told: the verdict, or why it did not run."""
+    """What one tier found. passed: None if the tier cannot run here. told: the verdict, or why it did not run."""
 
     tier: Tier
     passed: bool | None
@@ -60,7 +60,7 @@ class TierOutcome:
 
 
 def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[TierOutcome]:
-    """Replay ``file`` on every tier, cheapest first, also after one has failed.
+    """Replay ``file`` on every tier, cheapest first. Continues after a tier has failed.
 
     Raises BackendError if the backend or layer cannot be judged at all.
     """
@@ -81,20 +81,21 @@ def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[Ti
         if done.returncode == 0:
             yield TierOutcome(tier, True)
             continue
-        said = [line.removeprefix(VERDICT) for line in done.stdout.splitlines() if line.startswith(VERDICT)]
+        verdicts = [line.removeprefix(VERDICT) for line in done.stdout.splitlines() if line.startswith(VERDICT)]
         crash = f"the process ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"
-        yield TierOutcome(tier, False, said[0] if said else crash)
+        yield TierOutcome(tier, False, verdicts[0] if verdicts else crash)
 
 
 def module_path() -> str:
-    """Where this process finds modules, the current folder included."""
+    """A PYTHONPATH of the folders in which this process finds modules, including the current folder."""
     return os.pathsep.join([str(Path.cwd()), *(path for path in sys.path if path)])
 
 
 def tiers_table(outcomes: Sequence[TierOutcome]) -> Table:
-    """One line a tier."""
+    """One line per tier."""
     table = Table("tier", "what it adds", "outcome")
     for outcome in outcomes:
-        word = {True: "passes", False: "FAILS", None: "not run"}[outcome.passed]
-        table.add_row(outcome.tier.value, outcome.tier.blames, f"{word}: {outcome.told}" if outcome.told else word)
+        verdict = {True: "passes", False: "FAILS", None: "not run"}[outcome.passed]
+        text = f"{verdict}: {outcome.told}" if outcome.told else verdict
+        table.add_row(outcome.tier.value, outcome.tier.blames, text)
     return table

@@ -1,4 +1,4 @@
-"""A failure explained in reading order, and the command that replays it."""
+"""The report of a failure, and the command that replays it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nsa_oracle.harness.scenarios.story import story
 
 
 def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: str = "") -> str:
-    """The failure in reading order: verdict, cells around it, the story, the saved case, how to replay it.
+    """The report in reading order: verdict, cells around it, the case in words, the saved file, the replay command.
 
-    unsaved: why there is no saved case; it stands in the report then.
+    unsaved: why there is no saved file; the report then contains the case itself.
     """
     finding = failure.finding
     parts = [f"ORACLE FAILURE  {finding.sentence()}"]
@@ -30,13 +30,15 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
             table.add_row(cell.place, cell.got, cell.expected, "" if cell.got == cell.expected else "<- differs")
         parts.append(render(table))
     parts.append(story(failure.scenario, failure.event))
-    kept = str(saved) if saved is not None else f"nowhere, {unsaved}; as CASE.json it is\n{to_json(failure.scenario)}"
+    kept = str(saved)
+    if saved is None:
+        kept = f"nowhere ({unsaved}); write this to CASE.json to replay it:\n{to_json(failure.scenario)}"
     parts.append(f"saved:  {kept}\nreplay: {command}")
     return "\n\n".join(parts)
 
 
 def python_command() -> str:
-    """How a shell in the current folder calls the Python that runs now: ``python``, or its path."""
+    """The command that runs this process's Python in a shell in the current folder: ``python``, or its path."""
     running = Path(sys.executable)
     if shutil.which("python") == str(running):
         return "python"
@@ -44,7 +46,7 @@ def python_command() -> str:
 
 
 def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None, graphs: bool = True) -> str:
-    """The one line that replays a saved case where, and as, it was found, with the Python that runs now."""
+    """The command line that replays a saved case as it was found, on the same device and with the same Python."""
     words = [python_command(), "-m", "nsa_oracle", "replay", str(saved), "--device", device]
     if backend is not None:
         words += ["--backend", backend]

@@ -1,4 +1,4 @@
-"""What a person reads: a failure explained, a scenario told in plain words, and the table that ends a run."""
+"""The closing report of a run: tables of what was covered, and the failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def summary(
     switches: Switches,
     left_out: Sequence[str] = (),
 ) -> str:
-    """The tables that end a run. switches: of the backend. left_out: what backend and layer are not made for."""
+    """The closing report of a run.
+
+    failures: records with ``sentence``, ``command`` and ``optimizations`` (names separated by spaces). switches: of
+    the backend. left_out: what the limits of backend and layer exclude.
+    """
     classes, of_switches = all_classes(switches), switch_classes(switches)
     covered = [name for name in classes if verdict.boundary_classes[name]]
     totals = Table("cases", "replays", "eager calls", "fields compared", "cells compared", "classes", "seconds")
@@ -40,8 +44,8 @@ def summary(
         for name in of_switches:
             passed = verdict.boundary_classes[name]
             failed = sum(name in _switch_classes(failure["optimizations"]) for failure in failures)
-            word = "FAILS" if failed else "bit-exact" if passed else "not visited"
-            table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), word)
+            outcome = "FAILS" if failed else "bit-exact" if passed else "not visited"
+            table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), outcome)
         parts.append(render(table))
 
     if verdict.layers.stages:
@@ -55,18 +59,18 @@ def summary(
     if left_out:
         parts.append(not_judged(left_out))
     parts += _listed_failures(failures)
-    word = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
-    parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {word}")
+    outcome = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
+    parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {outcome}")
     return "\n".join(parts)
 
 
 def bugs_line(killed: int, planted: int) -> str:
-    """How the zoo fared, each bug on its saved case."""
-    return f"bugs: {killed} of {planted} planted bugs killed by the check that is meant to"
+    """How many bugs of the zoo were killed, each judged on its saved case."""
+    return f"bugs: {killed} of {planted} planted bugs killed by a check that is meant to find them"
 
 
 def _stages(layers: LayerTally) -> Table:
-    """What was compared of the attention layer, stage by stage."""
+    """How many values of each stage of the attention layer were compared, and how."""
     table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")
     for name in (name for name in STAGES if name in layers.stages):
         stage = layers.stages[name]
@@ -77,8 +81,8 @@ def _stages(layers: LayerTally) -> Table:
 
 
 def _relations(layers: LayerTally) -> str:
-    told = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
-    text = wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", told or ["nothing was tried"])
+    tried = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
+    text = wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", tried or ["nothing was tried"])
     if layers.keys:
         rows = [f"{name} {count:,}" for name, count in layers.keys.items()]
         text += "\n" + wrapped("layer: store also of made-up keys: ", rows)
@@ -89,24 +93,24 @@ def _relations(layers: LayerTally) -> str:
 
 
 def _audited(audit: AuditTally) -> str:
-    """What was looked at in the graphs themselves, and what was not."""
-    looked_at = [f"captured once more from other values {audit.compared:,}"]
+    """What was inspected in the captured graphs themselves, and what could not be."""
+    inspected = [f"captured once more from other values {audit.compared:,}"]
     if audit.graphs:
-        looked_at = [f"read node by node {audit.graphs:,}", f"kernels {audit.kernels:,}", *looked_at]
-        looked_at += [f"addresses followed {audit.addresses:,}"]
-        looked_at += [f"{name} nodes {count:,}" for name, count in sorted(audit.other_nodes.items())]
-    text = wrapped("graphs: ", looked_at)
+        inspected = [f"read node by node {audit.graphs:,}", f"kernels {audit.kernels:,}", *inspected]
+        inspected += [f"addresses followed {audit.addresses:,}"]
+        inspected += [f"{name} nodes {count:,}" for name, count in sorted(audit.other_nodes.items())]
+    text = wrapped("graphs: ", inspected)
     missed = [f"{reason} {count:,}" for reason, count in sorted(audit.not_audited.items())]
     return "\n".join([text, wrapped("not audited: ", missed)]) if missed else text
 
 
 def _switch_classes(optimizations: str) -> list[str]:
-    """The rows of the table that a failure with these optimisations (names, by spaces) counts in."""
+    """The table rows that a failure with these optimisations (names separated by spaces) counts in."""
     return [f"switch {name}" for name in optimizations.split()] or ["no switch"]
 
 
 def _listed_failures(failures: Sequence[dict[str, str]]) -> list[str]:
-    """Each different verdict once, with the first command that replays it: shards often find the same bug."""
+    """Each distinct verdict once, with the first command that replays it: shards often find the same bug."""
     first: dict[str, str] = {}
     alike: Counter[str] = Counter()
     for failure in failures:

@@ -1,4 +1,4 @@
-"""Plain text of tables and lists, at the width of a log."""
+"""Plain text of tables and lists, in lines of at most ``WIDTH`` characters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ WIDTH = 120
 
 
 def not_judged(left_out: Sequence[str]) -> str:
-    """One line."""
+    """The line that lists what the limits of backend and layer exclude."""
     return f"not judged: {'; '.join(left_out)}"
 
 
 def render(renderable: RenderableType, width: int = WIDTH) -> str:
-    """Plain text of a rich object, whose lines are broken at ``width``: by default what a log allows."""
+    """Plain text of a rich object, with lines broken at ``width``, by default the width of a log."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
@@ -24,6 +24,7 @@ def render(renderable: RenderableType, width: int = WIDTH) -> str:
 
 
 def wrapped(head: str, items: Iterable[str]) -> str:
+    """``head`` and the items, separated by commas; further lines are indented."""
     lines, line = [], head
     for item in items:
         if len(line) + len(item) > WIDTH:

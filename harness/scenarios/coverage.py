@@ -1,6 +1,6 @@
-"""Which corners of the scenario space a scenario visits, so that a run can say what it has covered.
+"""Boundary classes: the corners of the scenario space that a scenario visits, so that a run can report its coverage.
 
-A class is a short name. ``all_classes`` is the complete list; a test proves that each can be reached.
+A class is a short name. ``all_classes`` lists all of them; a test proves that each can be reached.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ METADATA_CLASSES: tuple[str, ...] = (
 
 
 def switch_classes(switches: Switches) -> tuple[str, ...]:
-    """One class a switch, and one for cases without any; none for a backend that has no switches."""
+    """One class per switch and one for cases without switches; none for a backend that has no switches."""
     return (*(f"switch {name}" for name in switches.names), "no switch") if switches.names else ()
 
 
 def all_classes(switches: Switches) -> tuple[str, ...]:
-    """Every class that cases of a backend with ``switches`` can visit, in the order of reports."""
+    """Every class that cases of a backend with ``switches`` can visit, in report order."""
     return (*METADATA_CLASSES, *switch_classes(switches), *LAYER_CLASSES)
 
 
@@ -83,8 +83,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
     setup = scenario.setup
     world = World(scenario, poison=0)
     buckets: set[tuple[ForwardMode, int]] = set()
-    served: set[tuple[ForwardMode, int]] = set()  # graphs that requests were replayed in
-    ran: list[tuple[ForwardMode, int, bool]] = []  # mode, batch size, in graph
+    served: set[tuple[ForwardMode, int]] = set()  # graphs that were replayed with requests
+    ran: list[tuple[ForwardMode, int, bool]] = []  # mode, batch size, whether in a graph
     used_rows: set[int] = set()
     used_pages: set[int] = set()
     for event in scenario.events:

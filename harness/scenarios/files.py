@@ -1,8 +1,8 @@
-"""Saved failures: small JSON files that replay anywhere. A kill at any moment loses none.
+"""Saved failures: small JSON files that replay on any machine. Killing the process at any moment loses none of them.
 
-Each failure has up to two files named after the digest of the case as it was found: ``<digest>.raw.json``, written
-before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking gets further. The case at hand is in
-``<digest>.<process>.running.json``.
+Each failure has up to two files, named after the digest of the case as it was found: ``<digest>.raw.json``, written
+before shrinking starts, and ``<digest>.min.json``, rewritten whenever shrinking finds a smaller case. The case that is
+being judged is in ``<digest>.<process id>.running.json``.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from nsa_oracle.harness.errors import ScenarioError, one_line
 from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
-CORPUS = _TESTS / "cases"  # what every run judges first
-PRODUCTION = CORPUS / "production"  # and what every run on a GPU does: sizes that would take the interpreter hours
-BUG_CASES = _TESTS / "bugs"  # by the name of a bug: a case that shows it
+CORPUS = _TESTS / "cases"  # every run judges these first
+PRODUCTION = CORPUS / "production"  # runs on a GPU judge these too: sizes that would take the interpreter hours
+BUG_CASES = _TESTS / "bugs"  # one case per bug that shows it, named after the bug
 
 
 def digest(scenario: Scenario) -> str:
-    """Twelve hex digits that name the scenario, whatever its note says."""
+    """The scenario's name in files: 12 hex digits of the SHA-256 of its JSON without the note."""
     return hashlib.sha256(to_json(scenario.model_copy(update={"note": ""})).encode()).hexdigest()[:12]
 
 
 def corpus(device: torch.device) -> list[Path]:
-    """The saved cases that a run on ``device`` judges first."""
+    """The files of the saved cases that a run on ``device`` judges first."""
     folders = (CORPUS, PRODUCTION) if device.type == "cuda" else (CORPUS,)
     return [file for folder in folders for file in sorted(folder.glob("*.json"))]
 
 
 def save(scenario: Scenario, path: Path) -> None:
-    """Write the scenario to ``path`` in one step: other processes see the old file or the whole new one."""
+    """Write the scenario to ``path`` atomically: other processes see the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,10 +58,10 @@ RUNNING = ".running.json"
 
 @contextmanager
 def saved_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
-    """Keep a case in ``folder`` for as long as it is judged: if that takes the process down, it is what is left."""
+    """Keep the case in ``folder`` while it is judged. The file stays behind if judging it kills the process."""
     path = folder / f"{digest(scenario)}.{os.getpid()}{RUNNING}"
-    made = not folder.exists()
-    with suppress(OSError):  # where nothing can be written, a finding will say so
+    created = not folder.exists()
+    with suppress(OSError):  # if the folder is not writable, the report of a failure says so
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(scenario), encoding="utf-8")
     try:
@@ -69,12 +69,15 @@ def saved_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-            if made:
-                folder.rmdir()  # fails if there is anything in it
+            if created:
+                folder.rmdir()  # fails unless the folder is empty
 
 
 def cases_of_dead_processes(folder: Path, since: float) -> list[Path]:
-    """Cases in ``folder`` that took the process down which judged them, after the time ``since``."""
+    """Cases in ``folder`` that were being judged when their process died, in files not older than ``since``.
+
+    since: a value of ``time.time()``.
+    """
 
     def is_dead(path: Path) -> bool:
         try:
@@ -104,7 +107,7 @@ class FailureFiles:
         return self.directory / f"{self._stem}.min.json"
 
     def record(self, scenario: Scenario, sentence: str) -> None:
-        """Keep a failing scenario: the first as the raw case, any later one as the smallest so far."""
+        """Save a failing scenario, noted with ``sentence``, as the smallest so far; the first one also as raw case."""
         noted = scenario.model_copy(update={"note": sentence})
         if self._stem is None:
             self._stem = digest(scenario)
@@ -113,7 +116,7 @@ class FailureFiles:
 
 
 def to_json(scenario: Scenario) -> str:
-    """The scenario as readable JSON: one event a line, defaults left out."""
+    """The scenario as readable JSON: one event per line, without default values."""
     data = scenario.model_dump(mode="json", exclude_defaults=True)
     events = [e.model_dump(mode="json", exclude_defaults=True) | {"event": e.event} for e in scenario.events]
     data.pop("events", None)
@@ -125,11 +128,11 @@ def to_json(scenario: Scenario) -> str:
 
 
 def from_json(text: str, source: str = "scenario") -> Scenario:
-    """Parse a scenario. Raises ScenarioError, in one line naming ``source``, if it is not one."""
+    """Parse a scenario. Raises ScenarioError, in one line that names ``source``, if ``text`` is not a valid one."""
     try:
-        scenario = Scenario.model_validate_json(text, strict=True)  # true is no 1, and "4" no 4
-        json.loads(text, object_pairs_hook=_each_name_once)
-    except _Twice as error:
+        scenario = Scenario.model_validate_json(text, strict=True)  # strict: true is not 1, and "4" is not 4
+        json.loads(text, object_pairs_hook=_refuse_duplicate_names)
+    except _DuplicateName as error:
         raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -140,19 +143,19 @@ def from_json(text: str, source: str = "scenario") -> Scenario:
     return scenario
 
 
-class _Twice(Exception):
-    """A name that an object of a file has twice, of which one would be lost."""
+class _DuplicateName(Exception):
+    """A JSON object contains a name more than once; the parser would silently keep only one of its values."""
 
 
-def _each_name_once(pairs: list[tuple[str, Any]]) -> None:
+def _refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> None:
     names = Counter(name for name, _ in pairs)
     for name, count in names.items():
         if count > 1:
-            raise _Twice(name)
+            raise _DuplicateName(name)
 
 
 def load(path: Path) -> Scenario:
-    """Read a scenario file. Raises ScenarioError if it cannot be read or is not one."""
+    """Read a scenario file. Raises ScenarioError if it cannot be read or does not contain a valid scenario."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

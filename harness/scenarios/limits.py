@@ -1,4 +1,4 @@
-"""What a backend or a layer says it is made for: allowed values of sizes, and forward modes. Nothing else is judged."""
+"""Declared limits of a backend or a layer: allowed sizes and forward modes. Nothing outside them is judged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 
 Sizes = Mapping[str, Sequence[Any]]
-"""The values that fields of ``Setup``, ``Inputs`` or ``Layer`` may take."""
+"""Allowed values by name of a field of ``Setup``, ``Inputs`` or ``Layer``."""
 
 BACKEND_FIELDS: dict[str, FieldInfo] = {
     **{name: info for name, info in Setup.model_fields.items() if name not in ("inputs", "layer")},
@@ -27,23 +27,29 @@ LAYER_FIELDS: dict[str, FieldInfo] = {**BACKEND_FIELDS, **Layer.model_fields}
 
 @dataclass(frozen=True)
 class Limits:
-    """Allowed values by field, those not named being free; and the modes of replays and eager calls."""
+    """Allowed values by field, and allowed modes of captures, replays and eager calls.
+
+    A field that ``sizes`` does not name may have any value.
+    """
 
     sizes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     modes: tuple[ForwardMode, ...] = tuple(ForwardMode)
 
     def of(self, name: str, choices: Iterable[Any]) -> tuple[Any, ...]:
-        """Those of ``choices`` that are allowed."""
+        """The elements of ``choices`` that are allowed for the field ``name``."""
         allowed = self.sizes.get(name)
         return tuple(choice for choice in choices if allowed is None or choice in allowed)
 
     def __and__(self, other: Limits) -> Limits:
-        """What both allow."""
+        """Limits that allow what both operands allow."""
         sizes = {**self.sizes, **{name: self.of(name, values) for name, values in other.sizes.items()}}
         return Limits(sizes, tuple(mode for mode in self.modes if mode in other.modes))
 
     def misfit(self, scenario: Scenario) -> str | None:
-        """What of ``scenario`` is not allowed, such as "page_size 1", or None. An absent layer has no size."""
+        """The first thing in ``scenario`` that is not allowed, such as "page_size 1", or None.
+
+        Limits on layer sizes do not apply to a scenario without a layer.
+        """
         setup = scenario.setup
         known = {**dict(setup), **dict(setup.inputs), **dict(setup.layer or ())}
         for name, allowed in self.sizes.items():
@@ -53,34 +59,34 @@ class Limits:
         return next((f"mode {mode.value}" for mode in modes if mode not in self.modes), None)
 
     def excluded(self, drawn: Mapping[str, Sequence[Any]]) -> list[str]:
-        """What is not judged of the choices that are ``drawn``, such as "page_size 1, 16", and of the modes."""
-        told = []
+        """The values among those ``drawn`` and the modes that are not allowed, such as "page_size 1, 16"."""
+        lines = []
         for name, choices in drawn.items():
-            if gone := [shown(choice) for choice in choices if choice not in self.of(name, choices)]:
-                told.append(f"{name} {', '.join(gone)}")
-        if gone := [mode.value for mode in ForwardMode if mode not in self.modes]:
-            told.append(f"modes {', '.join(gone)}")
-        return told
+            if refused := [shown(choice) for choice in choices if choice not in self.of(name, choices)]:
+                lines.append(f"{name} {', '.join(refused)}")
+        if refused := [mode.value for mode in ForwardMode if mode not in self.modes]:
+            lines.append(f"modes {', '.join(refused)}")
+        return lines
 
 
 EVERYTHING = Limits()
 
 
 def modes_of(scenario: Scenario) -> list[ForwardMode]:
-    """The modes that a backend meets, in order: of captures, replays and eager calls. An empty DECODE batch is IDLE."""
+    """The modes of a scenario's captures, replays and eager calls, in order. An empty DECODE batch counts as IDLE."""
     world = World(scenario, poison=0)
-    met = []
+    modes = []
     for event in scenario.events:
         batch = world.apply(event)
         if isinstance(event, Capture):
-            met.append(event.mode)
+            modes.append(event.mode)
         if batch is not None:
-            met.append(batch.mode)
-    return met
+            modes.append(batch.mode)
+    return modes
 
 
 def within(scenario: Scenario, limits: Limits) -> Scenario:
-    """``scenario`` without the calls and captures of other modes than those allowed."""
+    """``scenario`` without the captures and calls whose modes ``limits`` does not allow."""
     if limits.modes == tuple(ForwardMode):
         return scenario
     kept = scenario.model_copy(update={"events": ()})
@@ -92,22 +98,24 @@ def within(scenario: Scenario, limits: Limits) -> Scenario:
 
 
 def shown(value: object) -> str:
+    """A field's value as text; of a member of an enum, its value."""
     return str(value.value if isinstance(value, enum.Enum) else value)
 
 
-def declared(thing: object, fields: Mapping[str, FieldInfo], what: str) -> Limits:
-    """The limits in the attributes ``sizes`` and ``modes`` of ``thing``, if it has them.
+def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
+    """The limits that ``owner`` declares in its attributes ``sizes`` and ``modes``. Both are optional.
 
-    ``fields``: those that it may name. Raises ValueError, in one line that names the cause and the mend.
+    fields: the fields that ``sizes`` may name. no_owner: subject of the message about any other field, such as "no
+    backend". Raises ValueError, in one line that names the cause and the remedy, if the declaration is malformed.
     """
-    sizes, modes = getattr(thing, "sizes", None), getattr(thing, "modes", None)
+    sizes, modes = getattr(owner, "sizes", None), getattr(owner, "modes", None)
     return Limits(
-        {} if sizes is None else _checked_sizes(sizes, fields, what),
+        {} if sizes is None else _checked_sizes(sizes, fields, no_owner),
         tuple(ForwardMode) if modes is None else _checked_modes(modes),
     )
 
 
-def _checked_sizes(sizes: object, fields: Mapping[str, FieldInfo], what: str) -> dict[str, tuple[Any, ...]]:
+def _checked_sizes(sizes: object, fields: Mapping[str, FieldInfo], no_owner: str) -> dict[str, tuple[Any, ...]]:
     if not isinstance(sizes, Mapping):
         raise ValueError(
             f"sizes must map fields to allowed values, as {{'page_size': (64,)}} does; it is {_kind(sizes)}"
@@ -116,7 +124,7 @@ def _checked_sizes(sizes: object, fields: Mapping[str, FieldInfo], what: str) ->
         if name in ("inputs", "layer"):
             raise ValueError(f"sizes: name the fields of '{name}' themselves, not '{name}'")
         if name not in fields:
-            raise ValueError(f"sizes: {what} has '{_brief(name)}'; there are {', '.join(fields)}")
+            raise ValueError(f"sizes: {no_owner} has '{_brief(name)}'; choose from {', '.join(fields)}")
     return {name: _checked_values(name, values, fields[name]) for name, values in sizes.items()}
 
 
@@ -156,9 +164,9 @@ def _checked_modes(modes: object) -> tuple[ForwardMode, ...]:
     return tuple(mode for mode in ForwardMode if mode in modes or mode.value in modes)
 
 
-def _kind(thing: object) -> str:
-    return f"of type {type(thing).__name__}"
+def _kind(value: object) -> str:
+    return f"of type {type(value).__name__}"
 
 
-def _brief(thing: object) -> str:
-    return one_line(thing if isinstance(thing, str) else repr(thing), 60)
+def _brief(value: object) -> str:
+    return one_line(value if isinstance(value, str) else repr(value), 60)

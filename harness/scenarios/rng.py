@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def coprime_step(count: int) -> int:
-    """A step that visits all of ``count`` places, going round, and soon has been everywhere near."""
+    """A step that, taken modulo ``count``, visits all ``count`` places and soon comes near each of them."""
     return next(n for n in range(count * 5 // 8 | 1, 2 * count + 2) if math.gcd(n, count) == 1)
 
 
@@ -37,27 +37,27 @@ class Stream:
     def words_at(self, places: Iterable[tuple[int, int]], count: int) -> NDArray[np.uint64]:
         """``count`` raw numbers for each place (two 64-bit numbers): [places, count] uint64.
 
-        A row depends on its place alone: not on the other rows, nor on what was drawn before. A longer row begins like
-        a shorter one. Rows of at most 2**64 numbers share nothing with each other or with the methods above, since
-        the place is the middle of Philox's 256-bit counter and the top is 0 there, 1 here.
+        A row depends only on its place, not on other rows or on earlier draws, and a shorter row is a prefix of a
+        longer one. Rows of at most 2**64 numbers overlap neither each other nor the numbers of the methods above: the
+        place is the middle of Philox's 256-bit counter, whose top word is 1 here and 0 there.
         """
         rows = [self._words_at(*place, count) for place in places]
         return np.stack(rows) if rows else np.empty((0, count), dtype=np.uint64)
 
     def bytes_at(self, places: Iterable[tuple[int, int]], count: int) -> NDArray[np.uint8]:
-        """As ``words_at``, ``count`` bytes for each place: [places, count] uint8, the same on any byte order."""
+        """Like ``words_at``, but ``count`` bytes for each place: [places, count] uint8, the same on any byte order."""
         words = self.words_at(places, -(-count // 8)).astype("<u8", copy=False)
         return words.view(np.uint8)[:, :count]
 
     def halves_at(self, places: Iterable[tuple[int, int]], count: int) -> NDArray[np.uint16]:
-        """As ``words_at``, ``count`` 16-bit numbers for each place: [places, count] uint16."""
+        """Like ``words_at``, but ``count`` 16-bit numbers for each place: [places, count] uint16."""
         words = self.words_at(places, -(-count // 4)).astype("<u8", copy=False)
         return words.view("<u2")[:, :count]
 
     def _words_at(self, first: int, second: int, count: int) -> NDArray[np.uint64]:
-        state = self._seekable.state  # a copy, with which seeking costs 2 us; a new Philox would cost 15
+        state = self._seekable.state  # a copy; seeking through it takes 2 us, a new Philox 15 us
         state["state"]["counter"] = np.array([0, first, second, 1], dtype=np.uint64)
-        state["buffer_pos"] = len(state["buffer"])  # nothing of the old place is left to hand out
+        state["buffer_pos"] = len(state["buffer"])  # discards numbers buffered at the old place
         self._seekable.state = state
         return np.asarray(self._seekable.random_raw(count), dtype=np.uint64)
 

@@ -1,4 +1,4 @@
-"""How large drawn scenarios get, on a CPU and on a GPU, with and without a layer."""
+"""The ranges that scenarios are drawn from, on a CPU and on a GPU, with and without a layer."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from nsa_oracle.harness.scenarios.scenario import Drive, IntDtype, PageLayout
 from nsa_oracle.reference.types import KVCacheDtype, StepSemantics
 
 RARELY = (False,) * 5 + (True,)
-MORE_RARELY = (False,) * 11 + (True,)  # on a GPU it takes gigabytes, for which processes wait
-NARROW_TABLE = 67  # columns: a page table for which an interpreter, too, has time in many rows
+MORE_RARELY = (False,) * 11 + (True,)  # on a GPU, far memory takes gigabytes, and processes wait for each other
+NARROW_TABLE = 67  # columns; the interpreter is fast enough for many rows of a page table this narrow
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large scenarios get. Small ones keep Triton's interpreter quick; a GPU takes larger ones for free."""
+    """Ranges to draw from. Small sizes keep Triton's interpreter fast; a GPU handles larger ones at no cost."""
 
     max_context_lens: tuple[int, ...]
     max_requests: int
-    many_requests: int  # as many instead, where tables are narrow and rows not too many
-    max_events: int  # after the first requests; what engines do one right after the other counts as one
-    max_rows: int  # of one request over all steps
-    crowds: tuple[int, ...]  # how many requests may join at once, beside 1
-    parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0 leaves it out
-    layers: tuple[Sizes, ...] = ()  # of the attention layer behind the metadata, alternatives; none: metadata alone
+    many_requests: int  # used instead of max_requests if page tables are narrow and rows few
+    max_events: int  # after the first requests have joined; a sequence that engines run back to back counts as one
+    max_rows: int  # of one request over all draft steps
+    crowds: tuple[int, ...]  # numbers of requests that may join at once, besides 1
+    parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0: no schedule
+    layers: tuple[Sizes, ...] = ()  # alternative sizes of the layer behind the metadata; empty: metadata alone
     page_sizes: tuple[int, ...] = (1, 16, 32, 64)
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
-    most_new_tokens: int | None = None  # of one request in a prefill; None: any number
+    most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
     far_slots: tuple[bool, ...] = RARELY
-    far_req_to_token: tuple[bool, ...] = RARELY  # not both, if the limits leave a choice
+    far_req_to_token: tuple[bool, ...] = RARELY  # not together with far_slots, unless the limits require it
     limits: Limits = EVERYTHING
 
     def most_requests(self, max_context_len: int, rows: int) -> int:
-        """Of one scenario. rows: of one request over all steps; short ones cost half."""
+        """Largest number of requests in one scenario. rows: of one request over all steps; narrow ones cost half."""
         cheap = max_context_len <= NARROW_TABLE and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
         return self.many_requests if cheap else self.max_requests
 
     def drawn(self) -> Sizes:
-        """What is drawn of each field, on its own, that ``limits`` can name."""
+        """The values that are drawn for each field that ``limits`` can name, regardless of the other fields."""
         both = (False, True)
         sizes: dict[str, tuple[Any, ...]] = {
             "page_size": self.page_sizes,
@@ -82,7 +82,7 @@ SMALL = Scale(
     max_events=9,
     max_rows=16,
     crowds=(2,),
-    parts=(0, 1, 3, 6),  # 6: neither fills whole vectors with a schedule nor comes near it by chance
+    parts=(0, 1, 3, 6),  # a schedule over 6 neither fills whole vectors nor comes close to it by chance
 )
 LARGE = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),
@@ -95,9 +95,9 @@ LARGE = Scale(
     far_slots=MORE_RARELY,
     far_req_to_token=MORE_RARELY,
 )
-# With a layer behind: what the interpreter computes must stay few numbers; a GPU takes the sizes of production.
+# With a layer behind the metadata. The interpreter can compute few numbers only; a GPU handles production's sizes.
 SMALL_LAYER = Scale(
-    max_context_lens=(20, 33, 67, 130, 261, 1100),  # several tiles and several chunks of keys
+    max_context_lens=(20, 33, 67, 130, 261, 1100),  # up to several tiles and several chunks of keys
     max_requests=3,
     many_requests=6,
     max_events=4,
@@ -109,19 +109,19 @@ SMALL_LAYER = Scale(
         * (
             {
                 "num_heads": (1, 2, 3, 16),
-                "kv_lora_rank": (64, 64, 128),  # what takes longest is drawn least
+                "kv_lora_rank": (64, 64, 128),  # the slowest size is drawn least often
                 "qk_rope_head_dim": (16, 32),
                 "index_n_heads": (1, 2, 3, 1, 2, 3, 17),
                 "index_head_dim": (32, 32, 96),
             },
         ),
-        {  # keys of production, for which there may be a kernel of their own
+        {  # production's key sizes, for which a layer may have a separate kernel
             "num_heads": (1, 3, 20),
             "kv_lora_rank": (512,),
             "qk_rope_head_dim": (64,),
             "index_n_heads": (1, 2),
             "index_head_dim": (32,),
-            "regime": (*Regime, Regime.DOMINATING, Regime.EQUAL, Regime.LATTICE),  # random ones are run several times
+            "regime": (*Regime, Regime.DOMINATING, Regime.EQUAL, Regime.LATTICE),  # random content runs several times
         },
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),
@@ -129,7 +129,7 @@ SMALL_LAYER = Scale(
     most_new_tokens=16,
 )
 LARGE_LAYER = Scale(
-    max_context_lens=(33, 261, 2300, 4100, 9001),  # the last: wider than top-k's largest block
+    max_context_lens=(33, 261, 2300, 4100, 9001),  # 9001 is wider than top-k's largest block
     max_requests=8,
     many_requests=20,
     max_events=9,
@@ -161,17 +161,17 @@ LARGE_LAYER = Scale(
 
 
 def restricted(scale: Scale, limits: Limits) -> Scale:
-    """``scale`` with nothing drawn beyond ``limits``. Raises ValueError, in one line, if that leaves nothing."""
+    """``scale`` restricted to ``limits``. Raises ValueError, in one line, if nothing is left to draw."""
     for name, choices in scale.drawn().items():
         if not limits.of(name, choices):
             allowed, drawn = (", ".join(map(shown, values)) for values in (limits.sizes[name], choices))
             raise ValueError(
-                f"none of the sizes that are drawn here fits: {name} may be {allowed}, and is one of {drawn}"
+                f"none of the sizes drawn on this device fits: {name} may be {allowed}, but is drawn from {drawn}"
             )
     layers = tuple({name: limits.of(name, choices) for name, choices in layer.items()} for layer in scale.layers)
     left = tuple(layer for layer in layers if all(layer.values()))
     if scale.layers and not left:
-        raise ValueError(f"no layer that is drawn here has all of the sizes {dict(limits.sizes)} at once")
+        raise ValueError(f"no layer drawn on this device has all of the sizes {dict(limits.sizes)} at once")
     if not limits.modes:
         raise ValueError("backend and layer have no mode in common")
     return replace(scale, layers=left, limits=limits)

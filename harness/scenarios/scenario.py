@@ -1,7 +1,7 @@
-"""A test case: one frozen, readable record of sizes, flags, events and a seed. It never holds tensor contents.
+"""A test case: one frozen, readable record of sizes, flags, events and a seed. It contains no tensor data.
 
-The JSON form is the lasting record of a failure: a person can read and edit it, and it means the same bytes on every
-machine. ``SCHEMA_VERSION`` changes whenever an old file would mean something else.
+Its JSON form is the lasting record of a failure: people can read and edit it, and it means the same bytes on every
+machine. ``SCHEMA_VERSION`` changes whenever the meaning of an existing file would change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEMA_VERSION: Literal[1] = 1
 MAX_BATCH = 4096
 MAX_STEPS = 8
 MAX_CONTEXT = 1 << 20
-MAX_CELLS = 1 << 28  # of all page tables together: a gigabyte
+MAX_CELLS = 1 << 28  # of all page tables together: 1 GiB
 MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
 MAX_EXACT_KEYS = 2048
 SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
@@ -68,12 +68,12 @@ class IntDtype(enum.Enum):
 
 
 class Inputs(_Record):
-    """How the engine's input tensors look: dtypes, and whether they are views with holes between the elements.
+    """Layout of the engine's input tensors: dtypes, and whether they are views with gaps between the elements.
 
-    accept_length: dtype of ``extend_seq_lens`` and ``extend_prefix_lens`` as well. strided: numbers of requests are
-    columns of something wider; with a layer, so are the rows and heads of what it is given. wide_req_to_token: a view
-    of a wider tensor. far_req_to_token: one whose rows lie so far apart that the offset of the last one, in elements,
-    needs more than 32 bits, as in a large pool; its last rows are the first that requests get.
+    accept_length: also the dtype of ``extend_seq_lens`` and ``extend_prefix_lens``. strided: per-request inputs are
+    columns of wider tensors; with a layer, the rows and heads of its inputs are slices of wider tensors too.
+    wide_req_to_token: a view of a wider tensor. far_req_to_token: a view whose rows lie so far apart that the offset
+    of the last one, in elements, needs more than 32 bits, as in a large pool; requests get its last rows first.
     """
 
     seq_lens: IntDtype = IntDtype.INT64
@@ -85,9 +85,9 @@ class Inputs(_Record):
 
 
 class Layer(_Record):
-    """The sparse attention layer behind the metadata: its sizes, and what its inputs hold. See ``AttentionConfig``.
+    """The sparse attention layer behind the metadata: its sizes and the content of its inputs. See ``AttentionConfig``.
 
-    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets would wrap.
+    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap.
     """
 
     num_heads: int = Field(default=2, ge=1, le=128)
@@ -135,22 +135,22 @@ class Setup(_Record):
 
     @property
     def num_pages(self) -> int:
-        """Pages of the caches: the dummy page 0, those that requests can hold, and two that nobody may read."""
+        """Pages of the caches: the dummy page 0, those that requests can hold, and two that nothing may read."""
         return 1 + self.pool_size * self.pages_per_request + 2
 
     @property
     def is_far(self) -> bool:
-        """Whether anything lies so far apart that a GPU spends gigabytes on it."""
+        """Whether any memory is spread so far that it takes gigabytes on a GPU."""
         return self.inputs.far_req_to_token or (self.layer is not None and self.layer.far_slots)
 
     @property
     def draft_overshoot(self) -> int:
-        """Tokens beyond seq_lens that drafting and verification may address."""
+        """Number of tokens beyond ``seq_lens`` that drafting and verification may address."""
         return max(self.num_draft_tokens, self.num_steps)
 
     @property
     def max_seq_len(self) -> int:
-        """Longest request that can still be drafted for."""
+        """Largest length, in tokens, of a request with room for another draft."""
         return self.max_context_len - self.draft_overshoot
 
     @model_validator(mode="after")
@@ -198,11 +198,11 @@ class Capture(_Record):
 
 
 class Join(_Record):
-    """A request starts with ``seq_len`` cached tokens, on the pool row and pages freed last.
+    """A request joins with ``seq_len`` cached tokens, on the pool row and pages that were freed last.
 
-    With ``prefix_of`` it shares its first ``prefix_pages`` pages with that running request (counted modulo the number
-    running). ``count`` such requests join, each a token longer than the one before, from 1 again at the limit. Nothing
-    happens when the pool is full.
+    With ``prefix_of`` it shares up to its first ``prefix_pages`` pages with that running request (an index modulo the
+    number of running requests). ``count`` such requests join, each one token longer than the previous one; a length
+    over the limit wraps to 1. Requests that find the pool full do not join.
     """
 
     event: Literal["join"] = "join"
@@ -213,9 +213,9 @@ class Join(_Record):
 
 
 class Finish(_Record):
-    """Running request number ``request`` (modulo the number running) ends; its row and pages are free at once.
+    """Running request ``request`` (an index modulo the number running) finishes; its row and pages are free at once.
 
-    ``count`` of them end one by one, each the one that has that number then; all, if fewer are running.
+    ``count`` requests finish one after another, each the one that has that index then; all, if fewer are running.
     """
 
     event: Literal["finish"] = "finish"
@@ -224,14 +224,14 @@ class Finish(_Record):
 
 
 class Accept(_Record):
-    """Verification accepted ``accept_lengths[i]`` tokens of running request i (repeated if there are more requests)."""
+    """Verification accepted ``accept_lengths[i]`` tokens of running request i; the tuple repeats for more requests."""
 
     event: Literal["accept"] = "accept"
     accept_lengths: tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...] = Field(min_length=1)
 
 
 class Remap(_Record):
-    """Running request ``request`` gets its first ``prefix_pages`` pages replaced by those of ``prefix_of``."""
+    """The first ``prefix_pages`` pages of running request ``request`` are replaced by those of ``prefix_of``."""
 
     event: Literal["remap"] = "remap"
     request: int = Field(ge=0)
@@ -240,10 +240,10 @@ class Remap(_Record):
 
 
 class Replay(_Record):
-    """The running requests go through the graph of ``mode``: ``times`` preparations, a replay after each.
+    """The graph of ``mode`` runs on the running requests: ``times`` preparations, each followed by a replay.
 
-    ``bucket``: which captured graph; by default the smallest that holds the batch. If there is none, the engine calls
-    the backend eagerly, as a server does.
+    bucket: the captured graph to use; if it is None, not captured or too small, the smallest that holds the batch. If
+    no graph holds it, the engine calls the backend eagerly, as a server does.
     """
 
     event: Literal["replay"] = "replay"
@@ -257,8 +257,8 @@ class Replay(_Record):
 class Eager(_Record):
     """The running requests go through ``mode`` without a graph.
 
-    ``extend_lens[i]`` (EXTEND only, repeated if there are more requests): how many of request i's tokens are new; the
-    others are a cached prefix.
+    extend_lens: in EXTEND, ``extend_lens[i]`` of request i's tokens are new, the others a cached prefix; the tuple
+    repeats for more requests.
     """
 
     event: Literal["eager"] = "eager"
@@ -278,7 +278,7 @@ Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Fie
 
 
 def _an_int(version: object) -> object:
-    """Literal[1] would take True and 1.0."""
+    """Makes the validation of ``Literal[1]`` reject True and 1.0, which it accepts by itself."""
     return version if type(version) is int else repr(version)
 
 
@@ -316,7 +316,7 @@ class Scenario(_Record):
             return self
         config = layer.attention_config()
         slots = setup.num_pages * setup.page_size
-        # A page table's poison is a slot that exists; taken for a page, it has to exist as well.
+        # The sentinel in page tables is the number of an existing slot; as a page number it has to exist as well.
         bytes_ = slots * (2 * config.qk_head_dim + config.index_page_bytes(setup.page_size))
         if bytes_ > MAX_CACHE_BYTES:
             raise ValueError(f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}")

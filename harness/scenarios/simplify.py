@@ -1,6 +1,6 @@
-"""Simplifies a failing scenario record by record, after Hypothesis has simplified the choices that made it.
+"""Simplifies the record of a failing scenario, after Hypothesis has shrunk the choices that generated it.
 
-Hypothesis cannot leave out an event on whose choice a later one depends; on the finished record nothing depends.
+Hypothesis cannot drop an event if later choices depend on its choices. In the finished record nothing depends on them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MOST_TRIALS = 400
 
 
 def simplify(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
-    """The scenario after every simplification under which it ``still_fails``; at most ``most_trials`` are tried.
+    """The scenario after every simplification under which it ``still_fails``, with at most ``most_trials`` trials.
 
-    Goes round the simplifications, on from the last that was tried: most that did not help stay unhelpful, so it comes
-    back to them only after all others.
+    Cycles through the simplifications and always continues behind the last one tried: one that did not help rarely
+    helps later, so it is tried again only after all others.
     """
     changes, place, since = list(_changes(scenario)), 0, 0
     tried = {scenario}
-    while since < len(changes):  # until a whole round helped nowhere
+    while since < len(changes):  # until no change of a whole cycle has helped
         place %= len(changes)
         candidate = _changed(scenario, changes[place])
         place, since = place + 1, since + 1
@@ -61,7 +61,7 @@ def simplify(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_t
         tried.add(candidate)
         if still_fails(candidate):
             scenario, changes = candidate, list(_changes(candidate))
-            place, since = place - 1, 0  # the next of its kind has taken its place
+            place, since = place - 1, 0  # the next change of its kind now has its index
     return scenario
 
 
@@ -73,7 +73,7 @@ def _changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario | None:
 
 
 def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
-    yield from _simpler_layers(scenario.setup)  # first: trials of what follows are cheaper then
+    yield from _simpler_layers(scenario.setup)  # first, since it makes all later trials cheaper
     events = scenario.events
     for number in reversed(range(len(events))):
         yield {"events": events[:number] + events[number + 1 :]}
@@ -84,7 +84,7 @@ def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
         yield {"optimizations": tuple(other for other in scenario.optimizations if other != name)}
     for name, value in SIMPLEST_SETUP.items():
         yield {"setup": scenario.setup.model_copy(update={name: value})}
-    for name, field in Inputs.model_fields.items():  # one by one, where a failure needs some of them
+    for name, field in Inputs.model_fields.items():  # one by one, for failures that need some of them
         inputs = scenario.setup.inputs.model_copy(update={name: field.default})
         yield {"setup": scenario.setup.model_copy(update={"inputs": inputs})}
     yield {"seed": 0}

@@ -1,4 +1,4 @@
-"""A scenario told in plain words."""
+"""Describes a scenario in words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 
 def story(scenario: Scenario, failing_event: int | None = None) -> str:
-    """The scenario as a person would tell it, the event at which it fails marked."""
+    """The setup and one line per event, in words; the event at which the scenario fails is marked."""
     lines = [_setup(scenario)]
     world = World(scenario, poison=0)
     captured: dict[ForwardMode, set[int]] = {}
@@ -74,12 +74,12 @@ def _layer(layer: Layer) -> str:
 
 
 def _schedules(setup: Setup) -> str:
-    told = ""
+    text = ""
     if setup.paged_mqa_num_sms:
-        told += f", paged-MQA schedule over {setup.paged_mqa_num_sms} SMs"
+        text += f", paged-MQA schedule over {setup.paged_mqa_num_sms} SMs"
     if setup.flashmla_num_sm_parts:
-        told += f", FlashMLA schedule over {setup.flashmla_num_sm_parts} parts"
-    return told
+        text += f", FlashMLA schedule over {setup.flashmla_num_sm_parts} parts"
+    return text
 
 
 def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[ForwardMode, set[int]]) -> str:
@@ -95,10 +95,10 @@ def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[Fo
                 )
             return f"A request of {_count(event.seq_len, 'token')} joins{prefix}; {len(world.running)} running."
         case Finish():
-            who = f"Request {event.request} finishes"
+            text = f"Request {event.request} finishes"
             if event.count > 1:
-                who = f"Up to {event.count} requests finish, from number {event.request} on"
-            return f"{who}; {len(world.running)} running."
+                text = f"Up to {event.count} requests finish, from number {event.request} on"
+            return f"{text}; {len(world.running)} running."
         case Accept():
             lengths = [request.seq_len for request in world.running]
             accepted = [request.accept_length for request in world.running]
@@ -119,16 +119,16 @@ def _batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:
     assert batch is not None
     if not batch.size:
         return "an empty batch"
-    told = f"lengths {_listed(batch.seq_lens)}, pool rows {_listed(batch.pool_rows)}"
+    text = f"lengths {_listed(batch.seq_lens)}, pool rows {_listed(batch.pool_rows)}"
     if batch.mode is ForwardMode.DRAFT_EXTEND:
-        told += f", accepted {_listed(batch.accept_lengths)}"
+        text += f", accepted {_listed(batch.accept_lengths)}"
     if batch.extend_lens:
-        told += f", new tokens {_listed(batch.extend_lens)}"
+        text += f", new tokens {_listed(batch.extend_lens)}"
     if mirror in (Mirror.STALE, Mirror.AHEAD) and batch.seq_lens_cpu is not None:
-        told += f", host mirror {mirror.value} at {_listed(batch.seq_lens_cpu)}"
+        text += f", host mirror {mirror.value} at {_listed(batch.seq_lens_cpu)}"
     if mirror is Mirror.ABSENT:
-        told += ", no host mirror"
-    return told + ("" if order is Order.JOINED else f", order {order.value}")
+        text += ", no host mirror"
+    return text + ("" if order is Order.JOINED else f", order {order.value}")
 
 
 def _listed(numbers: Sequence[int], most: int = 12) -> str:

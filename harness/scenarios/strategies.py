@@ -37,15 +37,15 @@ from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 _OF_ACCEPTED = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
-_POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # where tiles, blocks and chunks end
+_POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # boundaries of tiles, blocks and chunks
 
 
 @st.composite
 def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
-    """A layer of the scale's sizes, of any cache and content."""
+    """A layer of the scale's sizes, with any cache dtype and any content; None if the scale has no layers."""
     if not scale.layers:
         return None
-    regimes = (*Regime, Regime.RANDOM)  # twice: nothing else is rounded when it is stored
+    regimes = (*Regime, Regime.RANDOM)  # RANDOM twice: only its numbers are rounded when they are stored
     anything: Sizes = {"regime": regimes, "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
     return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})
@@ -53,7 +53,7 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
 
 @st.composite
 def optimizations(draw: st.DrawFn, switches: Switches, semantics: StepSemantics) -> tuple[str, ...]:
-    """Any subset of the separate switches, or the fused ones; those for shared steps where steps share."""
+    """Any subset of the separate switches, or the fused ones; if steps share, sometimes also the shared-only ones."""
     if draw(st.booleans()):
         first, second = switches.fused
         chosen = [first] + ([second] if draw(st.booleans()) else [])
@@ -69,14 +69,14 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     drawn, limits = scale.drawn(), scale.limits
 
     def pick(name: str, choices: Sequence[Any] = (), freely: st.SearchStrategy[Any] | None = None) -> Any:
-        """One of ``choices``, or of all that are drawn of a field, that the limits allow; else as ``freely`` has it."""
+        """An allowed one of ``choices``, or else of the field's drawn values; ``freely`` if the field has no limit."""
         if freely is not None and name not in limits.sizes:
             return draw(freely)
         return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
 
     max_context_len = pick("max_context_len")
     num_steps = pick("num_steps")
-    # Every step writes every row: what the interpreter does one store at a time must stay few.
+    # Every step writes every row, and the interpreter executes one store at a time, so there must be few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
     num_draft_tokens = pick("num_draft_tokens", [n for n in scale.num_draft_tokens if n <= max(2, most_rows)])
     index_topks = limits.of("index_topk", scale.index_topks)
@@ -88,7 +88,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
     setup = Setup(
         page_size=pick("page_size"),
         max_context_len=max_context_len,
-        index_topk=pick("index_topk", _not_wasted(index_topks, max_context_len)),
+        index_topk=pick("index_topk", _exceedable(index_topks, max_context_len)),
         num_steps=num_steps,
         num_draft_tokens=num_draft_tokens,
         step_semantics=pick("step_semantics"),
@@ -111,7 +111,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
 
 
 def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:
-    """Far caches are far at their end: requests get the last pages first."""
+    """With far caches, the setup with a layout that gives requests the last pages first: only those lie far."""
     low = setup.page_layout in (PageLayout.CONTIGUOUS, PageLayout.INTERLEAVED)
     if setup.layer is None or not setup.layer.far_slots or not low:
         return setup
@@ -120,7 +120,7 @@ def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:
 
 
 def _with_codes_for_all(setup: Setup, limits: Limits) -> Setup:
-    """The pool no larger than content can tell slots apart."""
+    """The setup with its pool reduced until content can encode every slot. Rejects the case if no size allows that."""
     if setup.layer is None or setup.layer.regime is not Regime.DOMINATING:
         return setup
     most = most_coded_slots(setup.layer.attention_config())
@@ -131,13 +131,13 @@ def _with_codes_for_all(setup: Setup, limits: Limits) -> Setup:
     return reject()
 
 
-def _not_wasted(index_topks: Sequence[int], max_context_len: int) -> list[int]:
-    """Those that some row can exceed; the least, if there are none."""
+def _exceedable(index_topks: Sequence[int], max_context_len: int) -> list[int]:
+    """Those of ``index_topks`` that the length of some row can exceed, or the smallest if there are none."""
     return [k for k in index_topks if k <= max(8, max_context_len)] or [min(index_topks)]
 
 
 def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
-    """Lengths of a running request: any, and with preference those next to a boundary, or as far below as drafts go."""
+    """Lengths of a running request: any, preferably next to a boundary or ``num_draft_tokens`` below it."""
     limit = setup.max_seq_len
 
     def near(*boundaries: int) -> st.SearchStrategy[int]:
@@ -150,7 +150,7 @@ def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
 
 @st.composite
 def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, ...]:
-    """Mixed accepts, or one and the same for everybody, and that with preference none or all."""
+    """Accept lengths: mixed, or the same for all requests, then preferably 0 or all draft tokens."""
     one = st.integers(0, setup.num_draft_tokens)
     if draw(st.booleans()):
         return (draw(st.one_of(st.just(0), st.just(setup.num_draft_tokens), one)),)
@@ -159,11 +159,11 @@ def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, .
 
 @st.composite
 def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
-    """Captures first, as a server warms up; then requests come, draft, verify and go; sometimes a later capture."""
+    """Captures first, as in a server's warm-up; then requests join, draft, verify and finish; some late captures."""
     rows = setup.num_steps * setup.num_draft_tokens
     most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
-    joining = draw(st.sampled_from((*range(most + 1), *[most] * (most // 2))))  # a third of the time as many as can
-    # With preference one that those who join first fill, or the largest there can be.
+    joining = draw(st.sampled_from((*range(most + 1), *[most] * (most // 2))))  # a third of the time the maximum
+    # Preferably a bucket that the first requests fill, or the largest possible one.
     bucket = st.one_of(st.integers(1, most), st.just(max(1, joining)), st.just(most))
     graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
     modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
@@ -171,28 +171,28 @@ def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
     captures = {mode: tuple(sorted(draw(buckets))) for mode in modes}
     drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
 
-    # Counts are drawn apart: st.lists by itself favours short ones.
+    # Counts are drawn separately, because st.lists favours short lists.
     drawn += [draw(_joins(setup, most)) for _ in range(joining)]
-    happenings = _happenings(setup, scale, most, modes, bucket)
+    sequences = _event_sequences(setup, scale, most, modes, bucket)
     for _ in range(draw(st.integers(1, scale.max_events))):
-        drawn += draw(draw(happenings))
+        drawn += draw(draw(sequences))
     return tuple(drawn)
 
 
-def _happenings(
+def _event_sequences(
     setup: Setup, scale: Scale, most: int, modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]
 ) -> st.SearchStrategy[st.SearchStrategy[tuple[Event, ...]]]:
-    """What may happen to a server that has graphs of ``modes``, of which some buckets are captured: what to draw next.
+    """Strategies for the next events, one or more, of a server that has captured graphs of ``modes``.
 
-    What engines do one right after the other is drawn so too; by chance little of it would meet.
+    Events that engines run back to back are drawn together, because by chance they would rarely be adjacent.
     """
     replays = _replays(modes or GRAPH_MODES, bucket)
     of_accepted = _replays([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES, bucket)
     eager_calls = _eager_calls(setup, scale, most)
     accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
-    joins = _joins(setup, most, (1,) * 4 + scale.crowds)  # a crowd soon outgrows every bucket
+    joins = _joins(setup, most, (1,) * 4 + scale.crowds)  # crowds are rare: they soon exceed every bucket
     finishes = st.builds(Finish, request=st.integers(0, most - 1))
-    everybody_finishes = st.just(Finish(request=0, count=most))  # a rank runs out of work; rows and pages go to others
+    all_finish = st.just(Finish(request=0, count=most))  # a rank runs out of work; its rows and pages are reused
     remaps = st.builds(
         Remap, request=st.integers(0, most - 1), prefix_of=st.integers(0, most - 1), prefix_pages=st.integers(1, 3)
     )
@@ -201,9 +201,9 @@ def _happenings(
         *(((replays,), 11 if modes else 0), ((eager_calls,), 3 if modes else 13)),
         *(((accepts,), 1), ((accepts, of_accepted), 3 if modes else 0)),
         *(((joins,), 2), ((finishes,), 2), ((remaps,), 1), ((late_captures,), 1 if modes else 0)),
-        ((replays, everybody_finishes, replays, joins), 1 if modes else 0),
+        ((replays, all_finish, replays, joins), 1 if modes else 0),
     )
-    # one_of would not weigh
+    # st.one_of has no weights.
     return st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
 
 
@@ -235,7 +235,7 @@ def _eager_calls(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[Eag
     never_replayed = (mode for mode in scale.limits.modes if mode not in GRAPH_MODES)
     return st.builds(
         Eager,
-        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they are met nowhere else
+        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they occur nowhere else
         mirror=st.sampled_from(Mirror),
         order=st.sampled_from(Order),
         extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
@@ -244,7 +244,7 @@ def _eager_calls(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[Eag
 
 @st.composite
 def scenarios(draw: st.DrawFn, scale: Scale = SMALL, switches: Switches = NO_SWITCHES) -> Scenario:
-    """Whole scenarios, with the backend's ``switches`` if it has any."""
+    """Complete scenarios within the limits of ``scale``, with the backend's ``switches`` if it has any."""
     setup = draw(setups(scale))
     scenario = Scenario(
         setup=setup,

@@ -1,4 +1,4 @@
-"""The switches of a backend that can be drawn beside the scenario: which there are, and what goes with what."""
+"""The switches of a backend's optimisations that are drawn with a scenario, and how they may be combined."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def _nothing_to_check(names: Sequence[str], config: BackendConfig) -> None:
 
 @dataclass(frozen=True)
 class Switches:
-    """Switches by name, as ``Scenario.optimizations`` lists them. A backend without any has the default.
+    """Names of switches, as listed in ``Scenario.optimizations``. The default is a backend without switches.
 
-    separate: any subset of these may be on. fused: instead of those, the first of these, or the first with the next.
-    shared_only: on top, if all draft steps share one set of metadata. check: raises ValueError, in one line, for names
-    that are unknown or do not go together under a configuration.
+    separate: any subset of these may be on. fused: replace the separate ones; the first alone, or both of them.
+    shared_only: may be added if all draft steps share one set of metadata. check: raises ValueError, in one line, for
+    names that are unknown or that cannot be combined under a configuration.
     """
 
     separate: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Switches:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them, in the order in which reports list them."""
+        """All switches, in report order."""
         return (*self.separate, *self.fused, *self.shared_only)
 
 

@@ -1,7 +1,7 @@
-"""The serving engine's host state: running requests, their pool rows and their pages, as events change them.
+"""The serving engine's host state: running requests, their pool rows and their pages, and how events change them.
 
-Everything here follows from the scenario alone, in Python and numpy, so that the same file means the same bytes on
-every machine. Nothing here knows a backend.
+All of it follows from the scenario alone, in Python and numpy, so that the same file means the same bytes on every
+machine. It does not depend on the backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nsa_oracle.harness.scenarios.scenario import (
 )
 from nsa_oracle.reference.types import ForwardMode
 
-PAD_SEQ_LEN = 1  # what engines put into the lengths of a padded request
+PAD_SEQ_LEN = 1  # the length that engines give to padding requests
 PAD_REQ_POOL_INDEX = 0
 
 
@@ -42,14 +42,14 @@ class Request:
     seq_len: int
     pages: list[int]
     accept_length: int = 1
-    previous_seq_len: int = 0  # before the last accept: what a lagging host still believes
+    previous_seq_len: int = 0  # before the last accept; a stale host mirror still has it
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the engine sends for one replay or eager call, before padding. All tuples have one entry a request.
+    """What the engine sends for one replay or eager call, before padding. All tuples have one entry per request.
 
-    seq_lens_cpu: the host mirror, or None when it is absent; it may disagree with ``seq_lens``.
+    seq_lens_cpu: the host mirror, or None if it is absent; it may disagree with ``seq_lens``.
     extend_lens: new tokens of each request; empty unless the mode is EXTEND.
     """
 
@@ -65,7 +65,7 @@ class Batch:
         return len(self.seq_lens)
 
     def of_requests(self, order: Sequence[int]) -> Batch:
-        """Some of the requests, in that order."""
+        """The batch of the requests with the indices ``order``, in that order."""
 
         def pick(numbers: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(numbers[i] for i in order) if numbers else ()
@@ -80,7 +80,7 @@ class Batch:
         )
 
     def padded(self, bs: int, num_draft_tokens: int) -> Batch:
-        """The batch filled up to the bucket ``bs`` with the values engines use for requests that are not there."""
+        """The batch filled up to the bucket ``bs`` with the values that engines use for padding requests."""
         missing = bs - self.size
         accept = num_draft_tokens if self.mode is ForwardMode.DRAFT_EXTEND_V2 else 1
         mirror = self.seq_lens_cpu
@@ -94,14 +94,14 @@ class Batch:
 
 
 def choose_bucket(wanted: int | None, size: int, captured: Collection[int]) -> int | None:
-    """The captured bucket that serves ``size`` requests: the one wanted if it can, else the smallest that can."""
+    """The captured bucket for ``size`` requests: ``wanted`` if it fits, else the smallest that does, else None."""
     fitting = [bucket for bucket in captured if bucket >= size]
     return wanted if wanted in fitting else min(fitting, default=None)
 
 
 @dataclass
 class World:
-    """Applies events. ``req_to_token`` [pool_size, max_context_len] int32 holds ``poison`` wherever no token is."""
+    """Applies events. ``req_to_token`` [pool_size, max_context_len] int32 holds ``poison`` in cells without a token."""
 
     scenario: Scenario
     poison: int
@@ -113,9 +113,9 @@ class World:
             (setup.pool_size, setup.max_context_len), self.poison, dtype=np.int32
         )
         self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: the row freed last is reused first
-        if setup.inputs.far_req_to_token:  # far at its end, where few scenarios would have a request else
+        if setup.inputs.far_req_to_token:  # only its last rows lie far, and few scenarios would use them otherwise
             self.free_rows.reverse()
-        self.free_pages = self._pages_in_order(setup)  # likewise
+        self.free_pages = self._pages_in_order(setup)  # a stack as well
         self._random = Stream(self.scenario.seed, "world")
 
     def apply(self, event: Event) -> Batch | None:
@@ -174,7 +174,7 @@ class World:
         shared = self._full_pages(source, request.seq_len, event.prefix_pages)
         replaced = request.pages
         others = {page for other in self.running if other is not request for page in other.pages}
-        # A page belongs to what lies before it: behind another prefix, shared pages are replaced by fresh ones.
+        # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
         behind = [self.free_pages.pop() if page in others else page for page in replaced[len(shared) :]]
         request.pages = shared + behind
         self._free_unshared([page for page in replaced if page not in request.pages])
@@ -182,7 +182,7 @@ class World:
 
     def _batch(self, mode: ForwardMode, mirror: Mirror, order: Order, extend_lens: tuple[int, ...] = ()) -> Batch:
         drafts = mode.is_decode_or_idle or mode is ForwardMode.TARGET_VERIFY
-        if drafts:  # a request without room for another draft has reached its limit: the server ends it first
+        if drafts:  # a server first finishes the requests that have no room for another draft
             for request in [r for r in self.running if r.seq_len > self.scenario.setup.max_seq_len]:
                 self._finish(request)
         requests = [] if mode is ForwardMode.IDLE else self._in_order(order)
@@ -217,21 +217,21 @@ class World:
                 return tuple(self._ahead(r) for r in requests)
 
     def _stale(self, request: Request) -> int:
-        """A length the host may still believe: the one before the last accept, or else any wrong one."""
+        """A stale length: the one before the last accept, or any wrong length if that one is right."""
         if request.previous_seq_len != request.seq_len:
             return request.previous_seq_len
         wrong = self._random.integers(1, self.scenario.setup.max_seq_len)[0]
         return wrong if wrong < request.seq_len else wrong + 1
 
     def _ahead(self, request: Request) -> int:
-        """A length that the host may count on before it knows what was accepted; at the context's end any wrong one."""
+        """The length if every draft token had been accepted; at the context's end, one token less than the length."""
         setup = self.scenario.setup
-        refused = setup.num_draft_tokens - request.accept_length
-        hoped = request.seq_len + (refused if refused > 0 else setup.num_draft_tokens)
-        return hoped if hoped <= setup.max_context_len else max(1, request.seq_len - 1)
+        rejected = setup.num_draft_tokens - request.accept_length
+        ahead = request.seq_len + (rejected if rejected > 0 else setup.num_draft_tokens)
+        return ahead if ahead <= setup.max_context_len else max(1, request.seq_len - 1)
 
     def _map(self, request: Request) -> None:
-        """Give the request pages for its tokens and the draft's overshoot, and write their slots into its row."""
+        """Give the request pages for its tokens and the draft's overshoot, and write their slots to its pool row."""
         setup = self.scenario.setup
         covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
         while len(request.pages) * setup.page_size < covered:
@@ -243,9 +243,9 @@ class World:
         row[covered:] = self.poison
 
     def _full_pages(self, source: Request, seq_len: int, count: int) -> list[int]:
-        """Up to ``count`` leading pages that both ``source`` and a request of ``seq_len`` tokens have filled.
+        """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
 
-        A page still being written is never shared: two requests would write different tokens into it.
+        A page that is still being written is never shared: two requests would write different tokens to it.
         """
         filled = min(source.seq_len, seq_len) // self.scenario.setup.page_size
         return source.pages[: min(count, filled)]
@@ -255,7 +255,7 @@ class World:
         self.free_pages.extend(page for page in reversed(pages) if page not in still_used)
 
     def _pages_in_order(self, setup: Setup) -> list[int]:
-        """All pages but the dummy page 0, the first to be used last in the list."""
+        """All pages except the dummy page 0, as a stack: the last one is used first."""
         count = setup.pool_size * setup.pages_per_request
         pages = list(range(1, count + 1))
         match setup.page_layout:

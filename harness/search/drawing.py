@@ -1,4 +1,4 @@
-"""The one place that runs Hypothesis: how cases are drawn."""
+"""Draws cases with Hypothesis. This is the only module that runs it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 
 @dataclass(frozen=True)
 class Profile:
-    """How much one run explores. ``fresh``: draw new cases in every run instead of the same ones.
+    """How much one run explores.
 
-    cases: of metadata alone. layer_cases: of metadata and the attention layer behind it.
+    cases: number of cases of metadata alone. layer_cases: number of cases of metadata and the attention layer behind
+    it. fresh: draw new cases in every run instead of the same ones.
     """
 
     cases: int
@@ -35,15 +36,15 @@ PROFILES = {
     "pr": Profile(200, 48, False),
     "nightly": Profile(10_000, 5_000, True),
 }
-SHARDS = 8  # one test item each, so that pytest-xdist can spread them and progress shows
+SHARDS = 8  # one test item each, so that pytest-xdist can distribute them and progress is visible
 
 
 class OutOfTime(BaseException):
-    """Raised by a visitor to end ``draw``. Not an Exception: Hypothesis would take it for a failure of the case."""
+    """Raised by a visitor to end ``draw``. Not an Exception, which Hypothesis would treat as a failure of the case."""
 
 
 class NotReproducible(Exception):
-    """A case raised once and not when it was repeated: a race, or state that survives between backends."""
+    """A case raised once and did not when it was repeated: a race, or state that survives between backends."""
 
 
 def draw(
@@ -53,10 +54,11 @@ def draw(
     visit: Callable[[Scenario], None],
     shrink: bool = False,
 ) -> None:
-    """Give ``visit`` up to ``count`` cases drawn from ``seed``, until it raises; what it raises passes on.
+    """Call ``visit`` on up to ``count`` cases drawn from ``seed``, until it raises. Its exceptions propagate.
 
-    shrink: look for a smaller case that raises the same, by Hypothesis's own means, and end with that one.
-    Raises NotReproducible if that case does not raise again, and BackendError if there is no case to draw.
+    OutOfTime ends the drawing and does not propagate. shrink: let Hypothesis look for a smaller case that raises the
+    same exception, and raise that one's. Raises NotReproducible if that case does not raise again, and BackendError if
+    no case can be drawn.
     """
     search = settings(
         max_examples=count,
@@ -74,11 +76,11 @@ def draw(
     except Flaky:
         raise NotReproducible from None
     except Unsatisfiable:
-        raise BackendError("no case that is drawn here has all of the sizes that are declared at once") from None
+        raise BackendError("no case drawn on this device has all of the declared sizes at once") from None
 
 
 def drawn(cases: SearchStrategy[Scenario], count: int, seed: int) -> list[Scenario]:
-    """The first ``count`` cases that ``draw`` gives for ``seed``."""
+    """The first ``count`` cases that ``draw`` visits for ``seed``."""
     found: list[Scenario] = []
 
     def keep(scenario: Scenario) -> None:
@@ -91,12 +93,12 @@ def drawn(cases: SearchStrategy[Scenario], count: int, seed: int) -> list[Scenar
 
 @contextmanager
 def _new_examples_only() -> Iterator[None]:
-    """Keep Hypothesis from two habits that no setting of it turns off; a Hypothesis that lacks one is left as it is.
+    """Turn off two features of Hypothesis that have no setting. A version without one of them is left as it is.
 
-    It follows each example by up to five copies of it with one part repeated elsewhere. Scenarios are full of parts of
-    one kind (joins, replays), so five in six cases would be such copies, each as costly to judge as a new case. And it
-    takes one number in twenty from the constants of whatever modules of the project are loaded, so that one seed would
-    give other cases alone than among other tests.
+    Hypothesis follows each example by up to five copies with one part repeated elsewhere. Scenarios have many parts of
+    one kind (joins, replays), so five in six cases would be such copies, each as expensive to judge as a new case. It
+    also takes one number in twenty from the constants in the project's loaded modules, so the same seed would give
+    other cases when run alone than among other tests.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConjectureRunner, "generate_mutations_from", lambda runner, data: None, raising=False)

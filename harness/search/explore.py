@@ -20,9 +20,9 @@ from nsa_oracle.harness.subjects.subject import Subject
 
 
 class DeviceLost(BaseException):
-    """A kernel fault left the GPU unusable for this process. Not an Exception: nothing may try to shrink it.
+    """A kernel fault made the GPU unusable for this process. Not an Exception, so that Hypothesis does not shrink it.
 
-    failure: what was judged when it happened, saved as ``saved``. cases: how many had passed before.
+    failure: of the case that was being judged; saved: its file. cases: how many cases had passed before.
     """
 
     def __init__(self, failure: OracleFailure, saved: Path, cases: int) -> None:
@@ -33,14 +33,14 @@ class DeviceLost(BaseException):
 
 
 def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
-    """Whether after this nothing more can be judged on ``device`` in this process."""
+    """Whether ``finding`` means that this process can judge nothing more on ``device``."""
     return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
 
 
 class _Unjudged(BaseException):
-    """Ends a search in which a scenario cannot be judged. Not an Exception: there is nothing to shrink.
+    """Ends a search at a scenario that cannot be judged. Not an Exception, because there is nothing to shrink.
 
-    error: why.
+    error: the reason.
     """
 
     def __init__(self, error: BackendError | ScenarioError) -> None:
@@ -50,10 +50,11 @@ class _Unjudged(BaseException):
 
 @dataclass
 class Exploration:
-    """Outcome of one search. ``failure`` is the smallest failing case found, in the file ``saved``.
+    """Outcome of one search.
 
-    unsaved: why it could not be saved, if so. lost: whether that failure left the device unusable for the process that
-    judged it.
+    failure: of the smallest failing case found; saved: the file of that case. unsaved: why the case could not be
+    saved; empty if it was. flaky: whether the failure did not occur again. lost: whether the failure made the device
+    unusable for the process that judged it.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -78,8 +79,8 @@ def explore(
 
     deadline: value of ``time.monotonic()`` after which no further scenario is judged.
     with_layer: draw scenarios with an attention layer behind the metadata.
-    most_shrinking: so many trials at most, of whole records, instead of as many as Hypothesis likes, which with a layer
-    behind would take it many minutes.
+    most_shrinking: largest number of trials, all on finished records. If None, Hypothesis shrinks first, with as many
+        trials as it likes; with a layer that would take many minutes, so the limit is then ``MOST_TRIALS // 4``.
     Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
     judged.
     """
@@ -94,7 +95,7 @@ def explore(
         try:
             files.record(failure.scenario, failure.finding.sentence())
             outcome.saved = files.minimal
-        except OSError as error:  # a full disk must not cost the finding
+        except OSError as error:  # the finding is reported even if the disk is full
             outcome.saved, outcome.unsaved = None, f"{save_dir}: {error.strerror or error}"
 
     def judge_one(scenario: Scenario) -> None:
@@ -102,7 +103,7 @@ def explore(
             raise OutOfTime
         try:
             with saved_while_judged(scenario, save_dir):
-                # What shrinking tries is not coverage.
+                # Trials of the shrinking do not count as coverage.
                 judge_subject(subject, scenario, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
             keep(failure)
@@ -110,7 +111,7 @@ def explore(
                 raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
             raise
         except (BackendError, ScenarioError) as error:
-            if outcome.failure is None:  # else it is a smaller case that shrinking tries: one that shows nothing
+            if outcome.failure is None:  # else this is a trial of the shrinking, which counts as passed
                 raise _Unjudged(error) from None
 
     cases_of_subject = scenarios(scale, switches=subject.switches)
@@ -127,7 +128,10 @@ def explore(
 
 
 def minimised(failure: OracleFailure, subject: Subject, device: torch.device, most: int) -> OracleFailure:
-    """The failure of the simplest scenario, near that of ``failure``, which fails in the same way."""
+    """The failure of the simplest scenario found, from that of ``failure``, that fails in the same way.
+
+    most: largest number of trials.
+    """
     smallest = failure
 
     def still_fails(scenario: Scenario) -> bool:
@@ -140,7 +144,7 @@ def minimised(failure: OracleFailure, subject: Subject, device: torch.device, mo
             if other.finding.is_like(failure.finding):
                 smallest = other
                 return True
-        except (BackendError, ScenarioError):  # a trial that cannot be judged shows nothing
+        except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
             pass
         return False
 

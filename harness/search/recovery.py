@@ -1,8 +1,8 @@
-"""Goes on after a kernel has cost the process its GPU: what is left to judge is judged in processes that can be lost.
+"""Continues after a kernel fault has made the GPU unusable for the process, by judging in expendable child processes.
 
-Until then everything runs in the process that pytest started, since each further one has to load torch and Triton
-first. A case that faults is shrunk there too: on the CPU if it fails there as well, where no trial costs a process, and
-else with few trials on the GPU.
+Before a fault everything runs in the process that pytest started, because each further one has to load torch and Triton
+first. The case that faulted is shrunk in child processes too: on the CPU if it fails there as well, since no trial
+costs a process there, otherwise with few trials on the GPU.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from nsa_oracle.harness.subjects.subject import Subject
 T = TypeVar("T")
 MOST_TRIALS_ON_CPU = 100
 MOST_TRIALS_ON_GPU = 40
-MOST_LOSSES = 8  # of those trials: each costs the start of a process
+MOST_LOSSES = 8  # of those trials that may fault: after each, a new process has to be started
 SECONDS_ON_CPU = 60.0  # for one case of a GPU's sizes, in the interpreter
 
 
 @dataclass(frozen=True)
 class SubjectSpec:
-    """What is judged, as named on the command line, so that another process can build it."""
+    """The subject as named on the command line, from which another process can build it."""
 
     backend: str | None = None
     layer: str | None = None
 
     def build(self, device: torch.device) -> Subject:
-        """Raises BackendError if there is no such backend or layer."""
+        """Load the subject. Raises BackendError if there is no such backend or layer."""
         return Subject.load(self.backend, self.layer, device)
 
 
 class Recovery:
-    """Runs explorations and saved cases: here while the device lasts, then in a child."""
+    """Runs explorations and saved cases: in this process until it loses the device, then in a child process."""
 
     def __init__(self, spec: SubjectSpec, subject: Subject, device: torch.device) -> None:
         self.spec = spec
@@ -51,11 +51,14 @@ class Recovery:
         self._child = Child(device.type)
 
     def explore(self, *arguments: Any, **options: Any) -> Exploration:
-        """``harness.explore.explore`` of the subject. A failure that costs the device is shrunk and marked ``lost``."""
+        """Call ``search.explore.explore`` on the subject. A failure that costs the device is marked ``lost``.
+
+        Only the first such failure is shrunk.
+        """
         return self._run(_explore, arguments, options)
 
     def judge(self, scenario: Scenario) -> Exploration:
-        """One case as it is, without shrinking."""
+        """Judge one case, without shrinking it."""
         return self._run(_judge, (scenario,), {})
 
     def close(self) -> None:
@@ -65,13 +68,15 @@ class Recovery:
         self, function: Callable[..., Exploration], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Exploration:
         if self.lost:
-            outcome: Exploration = self._child.call(_there, self.spec, self.device.type, function, arguments, options)
+            outcome: Exploration = self._child.call(
+                _in_child, self.spec, self.device.type, function, arguments, options
+            )
         else:
             outcome = function(self.subject, self.device, *arguments, **options)
         if outcome.lost:
             is_first, self.lost = not self.lost, True
-            self._child.close()  # if it was the child's
-            # Each loss costs processes to shrink, and the next is often the same bug again: its raw case must do.
+            self._child.close()  # in case it was the child that lost the device
+            # Shrinking a loss costs processes, and later losses are often the same bug: their raw cases are kept.
             if is_first and function is _explore and outcome.failure is not None and outcome.saved is not None:
                 outcome.failure = self._shrunk(outcome.failure)
                 outcome.saved = outcome.saved.with_name(outcome.saved.name.replace(".raw.", ".min."))
@@ -80,17 +85,17 @@ class Recovery:
         return outcome
 
     def _shrunk(self, failure: OracleFailure) -> OracleFailure:
-        """The smallest failure found near ``failure`` that fails on the device, in as few processes as will do."""
+        """The smallest failure found from ``failure`` that fails on the device, with as few processes as possible."""
         cpu = Child("cpu")
         try:
-            on_cpu = cpu.call(_failure_there, self.spec, "cpu", failure.scenario, timeout=SECONDS_ON_CPU)
+            on_cpu = cpu.call(_failure_in_child, self.spec, "cpu", failure.scenario, timeout=SECONDS_ON_CPU)
             if on_cpu is not None:
-                small = cpu.call(_minimised_there, self.spec, on_cpu, timeout=5 * SECONDS_ON_CPU)
+                small = cpu.call(_minimised_in_child, self.spec, on_cpu, timeout=5 * SECONDS_ON_CPU)
                 confirmed = self._failure(small.scenario)
                 if confirmed is not None:
                     return confirmed
         except ChildDied:
-            pass  # too large for the CPU, or it takes that process down too
+            pass  # the case is too large for the CPU, or it kills that process too
         finally:
             cpu.close()
         return self._shrunk_on_device(failure)
@@ -113,9 +118,9 @@ class Recovery:
         return smallest
 
     def _failure(self, scenario: Scenario) -> OracleFailure | None:
-        """How ``scenario`` fails in the child, which is replaced if that costs it the device."""
+        """How ``scenario`` fails in the child, or None. The child is replaced if it loses the device."""
         try:
-            failure = self._child.call(_failure_there, self.spec, self.device.type, scenario)
+            failure = self._child.call(_failure_in_child, self.spec, self.device.type, scenario)
         except ChildDied:
             return None
         if failure is not None and has_lost_the_device(failure.finding, self.device):
@@ -140,22 +145,22 @@ def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Explor
     return outcome
 
 
-# In a child.
+# Functions that run in a child process.
 
 
-def _there(
+def _in_child(
     spec: SubjectSpec, device: str, function: Callable[..., T], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> T:
     where = torch.device(device)
     return function(spec.build(where), where, *arguments, **options)
 
 
-def _failure_there(spec: SubjectSpec, device: str, scenario: Scenario) -> OracleFailure | None:
+def _failure_in_child(spec: SubjectSpec, device: str, scenario: Scenario) -> OracleFailure | None:
     where = torch.device(device)
     subject = spec.build(where)
     return _judge(subject, where, scenario).failure if subject.misfit(scenario) is None else None
 
 
-def _minimised_there(spec: SubjectSpec, failure: OracleFailure) -> OracleFailure:
+def _minimised_in_child(spec: SubjectSpec, failure: OracleFailure) -> OracleFailure:
     where = torch.device("cpu")
     return minimised(failure, spec.build(where), where, MOST_TRIALS_ON_CPU)

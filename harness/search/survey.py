@@ -1,4 +1,4 @@
-"""What a layer holds and what it does not: every property is tried on every call, and none ends the search."""
+"""Surveys a layer: checks every property on every call and counts violations, without stopping at the first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUNS = "runs every call"
 
 
 class Record:
-    """How often a property was checked, how often it did not hold, and the first time that it did not."""
+    """How often a property was checked and how often it was broken, with the first violation as ``example``."""
 
     def __init__(self) -> None:
         self.checked = 0
@@ -38,23 +38,24 @@ class Record:
         self.example = ""
 
     def note(self, finding: Finding | None) -> None:
+        """Count one check, with the violation that it found, if any."""
         self.add("" if finding is None else finding.sentence())
 
     def add(self, fault: str) -> None:
-        """Count one check, and the ``fault`` that it found, if any."""
+        """Count one check. fault: the violation in one line; empty if there is none."""
         self.checked += 1
         self.broken += bool(fault)
         self.example = self.example or fault
 
 
 class Survey:
-    """Records by property, as scenarios of the sizes that the layer is made for are drawn. Metadata is not judged.
+    """Draws scenarios within the layer's limits and keeps a record of each property. Metadata is not judged.
 
-    What has been found by then is in ``records``, and how many cases it took in ``cases``, however ``run`` ends.
+    However ``run`` ends, ``records`` holds what was found so far, and ``cases`` the number of cases finished.
     """
 
     def __init__(self, subject: Subject, device: torch.device) -> None:
-        """Raises ValueError if nothing that is drawn is of its sizes."""
+        """Raises ValueError if the limits of the subject leave nothing to draw."""
         self.subject = subject
         self.device = device
         self.scale = subject.scale(device, with_layer=True)
@@ -73,9 +74,9 @@ class Survey:
         deadline: float | None = None,
         tell: Callable[[int], None] = lambda cases: None,
     ) -> None:
-        """Try ``cases`` scenarios drawn from ``seed``, and ``tell`` after each how many that were.
+        """Run ``cases`` scenarios drawn from ``seed``, and after each call ``tell`` with the number of those finished.
 
-        deadline: value of ``time.monotonic()`` at which it ends, in the middle of a case if need be.
+        deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case.
         Raises BackendError if the layer cannot be judged at all.
         """
 
@@ -87,27 +88,27 @@ class Survey:
         draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
 
     def _survey(self, scenario: Scenario, deadline: float | None) -> None:
-        def in_time() -> None:
+        def check_time() -> None:
             if deadline is not None and time.monotonic() > deadline:
                 raise OutOfTime
 
         def build(scenario: Scenario) -> Engine:
-            in_time()
+            check_time()
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, Conditions(sentinel, poison))
 
         try:
             with speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
-                self._survey_calls(scenario, build, in_time)
+                self._survey_calls(scenario, build, check_time)
         except (BackendError, ScenarioError):
             raise
-        except (Exception, SystemExit) as error:  # whatever a layer does
+        except (Exception, SystemExit) as error:  # the layer's code may raise anything
             self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
         else:
             self.records[RUNS].add("")
 
     def _survey_calls(
-        self, scenario: Scenario, build: Callable[[Scenario], Engine], in_time: Callable[[], None]
+        self, scenario: Scenario, build: Callable[[Scenario], Engine], check_time: Callable[[], None]
     ) -> None:
         engine = build(scenario)
         assert engine.layer is not None
@@ -117,7 +118,7 @@ class Survey:
         for event in scenario.events:
             metadata = []
             for seen in engine.run(event):
-                in_time()
+                check_time()
                 if isinstance(seen, Observation):
                     metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
                     continue
@@ -132,8 +133,8 @@ class Survey:
 
 
 def survey_table(records: Mapping[str, Record]) -> Table:
-    """One line a property."""
-    table = Table("property", "checked", "broken", "first case of it")
+    """One line per property."""
+    table = Table("property", "checked", "broken", "first violation")
     for name, record in sorted(records.items()):
         table.add_row(name, f"{record.checked:,}", f"{record.broken:,}", record.example)
     return table

@@ -1,6 +1,6 @@
-"""What is judged by default: ``optimized/``. The only module of the harness that imports it, and only when called.
+"""The default subject: ``optimized/``. Apart from ``bugs``, no other module of the harness imports it.
 
-Importing Triton fixes how kernels run in a process, so nothing here does it before a backend or layer is built.
+Importing Triton fixes how kernels run in a process, so the imports are inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 def optimized_backend(
     config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]
 ) -> MultiStepBackend:
-    """The implementation of this repository, with the switches the scenario names."""
+    """The backend of ``optimized/`` with the switches that the scenario names.
+
+    Raises ScenarioError if a name is unknown or the switches cannot be combined under ``config``.
+    """
     from nsa_oracle.optimized.multi_step import MultiStepBackend as Optimized
     from nsa_oracle.optimized.optimizations import Optimizations
 
@@ -28,7 +31,7 @@ def optimized_backend(
 
 
 def check_optimizations(names: Sequence[str], config: BackendConfig) -> None:
-    """Raises ScenarioError if there is no such switch, or they do not go together under ``config``."""
+    """Raises ScenarioError if a name is unknown or the switches cannot be combined under ``config``."""
     from nsa_oracle.optimized.optimizations import Optimizations
 
     try:
@@ -46,14 +49,14 @@ OPTIMIZED_SWITCHES = Switches(
 
 
 def optimized_layer(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
-    """The layer of this repository."""
+    """The layer of ``optimized/``."""
     from nsa_oracle.optimized.layer import SparseAttention as Optimized
 
     return Optimized(config, attention)
 
 
 def limits_of_optimized_layer() -> Limits:
-    """What ``optimized/``'s layer is made for."""
+    """The limits that the layer of ``optimized/`` declares."""
     from nsa_oracle.optimized.layer import SparseAttention as Optimized
 
     return declared(Optimized, LAYER_FIELDS, "no layer")

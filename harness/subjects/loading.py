@@ -1,4 +1,4 @@
-"""Loads a backend or a layer by ``module:attribute`` and refuses what cannot be judged."""
+"""Loads a backend or a layer by ``module:attribute`` and rejects what cannot be judged."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
 def load_backend(spec: str) -> BackendFactory:
-    """The factory behind ``module:attribute``, which is called with (config, req_to_token).
+    """A factory that calls ``module:attribute`` with (config, req_to_token) and checks the methods of the result.
 
-    Raises BackendError if there is no such thing to call.
+    Raises BackendError if ``spec`` does not name such a callable. The factory raises it if a method is missing.
     """
     build = cast("Callable[[BackendConfig, torch.Tensor], object]", _load(spec, "backend", "config, req_to_token"))
 
@@ -41,20 +41,20 @@ def load_backend(spec: str) -> BackendFactory:
 
 
 def limits_of_backend(spec: str) -> Limits:
-    """What the callable behind ``module:attribute`` is made for, by its attributes ``sizes`` and ``modes``.
+    """The limits that the callable ``module:attribute`` declares in its attributes ``sizes`` and ``modes``.
 
-    sizes: fields of ``harness.scenario.Setup`` and ``Inputs`` -> allowed values. modes: forward modes that it knows.
-    Raises BackendError if they are malformed, or there is no such callable.
+    sizes: allowed values by name of a field of ``scenarios.scenario.Setup`` or ``Inputs``. modes: supported forward
+    modes. Raises BackendError if they are malformed, or if ``spec`` does not name such a callable.
     """
     return _declared(_load(spec, "backend", "config, req_to_token"), f"backend '{spec}'", BACKEND_FIELDS, "no backend")
 
 
 def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
-    """The factory behind ``module:attribute``, which is called with (config, attention), and what it is made for.
+    """A factory that calls ``module:attribute`` with (config, attention), and the limits that the callable declares.
 
-    It may build any object with one or more of the methods of ``SparseAttention``; those that it lacks are taken from
-    ``optimized/``. Attributes ``sizes`` and ``modes`` of the callable are as those of a backend; sizes may also name
-    fields of ``harness.scenario.Layer``. Raises BackendError if there is no such thing to call.
+    The callable may return any object with at least one method of ``SparseAttention``; missing methods are taken from
+    ``optimized/``. Its attributes ``sizes`` and ``modes`` are like those of a backend; sizes may also name fields of
+    ``scenarios.scenario.Layer``. Raises BackendError if ``spec`` does not name such a callable.
     """
     found = _load(spec, "layer", "config, attention")
     build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
@@ -65,29 +65,29 @@ def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
     return factory, _declared(found, f"layer '{spec}'", LAYER_FIELDS, "neither a layer nor its setup")
 
 
-def _declared(found: object, who: str, fields: Mapping[str, FieldInfo], nobody: str) -> Limits:
+def _declared(found: object, name: str, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
     try:
-        return declared(found, fields, nobody)
+        return declared(found, fields, no_owner)
     except ValueError as error:
-        raise BackendError(f"{who}: {error}") from None
+        raise BackendError(f"{name}: {error}") from None
 
 
 def completed(layer: object, config: BackendConfig, attention: AttentionConfig, spec: str) -> SparseAttention:
-    """``layer`` with what it lacks taken from ``optimized/``.
+    """A complete layer: the methods of ``layer``, and those that it lacks from ``optimized/``.
 
-    Raises BackendError if it has no stage at all, or one that cannot be called, or declares what cannot be.
+    Raises BackendError if ``layer`` has no stage, a stage that is not callable, or a malformed ``weaker``.
     """
     names = [name for name in vars(SparseAttention) if not name.startswith("_")]
     own = [name for name in names if hasattr(layer, name)]
     if not own:
         raise BackendError(f"layer '{spec}': {type(layer).__name__} has none of the methods {', '.join(names)}")
-    if useless := [name for name in own if not callable(getattr(layer, name))]:
-        raise BackendError(f"layer '{spec}': {type(layer).__name__}.{useless[0]} is no method")
+    if uncallable := [name for name in own if not callable(getattr(layer, name))]:
+        raise BackendError(f"layer '{spec}': {type(layer).__name__}.{uncallable[0]} is not a method")
     check_weaker(getattr(layer, "weaker", {}), spec)
     whole = optimized_layer(config, attention)
     for name in (*own, "weaker"):
         if hasattr(layer, name) and not (name == "forward" and getattr(type(layer), name, None) is type(whole).forward):
-            setattr(whole, name, getattr(layer, name))  # forward of ours then calls stages of theirs
+            setattr(whole, name, getattr(layer, name))  # the forward of ``optimized/`` then calls the layer's stages
     for name, stage in checked_stages(layer, config.index_topk).items():
         if name in own:
             setattr(whole, name, stage)
@@ -95,12 +95,12 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
 
 
 def check_weaker(weaker: object, spec: str) -> None:
-    """Raises BackendError if ``weaker`` is not a mapping of stages to a strictness that they can be compared in."""
+    """Raises BackendError unless ``weaker`` maps stages to a ``Strictness`` that is defined for them."""
     if not isinstance(weaker, Mapping):
         raise BackendError(f"layer '{spec}': weaker must map stages to a Strictness; it is a {type(weaker).__name__}")
     for stage, strictness in weaker.items():
         if not isinstance(strictness, Strictness):
-            raise BackendError(f"layer '{spec}': weaker: '{stage}' must be a harness.protocol.Strictness")
+            raise BackendError(f"layer '{spec}': weaker: '{stage}' must be an nsa_oracle.harness.protocol.Strictness")
         if stage not in strictness.stages:
             fitting = ", ".join(strictness.stages)
             raise BackendError(f"layer '{spec}': weaker: '{stage}' cannot be {strictness.name}; it fits {fitting}")
@@ -114,7 +114,7 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
-    except (Exception, SystemExit) as error:  # whatever the module does when imported
+    except (Exception, SystemExit) as error:  # the module's code may do anything
         reason = error_line(error)
         raise BackendError(
             f"{what} '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
@@ -128,7 +128,7 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
-        return cast("Callable[..., object]", found)  # it does not say what it takes
+        return cast("Callable[..., object]", found)  # a callable without a known signature
     try:
         signature.bind(*arguments.split(", "))
     except TypeError as error:
@@ -137,7 +137,10 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
 
 
 def checked(backend: object, spec: str) -> MultiStepBackend:
-    """``backend``, if it has every method the engine calls. Raises BackendError naming the first it lacks."""
+    """``backend``, if it has every method that the engine calls. Raises BackendError that names the first missing one.
+
+    ``attn_backends`` must be a sequence whose elements have the methods of ``SingleStepBackend``.
+    """
     lacking = [f"{type(backend).__name__}.{name}" for name in _methods(MultiStepBackend) if not hasattr(backend, name)]
     steps: object = getattr(backend, "attn_backends", ())
     if not isinstance(steps, Sequence):
@@ -151,9 +154,9 @@ def checked(backend: object, spec: str) -> MultiStepBackend:
 
 
 def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVERYTHING) -> None:
-    """Build a tiny backend, so that one that lacks a method is refused before anything is judged.
+    """Build a tiny backend, so that a missing method raises BackendError before anything is judged.
 
-    Whatever else goes wrong in building it is left for the judge to report, with a case that replays it.
+    Any other error of the construction is ignored: the judge reports it with a case that replays it.
     """
     config = _smallest(limits)
     pool = torch.zeros(1, config.max_context_len, dtype=torch.int32, device=device)
@@ -162,21 +165,24 @@ def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVER
 
 
 def try_out_layer(factory: LayerFactory, limits: Limits, spec: str) -> Limits:
-    """Build a tiny layer, likewise. Returns ``limits``, and those of ``optimized/`` if its attention is taken."""
+    """Build a tiny layer, for the same reason as in ``try_out``.
+
+    Returns ``limits``; if the layer takes its ``sparse_mla`` from ``optimized/``, restricted to that one's limits.
+    """
     layer = Layer(**{name: values[0] for name, values in limits.sizes.items() if name in Layer.model_fields})
     with _left_to_the_judge():
         built = factory(_smallest(limits), layer.attention_config())
-        if "sparse_mla" not in vars(built):  # else theirs is set there, by ``completed``
-            return _with_ours(limits, spec)
+        if "sparse_mla" not in vars(built):  # ``completed`` sets the layer's own sparse_mla on the instance
+            return _with_default_limits(limits, spec)
     return limits
 
 
-def _with_ours(limits: Limits, spec: str) -> Limits:
-    ours = limits_of_optimized_layer()
-    both = limits & ours
+def _with_default_limits(limits: Limits, spec: str) -> Limits:
+    default = limits_of_optimized_layer()
+    both = limits & default
     for name, left in both.sizes.items():
         if not left:
-            allowed, made_for = (", ".join(map(str, sizes[name])) for sizes in (limits.sizes, ours.sizes))
+            allowed, made_for = (", ".join(map(str, sizes[name])) for sizes in (limits.sizes, default.sizes))
             raise BackendError(
                 f"layer '{spec}' has {name} {allowed} and no sparse_mla; that of optimized/ is made for {made_for}"
             )
@@ -184,7 +190,7 @@ def _with_ours(limits: Limits, spec: str) -> Limits:
 
 
 def _smallest(limits: Limits) -> BackendConfig:
-    """A configuration within ``limits``."""
+    """A small configuration within ``limits``."""
     sizes = {"page_size": 1, "max_context_len": 20, "index_topk": 4, "num_steps": 1, "num_draft_tokens": 1}
     allowed = {name: values[0] for name, values in limits.sizes.items() if name in Setup.model_fields}
     return Setup.model_construct(**{**sizes, **allowed}).backend_config()

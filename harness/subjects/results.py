@@ -1,4 +1,4 @@
-"""What a layer hands back must be tensors of the right make before anything is made of them."""
+"""Checks that a layer's results are tensors of the right shape, dtype and device before they are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsa_oracle.reference.types import AttentionOutputs
 
 
 class WrongResult(Exception):
-    """A backend or a stage of a layer gave something that nothing can be made of; the finding says what."""
+    """A backend or a stage of a layer returned something unusable. ``finding`` describes it."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.sentence())
@@ -23,40 +23,40 @@ class WrongResult(Exception):
 
 @contextmanager
 def locating_results(step: int, how: str) -> Iterator[None]:
-    """Tell of a wrong result in which pass and in what run of the layer it shows."""
+    """Add the draft step and the run of the layer (``how``) to the finding of a WrongResult."""
     try:
         yield
     except WrongResult as wrong:
         raise WrongResult(dataclasses.replace(wrong.finding, step=step, how=how)) from None
 
 
-def described(thing: object) -> str:
-    """What something is."""
-    if thing is None:
+def described(value: object) -> str:
+    """The type of ``value`` in words, with the shape of a tensor and the length of a tuple or list."""
+    if value is None:
         return "None"
-    if isinstance(thing, torch.Tensor):
-        return f"a tensor of shape {list(thing.shape)}"
-    if isinstance(thing, tuple | list):
-        return f"a {type(thing).__name__} of {len(thing)}"
-    return f"a {type(thing).__name__}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
 
 
 def tensor_of(name: str, result: Any) -> torch.Tensor:
-    """The one tensor that a stage gave. Raises WrongResult."""
+    """The result of a stage that returns one tensor. Raises WrongResult if it is not a tensor."""
     if not isinstance(result, torch.Tensor):
         raise WrongResult(Finding(Kind.RESULT, name, described(result), "a tensor"))
     return result
 
 
 def out_and_lse_of(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What attention gave. Raises WrongResult."""
+    """The pair (out, lse) that attention returned. Raises WrongResult if it is not a pair of tensors."""
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise WrongResult(Finding(Kind.RESULT, "sparse_mla", described(result), "a tuple (out, lse)"))
     return tensor_of("out", result[0]), tensor_of("lse", result[1])
 
 
 def outputs_of(result: Any) -> AttentionOutputs:
-    """What a whole layer gave. Raises WrongResult."""
+    """The outputs that a whole layer returned. Raises WrongResult if one is missing or is not a tensor."""
     names = [field.name for field in dataclasses.fields(AttentionOutputs)]
     if not all(hasattr(result, name) for name in names):
         expected = f"AttentionOutputs: {', '.join(names)}"
@@ -67,7 +67,10 @@ def outputs_of(result: Any) -> AttentionOutputs:
 def wrong_shape_or_dtype(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> Finding | None:
-    """Another device, dtype or shape than it should have; more rows, the first dimension, are not wrong."""
+    """A finding if the type of device, the dtype or the shape is wrong, else None.
+
+    A first dimension (the rows) larger than expected is not wrong.
+    """
     if tensor.device.type != device.type:
         return Finding(Kind.DEVICE, name, str(tensor.device), str(device))
     if tensor.dtype is not dtype:
@@ -79,9 +82,9 @@ def wrong_shape_or_dtype(
 
 
 def checked_stages(layer: Any, index_topk: int) -> dict[str, Callable[..., Any]]:
-    """Stages of ``layer`` that raise WrongResult for what nothing can be made of.
+    """The stages of ``layer`` whose results another stage reads, and attention, raising WrongResult for unusable ones.
 
-    Otherwise the next stage would read beyond their results.
+    Without the check the next stage could read beyond the end of a result.
     """
 
     def indexer_logits(index_q: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is judged: a backend, a layer, and what both say they are made for."""
+"""The subject of a run: a backend, a layer, and the limits that both declare."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LA
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged, and what it says it is made for.
+    """The backend and the layer to judge, with their declared limits.
 
-    layer_limits: of the layer, where there is one. switches: of the backend, to be drawn with each case.
+    limits: of the backend. layer_limits: of the layer, for cases that have one. switches: of the backend, drawn with
+    each case.
     """
 
     backend: BackendFactory
@@ -40,7 +41,10 @@ class Subject:
 
     @staticmethod
     def load(backend: str | None, layer: str | None, device: torch.device) -> Subject:
-        """What ``module:attribute`` names, or ``optimized/``. Raises BackendError if it cannot be judged at all."""
+        """The subject named by two ``module:attribute``; None stands for ``optimized/``.
+
+        Raises BackendError if it cannot be judged at all.
+        """
         subject = optimized_subject()
         if backend is not None:
             subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
@@ -52,18 +56,18 @@ class Subject:
         return replace(subject, layer_limits=limits_of_optimized_layer())
 
     def misfit(self, scenario: Scenario) -> str | None:
-        """What of ``scenario`` the backend, or the layer if there is one, is not made for; or None."""
+        """The first thing in ``scenario`` outside the limits of the backend, or of the layer if it has one; or None."""
         return self.all_limits(with_layer=scenario.setup.layer is not None).misfit(scenario)
 
     def check(self, scenario: Scenario, file: Path) -> None:
-        """Raises BackendError or ScenarioError if ``scenario``, of a file, is not what the subject is made for."""
+        """Raises BackendError if ``scenario`` from ``file`` is outside the limits, ScenarioError for wrong switches."""
         self.check_switches(scenario, file)
         misfit = self.misfit(scenario)
         if misfit is not None:
             raise BackendError(f"{file}: {misfit} is not among the sizes and modes that are declared")
 
     def check_switches(self, scenario: Scenario, file: Path) -> None:
-        """Raises ScenarioError if ``scenario``, of a file, names switches that the backend does not have."""
+        """Raises ScenarioError if ``scenario`` from ``file`` names unknown or incompatible switches of the backend."""
         try:
             self.switches.check(scenario.optimizations, scenario.setup.backend_config())
         except ValueError as error:
@@ -73,19 +77,19 @@ class Subject:
         return self.limits & self.layer_limits if with_layer else self.limits
 
     def scale(self, device: torch.device, with_layer: bool) -> Scale:
-        """What is drawn for it. Raises ValueError if nothing is."""
+        """The ranges to draw from for this subject. Raises ValueError if nothing is left to draw."""
         return restricted(scale_of(device, with_layer), self.all_limits(with_layer))
 
     def not_judged(self, device: torch.device) -> list[str]:
-        """What is left out of all that could be drawn."""
+        """The values and modes that could be drawn on ``device`` but are excluded, one string per field."""
         alone = self.limits.excluded(scale_of(device, with_layer=False).drawn())
         behind = self.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
-        told = [*alone, *(f"{told} (with a layer)" for told in behind if told not in alone)]
+        left_out = [*alone, *(f"{excluded} (with a layer)" for excluded in behind if excluded not in alone)]
         if _is_small(device):
-            told.append(
+            left_out.append(
                 f"far_slots True, far_req_to_token True (the GPU has less than {far_apart.MOST_FAR_BYTES >> 30} GiB)"
             )
-        return told
+        return left_out
 
 
 def optimized_subject(layer: LayerFactory = optimized_layer) -> Subject:
@@ -94,7 +98,7 @@ def optimized_subject(layer: LayerFactory = optimized_layer) -> Subject:
 
 
 def scale_of(device: torch.device, with_layer: bool) -> Scale:
-    """What is drawn on a device; on a GPU with little memory nothing that lies far apart."""
+    """The ranges to draw from on ``device``. On a GPU with little memory nothing is far apart."""
     scale = SCALES[device.type, with_layer]
     return replace(scale, far_slots=(False,), far_req_to_token=(False,)) if _is_small(device) else scale
 
