@@ -7,6 +7,7 @@ import sysconfig
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,9 +35,10 @@ from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
-from nsa_oracle.harness.subjects.default import optimized_layer
+from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.results import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.warned import shown_warnings
 from nsa_oracle.reference.types import Metadata
 
 _HERE = Path(__file__).parent
@@ -98,7 +100,8 @@ def judge(
     ScenarioError are raised if the scenario cannot be judged.
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
-    with memory_for(scenario.setup.is_far, device):
+    is_ours = factory is optimized_backend and layer_factory is optimized_layer
+    with memory_for(scenario.setup.is_far, device), nullcontext() if is_ours else shown_warnings():
         try:
             _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
         except OracleFailure as failure:
@@ -184,6 +187,8 @@ class _Run:
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             self.verdict.audit.add(engine.audit)
+            if engine.layer is not None:
+                self.verdict.layers.count_calls(engine.layer.method_calls.counts)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         except (OracleFailure, BackendError, ScenarioError):

@@ -10,8 +10,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,8 @@ def verdict_of(oracle: Oracle, request: pytest.FixtureRequest) -> Callable[[Expl
 
     def conclude(outcome: Exploration) -> None:
         text = oracle.told(outcome)
-        request.node.user_properties.append((PROPERTY, _as_property(oracle, outcome)))
+        drawn_by = request.node.originalname if "shard" in request.fixturenames else ""
+        request.node.user_properties.append((PROPERTY, _as_property(oracle, outcome, drawn_by)))
         if text is not None:
             pytest.fail(text, pytrace=False)
 
@@ -302,27 +303,74 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"oracle: judging {judged} on {oracle.device.type}, profile {oracle.profile}, seed {oracle.entropy}"
 
 
+@dataclass
+class Covered:
+    """What the oracle's items of a session have reported. drawn: cases drawn and judged, by test function."""
+
+    verdict: Verdict = field(default_factory=Verdict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    drawn: Counter[str] = field(default_factory=Counter)
+    bugs: Counter[str] = field(default_factory=Counter)
+    items: int = 0
+
+    @staticmethod
+    def by(terminalreporter: pytest.TerminalReporter) -> Covered:
+        """What the reports of the session say, those of xdist workers included."""
+        covered = Covered()
+        for outcome, reports in terminalreporter.stats.items():
+            for item in reports:
+                for name, value in getattr(item, "user_properties", ()):
+                    if name == BUG and outcome in ("passed", "failed"):
+                        covered.bugs[outcome] += 1
+                    if name == PROPERTY and getattr(item, "when", "") == "call":
+                        covered._add(value)
+        return covered
+
+    def _add(self, value: str) -> None:
+        self.items += 1
+        data = json.loads(value)
+        found, cases = _verdict_of_property(data)
+        self.verdict.add(found)
+        self.failures += data["failures"]
+        if data["drawn_by"]:
+            self.drawn[data["drawn_by"]] += cases
+
+    def gaps(self) -> list[str]:
+        """Why this run proves less than it seems to, one line each: such a run must not be green."""
+        if not self.items or self.failures:
+            return []
+        gaps = [f"NOT JUDGED: {test} drew no case; give it more time" for test, n in self.drawn.items() if not n]
+        if not self.verdict.cases:
+            gaps.append("NOT JUDGED: no case at all was judged")
+        if self.verdict.layers.never_called:
+            gaps.append(summary.methods_not_judged(self.verdict.layers))
+        return gaps
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a session in which nothing failed because nothing, or not everything, was judged."""
+    terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    is_worker = hasattr(session.config, "workerinput")
+    if exitstatus == pytest.ExitCode.OK and terminalreporter is not None and not is_worker:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if Covered.by(terminalreporter).gaps() else exitstatus
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    verdict, failures, judged = Verdict(), [], False
-    bugs: Counter[str] = Counter()
-    for outcome, reports in terminalreporter.stats.items():
-        for item in reports:
-            for name, value in getattr(item, "user_properties", ()):
-                if name == BUG and outcome in ("passed", "failed"):
-                    bugs[outcome] += 1
-                if name == PROPERTY and getattr(item, "when", "") == "call":
-                    failures += _add_property(verdict, value)
-                    judged = True
+    covered = Covered.by(terminalreporter)
+    verdict, failures, bugs = covered.verdict, covered.failures, covered.bugs
     oracle = config.stash[ORACLE]
     seconds = time.monotonic() - config.stash[STARTED]
     failures += [_died(oracle, file) for file in cases_of_dead_processes(oracle.save_dir, time.time() - seconds)]
-    if judged or failures:
+    if covered.items or failures:
         terminalreporter.section("oracle")
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject, oracle.device) if misfit is not None]
             left_out += [f"saved cases {', '.join(saved)}"] if saved else []
         terminalreporter.write_line(summary.summary(verdict, failures, seconds, oracle.subject.switches, left_out))
+        for gap in covered.gaps():
+            terminalreporter.write_line(gap, red=True)
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
 
@@ -333,7 +381,7 @@ def _died(oracle: Oracle, file: Path) -> dict[str, str]:
     return {"sentence": "the process died while it judged a case", "command": command, "optimizations": ""}
 
 
-def _as_property(oracle: Oracle, outcome: Exploration) -> str:
+def _as_property(oracle: Oracle, outcome: Exploration, drawn_by: str) -> str:
     verdict = outcome.verdict
     failures = []
     if outcome.failure is not None:
@@ -347,17 +395,14 @@ def _as_property(oracle: Oracle, outcome: Exploration) -> str:
     counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
     layers = dataclasses.asdict(verdict.layers)
     data = {"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures}
-    return json.dumps(data | {"audit": dataclasses.asdict(verdict.audit)})
+    return json.dumps(data | {"audit": dataclasses.asdict(verdict.audit), "drawn_by": drawn_by})
 
 
-def _add_property(verdict: Verdict, value: str) -> list[dict[str, str]]:
-    """Add one item's coverage to ``verdict``. Returns its failure records."""
-    data = json.loads(value)
+def _verdict_of_property(data: Mapping[str, Any]) -> tuple[Verdict, int]:
+    """What one item covered, and how many cases that were."""
     cases, replays, eager_calls, compared, cells = data["counts"]
-    layers = data["layers"]
-    stages = {name: StageTally(**tally) for name, tally in layers["stages"].items()}
-    tally = LayerTally(stages, layers["relations"], layers["replays"], layers["selections"], layers["keys"])
-    audit = AuditTally(**data["audit"])
-    verdict.add(Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, Counter(data["classes"])))
-    found: list[dict[str, str]] = data["failures"]
-    return found
+    layers = dict(data["layers"])
+    stages = {name: StageTally(**tally) for name, tally in layers.pop("stages").items()}
+    tally, audit = LayerTally(stages=stages, **layers), AuditTally(**data["audit"])
+    classes = Counter(data["classes"])
+    return Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, classes), cases

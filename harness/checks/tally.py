@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nsa_oracle.harness.protocol import Strictness
@@ -37,7 +38,7 @@ class LayerTally:
     """Counts of compared numbers by stage, of tried relations, and of replays with a layer.
 
     selections, keys: number of rows of edge-case logits given to top-k, and of edge-case keys given to the store, by
-    kind.
+    kind. calls: number of calls of each method that the judged layer brings itself, by the run of the layer.
     """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
@@ -45,6 +46,18 @@ class LayerTally:
     replays: int = 0
     selections: dict[str, int] = field(default_factory=dict)
     keys: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count_calls(self, calls: Mapping[str, Mapping[str, int]]) -> None:
+        for method, by_run in calls.items():
+            counts = self.calls.setdefault(method, {})
+            for run, count in by_run.items():
+                counts[run] = counts.get(run, 0) + count
+
+    @property
+    def never_called(self) -> list[str]:
+        """Methods that the judged layer brings itself and nothing has called: they were not judged."""
+        return [method for method, by_run in self.calls.items() if not any(by_run.values())]
 
     def stage(self, name: str) -> StageTally:
         return self.stages.setdefault(name, StageTally())
@@ -63,6 +76,7 @@ class LayerTally:
             for name, count in others.items():
                 counts[name] = counts.get(name, 0) + count
         self.replays += other.replays
+        self.count_calls(other.calls)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.commands.app import (
     LAYER_HELP,
     SPEC,
@@ -27,6 +28,7 @@ from nsa_oracle.harness.commands.tiers import run_tiers, tiers_table
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.report.failure import explain, replay_command
+from nsa_oracle.harness.report.summary import how_exact, methods_judged, methods_not_judged
 from nsa_oracle.harness.report.text import not_judged, render
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.story import story
@@ -55,9 +57,11 @@ def replay(
     except (ScenarioError, BackendError) as error:
         raise unusable(str(error)) from None
     failed = False
+    layers = LayerTally()
     for file, scenario in cases:
         try:
             verdict = judge_subject(subject, scenario, where, graphs=graphs)
+            layers.add(verdict.layers)
         except OracleFailure as failure:
             command = replay_command(file, backend, where.type, layer, graphs)
             typer.echo(explain(failure, file, command))
@@ -66,8 +70,16 @@ def replay(
             raise unusable(str(error)) from None
         else:
             counts = f"{verdict.replays} replays, {verdict.eager_calls} eager calls on {where.type}"
-            typer.echo(f"{file}: bit-exact ({counts})")
-    raise typer.Exit(1 if failed else 0)
+            typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({counts})")
+    if layers.calls and not failed:
+        _print_methods(layers)
+    raise typer.Exit(1 if failed or layers.never_called else 0)
+
+
+def _print_methods(layers: LayerTally) -> None:
+    typer.echo(methods_judged(layers))
+    if layers.never_called:
+        typer.echo(methods_not_judged(layers))
 
 
 @app.command()
@@ -120,6 +132,8 @@ def survey(
     except (BackendError, ScenarioError, ValueError) as error:
         raise unusable(str(error)) from None
     typer.echo(render(survey_table(found.records)))
+    if found.layers.calls:
+        _print_methods(found.layers)
     if found.left_out:
         typer.echo(not_judged(found.left_out))
     if found.cases < cases:

@@ -106,6 +106,9 @@ class Engine:
         else:
             yield from self.replay(bucket, batch, load)
             yield from self._replay_again(bucket, batch, load)
+            if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
+                padded = batch.padded(bucket, self.config.speculative_num_draft_tokens)
+                yield self._isolated(padded, batch.size, load, in_graph=True)
 
     def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
         """Replay again without a preparation, to observe the layer. Once per graph, because it costs a replay."""
@@ -169,10 +172,15 @@ class Engine:
             assert load is not None
             for feed in feeds:
                 if feed is Feed.ISOLATED:
-                    expected = expected_metadata(self.config, self.world.req_to_token, batch, in_graph=False)
-                    yield self.layer.run_stages(batch, load, expected, self.guards)
+                    yield self._isolated(batch, batch.size, load, in_graph=False)
                 else:
                     yield self.layer.run_chain(batch, load, metadata, self.guards)
+
+    def _isolated(self, batch: Batch, raw_bs: int, load: LayerLoad, in_graph: bool) -> LayerObservation:
+        """Each stage of the layer by itself, on the reference's metadata of ``batch``."""
+        assert self.layer is not None
+        expected = expected_metadata(self.config, self.world.req_to_token, batch, in_graph)
+        return self.layer.run_stages(batch, raw_bs, load, expected, self.guards)
 
     def capture(self, mode: ForwardMode, bs: int, batch: Batch | None = None) -> None:
         """Capture the preparation, if the backend records it in the graph, the layer, and the probes.

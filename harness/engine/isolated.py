@@ -69,22 +69,24 @@ class IsolatedStages:
         with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))
 
-    def select(self, given: EdgeLogits, ragged: bool) -> Selected:
-        """Run top-k and its ragged or paged transform on edge-case logits."""
+    def select(self, given: EdgeLogits, paged: bool, ragged: bool) -> Selected:
+        """Run top-k and its paged and ragged transform, as asked for, on edge-case logits."""
         self._step = 0
         with locating_results(0, Feed.ISOLATED.value):
-            return self._select(given, ragged)
+            return self._select(given, paged, ragged)
 
-    def _select(self, given: EdgeLogits, ragged: bool) -> Selected:
+    def _select(self, given: EdgeLogits, paged: bool, ragged: bool) -> Selected:
         logits = self._read_only("logits", given.logits)
         lengths = self._read_only("seqlens_expanded", given.seqlens_expanded)
         positions = self._tensor("topk_indices", logits, lengths)
+        indices = places = None
+        if paged:
+            table = self._read_only("page_table_1", given.page_table_1)
+            indices = self._tensor("topk_transform_paged", logits, lengths, table)
         if ragged:
             offset = self._read_only("topk_indices_offset", given.topk_indices_offset)
-            ragged_places = self._tensor("topk_transform_ragged", logits, lengths, offset)
-            return Selected(given, positions, ragged=ragged_places)
-        table = self._read_only("page_table_1", given.page_table_1)
-        return Selected(given, positions, indices=self._tensor("topk_transform_paged", logits, lengths, table))
+            places = self._tensor("topk_transform_ragged", logits, lengths, offset)
+        return Selected(given, positions, indices, places)
 
     def _store(self, step: int, inputs: AttentionInputs) -> AttentionCaches:
         self._step = step

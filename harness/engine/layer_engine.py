@@ -27,6 +27,7 @@ from nsa_oracle.harness.memory.poison import GuardedAllocations
 from nsa_oracle.harness.protocol import LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Layer, Scenario
 from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
@@ -68,6 +69,17 @@ class LayerEngine:
             weaker=getattr(self.driver.layer, "weaker", {}),
         )
 
+    @property
+    def method_calls(self) -> MethodCalls:
+        """Of the methods that the judged layer brings itself; of none, if it was not loaded by name."""
+        calls: MethodCalls = getattr(self.driver.layer, "method_calls", MethodCalls(()))
+        return calls
+
+    def has_unjudged_stages(self) -> bool:
+        """Whether a stage that the judged layer brings itself has not been run in isolation yet."""
+        unjudged = self.method_calls.without(Feed.ISOLATED.value)
+        return any(name != "forward" for name in unjudged)
+
     def load(self, batch: Batch) -> LayerLoad:
         """The passes of one call of ``batch`` (not padded), with new keys, and the caches before the first pass."""
         self.cache_state.settle(self.world)
@@ -77,7 +89,7 @@ class LayerEngine:
         return load
 
     def run_stages(
-        self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
+        self, batch: Batch, raw_bs: int, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
     ) -> LayerObservation:
         """Run each stage of each pass on the reference's result of the stage before.
 
@@ -89,10 +101,12 @@ class LayerEngine:
         stages = IsolatedStages(self.driver, self.expected, sentinel)
         steps = stages.run(load, metadata)
         stored = stages.store(edge_keys(self.setup, self.driver.config, self.seed, poison, call))
-        ragged = batch.mode is ForwardMode.EXTEND
-        selected = stages.select(edge_logits(self.setup, self.seed, poison, call, sentinel), ragged)
+        is_ragged = batch.mode is ForwardMode.EXTEND
+        brings_ragged = "topk_transform_ragged" in self.method_calls.names
+        logits = edge_logits(self.setup, self.seed, poison, call, sentinel)
+        selected = stages.select(logits, paged=not is_ragged, ragged=is_ragged or brings_ragged)
         guards.check(stages.guard.buffers)
-        return LayerObservation(batch, batch.size, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)
+        return LayerObservation(batch, raw_bs, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)
 
     def run_chain(
         self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch

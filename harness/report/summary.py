@@ -59,7 +59,7 @@ def summary(
     if left_out:
         parts.append(not_judged(left_out))
     parts += _listed_failures(failures)
-    outcome = f"{len(failures)} FAILED" if failures else "all bit-exact" if verdict.cases else "nothing judged"
+    outcome = f"{len(failures)} FAILED" if failures else how_exact(verdict) if verdict.cases else "NOTHING JUDGED"
     parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {outcome}")
     return "\n".join(parts)
 
@@ -83,6 +83,8 @@ def _stages(layers: LayerTally) -> Table:
 def _relations(layers: LayerTally) -> str:
     tried = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
     text = wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", tried or ["nothing was tried"])
+    if layers.calls:
+        text += "\n" + methods_judged(layers)
     if layers.keys:
         rows = [f"{name} {count:,}" for name, count in layers.keys.items()]
         text += "\n" + wrapped("layer: store also of made-up keys: ", rows)
@@ -90,6 +92,30 @@ def _relations(layers: LayerTally) -> str:
         rows = [f"{name} {count:,}" for name, count in layers.selections.items()]
         text += "\n" + wrapped("layer: top-k also of rows of made-up logits: ", rows)
     return text
+
+
+def how_exact(verdict: Verdict) -> str:
+    """How what passed was compared: bit for bit, but for numbers that only have a bound or are declared weaker."""
+    stages = verdict.layers.stages.values()
+    bounded, weaker = sum(stage.bounded for stage in stages), sum(stage.weaker for stage in stages)
+    exceptions = [f"{bounded:,} numbers within their error bound"] if bounded else []
+    exceptions += [f"{weaker:,} compared as declared"] if weaker else []
+    return f"bit-exact but for {' and '.join(exceptions)}" if exceptions else "all bit-exact"
+
+
+def methods_judged(layers: LayerTally) -> str:
+    """How often each method that the layer brings itself was called and compared, and those that nothing called."""
+    calls = [
+        f"{method} {sum(by_run.values()):,} ({', '.join(f'{run} {count:,}' for run, count in sorted(by_run.items()))})"
+        for method, by_run in layers.calls.items()
+        if any(by_run.values())
+    ]
+    return wrapped("methods of the layer, calls judged: ", calls or ["none"])
+
+
+def methods_not_judged(layers: LayerTally) -> str:
+    """One line: the run proves nothing about these methods, so it fails."""
+    return f"NOT JUDGED: {', '.join(layers.never_called)}: no call in this run; judge more cases, or remove the method"
 
 
 def _audited(audit: AuditTally) -> str:

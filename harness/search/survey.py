@@ -61,11 +61,13 @@ class Survey:
         self.scale = subject.scale(device, with_layer=True)
         self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
         self.records: defaultdict[str, Record] = defaultdict(Record)
+        self.layers = LayerTally()  # calls of the layer's own methods
         self.cases = 0
 
     @property
     def holds(self) -> bool:
-        return not any(record.broken for record in self.records.values())
+        """Whether nothing was broken, and every method of the layer was called."""
+        return not any(record.broken for record in self.records.values()) and not self.layers.never_called
 
     def run(
         self,
@@ -115,6 +117,7 @@ class Survey:
         relations = Relations(scenario, build)
         judge = StageJudge(engine.layer.judged(), LayerTally())
         regime = judge.layer.content.regime
+        self.layers.count_calls(engine.layer.method_calls.counts)  # zero calls, if the case ends early
         for event in scenario.events:
             metadata = []
             for seen in engine.run(event):
@@ -130,6 +133,7 @@ class Survey:
                     continue
                 for relation, finding in relations.check_all(engine, seen):
                     self.records[f"same bits: {relation.value}"].note(finding)
+        self.layers.count_calls(engine.layer.method_calls.counts)
 
 
 def survey_table(records: Mapping[str, Record]) -> Table:

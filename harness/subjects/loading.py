@@ -22,8 +22,10 @@ from nsa_oracle.harness.protocol import (
 )
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
 from nsa_oracle.harness.scenarios.scenario import Layer, Setup
+from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
 from nsa_oracle.harness.subjects.results import checked_stages
+from nsa_oracle.harness.subjects.warned import shown_warnings
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
@@ -91,6 +93,11 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
     for name, stage in checked_stages(layer, config.index_topk).items():
         if name in own:
             setattr(whole, name, stage)
+    ours = type(whole)
+    calls = MethodCalls([name for name in own if getattr(type(layer), name, None) is not getattr(ours, name)])
+    for name in calls.names:
+        setattr(whole, name, calls.counting(name, getattr(whole, name)))
+    whole.method_calls = calls  # type: ignore[attr-defined]  # of a layer that is loaded alone
     return whole
 
 
@@ -111,7 +118,8 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
     if not colon or not module_name or not attribute:
         raise BackendError(f"{what} '{spec}' is not of the form module:attribute")
     try:
-        module = importlib.import_module(module_name)
+        with shown_warnings():
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
     except (Exception, SystemExit) as error:  # the module's code may do anything

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.subjects.calls import calls_counted_as
 from nsa_oracle.reference.types import AttentionOutputs
 
 
@@ -23,9 +24,10 @@ class WrongResult(Exception):
 
 @contextmanager
 def locating_results(step: int, how: str) -> Iterator[None]:
-    """Add the draft step and the run of the layer (``how``) to the finding of a WrongResult."""
+    """Add the draft step and the run of the layer (``how``) to the finding of a WrongResult; count calls as of it."""
     try:
-        yield
+        with calls_counted_as(how):
+            yield
     except WrongResult as wrong:
         raise WrongResult(dataclasses.replace(wrong.finding, step=step, how=how)) from None
 
