@@ -20,6 +20,6 @@ def one_line(text: str, most: int = 200) -> str:
 def error_line(error: BaseException, most: int = 200) -> str:
     """The message of any exception for one line of a terminal, as by ``one_line``, with white space folded."""
     try:
-        return one_line(" ".join(str(error).split()), most)
+        return one_line(" ".join(str(error).split()), most) or "no message"
     except Exception:  # the judged code may raise exceptions whose __str__ fails
         return "no text"

@@ -50,7 +50,8 @@ class Finding:
     """One disagreement between a backend or a layer and what is expected.
 
     differing, compared: numbers of live cells of this field and step that differ, and that were compared. place: the
-    first cell that differs. how: the run of the layer, or the relation, that shows it.
+    first cell that differs. how: the run of the layer, or the relation, that shows it. stack: the lines of judged code
+    through which an exception passed, outermost first.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Finding:
     compared: int = 0
     neighbours: tuple[Neighbour, ...] = ()
     how: str = ""
+    stack: tuple[str, ...] = ()
 
     def is_like(self, other: Finding) -> bool:
         """Whether both have the same kind and the same field."""

@@ -26,6 +26,7 @@ from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObserv
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.far_apart import memory_for
@@ -41,6 +42,7 @@ from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.warned import shown_warnings
 from nsa_oracle.reference.types import Metadata
 
+MOST_FRAMES = 5  # of an exception's stack, in a report
 _HERE = Path(__file__).parent
 # Code that is not judged. ``_frames`` already leaves out libraries.
 _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))
@@ -204,6 +206,7 @@ class _Run:
                     f"the GPU has too little memory left ({error_line(error)}): run fewer processes on it (-n)"
                 ) from error
             finding = Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception", place=_origin(error))
+            finding = replace(finding, stack=_stack(error))
             raise OracleFailure(self.scenario, finding, number) from error
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
@@ -308,6 +311,15 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _origin(error: BaseException) -> str:
-    """The innermost frame of the exception outside libraries: file, line and function."""
-    frames = _frames(error)
-    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    """The innermost line of judged code that the exception passed, or else the call of judged code that raised it."""
+    frames = judged_frames(error.__traceback__)
+    if frames:
+        return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+    calls = [frame for frame in _frames(error) if frame.line]
+    return f"the call {calls[-1].line}" if calls else ""
+
+
+def _stack(error: BaseException) -> tuple[str, ...]:
+    """The innermost lines of judged code that the exception passed, outermost first."""
+    frames = judged_frames(error.__traceback__)[-MOST_FRAMES:]
+    return tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)

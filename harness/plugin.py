@@ -378,7 +378,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _died(oracle: Oracle, file: Path) -> dict[str, str]:
     """The failure record of a case that killed the process that judged it."""
     command = oracle.replay_command(Exploration(saved=file))
-    return {"sentence": "the process died while it judged a case", "command": command, "optimizations": ""}
+    return {"sentence": "the process died while it judged a case", "command": command, "optimizations": "", "field": ""}
 
 
 def _as_property(oracle: Oracle, outcome: Exploration, drawn_by: str) -> str:
@@ -390,6 +390,7 @@ def _as_property(oracle: Oracle, outcome: Exploration, drawn_by: str) -> str:
                 "sentence": outcome.failure.finding.sentence(),
                 "command": oracle.replay_command(outcome),
                 "optimizations": " ".join(outcome.failure.scenario.optimizations),
+                "field": outcome.failure.finding.field,
             }
         )
     counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]

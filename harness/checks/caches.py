@@ -36,16 +36,37 @@ def compare_caches(
             continue
         unit, byte = (int(i) for i in wrong.nonzero()[0])
         slot, part = _place_of(config, page_size, name, unit + skipped, byte)
+        scale_byte = _byte_of_scale(config, page_size, name, byte)
         return Finding(
             Kind.VALUE,
             name,
-            f"byte {int(got_bytes[unit, byte]):#04x}",
-            f"byte {int(want_bytes[unit, byte]):#04x}",
+            _shown(got_bytes[unit], byte, scale_byte),
+            _shown(want_bytes[unit], byte, scale_byte),
             place=f"{slot_name(slot)}, {part}",
             differing=int(wrong.sum()),
             compared=want_bytes.numel(),
         )
     return None
+
+
+def _byte_of_scale(config: AttentionConfig, page_size: int, name: str, byte: int) -> int | None:
+    """Which byte of a float32 scale a byte of a cache is, or None if it belongs to no scale."""
+    if name == "index_k_cache":
+        begin, end = page_size * config.index_head_dim, config.index_page_bytes(page_size)
+    elif config.kv_cache_dtype is KVCacheDtype.FP8:
+        begin, end = config.kv_lora_rank, config.kv_token_bytes - 2 * config.qk_rope_head_dim
+    else:
+        return None
+    return (byte - begin) % 4 if begin <= byte < end else None
+
+
+def _shown(row: torch.Tensor, byte: int, scale_byte: int | None) -> str:
+    """A byte of ``row``; with the whole number, if it belongs to a scale."""
+    text = f"byte {int(row[byte]):#04x}"
+    if scale_byte is None:
+        return text
+    scale = row[byte - scale_byte : byte - scale_byte + 4].cpu().clone().view(torch.float32)
+    return f"{float(scale):.9g} ({text})"
 
 
 def _place_of(config: AttentionConfig, page_size: int, name: str, unit: int, byte: int) -> tuple[int, str]:

@@ -13,6 +13,7 @@ import torch
 from torch.overrides import resolve_name
 
 _RUNNERS = Path(__file__).parent
+_HARNESS = f"{_RUNNERS.parent}/"
 _INTERNAL_FILES = {str(_RUNNERS / "cuda.py"), str(_RUNNERS / "simulated.py")}
 _TORCH = Path(torch.__file__).parent
 _THIRD_PARTY_FOLDERS = (f"{_TORCH}/", f"{_TORCH.parent / 'triton'}/")
@@ -31,6 +32,12 @@ def operation_name(func: Callable[..., Any]) -> str:
         return str(func.overloadpacket)
     name: str = resolve_name(func) or getattr(func, "__name__", repr(func))
     return name
+
+
+def judged_frames(failure: TracebackType | None) -> list[traceback.FrameSummary]:
+    """The frames of ``failure`` in judged code, outermost first: not those of torch, Triton, the harness or Python."""
+    frames = traceback.extract_tb(failure)
+    return [f for f in frames if _is_user_code(f.filename) and not f.filename.startswith(_HARNESS)]
 
 
 def innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSummary | None:

@@ -29,6 +29,8 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
         for cell in finding.neighbours:
             table.add_row(cell.place, cell.got, cell.expected, "" if cell.got == cell.expected else "<- differs")
         parts.append(render(table))
+    if finding.stack:
+        parts.append("raised through:\n" + "\n".join(f"  {line}" for line in finding.stack))
     parts.append(story(failure.scenario, failure.event))
     kept = str(saved)
     if saved is None:

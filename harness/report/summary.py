@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.checks.tally import LayerTally, StageTally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.protocol import STAGES, Strictness
@@ -49,7 +49,7 @@ def summary(
         parts.append(render(table))
 
     if verdict.layers.stages:
-        parts += [render(_stages(verdict.layers)), _relations(verdict.layers)]
+        parts += [render(_stages(verdict.layers, failures)), _relations(verdict.layers)]
 
     if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
         parts.append(_audited(audit))
@@ -69,14 +69,15 @@ def bugs_line(killed: int, planted: int) -> str:
     return f"bugs: {killed} of {planted} planted bugs killed by a check that is meant to find them"
 
 
-def _stages(layers: LayerTally) -> Table:
+def _stages(layers: LayerTally, failures: Sequence[dict[str, str]]) -> Table:
     """How many values of each stage of the attention layer were compared, and how."""
-    table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared")
-    for name in (name for name in STAGES if name in layers.stages):
-        stage = layers.stages[name]
+    failed = Counter(failure["field"] for failure in failures)
+    table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared", "failures")
+    for name in (name for name in STAGES if name in layers.stages or failed[name]):
+        stage = layers.stages.get(name, StageTally())
         worst = f"{stage.worst:.2g}" if stage.bounded or stage.declared == Strictness.BOUND.value else "-"
         weaker = f"{stage.weaker:,} {stage.declared}".rstrip()
-        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, weaker)
+        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, weaker, str(failed[name]))
     return table
 
 

@@ -149,4 +149,6 @@ def minimised(failure: OracleFailure, subject: Subject, device: torch.device, mo
         return False
 
     simplify(failure.scenario, still_fails, most)
+    if smallest.scenario.optimizations:  # a switch is at fault only if the case passes without it
+        still_fails(smallest.scenario.model_copy(update={"optimizations": ()}))
     return smallest
