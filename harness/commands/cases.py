@@ -25,7 +25,7 @@ from nsa_oracle.harness.commands.sanitizer import CASES, Tool, obstacle
 from nsa_oracle.harness.commands.sanitizer import sanitize as run_sanitizer
 from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
 from nsa_oracle.harness.commands.tiers import run_tiers, tiers_table
-from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.errors import BackendError, ScenarioError, one_line
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.report.failure import explain, replay_command
 from nsa_oracle.harness.report.summary import how_exact, methods_judged, methods_not_judged
@@ -34,6 +34,8 @@ from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.search.survey import Survey, survey_table
 from nsa_oracle.harness.subjects.subject import Subject
+
+MAX_NOTE = 1000  # characters of a file's note that are printed
 
 
 @app.command()
@@ -176,4 +178,4 @@ def show(files: Files) -> None:
     except ScenarioError as error:
         raise unusable(str(error)) from None
     for note, text in stories:
-        typer.echo(f"{note}\n{text}" if note else text)
+        typer.echo(f"{one_line(note, MAX_NOTE)}\n{text}" if note else text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 CORPUS = _TESTS / "cases"  # every run judges these first
 PRODUCTION = CORPUS / "production"  # runs on a GPU judge these too: sizes that would take the interpreter hours
+MAX_FILE_BYTES = 1 << 20
 BUG_CASES = _TESTS / "bugs"  # one case per bug that shows it, named after the bug
 
 
@@ -131,7 +133,8 @@ def from_json(text: str, source: str = "scenario") -> Scenario:
     """Parse a scenario. Raises ScenarioError, in one line that names ``source``, if ``text`` is not a valid one."""
     try:
         scenario = Scenario.model_validate_json(text, strict=True)  # strict: true is not 1, and "4" is not 4
-        json.loads(text, object_pairs_hook=_refuse_duplicate_names)
+        if "schema_version" not in json.loads(text, object_pairs_hook=_refuse_duplicate_names):
+            raise ScenarioError(f'{source}: schema_version is missing; add "schema_version": {SCHEMA_VERSION}')
     except _DuplicateName as error:
         raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
     except ValidationError as error:
@@ -147,17 +150,33 @@ class _DuplicateName(Exception):
     """A JSON object contains a name more than once; the parser would silently keep only one of its values."""
 
 
-def _refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> None:
+def _refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
     for name, count in names.items():
         if count > 1:
             raise _DuplicateName(name)
+    return dict(pairs)
 
 
 def load(path: Path) -> Scenario:
     """Read a scenario file. Raises ScenarioError if it cannot be read or does not contain a valid scenario."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = _read(path)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if text.startswith("\ufeff"):
+        raise ScenarioError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
     return from_json(text, str(path))
+
+
+def _read(path: Path) -> bytes:
+    """The content of a regular file of a case's size. Raises ScenarioError for any other: a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ScenarioError(f"{path}: is not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ScenarioError(f"{path}: has more than {MAX_FILE_BYTES:,} bytes, which no case needs")
+    return content

@@ -19,7 +19,11 @@ SCHEMA_VERSION: Literal[1] = 1
 MAX_BATCH = 4096
 MAX_STEPS = 8
 MAX_CONTEXT = 1 << 20
-MAX_CELLS = 1 << 28  # of all page tables together: 1 GiB
+MAX_CELLS = 1 << 26  # of all page tables together: 256 MiB
+MAX_POOL_CELLS = 1 << 23  # of req_to_token, of which the host keeps lists as well
+MAX_WORK = 1 << 33  # cells of page tables that captures, replays and eager calls fill together: some minutes
+MAX_EVENTS = 4096
+MAX_GRAPHS = 1024
 MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
 MAX_EXACT_KEYS = 2048
 SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
@@ -304,9 +308,18 @@ class Scenario(_Record):
             if isinstance(event, Join) and event.seq_len > longest:
                 raise ValueError(f"event {number}: seq_len {event.seq_len} leaves no room to draft; at most {longest}")
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
-        rows = max(buckets, default=setup.pool_size) * setup.num_draft_tokens * setup.num_steps
-        if (cells := (setup.pool_size + rows) * setup.max_context_len) > MAX_CELLS:
-            raise ValueError(f"its page tables would have {cells:,} cells; at most {MAX_CELLS:,}")
+        per_request = setup.num_draft_tokens * setup.num_steps
+        largest = max(buckets, default=setup.pool_size)
+        calls = sum(event.times if isinstance(event, Replay) else isinstance(event, Eager) for event in self.events)
+        for what, count, most in (
+            ("events", len(self.events), MAX_EVENTS),
+            ("graphs", len(buckets), MAX_GRAPHS),
+            ("cells in req_to_token", setup.pool_size * setup.max_context_len, MAX_POOL_CELLS),
+            ("cells in page tables", (setup.pool_size + largest * per_request) * setup.max_context_len, MAX_CELLS),
+            ("cells to fill", (sum(buckets) + calls * largest) * per_request * setup.max_context_len, MAX_WORK),
+        ):
+            if count > most:
+                raise ValueError(f"it would have {count:,} {what}; at most {most:,}")
         return self
 
     @model_validator(mode="after")
