@@ -11,6 +11,10 @@ class ScenarioError(ValueError):
     """A scenario that cannot be used. The message is one line and names the cause."""
 
 
+class CaseTimeout(Exception):
+    """A case is still running after its time limit."""
+
+
 def one_line(text: str, most: int = 200) -> str:
     """``text`` for one line of a terminal: unprintable characters escaped, and at most ``most`` characters."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -26,6 +26,7 @@ class Kind(enum.Enum):
     FROZEN = "frozen host value"
     VARIANTS = "compiled anew for each size"
     CRASH = "backend raised"
+    TIMEOUT = "does not end"
 
 
 RADIUS = 3  # cells that a report shows on either side of the first wrong one

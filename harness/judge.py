@@ -23,7 +23,7 @@ from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.callers import judged_frames
@@ -31,6 +31,7 @@ from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
+from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.regime import Regime
@@ -121,8 +122,9 @@ def judge_subject(
     verdict: Verdict | None = None,
     graphs: bool = True,
 ) -> Verdict:
-    """Run ``judge`` on the backend and the layer of ``subject``."""
-    return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
+    """Run ``judge`` on the backend and the layer of ``subject``, within its time limit."""
+    with time_limit(subject.case_timeout):
+        return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
 
 
 def _judge_twice(
@@ -195,6 +197,13 @@ class _Run:
                 raise OracleFailure(self.scenario, finding, number)
         except (OracleFailure, BackendError, ScenarioError):
             raise
+        except CaseTimeout as error:
+            if not judged_frames(error.__traceback__):
+                raise ScenarioError(
+                    f"the case is {error} in the harness, not in the judged code: allow it more"
+                ) from None
+            finding = Finding(Kind.TIMEOUT, "case", str(error), "an end", place=_origin(error), stack=_stack(error))
+            raise OracleFailure(self.scenario, finding, number) from error
         except WrongResult as error:
             raise OracleFailure(self.scenario, error.finding, number) from error
         except CaptureError as error:

@@ -21,10 +21,12 @@ import torch
 from nsa_oracle.harness import processes
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.report import failure, summary
 from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, corpus, load
+from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
@@ -80,6 +82,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="judge no new case after this time; a failure found by then is still shrunk and reported (default: no "
         "limit)",
     )
+    group.addoption(
+        "--oracle-case-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=600.0,
+        help="a case that is still running in judged code after this time has failed; 0: no limit (default: 600)",
+    )
+    group.addoption(
+        "--oracle-seed",
+        metavar="N",
+        type=_seed,
+        help="draw the cases of this seed, as the header of another run shows it (default: 0; nightly: a new one)",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -91,6 +106,13 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
     return seconds
+
+
+def _seed(text: str) -> int:
+    """The type of --oracle-seed: a whole number below 2**48."""
+    if not text.isdecimal() or int(text) >= 1 << 48:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {(1 << 48) - 1}")
+    return int(text)
 
 
 @dataclass
@@ -113,7 +135,8 @@ class Oracle:
     @functools.cached_property
     def recovery(self) -> Recovery:
         """Judges in this process, or in a child process once this one has lost its GPU."""
-        return Recovery(SubjectSpec(self.backend_spec, self.layer_spec), self.subject, self.device)
+        spec = SubjectSpec(self.backend_spec, self.layer_spec, self.subject.case_timeout)
+        return Recovery(spec, self.subject, self.device)
 
     def judge_file(self, path: Path) -> Exploration:
         """Judge one saved case as it is, without shrinking."""
@@ -143,7 +166,9 @@ class Oracle:
 
     def replay_command(self, outcome: Exploration) -> str:
         saved = outcome.saved or Path("CASE.json")
-        return failure.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec)
+        is_timeout = outcome.failure is not None and outcome.failure.finding.kind is Kind.TIMEOUT
+        timeout = self.subject.case_timeout if is_timeout else None
+        return failure.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec, timeout=timeout)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -156,7 +181,8 @@ def pytest_configure(config: pytest.Config) -> None:
     processes.prepare_process(device.type)
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
-        subject = Subject.load(spec, layer_spec, device)
+        seconds = config.getoption("--oracle-case-timeout")
+        subject = dataclasses.replace(Subject.load(spec, layer_spec, device), case_timeout=seconds or None)
         replayed = [Path(file) for file in config.getoption("--oracle-replay")]
         for file in replayed:
             subject.check(load(file), file)
@@ -206,6 +232,8 @@ def _entropy(config: pytest.Config, fresh: bool) -> int:
     worker_input = getattr(config, "workerinput", {})
     if ENTROPY in worker_input:
         return int(worker_input[ENTROPY])
+    if (seed := config.getoption("--oracle-seed")) is not None:
+        return int(seed)
     return int.from_bytes(os.urandom(6), "big") if fresh else 0
 
 
@@ -357,7 +385,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    covered = Covered.by(terminalreporter)
+    covered, verbose = Covered.by(terminalreporter), config.get_verbosity() > 0
     verdict, failures, bugs = covered.verdict, covered.failures, covered.bugs
     oracle = config.stash[ORACLE]
     seconds = time.monotonic() - config.stash[STARTED]
@@ -367,8 +395,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
             saved = [file.stem for file, misfit in _corpus(oracle.subject, oracle.device) if misfit is not None]
-            left_out += [f"saved cases {', '.join(saved)}"] if saved else []
-        terminalreporter.write_line(summary.summary(verdict, failures, seconds, oracle.subject.switches, left_out))
+            if saved:
+                names = f": {', '.join(saved)}" if verbose else " (-v names them)"
+                left_out.append(f"{len(saved)} saved cases{names}")
+        is_ours = oracle.layer_spec is None or verbose
+        switches = oracle.subject.switches if is_ours else NO_SWITCHES
+        terminalreporter.write_line(summary.summary(verdict, failures, seconds, switches, left_out, verbose))
         for gap in covered.gaps():
             terminalreporter.write_line(gap, red=True)
     if bugs:

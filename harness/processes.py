@@ -6,15 +6,22 @@ long, the next call starts a new one.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 
+from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.interpreter import promises
 from nsa_oracle.harness.interpreter.speed import speed_up
 
@@ -104,6 +111,32 @@ def _serve(pipe: Connection, device: str, number: int) -> None:
         except Exception as raised:
             error = raised
         pipe.send((answer, error))
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise CaseTimeout in the body once it has run for ``seconds``, and again if the body catches that.
+
+    Code that never returns to Python, as a GPU's synchronisation behind a kernel without an end, cannot be interrupted:
+    after twice the time the process prints its stacks and ends. Without a limit, or outside the main thread, where
+    Python handles no signals, nothing happens.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise CaseTimeout(f"still running after {seconds:g} seconds")
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds, max(1.0, seconds / 10))
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def take_gpu(number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,9 @@ def replay(
     backend: BackendOption = None,
     layer: LayerOption = None,
     graphs: Annotated[bool, typer.Option(help="Replay captured graphs, or run each replay as an eager call.")] = True,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="A case that runs longer in judged code has failed.", metavar="SECONDS")
+    ] = None,
 ) -> None:
     """Judge saved cases and explain those that fail.
 
@@ -53,7 +57,7 @@ def replay(
     where = torch_device(device)
     try:
         cases = [(file, load(file)) for file in files]
-        subject = Subject.load(backend, layer, where)
+        subject = replace(Subject.load(backend, layer, where), case_timeout=timeout or None)
         for file, scenario in cases:
             subject.check(scenario, file)
     except (ScenarioError, BackendError) as error:
@@ -65,7 +69,7 @@ def replay(
             verdict = judge_subject(subject, scenario, where, graphs=graphs)
             layers.add(verdict.layers)
         except OracleFailure as failure:
-            command = replay_command(file, backend, where.type, layer, graphs)
+            command = replay_command(file, backend, where.type, layer, graphs, timeout)
             typer.echo(explain(failure, file, command))
             failed = True
         except (BackendError, ScenarioError) as error:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
 from nsa_oracle.harness.engine.drivers import driver_for
-from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
@@ -108,7 +107,7 @@ class Engine:
             yield from self._replay_again(bucket, batch, load)
             if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
                 padded = batch.padded(bucket, self.config.speculative_num_draft_tokens)
-                yield self._isolated(padded, batch.size, load, in_graph=True)
+                yield self.layer.run_stages(padded, batch.size, load, True, self.guards)
 
     def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
         """Replay again without a preparation, to observe the layer. Once per graph, because it costs a replay."""
@@ -172,15 +171,9 @@ class Engine:
             assert load is not None
             for feed in feeds:
                 if feed is Feed.ISOLATED:
-                    yield self._isolated(batch, batch.size, load, in_graph=False)
+                    yield self.layer.run_stages(batch, batch.size, load, False, self.guards)
                 else:
                     yield self.layer.run_chain(batch, load, metadata, self.guards)
-
-    def _isolated(self, batch: Batch, raw_bs: int, load: LayerLoad, in_graph: bool) -> LayerObservation:
-        """Each stage of the layer by itself, on the reference's metadata of ``batch``."""
-        assert self.layer is not None
-        expected = expected_metadata(self.config, self.world.req_to_token, batch, in_graph)
-        return self.layer.run_stages(batch, raw_bs, load, expected, self.guards)
 
     def capture(self, mode: ForwardMode, bs: int, batch: Batch | None = None) -> None:
         """Capture the preparation, if the backend records it in the graph, the layer, and the probes.

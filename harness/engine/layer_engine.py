@@ -9,7 +9,7 @@ import torch
 from nsa_oracle.harness.content.edge_keys import edge_keys
 from nsa_oracle.harness.content.edge_logits import edge_logits
 from nsa_oracle.harness.engine.cache_state import CacheState
-from nsa_oracle.harness.engine.expected import ExpectedLayer
+from nsa_oracle.harness.engine.expected import ExpectedLayer, expected_metadata
 from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.isolated import IsolatedStages
 from nsa_oracle.harness.engine.judged_layer import JudgedLayer
@@ -89,17 +89,18 @@ class LayerEngine:
         return load
 
     def run_stages(
-        self, batch: Batch, raw_bs: int, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch
+        self, batch: Batch, raw_bs: int, load: LayerLoad, in_graph: bool, guards: GuardWatch
     ) -> LayerObservation:
         """Run each stage of each pass on the reference's result of the stage before.
 
         Then run the store and top-k on edge-case rows, which differ between calls and between the runs of a scenario.
-        metadata: the reference's.
+        The metadata of ``batch`` is the reference's, as in a graph or as eagerly; its first ``raw_bs`` requests are
+        real.
         """
         self._edge_sets += 1
         sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
         stages = IsolatedStages(self.driver, self.expected, sentinel)
-        steps = stages.run(load, metadata)
+        steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph))
         stored = stages.store(edge_keys(self.setup, self.driver.config, self.seed, poison, call))
         is_ragged = batch.mode is ForwardMode.EXTEND
         brings_ragged = "topk_transform_ragged" in self.method_calls.names

@@ -47,7 +47,14 @@ def python_command() -> str:
     return str(running.relative_to(Path.cwd())) if running.is_relative_to(Path.cwd()) else str(running)
 
 
-def replay_command(saved: Path, backend: str | None, device: str, layer: str | None = None, graphs: bool = True) -> str:
+def replay_command(
+    saved: Path,
+    backend: str | None,
+    device: str,
+    layer: str | None = None,
+    graphs: bool = True,
+    timeout: float | None = None,
+) -> str:
     """The command line that replays a saved case as it was found, on the same device and with the same Python."""
     words = [python_command(), "-m", "nsa_oracle", "replay", str(saved), "--device", device]
     if backend is not None:
@@ -56,4 +63,6 @@ def replay_command(saved: Path, backend: str | None, device: str, layer: str | N
         words += ["--layer", layer]
     if not graphs:
         words.append("--no-graphs")
+    if timeout is not None:
+        words += ["--timeout", f"{timeout:g}"]
     return shlex.join(words)

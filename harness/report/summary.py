@@ -15,6 +15,8 @@ from nsa_oracle.harness.report.text import not_judged, render, wrapped
 from nsa_oracle.harness.scenarios.coverage import all_classes, switch_classes
 from nsa_oracle.harness.scenarios.switches import Switches
 
+MOST_UNVISITED = 20  # boundary classes: a run that leaves out more is a short one, and the count says so
+
 
 def summary(
     verdict: Verdict,
@@ -22,11 +24,12 @@ def summary(
     seconds: float,
     switches: Switches,
     left_out: Sequence[str] = (),
+    verbose: bool = False,
 ) -> str:
     """The closing report of a run.
 
     failures: records with ``sentence``, ``command`` and ``optimizations`` (names separated by spaces). switches: of
-    the backend. left_out: what the limits of backend and layer exclude.
+    the backend. left_out: what the limits of backend and layer exclude. verbose: list every boundary class.
     """
     classes, of_switches = all_classes(switches), switch_classes(switches)
     covered = [name for name in classes if verdict.boundary_classes[name]]
@@ -54,8 +57,12 @@ def summary(
     if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
         parts.append(_audited(audit))
 
-    visits = [f"{name} {verdict.boundary_classes[name]}" for name in classes if name not in of_switches]
-    parts.append(wrapped("boundary classes visited (cases): ", visits))
+    unvisited = [name for name in classes if name not in covered]
+    if verbose:
+        visits = [f"{name} {verdict.boundary_classes[name]}" for name in classes if name not in of_switches]
+        parts.append(wrapped("boundary classes visited (cases): ", visits))
+    elif 0 < len(unvisited) <= MOST_UNVISITED:
+        parts.append(wrapped("boundary classes not visited: ", unvisited))
     if left_out:
         parts.append(not_judged(left_out))
     parts += _listed_failures(failures)

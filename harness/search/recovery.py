@@ -8,7 +8,7 @@ costs a process there, otherwise with few trials on the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,14 +30,15 @@ SECONDS_ON_CPU = 60.0  # for one case of a GPU's sizes, in the interpreter
 
 @dataclass(frozen=True)
 class SubjectSpec:
-    """The subject as named on the command line, from which another process can build it."""
+    """The subject as named on the command line, from which another process can build it, and its time limit a case."""
 
     backend: str | None = None
     layer: str | None = None
+    case_timeout: float | None = None
 
     def build(self, device: torch.device) -> Subject:
         """Load the subject. Raises BackendError if there is no such backend or layer."""
-        return Subject.load(self.backend, self.layer, device)
+        return replace(Subject.load(self.backend, self.layer, device), case_timeout=self.case_timeout)
 
 
 class Recovery:

@@ -30,7 +30,7 @@ class Subject:
     """The backend and the layer to judge, with their declared limits.
 
     limits: of the backend. layer_limits: of the layer, for cases that have one. switches: of the backend, drawn with
-    each case.
+    each case. case_timeout: seconds after which a case that is still running in judged code has failed; None: never.
     """
 
     backend: BackendFactory
@@ -38,6 +38,7 @@ class Subject:
     limits: Limits = EVERYTHING
     layer_limits: Limits = EVERYTHING
     switches: Switches = NO_SWITCHES
+    case_timeout: float | None = None
 
     @staticmethod
     def load(backend: str | None, layer: str | None, device: torch.device) -> Subject:
