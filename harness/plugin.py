@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import pytest
 import torch
 
 from nsa_oracle.harness import processes
-from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.judge import Verdict
-from nsa_oracle.harness.report import failure, summary
+from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.report.failure import explain, replay_command
+from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, corpus, load
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
@@ -155,11 +153,11 @@ class Oracle:
             with_layer=with_layer,
         )
 
-    def told(self, outcome: Exploration) -> str | None:
+    def report_of(self, outcome: Exploration) -> str | None:
         """The report of a failed outcome, or None."""
         if outcome.failure is None:
             return None
-        text = failure.explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
+        text = explain(outcome.failure, outcome.saved, self.replay_command(outcome), outcome.unsaved)
         note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
         lost = "THE GPU FAULTED: the remaining cases of this process are judged in a child process.\n"
         return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
@@ -168,7 +166,7 @@ class Oracle:
         saved = outcome.saved or Path("CASE.json")
         is_timeout = outcome.failure is not None and outcome.failure.finding.kind is Kind.TIMEOUT
         timeout = self.subject.case_timeout if is_timeout else None
-        return failure.replay_command(saved, self.backend_spec, self.device.type, self.layer_spec, timeout=timeout)
+        return replay_command(saved, self.backend_spec, self.device.type, self.layer_spec, timeout=timeout)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -264,11 +262,14 @@ def verdict_of(oracle: Oracle, request: pytest.FixtureRequest) -> Callable[[Expl
     """A function that records what an exploration covered and, if it failed, fails the test with its report."""
 
     def conclude(outcome: Exploration) -> None:
-        text = oracle.told(outcome)
+        report = oracle.report_of(outcome)
+        failures: tuple[FailureRecord, ...] = ()
+        if outcome.failure is not None and report is not None:
+            failures = (FailureRecord.of(outcome.failure, oracle.replay_command(outcome), report),)
         drawn_by = request.node.originalname if "shard" in request.fixturenames else ""
-        request.node.user_properties.append((PROPERTY, _as_property(oracle, outcome, drawn_by)))
-        if text is not None:
-            pytest.fail(text, pytrace=False)
+        request.node.user_properties.append((PROPERTY, ItemRecord(outcome.verdict, failures, drawn_by).to_json()))
+        for failure in failures:  # the report of each different failure is printed once, at the end
+            pytest.fail(f"{failure.sentence}\nreplay: {failure.command}", pytrace=False)
 
     return conclude
 
@@ -331,48 +332,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"oracle: judging {judged} on {oracle.device.type}, profile {oracle.profile}, seed {oracle.entropy}"
 
 
-@dataclass
-class Covered:
-    """What the oracle's items of a session have reported. drawn: cases drawn and judged, by test function."""
-
-    verdict: Verdict = field(default_factory=Verdict)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    drawn: Counter[str] = field(default_factory=Counter)
-    bugs: Counter[str] = field(default_factory=Counter)
-    items: int = 0
-
-    @staticmethod
-    def by(terminalreporter: pytest.TerminalReporter) -> Covered:
-        """What the reports of the session say, those of xdist workers included."""
-        covered = Covered()
-        for outcome, reports in terminalreporter.stats.items():
-            for item in reports:
-                for name, value in getattr(item, "user_properties", ()):
-                    if name == BUG and outcome in ("passed", "failed"):
-                        covered.bugs[outcome] += 1
-                    if name == PROPERTY and getattr(item, "when", "") == "call":
-                        covered._add(value)
-        return covered
-
-    def _add(self, value: str) -> None:
-        self.items += 1
-        data = json.loads(value)
-        found, cases = _verdict_of_property(data)
-        self.verdict.add(found)
-        self.failures += data["failures"]
-        if data["drawn_by"]:
-            self.drawn[data["drawn_by"]] += cases
-
-    def gaps(self) -> list[str]:
-        """Why this run proves less than it seems to, one line each: such a run must not be green."""
-        if not self.items or self.failures:
-            return []
-        gaps = [f"NOT JUDGED: {test} drew no case; give it more time" for test, n in self.drawn.items() if not n]
-        if not self.verdict.cases:
-            gaps.append("NOT JUDGED: no case at all was judged")
-        if self.verdict.layers.never_called:
-            gaps.append(summary.methods_not_judged(self.verdict.layers))
-        return gaps
+def _reported(terminalreporter: pytest.TerminalReporter) -> tuple[RunRecord, Counter[str]]:
+    """What the oracle's items reported, those of xdist workers included; and outcomes of the items of the zoo."""
+    run, bugs = RunRecord(), Counter[str]()
+    for outcome, reports in terminalreporter.stats.items():
+        for item in reports:
+            for name, value in getattr(item, "user_properties", ()):
+                if name == BUG and outcome in ("passed", "failed"):
+                    bugs[outcome] += 1
+                if name == PROPERTY and getattr(item, "when", "") == "call":
+                    run.add(ItemRecord.from_json(value))
+    return run, bugs
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -381,16 +351,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
     is_worker = hasattr(session.config, "workerinput")
     if exitstatus == pytest.ExitCode.OK and terminalreporter is not None and not is_worker:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED if Covered.by(terminalreporter).gaps() else exitstatus
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if _reported(terminalreporter)[0].gaps() else exitstatus
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    covered, verbose = Covered.by(terminalreporter), config.get_verbosity() > 0
-    verdict, failures, bugs = covered.verdict, covered.failures, covered.bugs
-    oracle = config.stash[ORACLE]
+    run, bugs = _reported(terminalreporter)
+    verbose, oracle = config.get_verbosity() > 0, config.stash[ORACLE]
     seconds = time.monotonic() - config.stash[STARTED]
-    failures += [_died(oracle, file) for file in cases_of_dead_processes(oracle.save_dir, time.time() - seconds)]
-    if covered.items or failures:
+    run.failures += [_died(oracle, file) for file in cases_of_dead_processes(oracle.save_dir, time.time() - seconds)]
+    if run.items or run.failures:
         terminalreporter.section("oracle")
         left_out = oracle.subject.not_judged(oracle.device)
         if not config.getoption("--oracle-replay"):
@@ -400,42 +369,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 left_out.append(f"{len(saved)} saved cases{names}")
         is_ours = oracle.layer_spec is None or verbose
         switches = oracle.subject.switches if is_ours else NO_SWITCHES
-        terminalreporter.write_line(summary.summary(verdict, failures, seconds, switches, left_out, verbose))
-        for gap in covered.gaps():
+        if run.failures:
+            terminalreporter.write_line(f"{summary.stories(run.failures, verbose)}\n")
+        terminalreporter.write_line(summary.summary(run.verdict, run.failures, seconds, switches, left_out, verbose))
+        for gap in run.gaps():
             terminalreporter.write_line(gap, red=True)
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
 
 
-def _died(oracle: Oracle, file: Path) -> dict[str, str]:
-    """The failure record of a case that killed the process that judged it."""
-    command = oracle.replay_command(Exploration(saved=file))
-    return {"sentence": "the process died while it judged a case", "command": command, "optimizations": "", "field": ""}
-
-
-def _as_property(oracle: Oracle, outcome: Exploration, drawn_by: str) -> str:
-    verdict = outcome.verdict
-    failures = []
-    if outcome.failure is not None:
-        failures.append(
-            {
-                "sentence": outcome.failure.finding.sentence(),
-                "command": oracle.replay_command(outcome),
-                "optimizations": " ".join(outcome.failure.scenario.optimizations),
-                "field": outcome.failure.finding.field,
-            }
-        )
-    counts = [verdict.cases, verdict.replays, verdict.eager_calls, verdict.tally.fields, verdict.tally.cells]
-    layers = dataclasses.asdict(verdict.layers)
-    data = {"counts": counts, "classes": verdict.boundary_classes, "layers": layers, "failures": failures}
-    return json.dumps(data | {"audit": dataclasses.asdict(verdict.audit), "drawn_by": drawn_by})
-
-
-def _verdict_of_property(data: Mapping[str, Any]) -> tuple[Verdict, int]:
-    """What one item covered, and how many cases that were."""
-    cases, replays, eager_calls, compared, cells = data["counts"]
-    layers = dict(data["layers"])
-    stages = {name: StageTally(**tally) for name, tally in layers.pop("stages").items()}
-    tally, audit = LayerTally(stages=stages, **layers), AuditTally(**data["audit"])
-    classes = Counter(data["classes"])
-    return Verdict(cases, replays, eager_calls, Tally(compared, cells), tally, audit, classes), cases
+def _died(oracle: Oracle, file: Path) -> FailureRecord:
+    """The record of a case that killed the process that judged it."""
+    command, sentence = oracle.replay_command(Exploration(saved=file)), "the process died while it judged a case"
+    return FailureRecord("died", "process", sentence, command, f"ORACLE FAILURE  {sentence}\n\nreplay: {command}")

@@ -29,7 +29,8 @@ from nsa_oracle.harness.commands.tiers import run_tiers, tiers_table
 from nsa_oracle.harness.errors import BackendError, ScenarioError, one_line
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.report.failure import explain, replay_command
-from nsa_oracle.harness.report.summary import how_exact, methods_judged, methods_not_judged
+from nsa_oracle.harness.report.records import methods_not_judged
+from nsa_oracle.harness.report.summary import how_exact, methods_judged
 from nsa_oracle.harness.report.text import not_judged, render
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.story import story
@@ -85,7 +86,7 @@ def replay(
 def _print_methods(layers: LayerTally) -> None:
     typer.echo(methods_judged(layers))
     if layers.never_called:
-        typer.echo(methods_not_judged(layers))
+        typer.echo(methods_not_judged(layers.never_called))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from nsa_oracle.harness.checks.tally import LayerTally, StageTally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.protocol import STAGES, Strictness
+from nsa_oracle.harness.report.records import FailureRecord, grouped
 from nsa_oracle.harness.report.text import not_judged, render, wrapped
 from nsa_oracle.harness.scenarios.coverage import all_classes, switch_classes
 from nsa_oracle.harness.scenarios.switches import Switches
@@ -20,7 +21,7 @@ MOST_UNVISITED = 20  # boundary classes: a run that leaves out more is a short o
 
 def summary(
     verdict: Verdict,
-    failures: Sequence[dict[str, str]],
+    failures: Sequence[FailureRecord],
     seconds: float,
     switches: Switches,
     left_out: Sequence[str] = (),
@@ -28,8 +29,7 @@ def summary(
 ) -> str:
     """The closing report of a run.
 
-    failures: records with ``sentence``, ``command`` and ``optimizations`` (names separated by spaces). switches: of
-    the backend. left_out: what the limits of backend and layer exclude. verbose: list every boundary class.
+    switches: of the backend. left_out: what the limits of backend and layer exclude. verbose: list all classes.
     """
     classes, of_switches = all_classes(switches), switch_classes(switches)
     covered = [name for name in classes if verdict.boundary_classes[name]]
@@ -46,7 +46,7 @@ def summary(
         table = Table("optimisation", "cases passed", "failures", "verdict")
         for name in of_switches:
             passed = verdict.boundary_classes[name]
-            failed = sum(name in _switch_classes(failure["optimizations"]) for failure in failures)
+            failed = sum(name in _switch_classes(failure.optimizations) for failure in failures)
             outcome = "FAILS" if failed else "bit-exact" if passed else "not visited"
             table.add_row(name.removeprefix("switch "), f"{passed:,}", str(failed), outcome)
         parts.append(render(table))
@@ -66,7 +66,7 @@ def summary(
     if left_out:
         parts.append(not_judged(left_out))
     parts += _listed_failures(failures)
-    outcome = f"{len(failures)} FAILED" if failures else how_exact(verdict) if verdict.cases else "NOTHING JUDGED"
+    outcome = f"{len(failures)} cases FAILED" if failures else how_exact(verdict) if verdict.cases else "NOTHING JUDGED"
     parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {outcome}")
     return "\n".join(parts)
 
@@ -76,9 +76,9 @@ def bugs_line(killed: int, planted: int) -> str:
     return f"bugs: {killed} of {planted} planted bugs killed by a check that is meant to find them"
 
 
-def _stages(layers: LayerTally, failures: Sequence[dict[str, str]]) -> Table:
+def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:
     """How many values of each stage of the attention layer were compared, and how."""
-    failed = Counter(failure["field"] for failure in failures)
+    failed = Counter(failure.field for failure in failures)
     table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared", "failures")
     for name in (name for name in STAGES if name in layers.stages or failed[name]):
         stage = layers.stages.get(name, StageTally())
@@ -121,11 +121,6 @@ def methods_judged(layers: LayerTally) -> str:
     return wrapped("methods of the layer, calls judged: ", calls or ["none"])
 
 
-def methods_not_judged(layers: LayerTally) -> str:
-    """One line: the run proves nothing about these methods, so it fails."""
-    return f"NOT JUDGED: {', '.join(layers.never_called)}: no call in this run; judge more cases, or remove the method"
-
-
 def _audited(audit: AuditTally) -> str:
     """What was inspected in the captured graphs themselves, and what could not be."""
     inspected = [f"captured once more from other values {audit.compared:,}"]
@@ -138,19 +133,25 @@ def _audited(audit: AuditTally) -> str:
     return "\n".join([text, wrapped("not audited: ", missed)]) if missed else text
 
 
-def _switch_classes(optimizations: str) -> list[str]:
-    """The table rows that a failure with these optimisations (names separated by spaces) counts in."""
-    return [f"switch {name}" for name in optimizations.split()] or ["no switch"]
+def _switch_classes(optimizations: Sequence[str]) -> list[str]:
+    """The table rows that a failure with these optimisations counts in."""
+    return [f"switch {name}" for name in optimizations] or ["no switch"]
 
 
-def _listed_failures(failures: Sequence[dict[str, str]]) -> list[str]:
-    """Each distinct verdict once, with the first command that replays it: shards often find the same bug."""
-    first: dict[str, str] = {}
-    alike: Counter[str] = Counter()
-    for failure in failures:
-        first.setdefault(failure["sentence"], failure["command"])
-        alike[failure["sentence"]] += 1
+def stories(failures: Sequence[FailureRecord], verbose: bool = False) -> str:
+    """One report for each different failure, of its smallest case, and how many others fail alike."""
+    parts = []
+    for group in grouped(failures):
+        parts.append(group[0].report)
+        if others := [failure.command for failure in group[1:]]:
+            alike = f"{len(others)} more {'case fails' if len(others) == 1 else 'cases fail'} alike"
+            parts.append(f"{alike}:\n  " + "\n  ".join(others) if verbose else f"{alike} (-v lists them)")
+    return "\n\n".join(parts)
+
+
+def _listed_failures(failures: Sequence[FailureRecord]) -> list[str]:
+    """Each different failure once, with the command that replays its smallest case."""
     return [
-        f"FAILED{f' ({alike[sentence]} times)' if alike[sentence] > 1 else ''}: {sentence}\n  {command}"
-        for sentence, command in first.items()
+        f"FAILED{f' ({len(group)} cases)' if len(group) > 1 else ''}: {group[0].sentence}\n  {group[0].command}"
+        for group in grouped(failures)
     ]

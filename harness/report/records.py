@@ -1,0 +1,121 @@
+"""What the items of a run report, as JSON, and what they add up to: the run's coverage, failures and gaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
+from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.judge import OracleFailure, Verdict
+
+
+@dataclass(frozen=True)
+class FailureRecord:
+    """One failing case. report: the whole text for a person. size: its number of events."""
+
+    kind: str
+    field: str
+    sentence: str
+    command: str
+    report: str
+    optimizations: tuple[str, ...] = ()
+    size: int = 0
+
+    @staticmethod
+    def of(failure: OracleFailure, command: str, report: str) -> FailureRecord:
+        """The record of a failure that ``command`` replays and ``report`` explains."""
+        finding, scenario = failure.finding, failure.scenario
+        return FailureRecord(
+            finding.kind.value,
+            finding.field,
+            finding.sentence(),
+            command,
+            report,
+            scenario.optimizations,
+            len(scenario.events),
+        )
+
+
+def grouped(failures: Sequence[FailureRecord]) -> list[list[FailureRecord]]:
+    """The failures by what is wrong, kind and field: one bug often fails many cases. The smallest case comes first."""
+    groups: dict[tuple[str, str], list[FailureRecord]] = {}
+    for failure in failures:
+        groups.setdefault((failure.kind, failure.field), []).append(failure)
+    return [sorted(group, key=lambda failure: failure.size) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """What one test item covered. drawn_by: the test that drew its cases; empty for a saved case."""
+
+    verdict: Verdict
+    failures: tuple[FailureRecord, ...] = ()
+    drawn_by: str = ""
+
+    def to_json(self) -> str:
+        """One line."""
+        classes, empty = self.verdict.boundary_classes, dataclasses.replace(self.verdict, boundary_classes=Counter())
+        data = dataclasses.asdict(dataclasses.replace(self, verdict=empty))
+        data["verdict"]["boundary_classes"] = dict(classes)  # which asdict cannot copy
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str) -> ItemRecord:
+        """The item that ``to_json`` wrote."""
+        data: dict[str, Any] = json.loads(text)
+        verdict = dict(data["verdict"])
+        layers = dict(verdict.pop("layers"))
+        stages = {name: StageTally(**tally) for name, tally in layers.pop("stages").items()}
+        failures = tuple(
+            FailureRecord(**{**failure, "optimizations": tuple(failure["optimizations"])})
+            for failure in data["failures"]
+        )
+        covered = Verdict(
+            tally=Tally(**verdict.pop("tally")),
+            layers=LayerTally(stages=stages, **layers),
+            audit=AuditTally(**verdict.pop("audit")),
+            boundary_classes=Counter(verdict.pop("boundary_classes")),
+            **verdict,
+        )
+        return ItemRecord(covered, failures, data["drawn_by"])
+
+
+@dataclass
+class RunRecord:
+    """What the items of a run add up to. drawn: cases drawn and judged, by test."""
+
+    verdict: Verdict = field(default_factory=Verdict)
+    failures: list[FailureRecord] = field(default_factory=list)
+    drawn: Counter[str] = field(default_factory=Counter)
+    items: int = 0
+
+    def add(self, item: ItemRecord) -> None:
+        """Count one item."""
+        self.items += 1
+        self.verdict.add(item.verdict)
+        self.failures += item.failures
+        if item.drawn_by:
+            self.drawn[item.drawn_by] += item.verdict.cases
+
+    def gaps(self) -> list[str]:
+        """Why a run without failures proves less than it seems to, one line each: such a run must not be green."""
+        if not self.items or self.failures:
+            return []
+        gaps = [
+            f"NOT JUDGED: {test} drew no case; give it more time" for test, count in self.drawn.items() if not count
+        ]
+        if not self.verdict.cases:
+            gaps.append("NOT JUDGED: no case at all was judged")
+        if methods := self.verdict.layers.never_called:
+            gaps.append(methods_not_judged(methods))
+        return gaps
+
+
+def methods_not_judged(methods: Sequence[str]) -> str:
+    """One line on methods that a layer brings itself and nothing called: the run proves nothing about them."""
+    return f"NOT JUDGED: {', '.join(methods)}: no call in this run; judge more cases, or remove the method"
