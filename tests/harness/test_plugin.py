@@ -10,11 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import planted
 import pytest
 import torch
-from test_cli import WITH_LAYER
-from test_detection import accept_two_then_one, factory_of, one_replay
 
 from nsa_oracle.harness import plugin
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
@@ -26,11 +23,14 @@ from nsa_oracle.harness.search.drawing import SHARDS
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
+from tests.support.backends import clean, lengths
+from tests.support.layer_cases import WITH_LAYER
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, factory_of, one_replay
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
 OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget")
-CLEAN, BROKEN = "planted:Clean", "planted:VerifyForgetsDrafts"
+CLEAN, BROKEN = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:VerifyForgetsDrafts"
 
 
 @dataclass(frozen=True)
@@ -117,24 +117,33 @@ LAYERS = "from planted_layers import Capturable\nclass ForThreeHeads(Capturable)
         (["--oracle-backend=absent_module:X"], "cannot import absent_module"),
         (["--oracle-backend=broken_module:X"], "broken_module"),
         (
-            ["--oracle-backend=planted:LacksMethod", "--oracle-profile=dev", *shards(0)],
+            ["--oracle-backend=tests.support.backends.crashes:LacksMethod", "--oracle-profile=dev", *shards(0)],
             "lacks LacksMethod.init_forward_metadata",
         ),
         (["--oracle-layer=absent_module:X"], "layer 'absent_module:X': cannot import absent_module"),
-        (["--oracle-layer=planted_layers:ForSevenHeads"], "num_heads may be 7, and is one of 1, 2, 3, 16"),
-        (["--oracle-layer=planted_layers:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
+        (
+            ["--oracle-layer=tests.support.layers.refused:ForSevenHeads"],
+            "num_heads may be 7, and is one of 1, 2, 3, 16",
+        ),
+        (
+            ["--oracle-layer=tests.support.layers.refused:ForRedOnes"],
+            "sizes: neither a layer nor its setup has 'colour'",
+        ),
         (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: num_heads 2 is not among the sizes"),
-        (["--oracle-layer=planted_layers:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
-        (["--oracle-layer=planted_layers:WithoutStages"], "has none of the methods store_cache, "),
+        (
+            ["--oracle-layer=tests.support.layers.refused:WithoutStages", *LAYER_CASE],
+            "has none of the methods store_cache, ",
+        ),
+        (["--oracle-layer=tests.support.layers.refused:WithoutStages"], "has none of the methods store_cache, "),
         (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
         (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
         (["--oracle-save=pytest.ini/deep/down", *CHEAP], "pytest.ini is a file; name a directory"),
         ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
         (["--oracle-replay=.", *CHEAP], ".: cannot be read: Is a directory"),
-        (["--oracle-backend=strangers:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
-        (["--oracle-backend=strangers:UnknownMode"], "modes: there is no PREFILL"),
-        (["--oracle-layer=strangers:WeakerList"], "weaker must map stages to a Strictness"),
+        (["--oracle-backend=tests.support.strangers:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
+        (["--oracle-backend=tests.support.strangers:UnknownMode"], "modes: there is no PREFILL"),
+        (["--oracle-layer=tests.support.strangers:WeakerList"], "weaker must map stages to a Strictness"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -192,7 +201,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
     assert len(failure_files(folder / "kept")) == 2 * len(minimal), "nothing else is left there"
     for path in minimal:
         with pytest.raises(OracleFailure):
-            judge(load(path), factory_of(planted.VerifyForgetsDrafts), device)
+            judge(load(path), factory_of(lengths.VerifyForgetsDrafts), device)
 
     # The case says the same when replayed by itself, and nothing but that case is judged then.
     path = minimal[0].relative_to(folder)
@@ -211,7 +220,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
 
 def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
     save(one_replay(ForwardMode.DECODE), folder / "one.json")
-    save(accept_two_then_one, folder / "other.json")
+    save(ACCEPT_TWO_THEN_ONE, folder / "other.json")
     done = run(
         folder, "-v", f"--oracle-backend={CLEAN}", "--oracle-replay=one.json", f"--oracle-replay={folder}/other.json"
     )
@@ -226,27 +235,30 @@ def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
 def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
     save(WITH_LAYER, folder / "layer.json")
     words = [f"--oracle-backend={CLEAN}", "--oracle-replay=layer.json"]
-    done = run(folder, *words, "--oracle-layer=planted_layers:SharesOutputs")
+    done = run(folder, *words, "--oracle-layer=tests.support.layers.clean:SharesOutputs")
     assert done.exit_code == pytest.ExitCode.OK, done.output
-    assert f"oracle: judging {CLEAN} and planted_layers:SharesOutputs on cpu, profile pr, seed 0" in done.output
+    assert (
+        f"oracle: judging {CLEAN} and tests.support.layers.clean:SharesOutputs on cpu, profile pr, seed 0"
+        in done.output
+    )
     stages = re.findall(r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +([\d,]+) +│", done.output, re.MULTILINE)
     assert [name for name, *_ in stages] == ["kv_cache", "index_k_cache", "logits", "indices", "out", "lse"]
     assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
     assert all(weaker == "0" for *_, weaker in stages)
     assert "layer: 2 replays; no bit changed when: other content of unspecified memory 1" in done.output
 
-    broken = run(folder, *words, "--oracle-layer=planted_layers:FreezesPlan")
+    broken = run(folder, *words, "--oracle-layer=tests.support.layers.in_graph:FreezesPlan")
     assert broken.exit_code == pytest.ExitCode.TESTS_FAILED
     assert len(broken.failures) == 1
     assert "logits at step 0, row 0 (request 0, draft token 0), token 1 (captured chain)" in broken.failures[0]
-    assert "--layer planted_layers:FreezesPlan" in broken.output
+    assert "--layer tests.support.layers.in_graph:FreezesPlan" in broken.output
 
 
 def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: torch.device) -> None:
-    verdict = judge(WITH_LAYER, factory_of(planted.Clean), device)
+    verdict = judge(WITH_LAYER, factory_of(clean.Clean), device)
     verdict.layers.stage("out").worst = 0.25
     verdict.audit.missed("whole graphs: no driver", 3)
-    oracle = Oracle(device, Subject(factory_of(planted.Clean)), None, None, "dev", Path(), None, 0)
+    oracle = Oracle(device, Subject(factory_of(clean.Clean)), None, None, "dev", Path(), None, 0)
     text = _as_property(oracle, Exploration(verdict))
     total = Verdict()
     for _ in range(2):
@@ -284,9 +296,8 @@ def test_budget_of_nothing_judges_nothing_and_says_so(folder: Path) -> None:
 
 LIMITED = """
 import os, signal
-import planted
 
-class Limited(planted.Clean):
+class Limited(clean.Clean):
     sizes = {"page_size": (16, 64), "drive": ("multi_step",)}
     modes = ("DECODE", "TARGET_VERIFY")
 
@@ -294,7 +305,7 @@ class Limited(planted.Clean):
         assert batch.forward_mode.value in self.modes
         super().init_forward_metadata(batch)
 
-class Dies(planted.Clean):
+class Dies(clean.Clean):
     def init_forward_metadata_replay_cuda_graph(self, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -303,7 +314,7 @@ class Unsteady:
 
     def __new__(cls, *sizes):
         Unsteady.built += 1
-        return planted.Clean(*sizes) if Unsteady.built < 3 else planted.LacksMethod(*sizes)
+        return clean.Clean(*sizes) if Unsteady.built < 3 else crashes.LacksMethod(*sizes)
 """
 
 
@@ -356,7 +367,7 @@ def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkey
     monkeypatch.setattr(seeds, "CORPUS", tmp_path)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
-        plugin._corpus(Subject(factory_of(planted.Clean)), torch.device("cpu"))
+        plugin._corpus(Subject(factory_of(clean.Clean)), torch.device("cpu"))
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:

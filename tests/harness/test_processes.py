@@ -1,15 +1,20 @@
-"""A process that can be lost: its answers, its errors, its end, and the fresh one after it."""
+"""Child processes that can be lost, the GPU that is left to each of several, and how kernels run in a process."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from nsa_oracle.harness import processes
 from nsa_oracle.harness.judge import OracleFailure
-from nsa_oracle.harness.processes import Child, ChildDied
+from nsa_oracle.harness.plugin import share_gpus
+from nsa_oracle.harness.processes import Child, ChildDied, prepare_process
 
 
 @pytest.fixture
@@ -68,9 +73,8 @@ def test_closing_ends_the_process() -> None:
 
 
 def judged_wrong() -> None:
-    from test_detection import DECODE, one_replay
-
     from nsa_oracle.harness.findings import Finding, Kind
+    from tests.support.metadata_cases import DECODE, one_replay
 
     raise OracleFailure(one_replay(DECODE), Finding(Kind.VALUE, "seq", "3", "4", step=1), 2)
 
@@ -81,3 +85,50 @@ def test_a_failure_of_the_oracle_comes_back_whole(child: Child) -> None:
     failure = caught.value
     assert (failure.event, failure.finding.got, len(failure.scenario.events)) == (2, "3", 3)
     assert str(failure) == failure.finding.sentence()
+
+
+@pytest.mark.parametrize(("device", "interpreted"), [("cpu", "1"), ("cuda", "0")])
+@pytest.mark.parametrize("environment", ["0", "1"])
+def test_device_decides_how_kernels_run_and_not_the_environment(
+    device: str, interpreted: str, environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", environment)
+    prepare_process(device)
+    assert os.environ["TRITON_INTERPRET"] == interpreted
+
+
+@pytest.mark.parametrize(
+    ("count", "seen", "left"),
+    [
+        (0, None, [None, None, None]),
+        (1, None, [None, None, None]),
+        (1, "3", ["3", "3", "3"]),
+        (2, None, ["0", "1", "0"]),
+        (2, "5,GPU-1f", ["5", "GPU-1f", "5"]),
+    ],
+)
+def test_processes_take_turns(
+    count: int, seen: str | None, left: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for number, expected in enumerate(left):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")  # first, so that what take_one sets is undone
+        if seen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        processes.take_gpu(number)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+@pytest.mark.parametrize(
+    ("session", "left"),
+    [
+        (SimpleNamespace(), "4,5"),  # the controller, whose workers inherit what it leaves
+        (SimpleNamespace(workerinput={"workerid": "gw0"}), "4"),
+        (SimpleNamespace(workerinput={"workerid": "gw13"}), "5"),
+    ],
+)
+def test_workers_of_xdist_take_turns(session: Any, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    share_gpus(session)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left

@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
 from nsa_oracle.optimized import metadata, topk
@@ -15,6 +14,7 @@ from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
 from nsa_oracle.optimized.kernels.topk import topk_kernel
 from nsa_oracle.optimized.launch import Launcher, _check, signature
 from nsa_oracle.reference.types import ForwardMode
+from tests.support.launches import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
 
 def test_pool_whose_rows_lie_far_apart_after_one_that_is_dense() -> None:

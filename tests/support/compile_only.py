@@ -3,7 +3,7 @@
 A stand-in driver reports the target, and launches stop after compiling, so CPU tensors reach the compiler exactly as
 the launch sites pass them. What is counted is therefore what production would compile. Supports Triton 3.6 and 3.7.
 
-Usage: python compile_only.py COMPUTE_CAPABILITY (80, 90, 100, ...)
+Usage: python -m tests.support.compile_only COMPUTE_CAPABILITY (80, 90, 100, ...)
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Function(int):
 
 
 class StandInDriver:
-    """The calls of ``harness.graph_nodes``. ``memory``: (begin, end, type, managed) of what the driver knows."""
+    """The calls of ``harness/graphs/nodes.py``. ``memory``: (begin, end, type, managed) of what the driver knows."""
 
     CUpointer_attribute = SimpleNamespace(
         CU_POINTER_ATTRIBUTE_MEMORY_TYPE=MEMORY_TYPE, CU_POINTER_ATTRIBUTE_IS_MANAGED=IS_MANAGED
@@ -125,3 +125,28 @@ class StandInDriver:
 def number(value: int, size: int = 8) -> bytes:
     """A parameter as a launch passes it."""
     return value.to_bytes(size, "little", signed=value < 0)
+
+
+BASE = 0x7F0000000000  # of the made-up device memory
+PINNED = 0x7E0000000000
+MANAGED = 0x7D0000000000
+MEMORY = (
+    (BASE, BASE + 0x10000, DEVICE, False),
+    (PINNED, PINNED + 0x1000, HOST, False),
+    (MANAGED, MANAGED + 0x1000, HOST, True),
+)
+HELD, DROPPED, FREE, OWN = (BASE + 0x1000 * i for i in range(4))  # blocks of the allocator, 0x1000 bytes each
+FOREIGN = BASE + 0x8000  # known to the driver, of no torch allocator
+
+
+def segment(address: int, state: str, pool: tuple[int, int] = (0, 0), device: int = 0) -> dict[str, Any]:
+    block = {"address": address, "size": 0x1000, "state": state}
+    return {"device": device, "address": address, "stream": 7, "segment_pool_id": pool, "blocks": [block]}
+
+
+SEGMENTS = [
+    segment(HELD, "active_allocated"),
+    segment(DROPPED, "active_awaiting_free"),
+    segment(FREE, "inactive"),
+    segment(OWN, "inactive", pool=(0, 5)),
+]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import grimp
 
-ROOT = Path(__file__).parents[2]
+from tests.support.project import PROJECT
+
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_CLASS = 200
 LONGEST_CHAIN = 14
@@ -51,7 +52,7 @@ class Structure:
         )
 
 
-def measured(folder: Path = ROOT / "harness", package: str = "nsa_oracle.harness") -> Structure:
+def measured(folder: Path = PROJECT / "harness", package: str = "nsa_oracle.harness") -> Structure:
     """The structure of ``folder``, which is imported as ``package``."""
     files, classes = {}, {}
     for path in sorted(folder.rglob("*.py")):

@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tensor_core import truncated_dot
 
 from nsa_oracle.harness.checks.bounds import Sums, attention_bound, fraction_used, logits_bound
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.reference.types import AttentionConfig
+from tests.support.tensor_core import truncated_dot
 
 SMALL = AttentionConfig(num_heads=4, kv_lora_rank=64, qk_rope_head_dim=16, index_n_heads=4, index_head_dim=32)
 BIG = dataclasses.replace(AttentionConfig(), num_heads=16)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_detection import case
 
 from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+from tests.support.metadata_cases import case
 
 SETUP = case().setup  # 3 rows of 4 pages of 4 tokens, 15 pages in all, tables 16 wide
 

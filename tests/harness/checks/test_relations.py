@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_detection import BACKEND, BF16, DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, FP8, VERIFY, case, random
 
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs
 from nsa_oracle.harness.engine.engine import Engine
-from nsa_oracle.harness.engine.observations import LayerObservation
+from nsa_oracle.harness.engine.observations import Conditions, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge, sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
@@ -20,7 +19,6 @@ from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Eager,
-    Event,
     Finish,
     Join,
     PageLayout,
@@ -29,32 +27,23 @@ from nsa_oracle.harness.scenarios.scenario import (
 )
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
 from nsa_oracle.reference.types import (
-    AttentionCaches,
-    AttentionConfig,
-    AttentionInputs,
     AttentionOutputs,
-    BackendConfig,
     ForwardMode,
     KVCacheDtype,
-    Metadata,
 )
-
-NUDGE = 2.0**-12  # of an lse: far within its error bound
-IN_TURN = (
-    Relation.COLD,
-    Relation.EAGER,
-    Relation.PADDED,
-    Relation.TWICE,
-    Relation.RELABELLED,
-    Relation.PERMUTED,
-    Relation.ALONE,
+from tests.support.layer_cases import BACKEND, BF16, FP8, IN_TURN, case, random, replay_of_two
+from tests.support.layers.nudges import (
+    NUDGE,
+    AfterSomeCalls,
+    AfterSomeReplays,
+    InCompany,
+    InFirstPlace,
+    InGraphs,
+    InLargerBuckets,
+    OnFirstPages,
+    OnPoison,
 )
-
-
-def replay_of_two(*before: Event, seed: int = 0, mode: ForwardMode = DECODE, **setup: Any) -> Scenario:
-    """Two requests fill the bucket 2; that of 1 was captured before it."""
-    events = (Capture(mode=mode, buckets=(1, 2)), Join(seq_len=9), Join(seq_len=6), *before, Replay(mode=mode))
-    return case(*events, **{"layer": random(), "seed": seed, **setup})
+from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY
 
 
 def served(
@@ -63,8 +52,8 @@ def served(
     """An engine that has served ``scenario``, how it was built, and what its last call showed."""
 
     def build(scenario: Scenario) -> Engine:
-        sentinel = sentinels(scenario.setup)[0]
-        return Engine(scenario, BACKEND, layer, device, sentinel, POISON_BYTES[0])
+        conditions = Conditions(sentinels(scenario.setup)[0], POISON_BYTES[0])
+        return Engine(scenario, BACKEND, layer, device, conditions)
 
     engine = build(scenario)
     shown = [shown for event in scenario.events for shown in engine.run(event)]
@@ -133,97 +122,6 @@ def test_relations_take_turns(device: torch.device) -> None:
 
 
 # Broken, one at a time
-
-
-class Nudges(Capturable):
-    """Adds to the lse of some rows."""
-
-    def sparse_mla(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = super().sparse_mla(q, kv_cache, indices)
-        rows = self.rows(q, kv_cache, indices)
-        if isinstance(rows, bool):
-            return out, lse + NUDGE if rows else lse
-        return out, torch.where(rows[:, None], lse + NUDGE, lse)
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        """Which rows, [R] bool; or all or none."""
-        raise NotImplementedError
-
-
-class AfterSomeCalls(Nudges):
-    """Depends on how many graphs were captured before."""
-
-    calls = 0
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        self.calls += 1
-        return self.calls > 2  # a warm-up and a recording
-
-
-class AfterSomeReplays(Nudges):
-    """Depends on how often its graph was replayed."""
-
-    def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
-        super().__init__(config, attention)
-        self.counters: dict[int, torch.Tensor] = {}
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        if len(q) not in self.counters:
-            self.counters[len(q)] = torch.zeros(1, dtype=torch.int32, device=q.device)
-        counter = self.counters[len(q)]
-        counter.add_(1)
-        return (counter > 2).expand(len(q))  # a warm-up and a replay
-
-
-class InGraphs(Nudges):
-    """Depends on how wide the page tables are, which in a graph are as wide as can be."""
-
-    wide = False
-
-    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
-        self.wide = metadata.max_seq_len_k == self.config.max_context_len
-        return super().forward(inputs, caches, metadata)
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        return self.wide
-
-
-class InLargerBuckets(Nudges):
-    """Depends on how many rows there are, padding included."""
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        return len(q) > 2
-
-
-class InCompany(Nudges):
-    """Depends on how many rows there are, padding left out."""
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        live = ~q.isnan().flatten(1).any(1)
-        return (live.sum() > 1).expand(len(q))
-
-
-class InFirstPlace(Nudges):
-    """Depends on the place in the batch."""
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        return torch.arange(len(q), device=q.device) == 0
-
-
-class OnFirstPages(Nudges):
-    """Depends on where the keys lie."""
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        return indices[:, 0] < len(kv_cache) // 2
-
-
-class OnPoison(Nudges):
-    """Depends on a slot of nobody."""
-
-    def rows(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | bool:
-        return kv_cache[-1, 0, 0].isnan().expand(len(q))
 
 
 # A layer that remembers differs from all that start anew.

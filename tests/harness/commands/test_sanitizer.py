@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import planted
 import pytest
 import torch
-from test_detection import DECODE, case, factory_of
 from typer.testing import CliRunner
 
 import nsa_oracle.harness.__main__ as main
@@ -19,10 +17,6 @@ from nsa_oracle.harness.commands import sanitizer
 from nsa_oracle.harness.commands import sanitizer as sanitize
 from nsa_oracle.harness.commands.app import app
 from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of
-from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.memory.poison import BandedInput, GuardedAllocations, overrun, without_bands
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -132,26 +126,3 @@ class TestCommand:
         assert done.exit_code == code
         assert "racecheck: " in done.output
         assert "as told (3 s)" in done.output
-
-
-class TestWithoutBands:
-    """A tool that watches allocations finds nothing in a band, so there must be none."""
-
-    def test_nothing_beside(self) -> None:
-        cpu = torch.device("cpu")
-        with without_bands():
-            banded = BandedInput((2, 3), torch.int32, 7, cpu)
-            with GuardedAllocations(7, cpu) as guard:
-                made = torch.ones(5, dtype=torch.int32)
-            assert len(banded.memory) == 6
-            assert made.untyped_storage().nbytes() == 20
-            assert overrun(guard.buffers) is None
-        assert len(BandedInput((2, 3), torch.int32, 7, cpu).memory) > 6
-
-    def test_judging_works_all_the_same(self, device: torch.device) -> None:
-        scenario = case(Capture(mode=DECODE, buckets=(1,)), Join(seq_len=3), Replay(mode=DECODE), Eager(mode=DECODE))
-        with without_bands():
-            judge(scenario, factory_of(planted.Clean), device)
-            with pytest.raises(OracleFailure) as caught:
-                judge(scenario, factory_of(planted.KeepsPageTable), device)
-        assert caught.value.finding.kind is Kind.VALUE

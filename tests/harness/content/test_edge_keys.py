@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_detection import case
 
 from nsa_oracle.harness.checks.caches import with_canonical_nans
 from nsa_oracle.harness.content.edge_keys import EdgeKeys, KeyKind, edge_keys
@@ -15,6 +14,7 @@ from nsa_oracle.harness.engine.caches import new_caches
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.kv_cache import load_index_k, quantize, store_cache
 from nsa_oracle.reference.types import KVCacheDtype
+from tests.support.layer_cases import case
 
 LAYERS = [{}, {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "kv_cache_dtype": KVCacheDtype.FP8}]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=["small", "production"])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_detection import case
 
 from nsa_oracle.harness.content.edge_logits import EdgeLogits, LogitKind, edge_logits
 from nsa_oracle.reference.topk import topk_indices
+from tests.support.layer_cases import case
 
 SENTINEL = 7
 SIZES = [(20, 8), (20, 4), (33, 17), (261, 64), (1100, 1030), (9, 8), (20, 1), (2, 1)]  # width, K: longer rows than K

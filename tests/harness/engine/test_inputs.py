@@ -9,6 +9,7 @@ import torch
 
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.inputs import StaticInputs
+from nsa_oracle.harness.engine.observations import Conditions
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
@@ -18,6 +19,7 @@ from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.multi_step import MultiStepBackend as Reference
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
+from tests.support.process_memory import resident
 
 CPU = torch.device("cpu")
 EXTEND = Batch(ForwardMode.EXTEND, (0, 1), (5, 7), (5, 7), (1, 1), extend_lens=(2, 7))
@@ -40,7 +42,8 @@ def scenario(**setup: object) -> Scenario:
 
 
 def engine(case: Scenario) -> Engine:
-    return Engine(case, lambda config, pool, _: Reference(config, pool), optimized_layer, CPU, SENTINELS[0], 0xFF)
+    conditions = Conditions(SENTINELS[0], 0xFF)
+    return Engine(case, lambda config, pool, _: Reference(config, pool), optimized_layer, CPU, conditions)
 
 
 @pytest.mark.parametrize("dtype", IntDtype)
@@ -114,8 +117,3 @@ def test_a_far_pool_holds_the_same_in_little_memory() -> None:
     far.req_to_token[2, 19] += 1
     assert far.modified_input() == "req_to_token"
     assert resident() - before < PLENTY
-
-
-def resident() -> int:
-    """Bytes of memory that this process has in use."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

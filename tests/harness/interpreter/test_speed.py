@@ -7,11 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from nsa_oracle.harness.interpreter.speed import deep_stack
-from nsa_oracle.harness.processes import prepare_process
 
 PROGRAM = """
 import torch, triton, triton.language as tl
@@ -66,13 +64,3 @@ def test_deep_stack_keeps_the_function() -> None:
     assert add(1, b=4).item() == 5
     assert add.__doc__ == "Docstring."
     assert add.__code__.co_stacksize >= 1 << 16
-
-
-@pytest.mark.parametrize(("device", "interpreted"), [("cpu", "1"), ("cuda", "0")])
-@pytest.mark.parametrize("environment", ["0", "1"])
-def test_device_decides_how_kernels_run_and_not_the_environment(
-    device: str, interpreted: str, environment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", environment)
-    prepare_process(device)
-    assert os.environ["TRITON_INTERPRET"] == interpreted

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import Clean as CleanBackend
-from test_detection import VERIFY, factory_of
-from test_layer import case
 
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.judge import judge
 from nsa_oracle.harness.memory import far_apart as far
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.scenarios.scenario import Eager, Join
+from tests.support.backends.clean import Clean as CleanBackend
+from tests.support.layer_cases import case
+from tests.support.metadata_cases import VERIFY, factory_of
 
 
 def test_offset_that_wraps_finds_memory() -> None:

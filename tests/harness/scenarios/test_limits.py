@@ -1,72 +1,28 @@
-"""What a backend or a layer is made for: how it says so, what is drawn then, and what is said to be left out."""
+"""What a backend or a layer is made for: how it says so, and which cases do not fit."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
-import torch
 
-from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
-from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scales import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
+from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import (
-    Accept,
-    Capture,
     Drive,
-    Eager,
-    Finish,
     Inputs,
     IntDtype,
-    Join,
     Layer,
-    PageLayout,
     Replay,
-    Scenario,
     Setup,
 )
-from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search import drawing
-from nsa_oracle.harness.search.explore import explore
-from nsa_oracle.harness.search.survey import Survey
-from nsa_oracle.harness.subjects.default import optimized_backend
-from nsa_oracle.harness.subjects.subject import SCALES, Subject
 from nsa_oracle.reference.types import (
-    AttentionCaches,
-    AttentionConfig,
-    AttentionInputs,
-    BackendConfig,
     ForwardMode,
     KVCacheDtype,
     StepSemantics,
 )
-
-DECODE, VERIFY, EXTEND, IDLE = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND, ForwardMode.IDLE
-
-
-def limits(**sizes: Sequence[Any]) -> Limits:
-    return declared(SimpleNamespace(sizes=sizes), LAYER_FIELDS, "neither a layer nor its setup")
-
-
-def only(*modes: ForwardMode) -> Limits:
-    return Limits(modes=tuple(mode for mode in ForwardMode if mode in modes))
-
-
-def drawn(scale: Scale, count: int = 25) -> list[Scenario]:
-    return drawing.drawn(scenarios(scale), count, seed=0)
-
-
-def values(scenario: Scenario) -> dict[str, Any]:
-    setup = scenario.setup
-    return {**dict(setup), **dict(setup.inputs), **dict(setup.layer or ())}
-
-
-# What is declared
+from tests.support.limits import CASE, limits, only
+from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY
 
 
 def test_nothing_declared_is_everything() -> None:
@@ -134,30 +90,6 @@ def test_both_of_two_must_allow() -> None:
     assert EVERYTHING & one == one
 
 
-# What does not fit
-
-
-CASE = Scenario(
-    setup=Setup(
-        page_size=16,
-        max_context_len=33,
-        index_topk=8,
-        num_steps=2,
-        num_draft_tokens=2,
-        pool_size=2,
-        inputs=Inputs(strided=True),
-        layer=Layer(num_heads=3),
-    ),
-    events=(
-        Capture(mode=DECODE, buckets=(2,)),
-        Join(seq_len=3),
-        Replay(mode=DECODE),
-        Eager(mode=VERIFY),
-        Finish(request=0),
-    ),
-)
-
-
 def test_misfit_is_named() -> None:
     assert EVERYTHING.misfit(CASE) is None
     assert limits(page_size=(16, 64), num_heads=(3,), strided=(True,)).misfit(CASE) is None
@@ -181,167 +113,8 @@ def test_decode_of_nobody_is_idle() -> None:
     assert only(DECODE, VERIFY).misfit(empty) == "mode IDLE"
 
 
-def test_layers_limits_do_not_concern_metadata_alone() -> None:
-    subject = Subject(optimized_backend, layer_limits=limits(page_size=(64,)))
-    assert subject.misfit(CASE) == "page_size 16"
-    alone = CASE.model_copy(update={"setup": CASE.setup.model_copy(update={"layer": None})})
-    assert subject.misfit(alone) is None
-    assert Subject(optimized_backend, limits=limits(page_size=(64,))).misfit(alone) == "page_size 16"
-
-
-# What is drawn
-
-
-@pytest.mark.parametrize("name", LAYER_FIELDS)
-@pytest.mark.parametrize("scale", [SMALL_LAYER, LARGE_LAYER], ids=["small", "large"])
-def test_every_field_restricts_what_is_drawn(name: str, scale: Scale) -> None:
-    """To its last value, which is none that anything falls back to."""
-    choices = scale.drawn()[name]
-    for value in {choices[-1], choices[0]}:
-        found = {values(scenario)[name] for scenario in drawn(restricted(scale, limits(**{name: (value,)})), 6)}
-        assert found == {value}
-
-
-def test_what_is_drawn_without_limits_is_listed() -> None:
-    listed = SMALL_LAYER.drawn()
-    for scenario in drawn(SMALL_LAYER, 40):
-        assert all(value in listed[name] for name, value in values(scenario).items() if name in listed)
-    assert set(listed) == set(LAYER_FIELDS)
-    assert set(SMALL.drawn()) == set(BACKEND_FIELDS)
-
-
-def test_fields_that_depend_on_others_are_restricted_together() -> None:
-    """Eight drafts over eight steps are more rows than are drawn otherwise, and no row exceeds 2,048 keys of 20."""
-    few = limits(num_steps=(3,), num_draft_tokens=(8,), max_context_len=(20,), index_topk=(1030,), page_size=(64,))
-    for scenario in drawn(restricted(SMALL_LAYER, few), 10):
-        assert few.misfit(scenario) is None
-
-
-@pytest.mark.parametrize("mode", ForwardMode)
-def test_one_mode_alone(mode: ForwardMode) -> None:
-    met: list[ForwardMode] = []
-    for scenario in drawn(restricted(SMALL, only(mode)), 40):
-        assert only(mode).misfit(scenario) is None
-        met += modes_of(scenario)
-    assert set(met) == {mode}
-    replayed = mode not in (EXTEND, IDLE)
-    assert any(isinstance(event, Replay) for s in drawn(restricted(SMALL, only(mode)), 40) for event in s.events) == (
-        replayed
-    )
-
-
-def test_calls_of_other_modes_are_left_out_and_all_else_happens() -> None:
-    for scenario in drawn(restricted(SMALL, only(DECODE, VERIFY)), 40):
-        assert set(modes_of(scenario)) <= {DECODE, VERIFY}
-    kinds = {type(event) for s in drawn(restricted(SMALL, only(DECODE, VERIFY)), 40) for event in s.events}
-    assert kinds >= {Capture, Join, Finish, Accept, Replay, Eager}
-
-
-def test_nothing_to_draw_is_refused_in_one_line() -> None:
-    for scale, left, cause in (
-        (SMALL_LAYER, limits(num_heads=(7,)), "num_heads may be 7, and is one of 1, 2, 3, 16"),
-        (SMALL, limits(max_context_len=(128,)), "max_context_len may be 128, and is one of 20, 33, "),
-        (LARGE_LAYER, limits(num_heads=(128,), kv_lora_rank=(64,)), "no layer that is drawn here has all of the sizes"),
-        (SMALL, only(DECODE) & only(VERIFY), "no mode in common"),
-    ):
-        with pytest.raises(ValueError, match=r".") as caught:
-            restricted(scale, left)
-        assert cause in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
-
-
-def test_far_slots_begin_at_the_far_end() -> None:
-    far = restricted(LARGE_LAYER, limits(far_slots=(True,)))
-    assert {scenario.setup.page_layout for scenario in drawn(far)} == {PageLayout.DESCENDING, PageLayout.SHUFFLED}
-    as_told = restricted(LARGE_LAYER, limits(far_slots=(True,), page_layout=("contiguous",)))
-    assert {scenario.setup.page_layout for scenario in drawn(as_told, 5)} == {PageLayout.CONTIGUOUS}
-
-
-def test_no_more_slots_are_drawn_than_content_can_tell_apart() -> None:
-    """The largest pool of the longest tables has more slots than the narrowest RoPE part has codes."""
-    widest = {"max_context_len": (4100,), "page_size": (64,), "qk_rope_head_dim": (16,), "regime": ("dominating",)}
-    found = drawn(restricted(LARGE_LAYER, limits(**widest)), 30)
-    assert max(scenario.setup.pool_size for scenario in found) == 7
-
-
-def test_sizes_that_exclude_each_other_are_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(SCALES, (device.type, True), LARGE_LAYER)
-    sizes = {"max_context_len": (4100,), "page_size": (64,), "qk_rope_head_dim": (16,), "regime": ("dominating",)}
-    subject = Subject(optimized_backend, layer_limits=limits(**sizes, pool_size=(8, 9, 10)))
-    with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
-        explore(subject, device, 5, 0, tmp_path, with_layer=True)
-    with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
-        Survey(subject, device).run(5, 0)
-
-
-# What is said to be left out
-
-
-def test_what_is_left_out_is_told() -> None:
-    device = torch.device("cpu")
-    assert Subject(optimized_backend).not_judged(device) == []
-    told = Subject(
-        optimized_backend,
-        limits=dataclasses.replace(limits(page_size=(16, 64)), modes=(DECODE, VERIFY)),
-        layer_limits=limits(kv_cache_dtype=("fp8",), regime=(Regime.RANDOM,)),
-    ).not_judged(device)
-    assert told == [
-        "page_size 1, 32",
-        "modes EXTEND, IDLE, DRAFT_EXTEND, DRAFT_EXTEND_V2",
-        "kv_cache_dtype bf16 (with a layer)",
-        "regime dominating, equal, lattice (with a layer)",
-    ]
-
-
 def test_enumerations_are_told_by_their_values() -> None:
     assert limits(step_semantics=(StepSemantics.SHARED,)).misfit(
         CASE.model_copy(update={"setup": CASE.setup.model_copy(update={"step_semantics": StepSemantics.ADVANCING})})
     ) == ("step_semantics advancing")
     assert limits(seq_lens=(IntDtype.INT64,)).excluded(SMALL.drawn()) == ["seq_lens int32"]
-
-
-class WideStore:
-    """A layer with a stage of its own, for a rank that no attention of ours is made for."""
-
-    sizes: ClassVar[dict[str, tuple[int, ...]]] = {"kv_lora_rank": (64, 320)}
-
-    def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
-        pass
-
-    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
-        pass
-
-
-class WideAttention(WideStore):
-    def sparse_mla(self, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
-
-
-class WideOnly(WideStore):
-    sizes: ClassVar[dict[str, tuple[int, ...]]] = {"kv_lora_rank": (320,)}
-
-
-def test_attention_that_a_layer_lacks_brings_its_own_sizes(device: torch.device) -> None:
-    setup = CASE.setup.model_copy(update={"layer": Layer(kv_lora_rank=320)})
-    case = CASE.model_copy(update={"setup": setup})
-    assert Subject.load(None, f"{__name__}:WideStore", device).misfit(case) == "kv_lora_rank 320"
-    assert Subject.load(None, f"{__name__}:WideAttention", device).misfit(case) is None
-    with pytest.raises(BackendError) as caught:
-        Subject.load(None, f"{__name__}:WideOnly", device)
-    assert str(caught.value) == (
-        f"layer '{__name__}:WideOnly' has kv_lora_rank 320 and no sparse_mla; "
-        "that of optimized/ is made for 64, 128, 256, 512"
-    )
-
-
-@pytest.mark.parametrize("size", [{"kv_lora_rank": 320}, {"qk_rope_head_dim": 48}])
-def test_sizes_that_attention_of_optimized_is_not_made_for(size: dict[str, int], device: torch.device) -> None:
-    """They are no failure of it, and none of them is drawn."""
-    subject = Subject.load(None, None, device)
-    setup = CASE.setup.model_copy(update={"layer": Layer(**size)})
-    ((name, value),) = size.items()
-    assert subject.misfit(CASE.model_copy(update={"setup": setup})) == f"{name} {value}"
-    assert subject.not_judged(torch.device("cpu")) == []
-    assert not subject.layer_limits.excluded(LARGE_LAYER.drawn())

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
-from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, classes_of
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Mirror, Remap, Replay, Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import World
-from nsa_oracle.harness.search.explore import explore
-from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES, optimized_backend
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.optimized.optimizations import OPTIMIZATION_NAMES
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, StepSemantics
 
@@ -177,25 +170,3 @@ def test_every_event_is_drawn() -> None:
 
     sweep()
     assert drawn == {Capture, Join, Finish, Accept, Remap, Replay, Eager}
-
-
-def test_one_seed_draws_the_same_whatever_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hypothesis would draw from the constants of a module that somebody has imported in between."""
-    before = drawn_from_one_seed()
-    (tmp_path / "full_of_constants.py").write_text(f"CONSTANTS = {list(range(200, 9000, 7))}\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("full_of_constants")
-    assert drawn_from_one_seed() == before
-
-
-def drawn_from_one_seed() -> list[Scenario]:
-    drawn = []
-
-    class Noted(Subject):
-        def judge(self, scenario: Scenario, *_: object, **__: object) -> Verdict:
-            drawn.append(scenario)
-            return Verdict()
-
-    with tempfile.TemporaryDirectory() as folder:
-        explore(Noted(optimized_backend), torch.device("cpu"), 40, 1, Path(folder))
-    return drawn

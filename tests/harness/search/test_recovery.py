@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_detection import DECODE, VERIFY, case, one_replay
 
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure
@@ -18,6 +17,7 @@ from nsa_oracle.harness.scenarios.scenario import Capture, Finish, Join, Replay
 from nsa_oracle.harness.search import recovery
 from nsa_oracle.harness.search.explore import DeviceLost, has_lost_the_device
 from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
+from tests.support.metadata_cases import DECODE, VERIFY, case, one_replay
 
 CPU = torch.device("cpu")
 CROWDED = case(
@@ -40,7 +40,7 @@ def recovery_of(spec: str) -> Recovery:
 
 @pytest.fixture
 def stale() -> Iterator[Recovery]:
-    made = recovery_of("planted:KeepsPageTable")
+    made = recovery_of("tests.support.backends.replays:KeepsPageTable")
     yield made
     made.close()
 
@@ -86,7 +86,7 @@ def test_a_loss_is_shrunk_and_judging_goes_on(stale: Recovery, tmp_path: Path, m
 
 
 def test_a_child_that_dies_is_replaced() -> None:
-    made = recovery_of("planted:EndsTheProcess")
+    made = recovery_of("tests.support.backends.crashes:EndsTheProcess")
     made.lost = True
     try:
         with pytest.raises(ChildDied, match="its process ended with 9"):
