@@ -30,6 +30,7 @@ from nsa_oracle.harness.scenarios.scenario import (
 )
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.strategies import scenarios
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 
 SETUP = {
@@ -79,7 +80,7 @@ WRITTEN = """\
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.one_of(scenarios(LARGE), scenarios(LARGE_LAYER)))
+@given(st.one_of(scenarios(LARGE, OPTIMIZED_SWITCHES), scenarios(LARGE_LAYER, OPTIMIZED_SWITCHES)))
 def test_what_is_written_is_read_again(scenario: Scenario) -> None:
     text = to_json(scenario)
     assert from_json(text) == scenario
@@ -213,7 +214,6 @@ MALFORMED = {
         "the file",
         "a RoPE part of 16 can tell 32,768 slots apart; there are 65,",
     ),
-    "unknown optimisation": (with_changes(optimizations=["teleport"]), "optimizations", "teleport"),
 }
 
 
@@ -240,7 +240,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("text", ["a\nb", "\r", "\u2028", "x" * 5000, "\x1b[31mred"])
 def test_text_of_the_file_does_not_break_the_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "case.json"
-    for document in (with_changes(**{text: 1}), with_event(event=text), with_changes(optimizations=[text])):
+    for document in (with_changes(**{text: 1}), with_event(event=text)):
         path.write_text(document, encoding="utf-8")
         assert "\x1b" not in refusal(path)
 
@@ -280,6 +280,11 @@ def test_numbers_without_a_limit_are_told_and_played(event: dict[str, Any]) -> N
     scenario = from_json(with_changes(events=[{"event": "join", "seq_len": 6}, event]))
     assert len(story(scenario).splitlines()) > 2
     assert classes_of(scenario)
+
+
+def test_switches_are_left_to_the_backend_that_has_them() -> None:
+    """Which there are, a file does not say: ``Subject.check`` does."""
+    assert from_json(with_changes(optimizations=["teleport"])).optimizations == ("teleport",)
 
 
 def test_source_is_named_without_a_file() -> None:

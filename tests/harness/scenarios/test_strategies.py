@@ -68,7 +68,7 @@ def test_no_class_holds_always(name: str) -> None:
 
 
 @settings(quick, max_examples=60)
-@given(scenarios(LARGE))
+@given(scenarios(LARGE, OPTIMIZED_SWITCHES))
 def test_drawn_scenarios_are_within_scale(scenario: Scenario) -> None:
     within(scenario, LARGE)
 
@@ -92,7 +92,7 @@ def within(scenario: Scenario, scale: Scale) -> None:
 
 
 @settings(quick, max_examples=150)
-@given(scenarios(SMALL))
+@given(scenarios(SMALL, OPTIMIZED_SWITCHES))
 def test_drawn_switches_can_be_built(scenario: Scenario) -> None:
     from nsa_oracle.optimized.optimizations import Optimizations  # late: the plugin decides first how kernels run
 
@@ -156,7 +156,7 @@ def test_simplest_scenario_of_all() -> None:
 
 def minimal(predicate: Callable[[Scenario], bool]) -> Scenario:
     search = settings(quick, phases=[Phase.generate, Phase.shrink], max_examples=3000)
-    return find(scenarios(SMALL), predicate, settings=search)
+    return find(scenarios(SMALL, OPTIMIZED_SWITCHES), predicate, settings=search)
 
 
 def test_every_event_is_drawn() -> None:

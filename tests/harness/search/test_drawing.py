@@ -15,10 +15,10 @@ from nsa_oracle.harness.scenarios.scales import LARGE_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
 )
-from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.search import explore
 from nsa_oracle.harness.search.survey import Survey
 from nsa_oracle.harness.subjects.default import optimized_backend
-from nsa_oracle.harness.subjects.subject import SCALES, Subject
+from nsa_oracle.harness.subjects.subject import SCALES, Subject, optimized_subject
 from tests.support.limits import limits
 
 
@@ -32,15 +32,16 @@ def test_one_seed_draws_the_same_whatever_is_loaded(tmp_path: Path, monkeypatch:
 
 
 def drawn_from_one_seed() -> list[Scenario]:
-    drawn = []
+    drawn: list[Scenario] = []
 
-    class Noted(Subject):
-        def judge(self, scenario: Scenario, *_: object, **__: object) -> Verdict:
-            drawn.append(scenario)
-            return Verdict()
+    def note(subject: Subject, scenario: Scenario, *_: object) -> Verdict:
+        drawn.append(scenario)
+        return Verdict()
 
-    with tempfile.TemporaryDirectory() as folder:
-        explore(Noted(optimized_backend), torch.device("cpu"), 40, 1, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore, "judge_subject", note)
+        explore.explore(optimized_subject(), torch.device("cpu"), 40, 1, Path(folder))
+    assert len(drawn) == 40
     return drawn
 
 
@@ -51,6 +52,6 @@ def test_sizes_that_exclude_each_other_are_refused_in_one_line(
     sizes = {"max_context_len": (4100,), "page_size": (64,), "qk_rope_head_dim": (16,), "regime": ("dominating",)}
     subject = Subject(optimized_backend, layer_limits=limits(**sizes, pool_size=(8, 9, 10)))
     with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
-        explore(subject, device, 5, 0, tmp_path, with_layer=True)
+        explore.explore(subject, device, 5, 0, tmp_path, with_layer=True)
     with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
         Survey(subject, device).run(5, 0)

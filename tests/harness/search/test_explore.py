@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError
-from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subject
 from nsa_oracle.harness.report.failure import explain
 from nsa_oracle.harness.scenarios.files import (
     RUNNING,
@@ -21,6 +21,7 @@ from nsa_oracle.harness.scenarios.files import (
 from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
 )
+from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.explore import explore
 from nsa_oracle.harness.subjects.subject import Subject
 from tests.support.backends import clean, crashes, lengths
@@ -128,7 +129,9 @@ class TestCasesThatCannotBeJudged:
         assert len(calls) == 1
         assert list(tmp_path.iterdir()) == []
 
-    def test_finding_is_kept_if_a_smaller_case_cannot_be_judged(self, device: torch.device, tmp_path: Path) -> None:
+    def test_finding_is_kept_if_a_smaller_case_cannot_be_judged(
+        self, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         failed = []
 
         class FailsOnce(lengths.VerifyForgetsDrafts):
@@ -137,15 +140,15 @@ class TestCasesThatCannotBeJudged:
                     raise ScenarioError("too large")
                 super().__init__(*arguments)
 
-        class Noting(Subject):
-            def judge(self, *arguments: Any, **options: Any) -> Verdict:
-                try:
-                    return super().judge(*arguments, **options)
-                except OracleFailure:
-                    failed.append(None)
-                    raise
+        def judge_and_note(*arguments: Any) -> Verdict:
+            try:
+                return judge_subject(*arguments)
+            except OracleFailure:
+                failed.append(None)
+                raise
 
-        outcome = explore(Noting(factory_of(FailsOnce)), device, 60, 3, tmp_path)
+        monkeypatch.setattr(explore_module, "judge_subject", judge_and_note)
+        outcome = explore(Subject(factory_of(FailsOnce)), device, 60, 3, tmp_path)
         assert failed == [None]
         assert outcome.failure is not None
         assert outcome.saved is not None

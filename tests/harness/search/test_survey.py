@@ -19,9 +19,8 @@ from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
 from nsa_oracle.harness.search import survey
 from nsa_oracle.harness.search.survey import Record, Survey
 from nsa_oracle.harness.subjects import subject
-from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.harness.subjects.loading import completed
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 from tests.support.layer_cases import IN_TURN, lattice, replay_of_two
@@ -34,7 +33,7 @@ def surveyed(
     layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Record]:
     """By one case."""
-    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(scenario))
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(scenario))
     found = Survey(subject_of(layer), device)
     found.run(cases=1, seed=0)
     assert found.cases == 1
@@ -43,7 +42,7 @@ def surveyed(
 
 def subject_of(layer: Any, **sizes: Sequence[Any]) -> Subject:
     limits = declared(SimpleNamespace(sizes=sizes), LAYER_FIELDS, "nobody")
-    return Subject(optimized_backend, factory_of(layer), layer_limits=limits)
+    return dataclasses.replace(optimized_subject(factory_of(layer)), layer_limits=limits)
 
 
 def factory_of(layer: Any) -> Any:
@@ -113,7 +112,7 @@ def test_layer_that_cannot_be_captured_is_told_and_ends_nothing(
 ) -> None:
     records = surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)
     assert broken(records) == {"runs every call"}
-    assert records["runs every call"].example.startswith("CaptureError: torch.Tensor.__int__ at planted_layers.py:")
+    assert records["runs every call"].example.startswith("CaptureError: torch.Tensor.__int__ at in_graph.py:")
 
 
 def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
 
 def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was found by then is kept."""
-    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(replay_of_two(Eager(mode=VERIFY))))
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(Eager(mode=VERIFY))))
     times = iter(range(100))
     monkeypatch.setattr(survey.time, "monotonic", lambda: float(next(times)))
     found = Survey(subject_of(clean.SharesOutputs), device)
@@ -152,7 +151,7 @@ def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monk
 
 
 def test_progress_is_told_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "scenarios", lambda scale: st.just(replay_of_two(layer=lattice())))
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(layer=lattice())))
     told: list[int] = []
     found = Survey(subject_of(Capturable), device)
     found.run(cases=1, seed=0, tell=told.append)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import LARGE_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     Layer,
 )
-from nsa_oracle.harness.subjects.default import optimized_backend
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.default import check_optimizations, optimized_backend
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from nsa_oracle.reference.types import (
     AttentionCaches,
     AttentionConfig,
     AttentionInputs,
     BackendConfig,
+    StepSemantics,
 )
 from tests.support.limits import CASE, limits
 from tests.support.metadata_cases import DECODE, VERIFY
@@ -93,3 +95,41 @@ def test_sizes_that_attention_of_optimized_is_not_made_for(size: dict[str, int],
     assert subject.misfit(CASE.model_copy(update={"setup": setup})) == f"{name} {value}"
     assert subject.not_judged(torch.device("cpu")) == []
     assert not subject.layer_limits.excluded(LARGE_LAYER.drawn())
+
+
+UNKNOWN_SWITCHES = ["teleport", "a\nb", "\r", "\u2028", "x" * 5000, "\x1b[31mred"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN_SWITCHES)
+def test_unknown_switch_is_refused_in_one_line(name: str) -> None:
+    """Its name comes from a file."""
+    scenario, file = CASE.model_copy(update={"optimizations": ("one_launch", name)}), Path("case.json")
+    with pytest.raises(ScenarioError) as caught:
+        optimized_subject().check(scenario, file)
+    message = str(caught.value)
+    assert message.startswith("case.json: optimizations: unknown optimization '")
+    assert "\x1b" not in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "cause"),
+    [
+        (("in_graph",), {}, "in_graph"),
+        (("aliased_steps",), {"step_semantics": StepSemantics.ADVANCING}, "aliased_steps"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused(
+    names: tuple[str, ...], changes: dict[str, object], cause: str
+) -> None:
+    scenario = CASE.model_copy(update={"optimizations": names, "setup": CASE.setup.model_copy(update=changes)})
+    with pytest.raises(ScenarioError, match=rf"^case\.json: optimizations: .*{cause}"):
+        optimized_subject().check_switches(scenario, Path("case.json"))
+    with pytest.raises(ScenarioError, match=rf"^optimizations: .*{cause}"):
+        check_optimizations(names, scenario.setup.backend_config())
+
+
+def test_switches_of_a_case_do_not_concern_a_backend_that_has_none() -> None:
+    scenario = CASE.model_copy(update={"optimizations": ("teleport",)})
+    Subject(optimized_backend).check(scenario, Path("case.json"))
