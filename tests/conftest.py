@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.support")
+pytest.register_assert_rewrite(*(f"tests.support.{name}" for name in ("captures", "command_line", "literals")))

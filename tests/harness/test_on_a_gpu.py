@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,6 @@ from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.commands.sanitizer import Tool, find_sanitizer, sanitize
-from nsa_oracle.harness.commands.tiers import module_path
 from nsa_oracle.harness.engine.stress import Delivery, late_inputs, slow_side_streams
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.graphs.allocator import Allocator
@@ -42,9 +40,11 @@ from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode
 from tests.support.backends import clean, replays, seams
 from tests.support.captures import add_kernel, ints
+from tests.support.command_line import environment_of_children
 from tests.support.layer_cases import case
 from tests.support.metadata_cases import case as metadata_case
 from tests.support.metadata_cases import factory_of, one_replay
+from tests.support.project import PROJECT
 
 
 @pytest.fixture(autouse=True)
@@ -300,9 +300,9 @@ def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) ->
     command = [sys.executable, "-m", "pytest", "tests/test_oracle.py", "-p", "no:cacheprovider", "-q"]
     command += ["-k", "test_scenarios and (0 or 1)", "--oracle-device", "cuda", "--oracle-profile", "dev"]
     command += ["--oracle-backend", "tests.support.backends.crashes:FaultsOnTheGpu", "--oracle-save", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{module_path()}"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment_of_children(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
     assert done.stdout.count("THE GPU FAULTED") >= 2
     assert "2 FAILED" in done.stdout

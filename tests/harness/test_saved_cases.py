@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from tests.support.backends import seams
 from tests.support.backends.clean import Clean
 from tests.support.layers.clean import Clean as CleanLayer
 from tests.support.metadata_cases import factory_of
+from tests.support.project import PROJECT
 
-PROJECT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
 

@@ -222,7 +222,7 @@ def test_survey_refuses_in_one_line() -> None:
 
 ENDED = """
 import os, signal
-from tests.support.layers.clean import Capturable
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import nsa_oracle.harness.__main__ as main
-from nsa_oracle.harness.commands import sanitizer
-from nsa_oracle.harness.commands import sanitizer as sanitize
+from nsa_oracle.harness.commands import cases, sanitizer
 from nsa_oracle.harness.commands.app import app
 from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of
 
@@ -65,7 +63,7 @@ class TestRun:
             return subprocess.CompletedProcess(command, 0, CLEAN, "")
 
         monkeypatch.setattr(subprocess, "run", run)
-        monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
+        monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: "compute-sanitizer")
         return calls
 
     def test_each_tool_once(self, calls: list[dict[str, Any]]) -> None:
@@ -83,7 +81,7 @@ class TestRun:
             raise subprocess.TimeoutExpired(command, options["timeout"])
 
         monkeypatch.setattr(subprocess, "run", run)
-        monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
+        monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: "compute-sanitizer")
         (outcome,) = sanitizer.sanitize([Path("a.json")], [Tool.MEMCHECK], 60)
         assert (outcome.clean, outcome.told) == (None, "it took longer than 60 seconds")
 
@@ -92,9 +90,9 @@ def test_why_nothing_can_be_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sanitizer.obstacle() == "torch sees no CUDA device here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: None)
     assert "compute-sanitizer" in (sanitizer.obstacle() or "")
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: "compute-sanitizer")
     assert sanitizer.obstacle() is None
 
 
@@ -103,13 +101,13 @@ class TestCommand:
         return CliRunner().invoke(app, ["sanitize", *words])
 
     def test_nothing_to_run_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(main, "obstacle", lambda: "torch sees no CUDA device here")
+        monkeypatch.setattr(cases, "obstacle", lambda: "torch sees no CUDA device here")
         done = self.invoke()
         assert done.exit_code == 2
         assert done.output == "error: sanitize: torch sees no CUDA device here\n"
 
     def test_unusable_file(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(main, "obstacle", lambda: None)
+        monkeypatch.setattr(cases, "obstacle", lambda: None)
         done = self.invoke(str(tmp_path / "missing.json"))
         assert done.exit_code == 2
         assert len(done.output.splitlines()) == 1
@@ -120,8 +118,8 @@ class TestCommand:
             assert (list(files), list(tools), seconds) == (list(CASES), [Tool.RACECHECK], 600)
             yield Outcome(Tool.RACECHECK, clean, "as told", 3.2)
 
-        monkeypatch.setattr(main, "obstacle", lambda: None)
-        monkeypatch.setattr(main, "run_sanitizer", run)
+        monkeypatch.setattr(cases, "obstacle", lambda: None)
+        monkeypatch.setattr(cases, "run_sanitizer", run)
         done = self.invoke("--tool", "racecheck")
         assert done.exit_code == code
         assert "racecheck: " in done.output
