@@ -1,8 +1,9 @@
 """The judge of sparse attention backends: what a user of the oracle imports.
 
-``judge`` runs one ``Scenario`` against a backend and a layer and raises ``OracleFailure``, with a ``Finding``, at the first
-disagreement with the reference. ``MultiStepBackend``, ``SingleStepBackend``, ``PreparesInGraph`` and ``SparseAttention``
-say what a backend and a layer must provide. Importing this loads neither Triton nor pytest nor Hypothesis.
+``judge`` runs one ``Scenario`` against a backend and a layer and raises ``OracleFailure``, with a ``Finding``, at the
+first disagreement with the reference. ``MultiStepBackend``, ``SingleStepBackend``, ``PreparesInGraph`` and
+``SparseAttention`` say what a backend and a layer must provide. Importing this loads neither Triton nor pytest nor
+Hypothesis.
 """
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError

@@ -18,7 +18,7 @@ import torch
 from nsa_oracle.harness.interpreter import promises
 from nsa_oracle.harness.interpreter.speed import speed_up
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SECONDS_TO_END = 3
 
 
@@ -38,7 +38,7 @@ class Child:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
-    def call(self, function: Callable[..., T], *arguments: object, timeout: float | None = None) -> T:
+    def call(self, function: Callable[..., _T], *arguments: object, timeout: float | None = None) -> _T:
         """What ``function`` returns there. Raises what it raises, and ChildDied if there is no answer in ``timeout``.
 
         Whatever an Exception is not (such as a KeyboardInterrupt) ends the child.
@@ -57,7 +57,7 @@ class Child:
             raise ChildDied(f"its process ended with {code}") from None
         if error is not None:
             raise error
-        result: T = answer
+        result: _T = answer
         return result
 
     def end(self) -> None:

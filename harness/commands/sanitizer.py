@@ -96,10 +96,10 @@ def _run(sanitizer: str, tool: Tool, files: Sequence[Path], seconds: float) -> t
         return None, f"it took longer than {seconds:.0f} seconds"
     except OSError as error:
         return None, f"{sanitizer} cannot be run: {error.strerror}"
-    return verdict_of(done.returncode, done.stdout + done.stderr, len(files))
+    return verdict_of_output(done.returncode, done.stdout + done.stderr, len(files))
 
 
-def verdict_of(code: int, output: str, cases: int) -> tuple[bool | None, str]:
+def verdict_of_output(code: int, output: str, cases: int) -> tuple[bool | None, str]:
     """What an exit code and the output behind it mean: whether it is clean (None: it did not run), and one line."""
     said = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
     said = [line for line in said if line]

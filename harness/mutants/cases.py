@@ -88,7 +88,7 @@ class Deadliness:
         return sorted(cases, key=kills_a_second, reverse=True)
 
 
-def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
+def affordable(seconds: float, cases: Sequence[Case]) -> list[Case]:
     """As many of ``cases`` as the clean tree runs in so much processor time; at least one."""
     ends = itertools.accumulate(case.seconds for case in cases)
     return [case for number, (case, end) in enumerate(zip(cases, ends, strict=True)) if not number or end <= seconds]

@@ -45,7 +45,7 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
 @dataclass(frozen=True)
-class Order:
+class Task:
     """What a fork of the nursery does: judge ``cases`` with some files of ``optimized/`` replaced (path -> source)."""
 
     cases: tuple[Case, ...]
@@ -70,17 +70,17 @@ class Reply:
     exitcode: int | None = 0
 
 
-def serve(orders: Connection, device_type: str) -> None:
-    """The nursery: imports everything but ``optimized/``, then forks for each order until there is none left.
+def serve(tasks: Connection, device_type: str) -> None:
+    """The nursery: imports everything but ``optimized/``, then forks for each task until there is none left.
 
     It never touches a GPU, which a fork could not use any more.
     """
     processes.prepare_process(device_type)
     _warm_up()
     gc.freeze()  # forks collect what is their own, in no time, and share the rest
-    with suppress(EOFError, BrokenPipeError):  # who gave the orders is gone
+    with suppress(EOFError, BrokenPipeError):  # who gave the tasks is gone
         while True:
-            orders.send(_reply_of_a_fork(orders.recv(), torch.device(device_type)))
+            tasks.send(_reply_of_a_fork(tasks.recv(), torch.device(device_type)))
     gc.unfreeze()  # or some library finds its objects leaked
 
 
@@ -98,10 +98,10 @@ def _warm_up() -> None:
         judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
 
 
-def _reply_of_a_fork(order: Order, device: torch.device) -> Reply:
+def _reply_of_a_fork(task: Task, device: torch.device) -> Reply:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_carry_out, args=(order, device, sender), daemon=True)
+    child = context.Process(target=_carry_out, args=(task, device, sender), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: numpy has idle ones
         child.start()
@@ -119,21 +119,21 @@ def _reply_of_a_fork(order: Order, device: torch.device) -> Reply:
         judged = told
 
 
-def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
+def _carry_out(task: Task, device: torch.device, sender: Connection) -> None:
     """In the fork. Tells the number of each case before it is judged, so that a sudden end can be told from others."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a mutant may upset libraries; none of what they say matters
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _end_after(MOST_SECONDS)
     reach: set[Line] = set()
     try:
-        import_replaced(order.sources, lambda *line: reach.add(line))
+        import_replaced(task.sources, lambda *line: reach.add(line))
     except Exception as error:
         sender.send(Reply(0, failed=True, at_import=True, sentence=f"{type(error).__name__}: {error}"))
         return
     if device.type == "cuda":
         _note_kernels(reach)
     begun = time.process_time()
-    for number, case in enumerate(order.cases, start=1):
+    for number, case in enumerate(task.cases, start=1):
         sender.send(number)
         _end_after(max(LEAST_SECONDS, TIMES_SLOWER * case.seconds) if case.seconds else MOST_SECONDS)
         scenario = from_json(case.text)
@@ -148,7 +148,7 @@ def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
             seconds = time.process_time() - begun
             sender.send(Reply(number, True, False, Check.of(finding).value, finding.sentence(), seconds))
             return
-    sender.send(Reply(len(order.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
+    sender.send(Reply(len(task.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
 
 
 def _note_kernels(reach: set[Line]) -> None:
@@ -183,7 +183,7 @@ def _end_after(seconds: float) -> None:
 
 
 class Nurseries:
-    """``jobs`` nurseries for ``device``, each busy with one order at a time. A context manager."""
+    """``jobs`` nurseries for ``device``, each busy with one task at a time. A context manager."""
 
     def __init__(self, jobs: int, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
@@ -209,10 +209,10 @@ class Nurseries:
                 process.terminate()
             process.join()
 
-    def carry_out(self, orders: Iterable[tuple[Any, Order]]) -> Iterator[tuple[Any, Order, Reply]]:
-        """Each order with its key and reply, as they come. The next order is made when a nursery is free for it."""
-        busy: dict[Connection, tuple[Any, Order]] = {}
-        waiting = iter(orders)
+    def carry_out(self, tasks: Iterable[tuple[Any, Task]]) -> Iterator[tuple[Any, Task, Reply]]:
+        """Each task with its key and reply, as they come. The next task is made when a nursery is free for it."""
+        busy: dict[Connection, tuple[Any, Task]] = {}
+        waiting = iter(tasks)
         idle = list(self._all)
         while True:
             while idle and (following := next(waiting, None)) is not None:
@@ -223,6 +223,6 @@ class Nurseries:
                 return
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                key, order = busy.pop(ready)
+                key, task = busy.pop(ready)
                 idle.append(ready)
-                yield key, order, ready.recv()
+                yield key, task, ready.recv()

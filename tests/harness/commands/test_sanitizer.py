@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nsa_oracle.harness.commands import cases, sanitizer
 from nsa_oracle.harness.commands.app import app
-from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of
+from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of_output
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -45,7 +45,7 @@ REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. P
     ],
 )  # fmt: skip
 def test_verdict(code: int, output: str, clean: bool | None, told: str) -> None:
-    assert verdict_of(code, output, 2) == (clean, told)
+    assert verdict_of_output(code, output, 2) == (clean, told)
 
 
 def test_cases_exist() -> None:

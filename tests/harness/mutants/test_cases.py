@@ -8,10 +8,10 @@ from nsa_oracle.harness.mutants.cases import (
     ANY_LINE,
     Case,
     Deadliness,
+    affordable,
     cases_for,
     drawn_scenarios,
     importers_of,
-    within,
 )
 from nsa_oracle.harness.mutants.mutants import mutants_of, tree_sources
 from tests.support.mutants import a_mutant
@@ -73,9 +73,9 @@ def test_what_killed_the_last_mutants_goes_first() -> None:
 
 def test_patience_ends_between_two_cases_and_not_before_the_first() -> None:
     cases = [Case(name, "", False, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 3))]
-    assert within(math.inf, cases) == cases
-    assert within(5.5, cases) == cases[:2]
-    assert within(0, cases) == cases[:1]
+    assert affordable(math.inf, cases) == cases
+    assert affordable(5.5, cases) == cases[:2]
+    assert affordable(0, cases) == cases[:1]
 
 
 def test_fresh_cases_are_the_same_for_a_seed() -> None:
