@@ -1,8 +1,9 @@
-"""The layout of the harness: its size, its import contracts, what importing it loads, and one name for each thing."""
+"""The layout of harness/ and tests/: sizes, import contracts, what an import loads, and one name for each thing."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.support.structure import (  # needs grimp, which comes with import-li
     public_names,
 )
 
+MOST_LINES_OF_A_TEST = 600
 # Names that several modules of harness/ define, and why that is right.
 SHARED_NAMES = {
     "BUGS": "one list for each group of bugs; bugs/zoo.py joins them",
@@ -115,3 +117,12 @@ def test_whatever_exceeds_a_limit_is_reported() -> None:
     assert owner == f"class a.py:A has {MOST_LINES_OF_A_CLASS + 1} lines"
     assert circle == "circle of imports: b, c"
     assert long == f"a chain of {LONGEST_CHAIN + 1} imports: {' -> '.join(chain)}"
+
+
+def test_tests_are_short_and_import_no_test_module() -> None:
+    """What several tests share is in tests/support/."""
+    for path in sorted((PROJECT / "tests").rglob("*.py")):
+        text, is_shared = path.read_text(encoding="utf-8"), path.is_relative_to(PROJECT / "tests/support")
+        assert len(text.splitlines()) <= (MOST_LINES_OF_A_FILE if is_shared else MOST_LINES_OF_A_TEST), path
+        assert not re.search(r"^\s*(?:from|import) (?:[\w.]+\.)?(?:test_\w+|conftest)\b", text, re.MULTILINE), path
+        assert is_shared or (path.parent / "__init__.py").exists(), path

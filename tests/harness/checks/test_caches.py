@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.engine.observations import (
-    LayerObservation,
-)
+from nsa_oracle.harness.engine.observations import LayerObservation
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.types import KVCacheDtype
 from tests.support.layer_cases import BF16, FP8
-from tests.support.seen_layers import (
-    verified,
-)
+from tests.support.seen_layers import verified
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.checks.tally import LayerTally
-from nsa_oracle.harness.engine.observations import (
-    Feed,
-    LayerObservation,
-    dense_copy,
-)
+from nsa_oracle.harness.engine.observations import Feed, LayerObservation, dense_copy
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.protocol import STAGES
 from nsa_oracle.harness.scenarios.regime import Regime
@@ -23,16 +19,7 @@ from nsa_oracle.reference import attention
 from nsa_oracle.reference.types import StepSemantics
 from tests.support.layer_cases import FP8, case
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND
-from tests.support.seen_layers import (
-    MADE_UP,
-    RANDOM_LAYER,
-    TWO,
-    copied_step,
-    put,
-    replayed,
-    seen,
-    verified,
-)
+from tests.support.seen_layers import MADE_UP, RANDOM_LAYER, TWO, copied_step, put, replayed, seen, verified
 
 # Nothing is wrong
 

@@ -6,23 +6,14 @@ import pytest
 import torch
 
 from nsa_oracle.harness.checks.tally import LayerTally
-from nsa_oracle.harness.engine.observations import (
-    Feed,
-)
+from nsa_oracle.harness.engine.observations import Feed
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.protocol import Strictness
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Eager
 from tests.support.layer_cases import case
 from tests.support.metadata_cases import EXTEND, VERIFY
-from tests.support.seen_layers import (
-    MADE_UP,
-    TWO,
-    outputs,
-    put,
-    seen,
-    verified,
-)
+from tests.support.seen_layers import MADE_UP, TWO, outputs, put, seen, verified
 
 
 def test_position_is_told_by_entry() -> None:

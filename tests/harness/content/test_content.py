@@ -12,14 +12,7 @@ from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.content.exact import MAX_SLOTS, VERSIONS
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.reference.types import AttentionConfig
-from tests.support.contents import (
-    BIG,
-    SLOTS,
-    SMALL,
-    as_bytes,
-    both,
-    each,
-)
+from tests.support.contents import BIG, SLOTS, SMALL, as_bytes, both, each
 
 
 @each

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.scenarios.regime import Regime
-from tests.support.contents import (
-    BIG,
-)
+from tests.support.contents import BIG
 
 
 def test_random_content_is_ordinary() -> None:

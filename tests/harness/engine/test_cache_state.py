@@ -12,9 +12,7 @@ from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Finish, Join, Layer, Remap, Scenario
 from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.reference.types import (
-    KVCacheDtype,
-)
+from nsa_oracle.reference.types import KVCacheDtype
 from tests.support.layer_cases import case
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND_V2, VERIFY
 from tests.support.model import Model

@@ -13,10 +13,7 @@ from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.scenarios.scenario import Eager, Join
-from nsa_oracle.reference.types import (
-    AttentionCaches,
-    KVCacheDtype,
-)
+from nsa_oracle.reference.types import AttentionCaches, KVCacheDtype
 from tests.support.layer_cases import case
 from tests.support.layers.clean import Clean
 from tests.support.metadata_cases import VERIFY

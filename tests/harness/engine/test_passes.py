@@ -18,12 +18,7 @@ from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Join, Replay, S
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import Batch, World
 from nsa_oracle.reference.cycle import out_cache_loc, query_positions, request_of_row
-from nsa_oracle.reference.types import (
-    BackendConfig,
-    ForwardMode,
-    Metadata,
-    StepSemantics,
-)
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata, StepSemantics
 from tests.support.layer_cases import case
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY
 from tests.support.model import Model

@@ -7,10 +7,7 @@ import torch
 
 from nsa_oracle.harness.graphs.capture import GraphRunner
 from nsa_oracle.harness.graphs.runner import graph_runner
-from tests.support.stand_in_driver import (
-    MEMORY,
-    StandInDriver,
-)
+from tests.support.stand_in_driver import MEMORY, StandInDriver
 
 
 @pytest.fixture

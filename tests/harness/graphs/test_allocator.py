@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from nsa_oracle.harness.graphs.allocator import Allocator, Reference
-from tests.support.stand_in_driver import (
-    DROPPED,
-    FOREIGN,
-    FREE,
-    HELD,
-    OWN,
-    SEGMENTS,
-    segment,
-)
+from tests.support.stand_in_driver import DROPPED, FOREIGN, FREE, HELD, OWN, SEGMENTS, segment
 
 
 class TestAllocator:

@@ -10,9 +10,7 @@ import torch
 
 from nsa_oracle.harness.graphs.allocator import Allocator
 from nsa_oracle.harness.graphs.audit import Audit, AuditTally, audit
-from nsa_oracle.harness.graphs.nodes import (
-    GraphReader,
-)
+from nsa_oracle.harness.graphs.nodes import GraphReader
 from tests.support.stand_in_driver import (
     ARRAY,
     DEVICE,

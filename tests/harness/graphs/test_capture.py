@@ -9,16 +9,7 @@ import torch
 import triton
 
 from nsa_oracle.harness.graphs.capture import GraphRunner
-from tests.support.captures import (
-    add_kernel,
-    bump,
-    bump_and_double,
-    floats,
-    ints,
-    launch_in_operator,
-    replay,
-    settle,
-)
+from tests.support.captures import add_kernel, bump, bump_and_double, floats, ints, launch_in_operator, replay, settle
 
 
 class TestReplay:

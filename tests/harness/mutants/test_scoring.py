@@ -7,9 +7,7 @@ import ast
 import pytest
 
 from nsa_oracle.harness.checks.check import Check
-from nsa_oracle.harness.mutants.cases import (
-    Case,
-)
+from nsa_oracle.harness.mutants.cases import Case
 from nsa_oracle.harness.mutants.mutants import Mutant, all_mutants, tree_sources
 from nsa_oracle.harness.mutants.operators import Edit
 from nsa_oracle.harness.mutants.scores import Fate, ScoringError

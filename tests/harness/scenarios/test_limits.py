@@ -8,19 +8,8 @@ import pytest
 
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
 from nsa_oracle.harness.scenarios.scales import SMALL
-from nsa_oracle.harness.scenarios.scenario import (
-    Drive,
-    Inputs,
-    IntDtype,
-    Layer,
-    Replay,
-    Setup,
-)
-from nsa_oracle.reference.types import (
-    ForwardMode,
-    KVCacheDtype,
-    StepSemantics,
-)
+from nsa_oracle.harness.scenarios.scenario import Drive, Inputs, IntDtype, Layer, Replay, Setup
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 from tests.support.limits import CASE, limits, only
 from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY
 

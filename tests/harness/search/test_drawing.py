@@ -12,9 +12,7 @@ import torch
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.scenarios.scales import LARGE_LAYER
-from nsa_oracle.harness.scenarios.scenario import (
-    Scenario,
-)
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import explore
 from nsa_oracle.harness.search.survey import Survey
 from nsa_oracle.harness.subjects.default import optimized_backend

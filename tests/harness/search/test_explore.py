@@ -12,22 +12,13 @@ import torch
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subject
 from nsa_oracle.harness.report.failure import explain
-from nsa_oracle.harness.scenarios.files import (
-    RUNNING,
-    from_json,
-    load,
-    to_json,
-)
-from nsa_oracle.harness.scenarios.scenario import (
-    Scenario,
-)
+from nsa_oracle.harness.scenarios.files import RUNNING, from_json, load, to_json
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.explore import explore
 from nsa_oracle.harness.subjects.subject import Subject
 from tests.support.backends import clean, crashes, lengths
-from tests.support.metadata_cases import (
-    factory_of,
-)
+from tests.support.metadata_cases import factory_of
 
 
 class Watched(lengths.VerifyForgetsDrafts):  # type: ignore[misc, valid-type]

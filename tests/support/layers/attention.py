@@ -8,9 +8,7 @@ import torch
 
 from nsa_oracle.reference import kv_cache
 from nsa_oracle.reference.layer import SparseAttention
-from nsa_oracle.reference.types import (
-    KVCacheDtype,
-)
+from nsa_oracle.reference.types import KVCacheDtype
 
 
 class Attention(SparseAttention):

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.reference.layer import SparseAttention
-from nsa_oracle.reference.types import (
-    AttentionCaches,
-    AttentionInputs,
-    AttentionOutputs,
-    Metadata,
-)
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
 from tests.support.layers.attention import Attention
 from tests.support.layers.indexer import Indexer
 from tests.support.layers.store import Store

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
-from nsa_oracle.reference.types import (
-    AttentionConfig,
-    BackendConfig,
-)
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
 class WithoutStages:

@@ -11,12 +11,7 @@ import torch
 from nsa_oracle.harness.engine.passes import map_tensors
 from nsa_oracle.reference import kv_cache
 from nsa_oracle.reference.layer import SparseAttention
-from nsa_oracle.reference.types import (
-    FP8_MAX,
-    AttentionCaches,
-    AttentionInputs,
-    KVCacheDtype,
-)
+from nsa_oracle.reference.types import FP8_MAX, AttentionCaches, AttentionInputs, KVCacheDtype
 
 
 def to_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,7 @@ import dataclasses
 import torch
 
 from nsa_oracle.reference.layer import SparseAttention
-from nsa_oracle.reference.types import (
-    AttentionCaches,
-    AttentionInputs,
-    AttentionOutputs,
-    Metadata,
-)
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
 
 
 class WithoutStore(SparseAttention):
