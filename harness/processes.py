@@ -25,7 +25,7 @@ from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.interpreter import promises
 from nsa_oracle.harness.interpreter.speed import speed_up
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SECONDS_TO_END = 3
 
 
@@ -45,7 +45,7 @@ class Child:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
-    def call(self, function: Callable[..., T], *arguments: object, timeout: float | None = None) -> T:
+    def call(self, function: Callable[..., _T], *arguments: object, timeout: float | None = None) -> _T:
         """Call ``function`` in the child and return its result.
 
         Raises what ``function`` raises, and ChildDied if there is no result within ``timeout`` seconds (None: no
@@ -66,7 +66,7 @@ class Child:
             raise ChildDied(f"its process ended with {code}") from None
         if error is not None:
             raise error
-        result: T = answer
+        result: _T = answer
         return result
 
     def end(self) -> None:

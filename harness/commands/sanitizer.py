@@ -97,10 +97,10 @@ def _run(sanitizer: str, tool: Tool, files: Sequence[Path], seconds: float) -> t
         return None, f"it took longer than {seconds:.0f} seconds"
     except OSError as error:
         return None, f"{sanitizer} cannot be run: {error.strerror}"
-    return verdict_of(done.returncode, done.stdout + done.stderr, len(files))
+    return verdict_of_output(done.returncode, done.stdout + done.stderr, len(files))
 
 
-def verdict_of(code: int, output: str, cases: int) -> tuple[bool | None, str]:
+def verdict_of_output(code: int, output: str, cases: int) -> tuple[bool | None, str]:
     """Interprets the tool's exit code and output: whether it is clean (None: it did not run), and why, in one line."""
     lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
     lines = [line for line in lines if line]

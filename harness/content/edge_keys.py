@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.numbers import as_bf16
+from nsa_oracle.harness.content.numbers import Ints, as_bf16
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
 
-Ints = NDArray[np.int64]
-Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flushes a denormal or quietens a NaN
+Bf16Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flushes a denormal or quietens a NaN
 
 
 class KeyKind(enum.Enum):
@@ -108,7 +107,7 @@ class _KeyDraw:
     place: int
     order: Ints
     values: Ints
-    signs: Bits
+    signs: Bf16Bits
 
     @staticmethod
     def of(words: Iterator[np.int64], size: int) -> _KeyDraw:
@@ -117,38 +116,38 @@ class _KeyDraw:
         return _KeyDraw(choice, place, order, values, ((signs & 1) * _SIGN).astype(np.uint16))
 
     @property
-    def ordinary(self) -> Bits:
+    def ordinary(self) -> Bf16Bits:
         """Magnitudes from 2^-7 to below 4."""
         exponents = 120 + self.order % 9
         return (exponents << 7 | self.values % 128).astype(np.uint16) | self.signs
 
-    def with_one(self, bits: Bits, number: int) -> Bits:
+    def with_one(self, bits: Bf16Bits, number: int) -> Bf16Bits:
         """``bits`` with ``number`` at ``place``, written in place."""
         bits[self.place] = number
         return bits
 
 
-def _nan(draw: _KeyDraw) -> Bits:
+def _nan(draw: _KeyDraw) -> Bf16Bits:
     return draw.with_one(draw.ordinary, int(_NANS[draw.choice % len(_NANS)]))
 
 
-def _infinite(draw: _KeyDraw) -> Bits:
+def _infinite(draw: _KeyDraw) -> Bf16Bits:
     return draw.with_one(draw.ordinary, _INF | int(draw.signs[draw.place]))
 
 
-def _zeros(draw: _KeyDraw) -> Bits:
+def _zeros(draw: _KeyDraw) -> Bf16Bits:
     return draw.signs
 
 
-def _denormal(draw: _KeyDraw) -> Bits:
+def _denormal(draw: _KeyDraw) -> Bf16Bits:
     return (draw.values % 127 + 1).astype(np.uint16) | draw.signs
 
 
-def _largest(draw: _KeyDraw) -> Bits:
+def _largest(draw: _KeyDraw) -> Bf16Bits:
     return draw.with_one(draw.ordinary, _LARGEST | int(draw.signs[draw.place]))
 
 
-def _halfway(draw: _KeyDraw) -> Bits:
+def _halfway(draw: _KeyDraw) -> Bf16Bits:
     """The largest is 448 times the scale, a power of two; all others are half-way between neighbouring codes."""
     codes = draw.values % (len(_CODES) - 1)
     numbers = (_CODES[codes] + _CODES[codes + 1]) / 2  # at most 5 significant bits; bf16 has 8
@@ -157,12 +156,12 @@ def _halfway(draw: _KeyDraw) -> Bits:
     return (scaled.view(np.uint32) >> 16).astype(np.uint16) | draw.signs
 
 
-def _equal(draw: _KeyDraw) -> Bits:
+def _equal(draw: _KeyDraw) -> Bf16Bits:
     magnitude = (127 - 64 << 7) + draw.choice % (128 << 7)  # 2^-64 to below 2^64
     return draw.signs | np.uint16(magnitude)
 
 
-_TILES: dict[KeyKind, Callable[[_KeyDraw], Bits]] = {
+_TILES: dict[KeyKind, Callable[[_KeyDraw], Bf16Bits]] = {
     KeyKind.NAN: _nan,
     KeyKind.INFINITE: _infinite,
     KeyKind.ZEROS: _zeros,

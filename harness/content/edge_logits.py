@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nsa_oracle.harness.content.numbers import Ints
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 
-Ints = NDArray[np.int64]
-Bits = NDArray[np.uint32]  # float32 numbers as bits, so that no processor flushes a denormal or quietens a NaN
+FloatBits = NDArray[np.uint32]  # float32 numbers as bits, so that no processor flushes a denormal or quietens a NaN
 
 
 class LogitKind(enum.Enum):
@@ -101,9 +101,9 @@ def _slots(rows: int, width: int, slots: int, start: int) -> Ints:
 
 _SIGN = np.uint32(1 << 31)
 _INF, _NEGATIVE_INF, _LARGEST = (np.uint32(bits) for bits in (0x7F800000, 0xFF800000, 0x7F7FFFFF))
-_NANS: Bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], dtype=np.uint32)
-_ONE_NUMBER: Bits = np.array([0x3FC00000, 0xC0000000, 0, _SIGN, 1, _INF, _NEGATIVE_INF, _NANS[0]], dtype=np.uint32)
-_BEYOND: Bits = np.array([_NANS[0], _INF, _LARGEST, _NANS[3]], dtype=np.uint32)
+_NANS: FloatBits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], dtype=np.uint32)
+_ONE_NUMBER: FloatBits = np.array([0x3FC00000, 0xC0000000, 0, _SIGN, 1, _INF, _NEGATIVE_INF, _NANS[0]], dtype=np.uint32)
+_BEYOND: FloatBits = np.array([_NANS[0], _INF, _LARGEST, _NANS[3]], dtype=np.uint32)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class _LogitDraw:
         return np.argsort(np.argsort(self.order, kind="stable"), kind="stable")
 
     @property
-    def ordinary(self) -> Bits:
+    def ordinary(self) -> FloatBits:
         """Numbers in [-4, 4)."""
         return ((self.values % (1 << 23)).astype(np.float32) * np.float32(2**-20) - np.float32(4)).view(np.uint32)
 
-    def tied(self, larger: Bits, tied: Bits, smaller: Bits, above: int | None = None) -> Bits:
+    def tied(self, larger: FloatBits, tied: FloatBits, smaller: FloatBits, above: int | None = None) -> FloatBits:
         """A row in random order: ``above`` (default topk // 2) ``larger`` numbers, ``tied`` and ``smaller`` ones.
 
         There are more tied numbers than places left for them.
@@ -139,20 +139,20 @@ class _LogitDraw:
         return np.where(ranks < above, larger, np.where(ranks < most, tied, smaller))
 
 
-def _nan(draw: _LogitDraw) -> Bits:
+def _nan(draw: _LogitDraw) -> FloatBits:
     nothing = np.where(draw.values % 3 == 0, _NEGATIVE_INF, _NANS[(draw.values >> 8) % 4])
     nothing[draw.ranks == draw.length - 1] = _NANS[draw.choice % 4]  # at least one NaN
     return draw.tied(draw.ordinary, nothing, nothing)
 
 
-def _infinite(draw: _LogitDraw) -> Bits:
+def _infinite(draw: _LogitDraw) -> FloatBits:
     if draw.choice % 2:
         return draw.tied(np.full_like(draw.ordinary, _INF), np.full_like(draw.ordinary, _INF), draw.ordinary)
     lowest = np.full_like(draw.ordinary, _NEGATIVE_INF)
     return draw.tied(np.where(draw.values % 5 == 0, _LARGEST, draw.ordinary), lowest, lowest)
 
 
-def _zeros(draw: _LogitDraw) -> Bits:
+def _zeros(draw: _LogitDraw) -> FloatBits:
     positive = draw.ordinary & ~_SIGN | np.uint32(1)
     row = draw.tied(positive, np.where(draw.values % 2, _SIGN, np.uint32(0)), positive | _SIGN)
     zeros = np.flatnonzero(row << np.uint32(1) == 0)
@@ -160,13 +160,13 @@ def _zeros(draw: _LogitDraw) -> Bits:
     return row
 
 
-def _denormal(draw: _LogitDraw) -> Bits:
+def _denormal(draw: _LogitDraw) -> FloatBits:
     row = (draw.values % 0x7FFFFF + 1).astype(np.uint32) | np.where(draw.order % 2, _SIGN, np.uint32(0))
     row[-1] = 0x7FFFFF  # the largest: a top-k that flushes denormals to zero leaves it out
     return row
 
 
-def _neighbours(draw: _LogitDraw) -> Bits:
+def _neighbours(draw: _LogitDraw) -> FloatBits:
     ranks = draw.ranks
     ranks[ranks == draw.length - 1] = ranks[-1]
     ranks[-1] = draw.length - 1  # the largest is last: a top-k for which neighbours tie leaves it out
@@ -176,18 +176,18 @@ def _neighbours(draw: _LogitDraw) -> Bits:
     return (first + draw.length - ranks).astype(np.uint32) | _SIGN
 
 
-def _ties(draw: _LogitDraw) -> Bits:
+def _ties(draw: _LogitDraw) -> FloatBits:
     few = (draw.values % 0x10000).astype(np.uint32)
     two = np.full_like(few, 0x40000000) | np.where(draw.choice % 2, _SIGN, np.uint32(0))
     above = (draw.topk // 2, draw.topk - 1, 0)[draw.choice // 2 % 3]  # ties get about half, one or all of the places
     return draw.tied(np.uint32(0x40800000) + few, two, np.uint32(0xC0800000) + few, above)
 
 
-def _equal(draw: _LogitDraw) -> Bits:
+def _equal(draw: _LogitDraw) -> FloatBits:
     return np.full(draw.length, _ONE_NUMBER[draw.choice % len(_ONE_NUMBER)])
 
 
-def _sorted(draw: _LogitDraw) -> Bits:
+def _sorted(draw: _LogitDraw) -> FloatBits:
     """The best tokens lie at one end of the row: a top-k that loses tokens there cannot be right by chance."""
     positions = np.arange(draw.length)
     ascending = (0x3F000000 + positions).astype(np.uint32)
@@ -195,12 +195,12 @@ def _sorted(draw: _LogitDraw) -> Bits:
     return (best_last, ascending, ascending[::-1])[draw.choice % 3]
 
 
-def _few(draw: _LogitDraw) -> Bits:
+def _few(draw: _LogitDraw) -> FloatBits:
     anything = np.concatenate([_NANS, _ONE_NUMBER, draw.ordinary[:4]])
     return anything[draw.values % len(anything)]
 
 
-_ROWS: dict[LogitKind, Callable[[_LogitDraw], Bits]] = {
+_ROWS: dict[LogitKind, Callable[[_LogitDraw], FloatBits]] = {
     LogitKind.NAN: _nan,
     LogitKind.INFINITE: _infinite,
     LogitKind.ZEROS: _zeros,

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import resolve_name
 
-_RUNNERS = Path(__file__).parent
-_HARNESS = f"{_RUNNERS.parent}/"
-_INTERNAL_FILES = {str(_RUNNERS / "cuda.py"), str(_RUNNERS / "simulated.py")}
+_RUNNERS = f"{Path(__file__).parent}/"
+_HARNESS = f"{Path(__file__).parents[1]}/"
 _TORCH = Path(torch.__file__).parent
 _THIRD_PARTY_FOLDERS = (f"{_TORCH}/", f"{_TORCH.parent / 'triton'}/")
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
@@ -45,7 +44,7 @@ def innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSumma
 
 
 def _is_user_code(filename: str) -> bool:
-    if filename in _INTERNAL_FILES or filename.startswith(("<", *_THIRD_PARTY_FOLDERS)):
+    if filename.startswith(("<", _RUNNERS, *_THIRD_PARTY_FOLDERS)):
         return False
     # Installed packages may lie under the standard library's folder without being part of it.
     return not filename.startswith(_STANDARD_LIBRARY) or "-packages/" in filename

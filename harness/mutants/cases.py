@@ -94,7 +94,7 @@ class Deadliness:
         return sorted(cases, key=kills_per_second, reverse=True)
 
 
-def within(seconds: float, cases: Sequence[Case]) -> list[Case]:
+def affordable(seconds: float, cases: Sequence[Case]) -> list[Case]:
     """The first of ``cases`` that the clean tree runs in ``seconds`` of processor time in total; at least one."""
     ends = itertools.accumulate(case.seconds for case in cases)
     return [case for number, (case, end) in enumerate(zip(cases, ends, strict=True)) if not number or end <= seconds]

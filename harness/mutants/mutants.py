@@ -23,7 +23,7 @@ from nsa_oracle.harness.mutants.operators import Edit, edits
 PACKAGE = "nsa_oracle.optimized"
 TREE = Path(__file__).parent.parent.parent / "optimized"
 PROBE = "_reached"
-KERNELS = "kernels"  # the folder of ``optimized/`` whose files contain kernels and launch none
+KERNEL_FOLDER = "kernels"  # the folder of ``optimized/`` whose files contain kernels and launch none
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Mutant:
 
 def is_of_kernels(file: str) -> bool:
     """Whether ``file`` contains kernels, so that all its code is compiled."""
-    return Path(file).parent.name == KERNELS
+    return Path(file).parent.name == KERNEL_FOLDER
 
 
 def module_name(file: str) -> str:

@@ -45,7 +45,7 @@ UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
 @dataclass(frozen=True)
-class Order:
+class Task:
     """A task for a fork: judge ``cases`` with ``sources`` (path -> source) in place of some files of ``optimized/``."""
 
     cases: tuple[Case, ...]
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of an order.
+    """The result of a task.
 
     judged: number of cases that were begun. failed: whether the last of these failed or ended the process, or, with
     ``at_import``, the import did. check, sentence: of the finding, or the sentence of the exception at import.
@@ -72,18 +72,18 @@ class Reply:
     exitcode: int | None = 0
 
 
-def serve(orders: Connection, device_type: str) -> None:
-    """The main function of a nursery: imports everything but ``optimized/``, then forks for each order.
+def serve(tasks: Connection, device_type: str) -> None:
+    """The main function of a nursery: imports everything but ``optimized/``, then forks for each task.
 
-    Returns when the other end of ``orders`` is closed. The nursery itself never uses a GPU, because its forks could not
+    Returns when the other end of ``tasks`` is closed. The nursery itself never uses a GPU, because its forks could not
     use the GPU then.
     """
     processes.prepare_process(device_type)
     _warm_up()
     gc.freeze()  # the collector of a fork then skips inherited objects: it is fast, and their memory stays shared
-    with suppress(EOFError, BrokenPipeError):  # the process that sends the orders has ended
+    with suppress(EOFError, BrokenPipeError):  # the process that sends the tasks has ended
         while True:
-            orders.send(_reply_of_a_fork(orders.recv(), torch.device(device_type)))
+            tasks.send(_reply_of_a_fork(tasks.recv(), torch.device(device_type)))
     gc.unfreeze()  # otherwise a library reports its objects as leaked
 
 
@@ -101,11 +101,11 @@ def _warm_up() -> None:
         judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
 
 
-def _reply_of_a_fork(order: Order, device: torch.device) -> Reply:
-    """Executes ``order`` in a fork, and waits for its reply or its end."""
+def _reply_of_a_fork(task: Task, device: torch.device) -> Reply:
+    """Executes ``task`` in a fork, and waits for its reply or its end."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_carry_out, args=(order, device, sender), daemon=True)
+    child = context.Process(target=_carry_out, args=(task, device, sender), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: numpy has idle ones
         child.start()
@@ -123,7 +123,7 @@ def _reply_of_a_fork(order: Order, device: torch.device) -> Reply:
         judged = message
 
 
-def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
+def _carry_out(task: Task, device: torch.device, sender: Connection) -> None:
     """The main function of a fork: sends a ``Reply`` at the end.
 
     Also sends the number of each case before it is judged, so that the nursery knows which case ended the process.
@@ -133,14 +133,14 @@ def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
     _end_after(MOST_SECONDS)
     reach: set[Line] = set()
     try:
-        import_replaced(order.sources, lambda *line: reach.add(line))
+        import_replaced(task.sources, lambda *line: reach.add(line))
     except Exception as error:
         sender.send(Reply(0, failed=True, at_import=True, sentence=f"{type(error).__name__}: {error}"))
         return
     if device.type == "cuda":
         _note_kernels(reach)
     begun = time.process_time()
-    for number, case in enumerate(order.cases, start=1):
+    for number, case in enumerate(task.cases, start=1):
         sender.send(number)
         _end_after(max(LEAST_SECONDS, TIMES_SLOWER * case.seconds) if case.seconds else MOST_SECONDS)
         scenario = from_json(case.text)
@@ -155,7 +155,7 @@ def _carry_out(order: Order, device: torch.device, sender: Connection) -> None:
             seconds = time.process_time() - begun
             sender.send(Reply(number, True, False, Check.of(finding).value, finding.sentence(), seconds))
             return
-    sender.send(Reply(len(order.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
+    sender.send(Reply(len(task.cases), False, seconds=time.process_time() - begun, reach=frozenset(reach)))
 
 
 def _note_kernels(reach: set[Line]) -> None:
@@ -190,7 +190,7 @@ def _end_after(seconds: float) -> None:
 
 
 class Nurseries:
-    """``jobs`` nurseries for ``device``. Each executes one order at a time. A context manager that ends them."""
+    """``jobs`` nurseries for ``device``. Each executes one task at a time. A context manager that ends them."""
 
     def __init__(self, jobs: int, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
@@ -216,13 +216,13 @@ class Nurseries:
                 process.terminate()
             process.join()
 
-    def carry_out(self, orders: Iterable[tuple[Any, Order]]) -> Iterator[tuple[Any, Order, Reply]]:
-        """Executes ``orders``, pairs of a key and an order. Yields (key, order, reply) as they complete.
+    def carry_out(self, tasks: Iterable[tuple[Any, Task]]) -> Iterator[tuple[Any, Task, Reply]]:
+        """Executes ``tasks``, pairs of a key and a task. Yields (key, task, reply) as they complete.
 
-        The next pair is taken from ``orders`` only when a nursery is free, so it may depend on the replies so far.
+        The next pair is taken from ``tasks`` only when a nursery is free, so it may depend on the replies so far.
         """
-        busy: dict[Connection, tuple[Any, Order]] = {}
-        waiting = iter(orders)
+        busy: dict[Connection, tuple[Any, Task]] = {}
+        waiting = iter(tasks)
         idle = list(self._all)
         while True:
             while idle and (following := next(waiting, None)) is not None:
@@ -233,6 +233,6 @@ class Nurseries:
                 return
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                key, order = busy.pop(ready)
+                key, task = busy.pop(ready)
                 idle.append(ready)
-                yield key, order, ready.recv()
+                yield key, task, ready.recv()

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from nsa_oracle.harness.checks.check import Check
-from nsa_oracle.harness.mutants.cases import CPU, Case, Deadliness, cases_for, importers_of, within
+from nsa_oracle.harness.mutants.cases import CPU, Case, Deadliness, affordable, cases_for, importers_of
 from nsa_oracle.harness.mutants.mutants import Mutant, is_of_kernels, probed, tree_sources
-from nsa_oracle.harness.mutants.nursery import Nurseries, Order, Reply
+from nsa_oracle.harness.mutants.nursery import Nurseries, Reply, Task
 from nsa_oracle.harness.mutants.scores import Fate, Score, ScoringError
 
 REACH_PAYS_FROM = 20  # number of mutants from which measuring the reach of cases costs less than it saves
@@ -32,8 +32,8 @@ def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False
     sources = {
         file: probed(file, source) for file, source in tree_sources().items() if not (compiled and is_of_kernels(file))
     }
-    orders = ((case, Order((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
-    for case, _, reply in nurseries.carry_out(orders):
+    tasks = ((case, Task((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
+    for case, _, reply in nurseries.carry_out(tasks):
         if reply.failed:
             reason = reply.sentence or f"its process ended with {reply.exitcode}"
             raise ScoringError(f"case {case.name} fails on the clean tree; mend that first: {reason}")
@@ -69,21 +69,21 @@ def score(
             chosen = {mutant.id: cases_for(mutant, known, importers, compiled) for mutant in judged}
         yield from (Score(mutant, Fate.UNREACHED) for mutant in judged if not chosen[mutant.id])
 
-        orders = (
-            (mutant, _order(mutant, within(patience, deadliness.order(mutant.file, chosen[mutant.id]))))
+        tasks = (
+            (mutant, _task(mutant, affordable(patience, deadliness.order(mutant.file, chosen[mutant.id]))))
             for mutant in judged
             if chosen[mutant.id]
         )
-        for mutant, order, reply in nurseries.carry_out(orders):
-            names = [case.name for case in order.cases[: reply.judged]]
+        for mutant, task, reply in nurseries.carry_out(tasks):
+            names = [case.name for case in task.cases[: reply.judged]]
             scored = _score(mutant, names, reply)
             deadliness.learn(mutant.file, names, scored.case or None)
             yield scored
 
 
-def _order(mutant: Mutant, cases: Sequence[Case]) -> Order:
+def _task(mutant: Mutant, cases: Sequence[Case]) -> Task:
     without_reach = (Case(case.name, case.text, case.has_layer, case.seconds) for case in cases)
-    return Order(tuple(without_reach), {mutant.file: mutant.source})
+    return Task(tuple(without_reach), {mutant.file: mutant.source})
 
 
 def _score(mutant: Mutant, names: Sequence[str], reply: Reply) -> Score:

@@ -21,7 +21,7 @@ from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.search.explore import DeviceLost, Exploration, explore, has_lost_the_device, minimised
 from nsa_oracle.harness.subjects.subject import Subject
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 MOST_TRIALS_ON_CPU = 100
 MOST_TRIALS_ON_GPU = 40
 MOST_LOSSES = 8  # of those trials that may fault: after each, a new process has to be started
@@ -150,8 +150,8 @@ def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Explor
 
 
 def _in_child(
-    spec: SubjectSpec, device: str, function: Callable[..., T], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> T:
+    spec: SubjectSpec, device: str, function: Callable[..., _T], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> _T:
     where = torch.device(device)
     return function(spec.build(where), where, *arguments, **options)
 

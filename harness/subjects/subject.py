@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.memory import far_apart
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits
@@ -72,7 +72,7 @@ class Subject:
         try:
             self.switches.check(scenario.optimizations, scenario.setup.backend_config())
         except ValueError as error:
-            raise ScenarioError(f"{file}: {error}") from None
+            raise ScenarioError(f"{file}: {error_line(error, 250)}") from None
 
     def all_limits(self, with_layer: bool) -> Limits:
         return self.limits & self.layer_limits if with_layer else self.limits

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.pages import PAGES, PROJECT
+from tests.support.pages import PAGES
+from tests.support.project import PROJECT
 
 
 def test_benchmark_tables(tmp_path: Path) -> None:

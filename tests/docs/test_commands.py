@@ -17,7 +17,8 @@ import typer
 from nsa_oracle.harness.__main__ import app
 from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
-from tests.support.pages import PAGES, PROJECT, commands, fenced, first_column, section
+from tests.support.pages import PAGES, commands, fenced, first_column, section
+from tests.support.project import PROJECT
 
 OPTIONS = PAGES["docs/options.md"]
 TOOL = Path(sys.executable).with_name("nsa-oracle")  # where an installation puts the command

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from tests.support.pages import PAGES, PROJECT, anchors, code, fenced, links
+from tests.support.pages import PAGES, anchors, code, fenced, links
+from tests.support.project import PROJECT
 
 each_page = pytest.mark.parametrize("name", PAGES)
 ADDED_BY_THE_READER = {"tests/cases/block-table-not-refreshed.json", "tests/bugs/NAME.json"}

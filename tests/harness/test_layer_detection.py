@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+import pkgutil
+from collections.abc import Iterable
 from itertools import dropwhile
 from typing import Any
 
-import planted_layers
 import pytest
 import torch
-from planted import Clean as CleanBackend
-from test_detection import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, factory_of, matches
 
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.findings import Finding, Kind
@@ -27,19 +26,19 @@ from nsa_oracle.harness.scenarios.scenario import (
     Event,
     Finish,
     Join,
-    Layer,
     Order,
     PageLayout,
     Replay,
     Scenario,
-    Setup,
 )
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search.drawing import draw
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
+from tests.support import layers
+from tests.support.layer_cases import BACKEND, BF16, FP8, case, lattice, random
+from tests.support.layers import attention, clean, edge_logits, far, in_graph, indexer, inputs, store, topk, whole
+from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, matches
 
-BACKEND = factory_of(CleanBackend)
-BF16, FP8 = KVCacheDtype.BF16, KVCacheDtype.FP8
 ISOLATED, CHAIN, GRAPH = "isolated stage", "eager chain", "captured chain"
 FAR, FAR_FP8 = "slots far apart", "slots far apart, FP8"
 MORE_THAN_K, FEWER_THAN_K, NO_TOKEN = (
@@ -48,27 +47,6 @@ MORE_THAN_K, FEWER_THAN_K, NO_TOKEN = (
     "rows without a token",
 )
 RANDOM, RELATIONS = "prefill, random", "verify and draft, random"
-
-
-def case(*events: Event, layer: Mapping[str, Any] | None = None, seed: int = 0, **setup: Any) -> Scenario:
-    """A scenario on a pool of 3 rows of 5 pages of 4 tokens, with a layer of 2 heads that keeps 8 keys."""
-    sizes = {
-        "page_size": 4,
-        "max_context_len": 20,
-        "index_topk": 8,
-        "num_steps": 1,
-        "num_draft_tokens": 2,
-        "pool_size": 3,
-    }
-    return Scenario(setup=Setup(**{**sizes, **setup}, layer=Layer(**(layer or {}))), seed=seed, events=events)
-
-
-def lattice(dtype: KVCacheDtype = BF16) -> dict[str, Any]:
-    return {"regime": Regime.LATTICE, "kv_cache_dtype": dtype}
-
-
-def random(dtype: KVCacheDtype = BF16, heads: int = 2) -> dict[str, Any]:
-    return {"regime": Regime.RANDOM, "kv_cache_dtype": dtype, "num_heads": heads}
 
 
 long_and_short = (Join(seq_len=11), Join(seq_len=3))
@@ -140,126 +118,126 @@ class Plant:
 
 PLANTS = (
     # Store
-    Plant(planted_layers.WritesNextSlot, "kv_cache"),
-    Plant(planted_layers.WritesTwoSlots, "kv_cache"),
-    Plant(planted_layers.SkipsLastRow, "kv_cache"),
-    Plant(planted_layers.WithoutStore, "kv_cache"),
-    Plant(planted_layers.StoresInFirstStepOnly, "kv_cache"),
-    Plant(planted_layers.RowsWithoutTokenWriteToSlotOne, "kv_cache", place="~slot 1 (running request 0, position 0)"),
-    Plant(planted_layers.NeighbourTileScale, "kv_cache", place="~scale"),
-    Plant(planted_layers.StoresReciprocalScale, "index_k_cache", place="~scale"),
-    Plant(planted_layers.ScalesToTwoHundredForty, "index_k_cache", place="~key element"),
-    Plant(planted_layers.ZeroScaleOfZeroTile, "index_k_cache", place="~scale"),
-    Plant(planted_layers.UnscaledLatents, "kv_cache", place="~latent element"),
-    Plant(planted_layers.OneScaleForAllTiles, "kv_cache", place="~latent element"),
-    Plant(planted_layers.RoundsTowardsZero, "index_k_cache", place="~key element", start=RANDOM),
-    Plant(planted_layers.NanStaysAlone, "index_k_cache", place="~(a made-up key: NaN)"),
-    Plant(planted_layers.InfinityIsTheLargest, "index_k_cache", place="~(a made-up key: infinities)"),
-    Plant(planted_layers.TiesAwayFromZero, "index_k_cache", place="~(a made-up key: half-way between codes)"),
-    Plant(planted_layers.FlushesDenormalKeys, "index_k_cache", place="~(a made-up key: denormals)"),
-    Plant(planted_layers.RopeBeforeScales, "kv_cache", place="~scale 0"),
-    Plant(planted_layers.InterleavesIndexScales, "index_k_cache"),
-    Plant(planted_layers.IndexKeyWithoutOffset, "index_k_cache", place="~key element 0"),
-    Plant(planted_layers.IndexKeyToNextPage, "index_k_cache"),
+    Plant(store.WritesNextSlot, "kv_cache"),
+    Plant(store.WritesTwoSlots, "kv_cache"),
+    Plant(store.SkipsLastRow, "kv_cache"),
+    Plant(whole.WithoutStore, "kv_cache"),
+    Plant(store.StoresInFirstStepOnly, "kv_cache"),
+    Plant(store.RowsWithoutTokenWriteToSlotOne, "kv_cache", place="~slot 1 (running request 0, position 0)"),
+    Plant(store.NeighbourTileScale, "kv_cache", place="~scale"),
+    Plant(store.StoresReciprocalScale, "index_k_cache", place="~scale"),
+    Plant(store.ScalesToTwoHundredForty, "index_k_cache", place="~key element"),
+    Plant(store.ZeroScaleOfZeroTile, "index_k_cache", place="~scale"),
+    Plant(store.UnscaledLatents, "kv_cache", place="~latent element"),
+    Plant(store.OneScaleForAllTiles, "kv_cache", place="~latent element"),
+    Plant(store.RoundsTowardsZero, "index_k_cache", place="~key element", start=RANDOM),
+    Plant(store.NanStaysAlone, "index_k_cache", place="~(a made-up key: NaN)"),
+    Plant(store.InfinityIsTheLargest, "index_k_cache", place="~(a made-up key: infinities)"),
+    Plant(store.TiesAwayFromZero, "index_k_cache", place="~(a made-up key: half-way between codes)"),
+    Plant(store.FlushesDenormalKeys, "index_k_cache", place="~(a made-up key: denormals)"),
+    Plant(store.RopeBeforeScales, "kv_cache", place="~scale 0"),
+    Plant(store.InterleavesIndexScales, "index_k_cache"),
+    Plant(store.IndexKeyWithoutOffset, "index_k_cache", place="~key element 0"),
+    Plant(store.IndexKeyToNextPage, "index_k_cache"),
     # Indexer
-    Plant(planted_layers.LeavesOutRelu, "logits"),
-    Plant(planted_layers.ReluAfterWeights, "logits"),
-    Plant(planted_layers.ReluAfterSum, "logits"),
-    Plant(planted_layers.DropsIndexScale, "logits"),
-    Plant(planted_layers.NeighbourHeadWeight, "logits"),
-    Plant(planted_layers.RoundsWeights, "logits", Kind.BOUND, start=RANDOM),
-    Plant(planted_layers.DropsLastIndexHead, "logits"),
-    Plant(planted_layers.LengthOneShort, "logits"),
-    Plant(planted_layers.LengthOneLong, "logits"),
-    Plant(planted_layers.SkipsPartialPage, "logits"),
-    Plant(planted_layers.TableOfFirstRow, "logits", place="~request 1"),
-    Plant(planted_layers.ZeroBeyondRow, "logits"),
-    Plant(planted_layers.ZeroTimesUnreadKey, "logits"),
+    Plant(indexer.LeavesOutRelu, "logits"),
+    Plant(indexer.ReluAfterWeights, "logits"),
+    Plant(indexer.ReluAfterSum, "logits"),
+    Plant(indexer.DropsIndexScale, "logits"),
+    Plant(indexer.NeighbourHeadWeight, "logits"),
+    Plant(indexer.RoundsWeights, "logits", Kind.BOUND, start=RANDOM),
+    Plant(indexer.DropsLastIndexHead, "logits"),
+    Plant(indexer.LengthOneShort, "logits"),
+    Plant(indexer.LengthOneLong, "logits"),
+    Plant(indexer.SkipsPartialPage, "logits"),
+    Plant(indexer.TableOfFirstRow, "logits", place="~request 1"),
+    Plant(indexer.ZeroBeyondRow, "logits"),
+    Plant(indexer.ZeroTimesUnreadKey, "logits"),
     # Top-k
-    Plant(planted_layers.TiesToHigher, "topk_indices"),
-    Plant(planted_layers.OneTooFew, "topk_indices"),
-    Plant(planted_layers.BestFirst, "topk_indices"),
-    Plant(planted_layers.Descending, "topk_indices"),
-    Plant(planted_layers.LooksBeyondRow, "topk_indices"),
-    Plant(planted_layers.LeavesGap, "topk_indices"),
-    Plant(planted_layers.RepeatsLast, "topk_indices"),
-    Plant(planted_layers.ChoosesOneTwice, "topk_indices"),
-    Plant(planted_layers.ClipsThresholdBin, "topk_indices", start=RANDOM),
-    Plant(planted_layers.ReversesNegatives, "topk_indices"),
-    Plant(planted_layers.FastPathLosesLast, "topk_indices"),
-    Plant(planted_layers.FastPathForOneMore, "topk_indices"),
-    Plant(planted_layers.FirstOfEqual, "topk_indices"),
-    Plant(planted_layers.OrdersNaNFirst, "topk_indices", place="~(made-up logits: NaN, "),
-    Plant(planted_layers.OrdersNaNLast, "topk_indices", place="~(made-up logits: NaN, "),
-    Plant(planted_layers.OrdersZerosBySign, "topk_indices", place="~(made-up logits: zeros of both signs, "),
-    Plant(planted_layers.IgnoresLowBits, "topk_indices", place="~(made-up logits: neighbouring floats, "),
-    Plant(planted_layers.FlushesDenormals, "topk_indices", place="~(made-up logits: denormals, "),
-    Plant(planted_layers.TakesInfinityForNothing, "topk_indices", place="~(made-up logits: infinities, "),
-    Plant(planted_layers.CompetesWithBeyond, "topk_indices", place="~(made-up logits: "),
-    Plant(planted_layers.DropsNaNOfShortRows, "topk_indices", place="~(made-up logits: at most K tokens, "),
+    Plant(topk.TiesToHigher, "topk_indices"),
+    Plant(topk.OneTooFew, "topk_indices"),
+    Plant(topk.BestFirst, "topk_indices"),
+    Plant(topk.Descending, "topk_indices"),
+    Plant(topk.LooksBeyondRow, "topk_indices"),
+    Plant(topk.LeavesGap, "topk_indices"),
+    Plant(topk.RepeatsLast, "topk_indices"),
+    Plant(topk.ChoosesOneTwice, "topk_indices"),
+    Plant(topk.ClipsThresholdBin, "topk_indices", start=RANDOM),
+    Plant(topk.ReversesNegatives, "topk_indices"),
+    Plant(topk.FastPathLosesLast, "topk_indices"),
+    Plant(topk.FastPathForOneMore, "topk_indices"),
+    Plant(topk.FirstOfEqual, "topk_indices"),
+    Plant(edge_logits.OrdersNaNFirst, "topk_indices", place="~(made-up logits: NaN, "),
+    Plant(edge_logits.OrdersNaNLast, "topk_indices", place="~(made-up logits: NaN, "),
+    Plant(edge_logits.OrdersZerosBySign, "topk_indices", place="~(made-up logits: zeros of both signs, "),
+    Plant(edge_logits.IgnoresLowBits, "topk_indices", place="~(made-up logits: neighbouring floats, "),
+    Plant(edge_logits.FlushesDenormals, "topk_indices", place="~(made-up logits: denormals, "),
+    Plant(edge_logits.TakesInfinityForNothing, "topk_indices", place="~(made-up logits: infinities, "),
+    Plant(edge_logits.CompetesWithBeyond, "topk_indices", place="~(made-up logits: "),
+    Plant(edge_logits.DropsNaNOfShortRows, "topk_indices", place="~(made-up logits: at most K tokens, "),
     # Transforms
-    Plant(planted_layers.DoesNotMap, "indices"),
-    Plant(planted_layers.MapsByFirstRow, "indices", place="~request 1"),
-    Plant(planted_layers.MapsNothingToFirst, "indices"),
-    Plant(planted_layers.ForgetsOffset, "topk_ragged", place="~request 1"),
-    Plant(planted_layers.OffsetOfPreviousRow, "topk_ragged", place="~request 1"),
-    Plant(planted_layers.OffsetsNothing, "topk_ragged", place="~request 1"),
+    Plant(topk.DoesNotMap, "indices"),
+    Plant(topk.MapsByFirstRow, "indices", place="~request 1"),
+    Plant(topk.MapsNothingToFirst, "indices"),
+    Plant(topk.ForgetsOffset, "topk_ragged", place="~request 1"),
+    Plant(topk.OffsetOfPreviousRow, "topk_ragged", place="~request 1"),
+    Plant(topk.OffsetsNothing, "topk_ragged", place="~request 1"),
     # Attention
-    Plant(planted_layers.LeaksSlotZero, "out"),
-    Plant(planted_layers.ZeroTimesSlotZero, "out"),
-    Plant(planted_layers.LeavesOutScale, "out"),
-    Plant(planted_layers.IgnoresRope, "out"),
-    Plant(planted_layers.ValuesFromRope, "out"),
-    Plant(planted_layers.TruncatesLatents, "out", place="~element 48"),
-    Plant(planted_layers.NextHeadsQuery, "out"),
-    Plant(planted_layers.IgnoresTileScales, "out"),
-    Plant(planted_layers.LosesLastIndex, "out"),
-    Plant(planted_layers.StopsAtFirstNothing, "out"),
-    Plant(planted_layers.QueriesInFp8, "out", Kind.BOUND, start=RANDOM),
-    Plant(planted_layers.RoughExponential, "out"),
-    Plant(planted_layers.DropsRescale, "out", start=FEWER_THAN_K),
-    Plant(planted_layers.LosesKeyAtBoundary, "out"),
-    Plant(planted_layers.DoublesKeyAtBoundary, "out", start=FEWER_THAN_K),
-    Plant(planted_layers.AccumulatesInBf16, "out"),
-    Plant(planted_layers.RoundsBeforeDividing, "out"),
-    Plant(planted_layers.StartsFromWorkspace, "out"),
-    Plant(planted_layers.DividesNothingByNothing, "out"),
-    Plant(planted_layers.ZeroLseOfNothing, "lse", Kind.BOUND),
-    Plant(planted_layers.LseInBaseTwo, "lse", Kind.BOUND),
-    Plant(planted_layers.LseWithoutMaximum, "lse", Kind.BOUND),
-    Plant(planted_layers.SplitsByBatch, "", Kind.RELATION, Relation.ALONE, start=f"{RELATIONS} 0"),
-    Plant(planted_layers.SumsInOrderOfSlots, "", Kind.RELATION, Relation.RELABELLED, start=f"{RELATIONS} 0"),
+    Plant(attention.LeaksSlotZero, "out"),
+    Plant(attention.ZeroTimesSlotZero, "out"),
+    Plant(attention.LeavesOutScale, "out"),
+    Plant(attention.IgnoresRope, "out"),
+    Plant(attention.ValuesFromRope, "out"),
+    Plant(attention.TruncatesLatents, "out", place="~element 48"),
+    Plant(attention.NextHeadsQuery, "out"),
+    Plant(attention.IgnoresTileScales, "out"),
+    Plant(attention.LosesLastIndex, "out"),
+    Plant(attention.StopsAtFirstNothing, "out"),
+    Plant(attention.QueriesInFp8, "out", Kind.BOUND, start=RANDOM),
+    Plant(attention.RoughExponential, "out"),
+    Plant(attention.DropsRescale, "out", start=FEWER_THAN_K),
+    Plant(attention.LosesKeyAtBoundary, "out"),
+    Plant(attention.DoublesKeyAtBoundary, "out", start=FEWER_THAN_K),
+    Plant(attention.AccumulatesInBf16, "out"),
+    Plant(attention.RoundsBeforeDividing, "out"),
+    Plant(attention.StartsFromWorkspace, "out"),
+    Plant(attention.DividesNothingByNothing, "out"),
+    Plant(attention.ZeroLseOfNothing, "lse", Kind.BOUND),
+    Plant(attention.LseInBaseTwo, "lse", Kind.BOUND),
+    Plant(attention.LseWithoutMaximum, "lse", Kind.BOUND),
+    Plant(attention.SplitsByBatch, "", Kind.RELATION, Relation.ALONE, start=f"{RELATIONS} 0"),
+    Plant(attention.SumsInOrderOfSlots, "", Kind.RELATION, Relation.RELABELLED, start=f"{RELATIONS} 0"),
     # Inputs
-    Plant(planted_layers.ScalesKeysInPlace, "k", Kind.INPUT),
-    Plant(planted_layers.ClearsIndexKeys, "index_k_cache", Kind.INPUT),
-    Plant(planted_layers.MasksLogitsInPlace, "logits", Kind.INPUT),
-    Plant(planted_layers.MasksTableInPlace, "page_table_1", Kind.INPUT),
-    Plant(planted_layers.ShiftsOffsetsInPlace, "topk_indices_offset", Kind.INPUT),
-    Plant(planted_layers.ClampsIndicesInPlace, "indices", Kind.INPUT),
-    Plant(planted_layers.ScalesQueriesInPlace, "q", Kind.INPUT),
-    Plant(planted_layers.CleansCache, "kv_cache", Kind.INPUT),
-    Plant(planted_layers.ZeroesIndexQueries, "index_weights", Kind.INPUT, how=CHAIN),
-    Plant(planted_layers.ClipsMetadata, "seqlens_expanded", Kind.INPUT, how=CHAIN),
-    Plant(planted_layers.ReplacesMetadata, "real_page_table", Kind.INPUT, how=CHAIN),
-    Plant(planted_layers.NarrowsMetadata, "max_seq_len_k", Kind.INPUT, how=CHAIN),
+    Plant(inputs.ScalesKeysInPlace, "k", Kind.INPUT),
+    Plant(inputs.ClearsIndexKeys, "index_k_cache", Kind.INPUT),
+    Plant(inputs.MasksLogitsInPlace, "logits", Kind.INPUT),
+    Plant(inputs.MasksTableInPlace, "page_table_1", Kind.INPUT),
+    Plant(inputs.ShiftsOffsetsInPlace, "topk_indices_offset", Kind.INPUT),
+    Plant(inputs.ClampsIndicesInPlace, "indices", Kind.INPUT),
+    Plant(inputs.ScalesQueriesInPlace, "q", Kind.INPUT),
+    Plant(inputs.CleansCache, "kv_cache", Kind.INPUT),
+    Plant(inputs.ZeroesIndexQueries, "index_weights", Kind.INPUT, how=CHAIN),
+    Plant(inputs.ClipsMetadata, "seqlens_expanded", Kind.INPUT, how=CHAIN),
+    Plant(inputs.ReplacesMetadata, "real_page_table", Kind.INPUT, how=CHAIN),
+    Plant(inputs.NarrowsMetadata, "max_seq_len_k", Kind.INPUT, how=CHAIN),
     # Slots far apart
-    Plant(planted_layers.StoresInInt32, "kv_cache", start=FAR),
-    Plant(planted_layers.SlotsInInt32, "out", start=FAR),
-    Plant(planted_layers.SlotsInInt32, "out", start=FAR_FP8),
-    Plant(planted_layers.SlotsInUint32, "out", start=FAR, reaches_beyond=True),
-    Plant(planted_layers.SlotsInUint32, "out", start=FAR_FP8, reaches_beyond=True),
-    Plant(planted_layers.BytesInInt32, "out", start=FAR, reaches_beyond=True),
-    Plant(planted_layers.IndexPagesInInt32, "logits", start=FAR),
-    Plant(planted_layers.IndexPagesInUint32, "logits", start=FAR, reaches_beyond=True),
+    Plant(far.StoresInInt32, "kv_cache", start=FAR),
+    Plant(far.SlotsInInt32, "out", start=FAR),
+    Plant(far.SlotsInInt32, "out", start=FAR_FP8),
+    Plant(far.SlotsInUint32, "out", start=FAR, reaches_beyond=True),
+    Plant(far.SlotsInUint32, "out", start=FAR_FP8, reaches_beyond=True),
+    Plant(far.BytesInInt32, "out", start=FAR, reaches_beyond=True),
+    Plant(far.IndexPagesInInt32, "logits", start=FAR),
+    Plant(far.IndexPagesInUint32, "logits", start=FAR, reaches_beyond=True),
     # The layer as a whole
-    Plant(planted_layers.StoresAfterwards, "logits", how=CHAIN),
-    Plant(planted_layers.AttendsBesideStore, "out", how=CHAIN),
-    Plant(planted_layers.LengthsOfRequests, "logits", how=CHAIN),
-    Plant(planted_layers.AttendsToLastSelection, "out", how=CHAIN),
-    Plant(planted_layers.OutInFloat32, "out", Kind.DTYPE),
-    Plant(planted_layers.OneRowTooFew, "lse", Kind.SHAPE),
-    Plant(planted_layers.Raises, "RuntimeError", Kind.CRASH, how="", place="~planted_layers.py"),
-    Plant(planted_layers.WritesBeyondOutput, "~buffer of shape [4, 2]", Kind.GUARD, how=""),
+    Plant(whole.StoresAfterwards, "logits", how=CHAIN),
+    Plant(whole.AttendsBesideStore, "out", how=CHAIN),
+    Plant(whole.LengthsOfRequests, "logits", how=CHAIN),
+    Plant(whole.AttendsToLastSelection, "out", how=CHAIN),
+    Plant(whole.OutInFloat32, "out", Kind.DTYPE),
+    Plant(whole.OneRowTooFew, "lse", Kind.SHAPE),
+    Plant(whole.Raises, "RuntimeError", Kind.CRASH, how="", place="~whole.py"),
+    Plant(whole.WritesBeyondOutput, "~buffer of shape [4, 2]", Kind.GUARD, how=""),
 )
 
 
@@ -290,33 +268,34 @@ def test_planted_layer_is_named_at_its_stage(plant: Plant, device: torch.device)
 
 def test_every_planted_layer_is_judged() -> None:
     seams = {"Store", "Indexer", "Select", "Attention", "Chunked", "KeepsFirst"}
-    refused = {"WithoutStages", "ForSevenHeads", "ForRedOnes"}
     defined = {
         name
-        for name, value in vars(planted_layers).items()
-        if inspect.isclass(value) and value.__module__ == planted_layers.__name__
+        for module in pkgutil.iter_modules(layers.__path__)
+        if module.name not in ("refused", "nudges")  # the latter are judged with the relations that they break
+        for name, value in vars(importlib.import_module(f"{layers.__name__}.{module.name}")).items()
+        if inspect.isclass(value) and value.__module__ == f"{layers.__name__}.{module.name}"
     }
     judged = {thing.__name__ for thing in (*(plant.layer for plant in (*PLANTS, *GRAPH_PLANTS)), *FREEDOMS)}
-    assert defined - seams - refused == judged - {planted_layers.Clean.__name__}
+    assert defined - seams == judged - {clean.Clean.__name__}
 
 
 # Clean ones
 
 FREEDOMS = (
-    planted_layers.Clean,
-    planted_layers.OtherNan,
-    planted_layers.InFloat32,
-    planted_layers.OnlineInFloat32,
-    planted_layers.Bf16Weights,
-    planted_layers.IndexerInFloat32,
-    planted_layers.SharesOutputs,
+    clean.Clean,
+    clean.OtherNan,
+    clean.InFloat32,
+    clean.OnlineInFloat32,
+    clean.Bf16Weights,
+    clean.IndexerInFloat32,
+    clean.SharesOutputs,
 )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case_of_a_plant_passes_without_it(name: str, device: torch.device) -> None:
     """Otherwise the findings above would say nothing about the plants."""
-    verdict = judge(CASES[name], BACKEND, device, layer_factory=planted_layers.Clean, graphs=False)
+    verdict = judge(CASES[name], BACKEND, device, layer_factory=clean.Clean, graphs=False)
     assert verdict.cases == 1
     assert verdict.eager_calls == 2 * sum(isinstance(event, Eager) for event in CASES[name].events)
 
@@ -346,7 +325,7 @@ def every_mode(regime: Regime, dtype: KVCacheDtype) -> Scenario:
 @pytest.mark.parametrize("regime", Regime)
 def test_reference_passes_every_mode(regime: Regime, dtype: KVCacheDtype, device: torch.device) -> None:
     scenario = every_mode(regime, dtype)
-    verdict = judge(scenario, BACKEND, device, layer_factory=planted_layers.Clean, graphs=False)
+    verdict = judge(scenario, BACKEND, device, layer_factory=clean.Clean, graphs=False)
     assert verdict.eager_calls == 2 * (1 + len(ForwardMode))
     stages = verdict.layers.stages
     assert set(stages) == {
@@ -365,7 +344,7 @@ def test_reference_passes_drawn_scenarios(device: torch.device) -> None:
     verdict = Verdict()
 
     def judge_one(scenario: Scenario) -> None:
-        judge(scenario, BACKEND, device, verdict, planted_layers.Clean, graphs=False)
+        judge(scenario, BACKEND, device, verdict, clean.Clean, graphs=False)
 
     draw(scenarios(scale), 8, 5, judge_one)
     assert verdict.cases == 8
@@ -383,26 +362,24 @@ def one_replay(*joins: Join, mode: ForwardMode = DECODE, bucket: int = 1, times:
 
 
 GRAPH_PLANTS = {
-    Plant(planted_layers.FreezesPlan, "logits", how=GRAPH): one_replay(layer=lattice()),
-    Plant(planted_layers.ReturnsWarmUp, "lse", Kind.BOUND, GRAPH): one_replay(layer=lattice()),
-    Plant(planted_layers.ReadsOldCache, "logits", how=GRAPH): one_replay(layer=lattice()),
-    Plant(planted_layers.AddsToWorkspace, "out", Kind.RELATION, Relation.REPEATED): one_replay(layer=lattice()),
-    Plant(planted_layers.AttendsToLastReplay, "out", how=GRAPH): one_replay(layer=lattice()),
-    Plant(planted_layers.ScalesByWholeBatch, "out", how=GRAPH): one_replay(layer=lattice(), bucket=2),
+    Plant(in_graph.FreezesPlan, "logits", how=GRAPH): one_replay(layer=lattice()),
+    Plant(in_graph.ReturnsWarmUp, "lse", Kind.BOUND, GRAPH): one_replay(layer=lattice()),
+    Plant(in_graph.ReadsOldCache, "logits", how=GRAPH): one_replay(layer=lattice()),
+    Plant(in_graph.AddsToWorkspace, "out", Kind.RELATION, Relation.REPEATED): one_replay(layer=lattice()),
+    Plant(in_graph.AttendsToLastReplay, "out", how=GRAPH): one_replay(layer=lattice()),
+    Plant(in_graph.ScalesByWholeBatch, "out", how=GRAPH): one_replay(layer=lattice(), bucket=2),
     Plant(
-        planted_layers.PaddingWritesToSlotOne, "kv_cache", how=GRAPH, place="~slot 1 (running request 0, position 0)"
+        in_graph.PaddingWritesToSlotOne, "kv_cache", how=GRAPH, place="~slot 1 (running request 0, position 0)"
     ): one_replay(bucket=2, page_size=1),
-    Plant(planted_layers.UsesQueriesAsWorkspace, "q", Kind.INPUT, ""): one_replay(),
-    Plant(planted_layers.ClipsMetadataInGraph, "seqlens_expanded", Kind.INPUT, GRAPH): one_replay(
+    Plant(in_graph.UsesQueriesAsWorkspace, "q", Kind.INPUT, ""): one_replay(),
+    Plant(in_graph.ClipsMetadataInGraph, "seqlens_expanded", Kind.INPUT, GRAPH): one_replay(
         Join(seq_len=11), mode=VERIFY
     ),
-    Plant(planted_layers.FirstStepStoresZeros, "index_k_cache", how=GRAPH): one_replay(
+    Plant(in_graph.FirstStepStoresZeros, "index_k_cache", how=GRAPH): one_replay(
         mode=VERIFY, num_steps=2, layer=lattice()
     ),
-    Plant(planted_layers.LooksAtLengths, "torch.Tensor.__int__", Kind.CAPTURE, "", "~planted_layers.py"): one_replay(),
-    Plant(planted_layers.LeavesUnusedRows, "lse", how=GRAPH, place="row 1 (unused tail)"): one_replay(
-        mode=DRAFT_EXTEND
-    ),
+    Plant(in_graph.LooksAtLengths, "torch.Tensor.__int__", Kind.CAPTURE, "", "~in_graph.py"): one_replay(),
+    Plant(in_graph.LeavesUnusedRows, "lse", how=GRAPH, place="row 1 (unused tail)"): one_replay(mode=DRAFT_EXTEND),
 }
 
 
@@ -425,7 +402,7 @@ def test_outputs_may_share_their_memory(mode: ForwardMode, device: torch.device)
         layer=lattice(),
         num_steps=2,
     )
-    verdict = judge(scenario, BACKEND, device, layer_factory=planted_layers.SharesOutputs)
+    verdict = judge(scenario, BACKEND, device, layer_factory=clean.SharesOutputs)
     assert verdict.layers.replays == 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import subprocess
 import sys
 import time
@@ -12,13 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import planted
 import pytest
 import torch
-from test_detection import case as metadata_case
-from test_detection import factory_of, one_replay
-from test_graph import add_kernel, ints
-from test_layer_detection import case
 
 from nsa_oracle.harness.bugs.catalogue.graphs import (
     DoesNotWaitForInputs,
@@ -31,7 +25,6 @@ from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.commands.sanitizer import Tool, find_sanitizer, sanitize
-from nsa_oracle.harness.commands.tiers import module_path
 from nsa_oracle.harness.engine.stress import Delivery, late_inputs, slow_side_streams
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.graphs.allocator import Allocator
@@ -45,6 +38,13 @@ from nsa_oracle.harness.scenarios.files import BUG_CASES, CORPUS, load
 from nsa_oracle.harness.scenarios.scenario import Eager, Join, Replay
 from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode
+from tests.support.backends import clean, replays, seams
+from tests.support.captures import add_kernel, ints
+from tests.support.command_line import environment_of_children
+from tests.support.layer_cases import case
+from tests.support.metadata_cases import case as metadata_case
+from tests.support.metadata_cases import factory_of, one_replay
+from tests.support.project import PROJECT
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +225,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("waits", [True, False])
     def test_eager_call_that_waits_for_its_stream_or_not(self, waits: bool, gpu: torch.device) -> None:
-        class Step(planted.Step):
+        class Step(seams.Step):
             """Fills in the lengths on a stream of its own."""
 
             def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -240,7 +240,7 @@ class TestStreams:
                 if waits:
                     engine.wait_stream(side)
 
-        backend = factory_of(planted.backend_of(Step))
+        backend = factory_of(seams.backend_of(Step))
         decode = Eager(mode=ForwardMode.DECODE)
         calls = metadata_case(Join(seq_len=5), decode, Join(seq_len=7), decode)
         if waits:
@@ -299,10 +299,10 @@ def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) ->
     """Two shards, each of which meets a kernel that faults: both are reported, the first is shrunk."""
     command = [sys.executable, "-m", "pytest", "tests/test_oracle.py", "-p", "no:cacheprovider", "-q"]
     command += ["-k", "test_scenarios and (0 or 1)", "--oracle-device", "cuda", "--oracle-profile", "dev"]
-    command += ["--oracle-backend", "planted:FaultsOnTheGpu", "--oracle-save", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{module_path()}"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    command += ["--oracle-backend", "tests.support.backends.crashes:FaultsOnTheGpu", "--oracle-save", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment_of_children(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
     assert done.stdout.count("THE GPU FAULTED") >= 2
     assert "2 FAILED" in done.stdout
@@ -341,7 +341,7 @@ class TestMemory:
         kept = []
         for _ in range(4):
             with pytest.raises(OracleFailure, match="page_table_1") as caught:
-                judge(self.FAR, factory_of(planted.KeepsPageTable), gpu)
+                judge(self.FAR, factory_of(replays.KeepsPageTable), gpu)
             kept.append(caught)
         assert torch.cuda.max_memory_reserved(gpu) <= far_apart.MOST_FAR_BYTES
         assert torch.cuda.memory_reserved(gpu) < 1 << 30
@@ -356,7 +356,7 @@ class TestMemory:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def test_backend_without_memory_is_a_finding(self, gpu: torch.device) -> None:
-        class Refused(planted.Clean):
+        class Refused(clean.Clean):
             def init_forward_metadata_replay_cuda_graph(self, *_: Any) -> None:
                 torch.empty(1 << 50, dtype=torch.uint8, device=gpu)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -10,11 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import planted
 import pytest
 import torch
-from test_cli import WITH_LAYER
-from test_detection import accept_two_then_one, factory_of, one_replay
 
 from nsa_oracle.harness import plugin
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
@@ -26,11 +22,14 @@ from nsa_oracle.harness.search.drawing import SHARDS
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
+from tests.support.backends import clean, lengths
+from tests.support.command_line import environment_of_children
+from tests.support.layer_cases import WITH_LAYER
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, factory_of, one_replay
+from tests.support.project import PROJECT
 
-HERE = Path(__file__).parent
-PROJECT = HERE.parent.parent
 OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget")
-CLEAN, BROKEN = "planted:Clean", "planted:VerifyForgetsDrafts"
+CLEAN, BROKEN = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:VerifyForgetsDrafts"
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *words: str) -> Run:
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(HERE), *sys.path]),
+        **{name: value for name, value in environment_of_children().items() if not name.startswith("PYTEST")},
         "COLUMNS": "200",
     }
     command = [sys.executable, "-m", "pytest", "-p", "nsa_oracle.harness.plugin", "--oracle-device=cpu", *words]
@@ -103,7 +101,13 @@ def test_every_option_is_documented(folder: Path) -> None:
 # Should such a value be accepted after all, it must not start an hour's work.
 CHEAP = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1)]
 LAYER_CASE = ["--oracle-replay=layer.json"]
-LAYERS = "from planted_layers import Capturable\nclass ForThreeHeads(Capturable):\n    sizes = {'num_heads': (3,)}\n"
+LAYERS, STRANGERS = "tests.support.layers", "tests.support.strangers"
+FOR_THREE_HEADS = """
+from nsa_oracle.optimized.layer import SparseAttention
+
+class ForThreeHeads(SparseAttention):
+    sizes = {"num_heads": (3,)}
+"""
 
 
 @pytest.mark.parametrize(
@@ -113,35 +117,35 @@ LAYERS = "from planted_layers import Capturable\nclass ForThreeHeads(Capturable)
         (["--oracle-device=tpu"], "invalid choice: 'tpu'"),
         (["--oracle-budget=soon"], "'soon' is not a number of seconds"),
         (["--oracle-budget=nan", *CHEAP], "nan"),
-        (["--oracle-backend=planted"], "backend 'planted' is not of the form module:attribute"),
+        (["--oracle-backend=my_backend"], "backend 'my_backend' is not of the form module:attribute"),
         (["--oracle-backend=absent_module:X"], "cannot import absent_module"),
         (["--oracle-backend=broken_module:X"], "broken_module"),
         (
-            ["--oracle-backend=planted:LacksMethod", "--oracle-profile=dev", *shards(0)],
+            ["--oracle-backend=tests.support.backends.crashes:LacksMethod", "--oracle-profile=dev", *shards(0)],
             "lacks LacksMethod.init_forward_metadata",
         ),
         (["--oracle-layer=absent_module:X"], "layer 'absent_module:X': cannot import absent_module"),
-        (["--oracle-layer=planted_layers:ForSevenHeads"], "num_heads may be 7, and is one of 1, 2, 3, 16"),
-        (["--oracle-layer=planted_layers:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
+        ([f"--oracle-layer={LAYERS}.refused:ForSevenHeads"], "num_heads may be 7, and is one of 1, 2, 3, 16"),
+        ([f"--oracle-layer={LAYERS}.refused:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
         (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: num_heads 2 is not among the sizes"),
-        (["--oracle-layer=planted_layers:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
-        (["--oracle-layer=planted_layers:WithoutStages"], "has none of the methods store_cache, "),
+        ([f"--oracle-layer={LAYERS}.refused:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
+        ([f"--oracle-layer={LAYERS}.refused:WithoutStages"], "has none of the methods store_cache, "),
         (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
         (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
         (["--oracle-save=pytest.ini/deep/down", *CHEAP], "pytest.ini is a file; name a directory"),
         ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
         (["--oracle-replay=.", *CHEAP], ".: cannot be read: Is a directory"),
-        (["--oracle-backend=strangers:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
-        (["--oracle-backend=strangers:UnknownMode"], "modes: there is no PREFILL"),
-        (["--oracle-layer=strangers:WeakerList"], "weaker must map stages to a Strictness"),
+        ([f"--oracle-backend={STRANGERS}:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
+        ([f"--oracle-backend={STRANGERS}:UnknownMode"], "modes: there is no PREFILL"),
+        ([f"--oracle-layer={STRANGERS}:WeakerList"], "weaker must map stages to a Strictness"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_unusable_value_is_refused_in_one_line(words: list[str], cause: str, folder: Path) -> None:
     (folder / "malformed.json").write_text("{}")
     (folder / "broken_module.py").write_text("1 / 0\n")
-    (folder / "layers.py").write_text(LAYERS)
+    (folder / "layers.py").write_text(FOR_THREE_HEADS)
     save(WITH_LAYER, folder / "layer.json")
     done = run(folder, *words)
     assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output[-2000:]
@@ -192,7 +196,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
     assert len(failure_files(folder / "kept")) == 2 * len(minimal), "nothing else is left there"
     for path in minimal:
         with pytest.raises(OracleFailure):
-            judge(load(path), factory_of(planted.VerifyForgetsDrafts), device)
+            judge(load(path), factory_of(lengths.VerifyForgetsDrafts), device)
 
     # The case says the same when replayed by itself, and nothing but that case is judged then.
     path = minimal[0].relative_to(folder)
@@ -211,7 +215,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
 
 def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
     save(one_replay(ForwardMode.DECODE), folder / "one.json")
-    save(accept_two_then_one, folder / "other.json")
+    save(ACCEPT_TWO_THEN_ONE, folder / "other.json")
     done = run(
         folder, "-v", f"--oracle-backend={CLEAN}", "--oracle-replay=one.json", f"--oracle-replay={folder}/other.json"
     )
@@ -226,27 +230,27 @@ def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
 def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
     save(WITH_LAYER, folder / "layer.json")
     words = [f"--oracle-backend={CLEAN}", "--oracle-replay=layer.json"]
-    done = run(folder, *words, "--oracle-layer=planted_layers:SharesOutputs")
+    done = run(folder, *words, f"--oracle-layer={LAYERS}.clean:SharesOutputs")
     assert done.exit_code == pytest.ExitCode.OK, done.output
-    assert f"oracle: judging {CLEAN} and planted_layers:SharesOutputs on cpu, profile pr, seed 0" in done.output
+    assert f"oracle: judging {CLEAN} and {LAYERS}.clean:SharesOutputs on cpu, profile pr, seed 0" in done.output
     stages = re.findall(r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +([\d,]+) +│", done.output, re.MULTILINE)
     assert [name for name, *_ in stages] == ["kv_cache", "index_k_cache", "logits", "indices", "out", "lse"]
     assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
     assert all(weaker == "0" for *_, weaker in stages)
     assert "layer: 2 replays; no bit changed when: other content of unspecified memory 1" in done.output
 
-    broken = run(folder, *words, "--oracle-layer=planted_layers:FreezesPlan")
+    broken = run(folder, *words, f"--oracle-layer={LAYERS}.in_graph:FreezesPlan")
     assert broken.exit_code == pytest.ExitCode.TESTS_FAILED
     assert len(broken.failures) == 1
     assert "logits at step 0, row 0 (request 0, draft token 0), token 1 (captured chain)" in broken.failures[0]
-    assert "--layer planted_layers:FreezesPlan" in broken.output
+    assert f"--layer {LAYERS}.in_graph:FreezesPlan" in broken.output
 
 
 def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: torch.device) -> None:
-    verdict = judge(WITH_LAYER, factory_of(planted.Clean), device)
+    verdict = judge(WITH_LAYER, factory_of(clean.Clean), device)
     verdict.layers.stage("out").worst = 0.25
     verdict.audit.missed("whole graphs: no driver", 3)
-    oracle = Oracle(device, Subject(factory_of(planted.Clean)), None, None, "dev", Path(), None, 0)
+    oracle = Oracle(device, Subject(factory_of(clean.Clean)), None, None, "dev", Path(), None, 0)
     text = _as_property(oracle, Exploration(verdict))
     total = Verdict()
     for _ in range(2):
@@ -284,9 +288,10 @@ def test_budget_of_nothing_judges_nothing_and_says_so(folder: Path) -> None:
 
 LIMITED = """
 import os, signal
-import planted
+from tests.support.backends.clean import Clean
+from tests.support.backends.crashes import LacksMethod
 
-class Limited(planted.Clean):
+class Limited(Clean):
     sizes = {"page_size": (16, 64), "drive": ("multi_step",)}
     modes = ("DECODE", "TARGET_VERIFY")
 
@@ -294,7 +299,7 @@ class Limited(planted.Clean):
         assert batch.forward_mode.value in self.modes
         super().init_forward_metadata(batch)
 
-class Dies(planted.Clean):
+class Dies(Clean):
     def init_forward_metadata_replay_cuda_graph(self, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -303,7 +308,7 @@ class Unsteady:
 
     def __new__(cls, *sizes):
         Unsteady.built += 1
-        return planted.Clean(*sizes) if Unsteady.built < 3 else planted.LacksMethod(*sizes)
+        return Clean(*sizes) if Unsteady.built < 3 else LacksMethod(*sizes)
 """
 
 
@@ -340,7 +345,7 @@ def test_case_that_takes_the_process_down_is_kept_and_told(folder: Path) -> None
     assert worked.exit_code == pytest.ExitCode.TESTS_FAILED
     (left, *_) = (folder / "failures").glob("*.running.json")
     assert "the process died while it judged a case" in worked.output
-    assert f"harness replay failures/{left.name} --device cpu --backend limited:Dies" in worked.output
+    assert f"nsa_oracle replay failures/{left.name} --device cpu --backend limited:Dies" in worked.output
 
 
 def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> None:
@@ -356,7 +361,7 @@ def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkey
     monkeypatch.setattr(seeds, "CORPUS", tmp_path)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
-        plugin._corpus(Subject(factory_of(planted.Clean)), torch.device("cpu"))
+        plugin._corpus(Subject(factory_of(clean.Clean)), torch.device("cpu"))
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:

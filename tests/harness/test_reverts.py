@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import torch
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.subjects.loading import load_backend
+from tests.support.project import PROJECT
 
-PROJECT = Path(__file__).parent.parent.parent
 CASES = {path.stem.removeprefix("revert-"): path for path in (PROJECT / "tests/cases").glob("revert-*.json")}
 ROWS = dict(re.findall(r"^\| \[?`(\w+)`.*?\| (?:wrong results|CUDA graph|run-time error) \| `(.+?)`",
                        (PROJECT / "docs/reverts.md").read_text(encoding="utf-8"), re.MULTILINE))  # fmt: skip

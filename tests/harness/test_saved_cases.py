@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import planted
-import planted_layers
 import pytest
 import torch
-from test_detection import factory_of
 
 from nsa_oracle.harness.bugs.bug import by_mutation
 from nsa_oracle.harness.bugs.mutate import Mutation
@@ -19,13 +15,17 @@ from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.reference.multi_step import copy_into
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
+from tests.support.backends import seams
+from tests.support.backends.clean import Clean
+from tests.support.layers.clean import Clean as CleanLayer
+from tests.support.metadata_cases import factory_of
+from tests.support.project import PROJECT
 
-PROJECT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
 
 
-class Step(planted.Step):
+class Step(seams.Step):
     """A step that remembers what it likes."""
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, speculative_step_id: int = 0) -> None:
@@ -158,11 +158,11 @@ def sums_of(mode: ForwardMode) -> type[Step]:
 )  # fmt: skip
 def test_a_corner_of_metadata_shows_its_bugs(case: str, step: type[Step], field: str) -> None:
     with pytest.raises(OracleFailure) as failure:
-        judge(load(PROJECT / f"tests/cases/{case}.json"), factory_of(planted.backend_of(step)), CPU)
+        judge(load(PROJECT / f"tests/cases/{case}.json"), factory_of(seams.backend_of(step)), CPU)
     assert failure.value.finding.field == field
 
 
-class FewIndexHeads(planted_layers.Clean):
+class FewIndexHeads(CleanLayer):
     """Index heads beyond a tile of the matrix units are not summed."""
 
     def indexer_logits(self, index_q: torch.Tensor, index_weights: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -170,21 +170,21 @@ class FewIndexHeads(planted_layers.Clean):
         return super().indexer_logits(index_q, torch.where(summed, index_weights, 0.0), *rest)
 
 
-class HeadsRepeat(planted_layers.Clean):
+class HeadsRepeat(CleanLayer):
     """The second block of 64 heads is the first."""
 
     def sparse_mla(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return super().sparse_mla(q[:, torch.arange(q.shape[1]) % 64], *rest)
 
 
-class KeysEnd(planted_layers.Clean):
+class KeysEnd(CleanLayer):
     """Indices beyond the first 2,048 are not looked at."""
 
     def sparse_mla(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> Any:
         return super().sparse_mla(q, kv_cache, indices[:, :2048])
 
 
-class PrefillIsAnotherKernel(planted_layers.Clean):
+class PrefillIsAnotherKernel(CleanLayer):
     """Many rows go to a kernel that sums in another order."""
 
     def sparse_mla(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +192,7 @@ class PrefillIsAnotherKernel(planted_layers.Clean):
         return out, torch.nextafter(lse, lse + 1) if len(q) >= 64 else lse
 
 
-class NoBlockThatWide(planted_layers.Clean):
+class NoBlockThatWide(CleanLayer):
     """A width of exactly the largest block has none."""
 
     def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ class NoBlockThatWide(planted_layers.Clean):
 def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., Any], what: str) -> None:
     scenario = load(PROJECT / f"tests/cases/{case}.json")
     with pytest.raises(OracleFailure) as failure:
-        judge(scenario, factory_of(planted.Clean), CPU, layer_factory=layer, graphs=False)
+        judge(scenario, factory_of(Clean), CPU, layer_factory=layer, graphs=False)
     assert failure.value.finding.field == what
 
 

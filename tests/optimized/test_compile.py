@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.project import PROJECT
+
 KERNELS = {
     "copy_steps_kernel",
     "expand_seqlens_kernel",
@@ -31,9 +33,9 @@ HOPPER_KERNELS = {"sparse_mla_hopper_kernel"}
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_compiles_and_sizes_select_no_variant(capability: int, tmp_path: Path) -> None:
-    script = Path(__file__).parent / "compile_only.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(capability)],
+        [sys.executable, "-m", "tests.support.compile_only", str(capability)],
+        cwd=PROJECT,
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},  # a cache hit would prove nothing
         capture_output=True,
         text=True,

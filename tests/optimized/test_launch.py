@@ -10,7 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_ops import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
 from nsa_oracle import optimized
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
@@ -20,6 +19,7 @@ from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
 from nsa_oracle.optimized.kernels.topk import topk_kernel
 from nsa_oracle.optimized.launch import Launcher, _check, signature
 from nsa_oracle.reference.types import ForwardMode
+from tests.support.launches import DEVICE, REQ_TO_TOKEN, fill_arguments, step_buffers
 
 MODULES = [
     importlib.import_module(found.name) for found in pkgutil.iter_modules(optimized.__path__, "nsa_oracle.optimized.")

@@ -9,11 +9,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from exact_numbers import exact_attention, to_bfloat16, to_float32
 
 from nsa_oracle.reference.attention import sparse_mla, unrounded
 from nsa_oracle.reference.kv_cache import load_kv, store_kv
 from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
+from tests.support.exact_numbers import exact_attention, to_bfloat16, to_float32
 
 LN2 = math.log(2.0)
 CONFIG = AttentionConfig(

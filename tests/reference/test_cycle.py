@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from exact_numbers import dot, exact_attention, to_float32
 
 from nsa_oracle.reference.cycle import Pass, SpeculativeCycle, out_cache_loc, query_positions, request_of_row
 from nsa_oracle.reference.layer import SparseAttention
@@ -30,6 +29,7 @@ from nsa_oracle.reference.types import (
     SpecInfo,
     StepSemantics,
 )
+from tests.support.exact_numbers import dot, exact_attention, to_float32
 
 LN2 = math.log(2.0)
 BACKEND = BackendConfig(

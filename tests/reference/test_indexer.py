@@ -11,10 +11,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from exact_numbers import to_float32
 
 from nsa_oracle.reference.indexer import indexer_logits
 from nsa_oracle.reference.types import AttentionConfig
+from tests.support.exact_numbers import to_float32
 
 CONFIG = AttentionConfig(num_heads=2, kv_lora_rank=16, qk_rope_head_dim=4, index_n_heads=2, index_head_dim=8)
 DEAD_PAGE = 0x5A5A5A5A

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact_numbers import to_bfloat16, to_float32
 
 from nsa_oracle.reference.kv_cache import (
     dequantize,
@@ -22,6 +21,7 @@ from nsa_oracle.reference.kv_cache import (
     store_kv,
 )
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
+from tests.support.exact_numbers import to_bfloat16, to_float32
 
 SMALL = AttentionConfig(num_heads=2, kv_lora_rank=16, qk_rope_head_dim=4, index_n_heads=2, index_head_dim=8)
 SMALL_BF16 = dataclasses.replace(SMALL, kv_cache_dtype=KVCacheDtype.BF16)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import grimp
 
-ROOT = Path(__file__).parents[2]
+from tests.support.project import PROJECT
+
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_CLASS = 200
 LONGEST_CHAIN = 14
@@ -51,7 +52,7 @@ class Structure:
         )
 
 
-def measured(folder: Path = ROOT / "harness", package: str = "nsa_oracle.harness") -> Structure:
+def measured(folder: Path = PROJECT / "harness", package: str = "nsa_oracle.harness") -> Structure:
     """The structure of ``folder``, which is imported as ``package``."""
     files, classes = {}, {}
     for path in sorted(folder.rglob("*.py")):
@@ -66,11 +67,33 @@ def measured(folder: Path = ROOT / "harness", package: str = "nsa_oracle.harness
         for module in graph.modules
         if module.startswith(package)
     }
-    circles = _circles(imports)
-    return Structure(files, classes, _longest_chain(imports, circles), circles)
+    circles = circles_of(imports)
+    return Structure(files, classes, longest_chain(imports, circles), circles)
 
 
-def _circles(imports: dict[str, set[str]]) -> tuple[frozenset[str], ...]:
+def public_names(folder: Path = PROJECT / "harness") -> dict[str, list[str]]:
+    """Public classes, functions and constants of modules, each with the files that define it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for name in _defined(node):
+                if not name.startswith("_"):
+                    found.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    return found
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    match node:
+        case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+            return [node.name]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+        case ast.Assign():
+            return [part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return []
+
+
+def circles_of(imports: dict[str, set[str]]) -> tuple[frozenset[str], ...]:
     """Groups of modules each of which can be reached from each other."""
     reached = {module: _reachable(module, imports) for module in imports}
     groups = {frozenset({o for o in reached[m] if m in reached[o]}) for m in imports if m in reached[m]}
@@ -87,7 +110,7 @@ def _reachable(module: str, imports: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def _longest_chain(imports: dict[str, set[str]], circles: tuple[frozenset[str], ...]) -> tuple[str, ...]:
+def longest_chain(imports: dict[str, set[str]], circles: tuple[frozenset[str], ...]) -> tuple[str, ...]:
     """The longest path of imports; within a circle no further than into it."""
     circle_of = {module: circle for circle in circles for module in circle}
     known: dict[str, tuple[str, ...]] = {}

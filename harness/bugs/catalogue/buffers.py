@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.catalogue.targets import STEP, STEPS
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment, MovesFields, OwnInputs
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
-STEP = "nsa_oracle.optimized.multi_step:SingleStepBackend"
-STEPS = "nsa_oracle.optimized.multi_step:MultiStepBackend"
 FROZEN = (
     "dataclasses.replace(forward_batch, "
     "seq_lens=torch.full_like(forward_batch.seq_lens, forward_batch.seq_lens_sum // forward_batch.batch_size))"

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
-from nsa_oracle.harness.bugs.catalogue.targets import STEPS
+from nsa_oracle.harness.bugs.catalogue.targets import STEP, STEPS
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, Moment
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
-
-STEP = "nsa_oracle.optimized.multi_step:SingleStepBackend"
 
 LIMITED = (
     "dataclasses.replace(forward_batch, "

@@ -1,0 +1,77 @@
+"""How a wrong byte of a cache is named, and which bytes count."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsa_oracle.harness.engine.observations import LayerObservation
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.memory.bits import as_bytes
+from nsa_oracle.reference.types import KVCacheDtype
+from tests.support.layer_cases import BF16, FP8
+from tests.support.seen_layers import verified
+
+
+@pytest.mark.parametrize(
+    ("dtype", "byte", "part"),
+    [
+        (BF16, 0, "latent element 0"),
+        (BF16, 127, "latent element 63"),
+        (BF16, 128, "RoPE element 0"),
+        (BF16, 159, "RoPE element 15"),
+        (FP8, 63, "latent element 63"),
+        (FP8, 64, "scale 0"),
+        (FP8, 79, "scale 3"),
+        (FP8, 80, "RoPE element 0"),
+        (FP8, 111, "RoPE element 15"),
+    ],
+)
+def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str) -> None:
+    clean = verified(dtype=dtype)
+    slot = int(clean.layer.load.passes[0].inputs.out_cache_loc[3])
+    before = int(as_bytes(clean.layer.steps[0].caches.kv)[slot, 0, byte])
+
+    def change(layer: LayerObservation) -> None:
+        as_bytes(layer.steps[0].caches.kv)[slot, 0, byte] = before ^ 1
+
+    finding = clean.found(change)
+    assert (finding.kind, finding.field, finding.how, finding.step) == (Kind.VALUE, "kv_cache", "eager chain", 0)
+    assert finding.place == f"slot {slot} (running request 1, position 4), {part}"
+    assert (finding.got, finding.expected) == (f"byte {before ^ 1:#04x}", f"byte {before:#04x}")
+    assert finding.differing == 1
+
+
+@pytest.mark.parametrize(
+    ("byte", "place"),
+    [
+        (0, "slot 12 (running request 0, position 8), key element 0"),
+        (33, "slot 13 (running request 0, position 9), key element 1"),
+        (127, "slot 15 (running request 0, position 11), key element 31"),
+        (128, "slot 12 (running request 0, position 8), scale"),
+        (143, "slot 15 (running request 0, position 11), scale"),
+    ],
+)
+def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
+    """Page 3: 4 keys of 32 bytes, then 4 scales of 4."""
+    finding = verified().found(lambda layer: layer.steps[0].caches.index_k[3].__setitem__(byte, 0x55))
+    assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
+
+
+def test_write_into_a_page_of_nobody_is_told() -> None:
+    finding = verified().found(lambda layer: layer.steps[0].caches.kv[-1].fill_(1))
+    assert finding.place == "slot 71 (nobody's), latent element 0"
+    assert finding.differing == 160
+
+
+def test_dummy_page_is_left_out() -> None:
+    def change(layer: LayerObservation) -> None:
+        layer.steps[0].caches.kv[:4] = 1
+        layer.steps[0].caches.index_k[0] = 1
+
+    assert verified().judged(change) is None
+    assert (
+        verified()
+        .found(lambda layer: layer.steps[0].caches.kv[4].fill_(1))
+        .place.startswith("slot 4 (running request 0, ")
+    )
+    assert verified().found(lambda layer: layer.steps[0].caches.index_k[1].fill_(1)).field == "index_k_cache"

@@ -1,0 +1,265 @@
+"""Commands on saved cases: exit codes, one-line errors, and what a failure prints."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_oracle.harness.commands.terminal import INTERRUPTED
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.report.failure import python_command
+from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.subjects.loading import load_backend
+from nsa_oracle.reference.types import ForwardMode
+from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, run, saved
+from tests.support.layer_cases import WITH_LAYER
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, one_replay
+
+CASE, OTHER = one_replay(ForwardMode.DECODE), ACCEPT_TWO_THEN_ONE
+CLEAN, REUSES = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:ReusesLastAccept"
+LAYERS, STRANGERS = "tests.support.layers", "tests.support.strangers"
+REPLAY = f"replay: {python_command()} -m nsa_oracle replay"
+
+
+LIMITED = """
+from tests.support.backends.clean import Clean
+
+class OnBigPages(Clean):
+    sizes = {"page_size": (64,)}
+
+class Verifies(Clean):
+    modes = ("TARGET_VERIFY",)
+"""
+
+
+def test_cases_that_pass(tmp_path: Path) -> None:
+    one, other = saved(tmp_path, CASE), saved(tmp_path, OTHER, "other.json")
+    done = replay(one, other, "--backend", CLEAN)
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{one}: bit-exact (2 replays, 0 eager calls on cpu)",
+        f"{other}: bit-exact (4 replays, 0 eager calls on cpu)",
+    ]
+
+
+def test_optimized_is_judged_by_default(tmp_path: Path) -> None:
+    done = replay(saved(tmp_path, CASE))
+    assert done.returncode == PASSES, done.stdout + done.stderr
+
+
+def test_failure_is_told_in_reading_order_and_its_command_repeats_it(tmp_path: Path) -> None:
+    path = saved(tmp_path, OTHER, "a case.json")
+    done = replay(path, "--backend", REUSES)
+    assert done.returncode == FAILS, done.stderr
+    assert done.stderr == ""
+    assert "Traceback" not in done.stdout
+
+    factory = load_backend(REUSES)
+    with pytest.raises(OracleFailure) as caught:
+        judge(OTHER, factory, torch.device("cpu"))
+    sentence = f"ORACLE FAILURE  {caught.value.finding.sentence()}"
+    lines = done.stdout.splitlines()
+    assert lines[0] == sentence
+    order = [
+        sentence,
+        "seqlens_expanded, step 0",  # the table
+        "row 1 (unused tail)",
+        story(OTHER, failing_event=5),
+        "<- fails here",
+        f"saved:  {path}",
+        f"{REPLAY} ",
+    ]
+    places = [done.stdout.index(part) for part in order]
+    assert places == sorted(places)
+
+    again = run(*shlex.split(lines[-1].removeprefix("replay: ")))
+    assert again.returncode == FAILS
+    assert again.stdout == done.stdout
+
+
+def test_all_files_are_judged_though_one_fails(tmp_path: Path) -> None:
+    failing, passing = saved(tmp_path, OTHER), saved(tmp_path, CASE, "passing.json")
+    done = replay(failing, passing, "--backend", REUSES)
+    assert done.returncode == FAILS
+    assert done.stdout.splitlines()[-1].startswith(f"{passing}: bit-exact")
+
+
+def test_malformed_file_is_refused_before_anything_is_judged(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"schema_version": 9}')
+    assert_one_line_error(replay(saved(tmp_path, CASE), str(broken)), str(broken), "schema_version")
+    assert_one_line_error(harness("show", str(broken)), str(broken), "schema_version")
+    assert_one_line_error(harness("show", str(tmp_path / "absent.json")), "absent.json", "No such file")
+
+
+@pytest.mark.parametrize(
+    ("backend", "cause"),
+    [
+        ("my_backend", "not of the form module:attribute"),
+        ("my_backend:", "not of the form module:attribute"),
+        ("absent_module:X", "cannot import absent_module"),
+        ("tests.support.backends.clean:Absent", "no attribute Absent"),
+        ("tests.support.backends.crashes:LacksMethod", "lacks LacksMethod.init_forward_metadata"),
+        ("tests.support.backends.clean:ForwardMode.DECODE", "no attribute"),
+        ("math:pi", "not callable"),
+        (".my_backend:Clean", ".my_backend"),
+        ("broken_module:X", "importing broken_module raised ZeroDivisionError: division by zero"),
+        ("leaving_module:X", "importing leaving_module raised SystemExit: 0"),
+        ("forgetful_module:X", "importing forgetful_module raised AttributeError: "),
+        (
+            f"{STRANGERS}:NeedsMore",
+            "cannot be called with (config, req_to_token): missing a required argument: 'stream'",
+        ),
+        (f"{STRANGERS}:NumberOfSteps", "attn_backends must be a list of single-step backends, not int"),
+        (f"{STRANGERS}:SizesOfALayer", "sizes: no backend has 'num_heads'"),
+        ("limited:OnBigPages", "case.json: page_size 4 is not among the sizes and modes that are declared"),
+        ("limited:Verifies", "case.json: mode DECODE is not among the sizes and modes that are declared"),
+    ],
+)
+def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE)
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "forgetful_module.py").write_text("import math\nmath.tau_squared\n")
+    (tmp_path / "limited.py").write_text(LIMITED)
+    named = () if backend.startswith("limited") else (backend,)
+    assert_one_line_error(replay(path, "--backend", backend, cwd=tmp_path), *named, cause)
+
+
+@pytest.mark.parametrize(
+    ("layer", "cause"),
+    [
+        ("absent_module:X", "cannot import absent_module"),
+        ("math:pi", "not callable; name a class or function of (config, attention)"),
+        (f"{LAYERS}.refused:WithoutStages", "WithoutStages has none of the methods store_cache, indexer_logits, "),
+        (f"{LAYERS}.refused:ForRedOnes", "sizes: neither a layer nor its setup has 'colour'"),
+        (f"{STRANGERS}:NumberForAStage", "NumberForAStage.sparse_mla is no method"),
+        (f"{STRANGERS}:WeakerText", "weaker: 'out' must be a harness.protocol.Strictness"),
+    ],
+)
+def test_unusable_layer(layer: str, cause: str, tmp_path: Path) -> None:
+    """Whatever the case."""
+    assert_one_line_error(replay(saved(tmp_path, CASE), "--layer", layer), f"layer '{layer}'", cause)
+
+
+def test_unusable_layer_is_not_surveyed() -> None:
+    done = harness("survey", "--device", "cpu", "--layer", f"{LAYERS}.refused:WithoutStages")
+    assert_one_line_error(done, "WithoutStages has none of the methods")
+
+
+def test_case_of_other_sizes_is_refused_on_every_tier(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    cause = f"{path}: num_heads 2 is not among the sizes and modes that are declared"
+    assert_one_line_error(replay(path, "--layer", f"{LAYERS}.refused:ForSevenHeads"), cause)
+    assert_one_line_error(harness("tiers", path, "--layer", f"{LAYERS}.refused:ForSevenHeads"), cause)
+    done = replay(saved(tmp_path, CASE), "--backend", CLEAN, "--layer", f"{LAYERS}.refused:ForSevenHeads")
+    assert done.returncode == PASSES, "sizes of a layer do not concern a case without one"
+
+
+def test_replay_command_runs_eagerly_what_was_run_eagerly(tmp_path: Path) -> None:
+    path = saved(tmp_path, OTHER)
+    done = replay(path, "--backend", f"{STRANGERS}:ListField", "--no-graphs")
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == f"{REPLAY} {path} --device cpu --backend {STRANGERS}:ListField --no-graphs"
+    again = run(*shlex.split(last.removeprefix("replay: ")))
+    assert (again.returncode, again.stdout) == (FAILS, done.stdout)
+
+
+def test_layer_that_cannot_be_captured_is_judged_without_graphs(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    done = replay(path, "--backend", CLEAN, "--layer", f"{LAYERS}.clean:Clean", "--no-graphs")
+    assert done.returncode == PASSES, done.stdout + done.stderr
+    assert done.stdout == f"{path}: bit-exact (0 replays, 2 eager calls on cpu)\n"
+    done = replay(path, "--backend", CLEAN, "--layer", f"{LAYERS}.clean:Clean")
+    assert done.returncode == FAILS
+    assert done.stdout.startswith("ORACLE FAILURE  capture rejected: torch.Tensor.tolist at ")
+
+
+def test_failure_of_a_layer_is_told(tmp_path: Path) -> None:
+    path = saved(tmp_path, WITH_LAYER)
+    done = replay(path, "--backend", CLEAN, "--layer", f"{LAYERS}.in_graph:FreezesPlan")
+    assert done.returncode == FAILS, done.stderr
+    assert done.stdout.startswith(
+        "ORACLE FAILURE  wrong value: logits at step 0, row 0 (request 0, draft token 0), token 1 (captured chain): "
+    )
+    assert "<- differs" in done.stdout
+    assert (
+        "an attention layer of 2 heads of 64 + 16 and 2 index heads of 32, bf16 cache, lattice content;" in done.stdout
+    )
+    command = f"{REPLAY} {path} --device cpu --backend {CLEAN}"
+    assert done.stdout.splitlines()[-1] == f"{command} --layer {LAYERS}.in_graph:FreezesPlan"
+
+
+def test_layer_is_not_built_for_metadata_alone(tmp_path: Path) -> None:
+    done = replay(saved(tmp_path, CASE), "--backend", CLEAN, "--layer", f"{LAYERS}.whole:Raises")
+    assert done.returncode == PASSES, done.stdout + done.stderr
+
+
+def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:
+    done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout == f"found on a rainy day\n{story(CASE)}\n"
+    assert "2. Replay DECODE (bucket 1): lengths 3, pool rows 0." in done.stdout
+
+
+def test_show_does_not_need_a_backend_or_evaluate_the_file(tmp_path: Path) -> None:
+    note = "__import__('pathlib').Path('pwned').touch()"
+    path = tmp_path / "case.json"
+    path.write_text(to_json(CASE.model_copy(update={"note": note})))
+    assert harness("show", str(path), cwd=tmp_path).returncode == PASSES
+    assert [p.name for p in tmp_path.iterdir()] == ["case.json"]
+
+
+def test_survey_refuses_in_one_line() -> None:
+    assert_one_line_error(harness("survey", "--layer", "tests.support.layers.refused:ForSevenHeads"), "num_heads", "7")
+
+
+ENDED = """
+import os, signal
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+
+class Ends(Capturable):
+    built, last = 0, 4  # one was to try it out
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        Ends.built += 1
+        if Ends.built == self.last:
+            os.kill(os.getpid(), signal.{signal})
+
+class Breaks(Ends):
+    last = 12
+
+    def sparse_mla(self, *inputs):
+        out, lse = super().sparse_mla(*inputs)
+        return out * 2, lse
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "signal", "code"),
+    [("Ends", "SIGTERM", INTERRUPTED), ("Ends", "SIGINT", INTERRUPTED), ("Breaks", "SIGTERM", FAILS)],
+)
+def test_survey_that_is_ended_tells_what_it_has(layer: str, signal: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "ended.py").write_text(ENDED.format(signal=signal))
+    done = harness("survey", "--device", "cpu", "--layer", f"ended:{layer}", "--cases", "50", cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert re.search(r"^interrupted: \d+ of 50 cases$", done.stdout, re.MULTILINE)
+    assert "runs every call" in done.stdout
+
+
+def test_survey_ends_with_its_budget() -> None:
+    words = ("survey", "--device", "cpu", "--layer", "docs.examples.my_layer:MyAttention", "--cases", "50")
+    done = harness(*words, "--budget", "0")
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["not judged: kv_cache_dtype fp8", "out of time: 0 of 50 cases"]
+    assert harness(*words, "--budget", "-1").returncode == UNUSABLE

@@ -1,0 +1,127 @@
+"""One case on every tier, and which tier is the first to fail."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_oracle.harness.commands import tiers
+from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, run_tiers
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.report import text
+from tests.support.command_line import FAILS, assert_one_line_error, harness, saved
+from tests.support.layer_cases import WITH_LAYER
+from tests.support.project import PROJECT
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@no_gpu
+def test_clean_case_passes_every_tier_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    found = list(run_tiers(Path(saved(tmp_path, WITH_LAYER)), None, None))
+    missing = "torch sees no CUDA device here"
+    assert found == [
+        *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.SIMULATED)),
+        *(TierOutcome(tier, None, missing) for tier in (Tier.EAGER, Tier.GRAPH)),
+    ]
+    table = text.render(tiers.tiers_table(found))
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line] == [
+        ["CPU reference", "case itself", "passes"],
+        ["interpreter", "logic", "passes"],
+        ["simulated graph", "capture", "passes"],
+        ["eager GPU", "compile", f"not run: {missing}"],
+        ["captured graph", "capture", f"not run: {missing}"],
+    ]
+
+
+@no_gpu
+def test_layer_that_is_wrong_in_graphs_alone_fails_first_there(tmp_path: Path) -> None:
+    done = harness("tiers", saved(tmp_path, WITH_LAYER), "--layer", "tests.support.layers.in_graph:FreezesPlan")
+    assert done.returncode == FAILS, done.stderr
+    assert [word in done.stdout for word in ("FAILS", "Traceback")] == [True, False]
+    first, finding = done.stdout.splitlines()[-2:]
+    assert first == "first to fail: simulated graph, so look at the capture"
+    assert finding.startswith("  wrong value: logits at step 0, row 0 ")
+
+
+def test_unusable_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert_one_line_error(harness("tiers", str(tmp_path / "absent.json")), "absent.json", "No such file")
+
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def outcomes(
+    monkeypatch: pytest.MonkeyPatch, replay: Callable[[Sequence[str]], tuple[int, str, str]], **specs: str | None
+) -> tuple[list[TierOutcome], list[list[str]]]:
+    """Of tiers whose processes end as ``replay`` says; and their commands behind ``replay FILE``."""
+    commands: list[list[str]] = []
+
+    def run(command: Sequence[str], **_: object) -> Finished:
+        assert list(command[1:5]) == ["-m", "nsa_oracle", "replay", "case.json"]
+        commands.append(list(command[5:]))
+        code, output, errors = replay(commands[-1])
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+    monkeypatch.setattr(tiers.subprocess, "run", run)
+    options = {"backend": None, "layer": None, **specs}
+    return list(run_tiers(Path("case.json"), options["backend"], options["layer"])), commands
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_each_tier_is_told_where_and_what_to_run(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    found, commands = outcomes(monkeypatch, lambda _: (0, "", ""), backend="a:B", layer="c:D")
+    theirs = ["--backend", "a:B", "--layer", "c:D"]
+    on_cpu = [
+        [
+            *("--device", "cpu", "--no-graphs"),
+            *(
+                "--backend",
+                "nsa_oracle.reference.multi_step:MultiStepBackend",
+                "--layer",
+                "nsa_oracle.reference.layer:SparseAttention",
+            ),
+        ],
+        ["--device", "cpu", "--no-graphs", *theirs],
+        ["--device", "cpu", *theirs],
+    ]
+    on_cuda = [["--device", "cuda", "--no-graphs", *theirs], ["--device", "cuda", *theirs]]
+    assert commands == on_cpu + on_cuda * cuda
+    assert [outcome.tier for outcome in found] == list(Tier)
+    assert [outcome.passed for outcome in found] == [True] * 3 + [True if cuda else None] * 2
+
+
+def test_what_is_not_given_is_left_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, commands = outcomes(monkeypatch, lambda _: (0, "", ""))
+    assert commands[1] == ["--device", "cpu", "--no-graphs"]
+
+
+def test_tiers_behind_one_that_fails_are_run_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replay(options: Sequence[str]) -> tuple[int, str, str]:
+        fails = "--no-graphs" in options and "--layer" not in options
+        return (1, "ORACLE FAILURE  wrong value: out\n\nORACLE FAILURE  more\n", "") if fails else (0, "fine", "")
+
+    found, _ = outcomes(monkeypatch, replay)
+    assert [(outcome.passed, outcome.told) for outcome in found[:3]] == [
+        (True, ""),
+        (False, "wrong value: out"),
+        (True, ""),
+    ]
+
+
+def test_process_that_dies_is_told_by_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = outcomes(monkeypatch, lambda _: (-11, "", "loading\nSegmentation fault"))
+    assert found[0] == TierOutcome(Tier.REFERENCE, False, "the process ended with -11: Segmentation fault")
+    found, _ = outcomes(monkeypatch, lambda _: (1, "", ""))
+    assert found[0].told == "the process ended with 1: "
+
+
+def test_what_cannot_be_judged_ends_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"^layer 'a:B' is no good$"):
+        outcomes(monkeypatch, lambda _: (2, "", "error: layer 'a:B' is no good\n"))

@@ -1,0 +1,129 @@
+"""Saved failures: whole or absent, the raw case before shrinking starts, none lost and none twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness.scenarios.files import (
+    PRODUCTION,
+    RUNNING,
+    FailureFiles,
+    cases_of_dead_processes,
+    corpus,
+    digest,
+    load,
+    save,
+    saved_while_judged,
+    to_json,
+)
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.reference.types import ForwardMode
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, TWO_LENGTHS, one_replay
+
+ONE, OTHER, THIRD = TWO_LENGTHS, ACCEPT_TWO_THEN_ONE, one_replay(ForwardMode.DECODE)
+
+
+def crash(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt("killed")
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_save_is_all_or_nothing(
+    owner: Any, name: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "case.json"
+    if existing:
+        save(ONE, path)
+    monkeypatch.setattr(owner, name, crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(OTHER, path)
+    assert [load(p) for p in tmp_path.glob("*.json")] == ([ONE] if existing else [])
+
+
+def test_save_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "case.json"
+    save(ONE, path)
+    save(OTHER, path)
+    assert load(path) == OTHER
+    assert [p.name for p in path.parent.iterdir()] == ["case.json"]
+
+
+def test_saved_file_can_be_read_by_others(tmp_path: Path) -> None:
+    """CI collects the files under another user."""
+    ordinary, path = tmp_path / "ordinary", tmp_path / "case.json"
+    ordinary.write_text("")
+    save(ONE, path)
+    assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_digest_names_the_scenario_whatever_its_note() -> None:
+    assert digest(ONE) == digest(ONE.model_copy(update={"note": "x"}))
+    assert len({digest(ONE), digest(OTHER), digest(ONE.model_copy(update={"seed": 1}))}) == 3
+    assert digest(THIRD) == "17feafd9a839"  # file names are stable
+
+
+def test_first_is_raw_and_last_is_minimal(tmp_path: Path) -> None:
+    files = FailureFiles(tmp_path)
+    for number, scenario in enumerate((ONE, OTHER, THIRD)):
+        files.record(scenario, f"sentence {number}")
+        assert load(files.raw) == ONE.model_copy(update={"note": "sentence 0"})
+        assert load(files.minimal) == scenario.model_copy(update={"note": f"sentence {number}"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{digest(ONE)}.min.json", f"{digest(ONE)}.raw.json"]
+
+
+def test_case_is_kept_for_as_long_as_it_is_judged(tmp_path: Path) -> None:
+    folder = tmp_path / "failures"
+    with saved_while_judged(ONE, folder):
+        (path,) = folder.iterdir()
+        assert path.name == f"{digest(ONE)}.{os.getpid()}{RUNNING}"
+        assert load(path) == ONE
+    assert not folder.exists(), "nothing is left of what was made for it"
+    folder.mkdir()
+    with pytest.raises(ZeroDivisionError), saved_while_judged(ONE, folder):
+        1 / 0  # noqa: B018
+    assert list(folder.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with saved_while_judged(ONE, tmp_path / "file"):
+        pass  # where nothing can be written, judging goes on
+
+
+def test_only_what_a_dead_process_left_is_its_last_case(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    started = time.time() - 1
+    dead, alive, odd = (tmp_path / f"abc.{pid}{RUNNING}" for pid in (ended.pid, os.getpid(), "x"))
+    for path in (dead, alive, odd):
+        path.write_text(to_json(ONE))
+    assert cases_of_dead_processes(tmp_path, started) == [dead]
+    os.utime(dead, (started - 5, started - 5))
+    assert cases_of_dead_processes(tmp_path, started) == [], "that was another session"
+    assert cases_of_dead_processes(tmp_path / "absent", started) == []
+
+
+def test_cases_of_production_sizes_are_for_a_gpu_alone() -> None:
+    """Some with so many rows that each row's keys are one program's."""
+    everywhere, on_a_gpu = corpus(torch.device("cpu")), corpus(torch.device("cuda"))
+    more = [load(file) for file in on_a_gpu if file not in everywhere]
+    assert everywhere == on_a_gpu[: len(everywhere)]
+    assert {file.parent for file in everywhere} == {PRODUCTION.parent}
+    assert all(scenario.setup.layer is not None for scenario in more)
+    assert {scenario.setup.layer.kv_lora_rank for scenario in more if scenario.setup.layer is not None} == {512}
+    rows = [most_requests(scenario) * scenario.setup.num_draft_tokens for scenario in more]
+    assert min(rows) < 30
+    assert max(rows) >= 80
+
+
+def most_requests(scenario: Scenario) -> int:
+    world = World(scenario, 0)
+    batches = [world.apply(event) for event in scenario.events]
+    return max(batch.size for batch in batches if batch is not None)

@@ -1,0 +1,148 @@
+"""A search: what it saves before it shrinks, what it counts, and what ends it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subject
+from nsa_oracle.harness.report.failure import explain
+from nsa_oracle.harness.scenarios.files import RUNNING, from_json, load, to_json
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.search import explore as explore_module
+from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.subjects.subject import Subject
+from tests.support.backends import clean, crashes, lengths
+from tests.support.metadata_cases import factory_of
+
+
+class Watched(lengths.VerifyForgetsDrafts):  # type: ignore[misc, valid-type]
+    """A broken backend that looks at the saved files whenever it is built."""
+
+    folder: Path
+    seen: list[dict[str, str]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        there = {p.name: p.read_text(encoding="utf-8") for p in self.folder.iterdir()}
+        self.seen.append({name: text for name, text in there.items() if not name.endswith(RUNNING)})
+
+
+def test_raw_case_is_saved_before_shrinking_begins(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "folder", tmp_path, raising=False)
+    monkeypatch.setattr(Watched, "seen", [], raising=False)
+    outcome = explore(Subject(factory_of(Watched)), device, 30, seed=3, save_dir=tmp_path)
+
+    first = next(number for number, files in enumerate(Watched.seen) if files)
+    assert first < len(Watched.seen) - 1, "nothing was shrunk"
+    raw, minimal = sorted(Watched.seen[first], key=lambda name: ".min." in name)
+    assert raw.endswith(".raw.json")
+    assert minimal.endswith(".min.json")
+    assert Watched.seen[first][raw] == Watched.seen[first][minimal]
+
+    kept = {p.name: p for p in tmp_path.iterdir()}
+    assert sorted(kept) == sorted([raw, minimal])
+    assert kept[raw].read_text(encoding="utf-8") == Watched.seen[first][raw], "the raw case stays as it was found"
+    assert outcome.failure is not None
+    assert outcome.saved == kept[minimal]
+    smallest: Scenario = load(kept[minimal])
+    assert smallest == outcome.failure.scenario.model_copy(update={"note": outcome.failure.finding.sentence()})
+    assert len(to_json(smallest)) < len(kept[raw].read_text(encoding="utf-8"))
+    for path in kept.values():
+        with pytest.raises(OracleFailure) as caught:
+            judge(load(path), factory_of(lengths.VerifyForgetsDrafts), device)
+        assert caught.value.finding.sentence() == load(path).note
+
+
+def test_finding_is_not_lost_where_it_cannot_be_saved(device: torch.device, tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("")
+    subject = Subject(factory_of(lengths.VerifyForgetsDrafts))
+    outcome = explore(subject, device, 30, seed=3, save_dir=tmp_path / "full")
+    assert outcome.failure is not None
+    assert outcome.saved is None
+    assert outcome.unsaved == f"{tmp_path}/full: File exists"
+    told = explain(outcome.failure, outcome.saved, "COMMAND", outcome.unsaved)
+    assert f"saved:  nowhere, {tmp_path}/full: File exists; as CASE.json it is" in told
+    (text,) = re.findall(r"^\{\n.*?^\}\n", told, re.MULTILINE | re.DOTALL)
+    assert from_json(text) == outcome.failure.scenario
+
+
+def test_flaky_failure_keeps_the_raw_case(device: torch.device, tmp_path: Path) -> None:
+    """A case that failed once and passes when repeated is still a failure."""
+    built = []
+
+    def factory(config: Any, req_to_token: torch.Tensor, _: tuple[str, ...]) -> Any:
+        built.append(None)
+        backend = crashes.RaisesAtReplay if len(built) == 1 else clean.Clean
+        return backend(config, req_to_token)
+
+    outcome = None
+    for seed in range(20):
+        built.clear()
+        outcome = explore(Subject(factory), device, 1, seed=seed, save_dir=tmp_path / str(seed))
+        if outcome.failure is not None:
+            break
+    assert outcome is not None
+    assert outcome.flaky
+    assert outcome.saved is not None
+    assert outcome.saved.name.endswith(".raw.json")
+    assert load(outcome.saved).note.startswith("backend raised: IndexError")
+
+
+def test_reference_passes_exploration(device: torch.device, tmp_path: Path) -> None:
+    outcome = explore(Subject(factory_of(clean.Clean)), device, 15, seed=1, save_dir=tmp_path)
+    assert outcome.failure is None
+    assert outcome.verdict.cases == 15
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestCasesThatCannotBeJudged:
+    """No finding, and nothing to shrink."""
+
+    @pytest.mark.parametrize("error", [BackendError("no such method"), ScenarioError("too large")])
+    def test_search_ends_at_once(self, error: Exception, device: torch.device, tmp_path: Path) -> None:
+        calls = []
+
+        def factory(*_: Any) -> Any:
+            calls.append(None)
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            explore(Subject(factory), device, 30, 1, tmp_path)
+        assert caught.value is error
+        assert len(calls) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_finding_is_kept_if_a_smaller_case_cannot_be_judged(
+        self, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failed = []
+
+        class FailsOnce(lengths.VerifyForgetsDrafts):
+            def __init__(self, *arguments: Any) -> None:
+                if failed:
+                    raise ScenarioError("too large")
+                super().__init__(*arguments)
+
+        def judge_and_note(*arguments: Any) -> Verdict:
+            try:
+                return judge_subject(*arguments)
+            except OracleFailure:
+                failed.append(None)
+                raise
+
+        monkeypatch.setattr(explore_module, "judge_subject", judge_and_note)
+        outcome = explore(Subject(factory_of(FailsOnce)), device, 60, 3, tmp_path)
+        assert failed == [None]
+        assert outcome.failure is not None
+        assert outcome.saved is not None
+        assert load(outcome.saved) == outcome.failure.scenario.model_copy(
+            update={"note": outcome.failure.finding.sentence()}
+        )

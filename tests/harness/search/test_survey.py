@@ -1,0 +1,158 @@
+"""The survey of a layer's properties: each is counted, and none ends the search."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.report import text
+from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, declared
+from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
+from nsa_oracle.harness.search import survey
+from nsa_oracle.harness.search.survey import Record, Survey
+from nsa_oracle.harness.subjects import subject
+from nsa_oracle.harness.subjects.loading import completed
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
+from tests.support.layer_cases import IN_TURN, lattice, replay_of_two
+from tests.support.layers import clean, in_graph, refused
+from tests.support.layers.nudges import InFirstPlace
+from tests.support.metadata_cases import VERIFY
+
+
+def surveyed(
+    layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Record]:
+    """By one case."""
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(scenario))
+    found = Survey(subject_of(layer), device)
+    found.run(cases=1, seed=0)
+    assert found.cases == 1
+    return dict(found.records)
+
+
+def subject_of(layer: Any, **sizes: Sequence[Any]) -> Subject:
+    limits = declared(SimpleNamespace(sizes=sizes), LAYER_FIELDS, "nobody")
+    return dataclasses.replace(optimized_subject(factory_of(layer)), layer_limits=limits)
+
+
+def factory_of(layer: Any) -> Any:
+    return lambda config, attention: completed(layer(config, attention), config, attention, layer.__name__)
+
+
+def broken(records: dict[str, Record]) -> set[str]:
+    assert all(
+        record.checked >= record.broken and bool(record.example) == bool(record.broken) for record in records.values()
+    )
+    return {name for name, record in records.items() if record.broken}
+
+
+RELATIONS = {f"same bits: {relation.value}" for relation in IN_TURN}
+
+
+def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = surveyed(clean.SharesOutputs, device, replay_of_two(Eager(mode=VERIFY)), monkeypatch)
+    assert set(records) == {"runs every call", "random content: as the reference", *RELATIONS}
+    assert broken(records) == set()
+    assert records["runs every call"].checked == 1
+    assert records["random content: as the reference"].checked == 3, "single stages, an eager chain, a captured one"
+    counts = {name: records[name].checked for name in RELATIONS}
+    eagerly = {"same bits: other pages", "same bits: requests in reverse order", "same bits: a request alone"}
+    assert counts == {name: 2 if name in eagerly else 1 for name in RELATIONS}
+    assert all(name in text.render(survey.survey_table(records)) for name in records)
+
+
+def test_exact_content_is_compared_and_not_related(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = surveyed(Capturable, device, replay_of_two(layer=lattice()), monkeypatch)
+    assert {name: (record.checked, record.broken) for name, record in records.items()} == {
+        "runs every call": (1, 0),
+        "lattice content: as the reference": (1, 0),
+    }
+
+
+def test_property_that_is_broken_is_named_and_the_others_hold(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(InFirstPlace, device, replay_of_two(), monkeypatch)
+    name = "same bits: requests in reverse order"
+    assert broken(records) == {name}
+    assert records[name].example.startswith("depends on what must not matter: lse at step 0, row ")
+    assert set(records) >= RELATIONS, "nothing ends the search"
+
+
+class RoundsQueries(Capturable):
+    """Queries are rounded to e4m3, which changes nothing where all numbers are few bits wide."""
+
+    def sparse_mla(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().sparse_mla(q.to(torch.float8_e4m3fn).bfloat16(), kv_cache, indices)
+
+
+def test_wrong_values_are_told_by_the_content_that_shows_them(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(RoundsQueries, device, replay_of_two(), monkeypatch)
+    assert broken(records) == {"random content: as the reference"}, "it is deterministic, at least"
+    assert records["random content: as the reference"].example.startswith("beyond the error bound: out at step 0, ")
+    assert broken(surveyed(RoundsQueries, device, replay_of_two(layer=lattice()), monkeypatch)) == set()
+
+
+def test_layer_that_cannot_be_captured_is_told_and_ends_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)
+    assert broken(records) == {"runs every call"}
+    assert records["runs every call"].example.startswith("CaptureError: torch.Tensor.__int__ at in_graph.py:")
+
+
+def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, KVCacheDtype, int]] = []
+
+    class Looks(Capturable):
+        def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
+            super().__init__(config, attention)
+            seen.append((attention.num_heads, attention.kv_cache_dtype, config.page_size))
+
+    soon = dataclasses.replace(SMALL_LAYER, max_context_lens=(20,), index_topks=(4,), num_steps=(1,), max_events=1)
+    monkeypatch.setitem(subject.SCALES, (device.type, True), soon)
+    found = Survey(subject_of(Looks, num_heads=(3,), kv_cache_dtype=("fp8",), page_size=(16,)), device)
+    found.run(cases=4, seed=0)
+    assert found.records["runs every call"].checked == 4
+    assert set(seen) == {(3, KVCacheDtype.FP8, 16)}
+
+
+def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
+    with pytest.raises(BackendError, match=r"^layer 'WithoutStages': WithoutStages has none of the methods "):
+        Survey(subject_of(refused.WithoutStages), device).run(cases=1, seed=0)
+    with pytest.raises(ValueError, match=r"^none of the sizes that are drawn here fits: num_heads may be 7, and is "):
+        Survey(subject_of(Capturable, num_heads=(7,)), device)
+
+
+def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was found by then is kept."""
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(Eager(mode=VERIFY))))
+    times = iter(range(100))
+    monkeypatch.setattr(survey.time, "monotonic", lambda: float(next(times)))
+    found = Survey(subject_of(clean.SharesOutputs), device)
+    found.run(cases=3, seed=0, deadline=5.0)
+    assert found.cases == 0
+    assert found.records["random content: as the reference"].checked > 0
+    assert found.holds
+
+
+def test_progress_is_told_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(layer=lattice())))
+    told: list[int] = []
+    found = Survey(subject_of(Capturable), device)
+    found.run(cases=1, seed=0, tell=told.append)
+    assert told == [1]

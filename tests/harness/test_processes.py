@@ -1,0 +1,134 @@
+"""Child processes that can be lost, the GPU that is left to each of several, and how kernels run in a process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness import processes
+from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.plugin import share_gpus
+from nsa_oracle.harness.processes import Child, ChildDied, prepare_process
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    child = Child("cpu")
+    yield child
+    child.close()
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def fail(word: str) -> None:
+    raise KeyError(word)
+
+
+def how_kernels_run() -> str | None:
+    return os.environ.get("TRITON_INTERPRET")
+
+
+def test_calls_run_in_one_process_of_their_own(child: Child) -> None:
+    first = child.call(process_id)
+    assert first != os.getpid()
+    assert child.call(process_id) == first
+    assert child.call(how_kernels_run) == "1"
+
+
+def test_errors_come_back(child: Child) -> None:
+    first = child.call(process_id)
+    with pytest.raises(KeyError, match="word"):
+        child.call(fail, "word")
+    assert child.call(process_id) == first
+
+
+def test_a_lost_process_is_replaced(child: Child) -> None:
+    first = child.call(process_id)
+    with pytest.raises(ChildDied, match="its process ended with 7"):
+        child.call(os._exit, 7)
+    assert child.call(process_id) != first
+
+
+def test_a_slow_process_is_ended(child: Child) -> None:
+    with pytest.raises(ChildDied, match="took longer than 1 seconds"):
+        child.call(time.sleep, 60, timeout=1)
+    assert child.call(process_id)
+
+
+def test_closing_ends_the_process() -> None:
+    child = Child("cpu")
+    number = child.call(process_id)
+    assert child.close() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+    assert child.close() is None
+
+
+def judged_wrong() -> None:
+    from nsa_oracle.harness.findings import Finding, Kind
+    from tests.support.metadata_cases import DECODE, one_replay
+
+    raise OracleFailure(one_replay(DECODE), Finding(Kind.VALUE, "seq", "3", "4", step=1), 2)
+
+
+def test_a_failure_of_the_oracle_comes_back_whole(child: Child) -> None:
+    with pytest.raises(OracleFailure) as caught:
+        child.call(judged_wrong)
+    failure = caught.value
+    assert (failure.event, failure.finding.got, len(failure.scenario.events)) == (2, "3", 3)
+    assert str(failure) == failure.finding.sentence()
+
+
+@pytest.mark.parametrize(("device", "interpreted"), [("cpu", "1"), ("cuda", "0")])
+@pytest.mark.parametrize("environment", ["0", "1"])
+def test_device_decides_how_kernels_run_and_not_the_environment(
+    device: str, interpreted: str, environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", environment)
+    prepare_process(device)
+    assert os.environ["TRITON_INTERPRET"] == interpreted
+
+
+@pytest.mark.parametrize(
+    ("count", "seen", "left"),
+    [
+        (0, None, [None, None, None]),
+        (1, None, [None, None, None]),
+        (1, "3", ["3", "3", "3"]),
+        (2, None, ["0", "1", "0"]),
+        (2, "5,GPU-1f", ["5", "GPU-1f", "5"]),
+    ],
+)
+def test_processes_take_turns(
+    count: int, seen: str | None, left: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for number, expected in enumerate(left):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")  # first, so that what take_one sets is undone
+        if seen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        processes.take_gpu(number)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+@pytest.mark.parametrize(
+    ("session", "left"),
+    [
+        (SimpleNamespace(), "4,5"),  # the controller, whose workers inherit what it leaves
+        (SimpleNamespace(workerinput={"workerid": "gw0"}), "4"),
+        (SimpleNamespace(workerinput={"workerid": "gw13"}), "5"),
+    ],
+)
+def test_workers_of_xdist_take_turns(session: Any, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    share_gpus(session)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
