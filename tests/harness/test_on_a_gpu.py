@@ -79,7 +79,7 @@ class TestAudit:
         assert audit.tally.kernels >= 2
         assert {"copy", "fill"} & set(audit.tally.other_nodes)
         assert audit.tally.addresses >= 2
-        assert set(audit.tally.not_audited) <= {"kernels whose parameters are not told"}
+        assert set(audit.tally.not_audited) <= {"kernels whose parameters cannot be read"}
         launch = next(node for node in graph.host_values() if node.what == "kernel add_kernel")
         assert launch.values["grid"] == "(3, 1, 1)"
         assert {"5", "61", "0 bytes into a buffer"} <= set(launch.values.values())
@@ -275,7 +275,7 @@ def test_every_graph_of_a_saved_case_is_audited(gpu: torch.device) -> None:
     assert audit.graphs > 0
     assert audit.addresses > audit.kernels
     assert audit.compared == 1
-    assert set(audit.not_audited) <= {"kernels whose parameters are not told"}
+    assert set(audit.not_audited) <= {"kernels whose parameters cannot be read"}
 
 
 def _optimized() -> Any:

@@ -125,7 +125,7 @@ class ForThreeHeads(SparseAttention):
             "lacks LacksMethod.init_forward_metadata",
         ),
         (["--oracle-layer=absent_module:X"], "layer 'absent_module:X': cannot import absent_module"),
-        ([f"--oracle-layer={LAYERS}.refused:ForSevenHeads"], "num_heads may be 7, and is one of 1, 2, 3, 16"),
+        ([f"--oracle-layer={LAYERS}.refused:ForSevenHeads"], "num_heads may be 7, but is drawn from 1, 2, 3, 16"),
         ([f"--oracle-layer={LAYERS}.refused:ForRedOnes"], "sizes: neither a layer nor its setup has 'colour'"),
         (["--oracle-layer=layers:ForThreeHeads", *LAYER_CASE], "layer.json: num_heads 2 is not among the sizes"),
         ([f"--oracle-layer={LAYERS}.refused:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),

@@ -66,7 +66,7 @@ def test_output_is_told_by_the_slot_whose_value_it_is() -> None:
     assert f"(the value of slot {right.slot} (running request 1, position " in finding.expected
 
     mixed = clean.found(outputs("out", lambda tensor: tensor[2, 1].mul_(0.5).add_(0.5 * keys[0, :64])))
-    assert mixed.got.endswith(" (no one key's value)")
+    assert mixed.got.endswith(" (no single key's value)")
 
 
 def test_output_of_other_content_has_no_origin() -> None:

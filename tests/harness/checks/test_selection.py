@@ -35,7 +35,7 @@ def test_slot_is_told_with_its_owner() -> None:
     assert finding.got == "slot 9 (running request 0, position 5)"
     assert finding.expected.startswith(f"slot {int(indices[3, 2])} (running request 1, position ")
     assert clean.found(put("indices", (3, 2), -1)).got == "-1"
-    assert clean.found(put("indices", (3, 2), 71)).got == "slot 71 (nobody's)"
+    assert clean.found(put("indices", (3, 2), 71)).got == "slot 71 (no running request)"
 
 
 def test_place_in_the_concatenated_keys_is_compared() -> None:

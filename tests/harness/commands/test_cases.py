@@ -138,8 +138,8 @@ def test_unusable_backend(backend: str, cause: str, tmp_path: Path) -> None:
         ("math:pi", "not callable; name a class or function of (config, attention)"),
         (f"{LAYERS}.refused:WithoutStages", "WithoutStages has none of the methods store_cache, indexer_logits, "),
         (f"{LAYERS}.refused:ForRedOnes", "sizes: neither a layer nor its setup has 'colour'"),
-        (f"{STRANGERS}:NumberForAStage", "NumberForAStage.sparse_mla is no method"),
-        (f"{STRANGERS}:WeakerText", "weaker: 'out' must be a harness.protocol.Strictness"),
+        (f"{STRANGERS}:NumberForAStage", "NumberForAStage.sparse_mla is not a method"),
+        (f"{STRANGERS}:WeakerText", "weaker: 'out' must be an nsa_oracle.harness.protocol.Strictness"),
     ],
 )
 def test_unusable_layer(layer: str, cause: str, tmp_path: Path) -> None:

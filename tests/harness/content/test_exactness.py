@@ -208,7 +208,7 @@ def broken(change: str) -> tuple[AttentionConfig, Regime, torch.Tensor, torch.Te
         ("terms", r"terms exceed 2\^24"),
         ("equal", "below the largest"),
         ("gap", "neither within 8 of the largest nor 256 below"),
-        ("random", "random content promises nothing"),
+        ("random", "random content is not exact"),
         ("infinite", "out of range or too fine: inf"),
     ],
 )

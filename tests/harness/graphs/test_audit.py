@@ -98,7 +98,7 @@ class TestAudit:
     def test_cpp_kernel_that_does_not_have_what_it_declares(self, driver: StandInDriver) -> None:
         found = audited(driver, driver.kernel("_Z3addPKf", number(FREE), number(FREE)))
         assert found.fault is None
-        assert found.tally.not_audited == {"kernels whose parameters are not told": 1}
+        assert found.tally.not_audited == {"kernels whose parameters cannot be read": 1}
 
     @pytest.mark.parametrize(("kind", "address"), [(HOST, 0x1234), (UNIFIED, PINNED), (UNIFIED, 0x1234)])
     def test_copy_from_host_memory(self, driver: StandInDriver, kind: int, address: int) -> None:
@@ -144,10 +144,10 @@ class TestAudit:
         assert found.fault is None
         assert refused.fault is None
         assert found.tally.not_audited == {
-            "kernels whose parameters are not told": 1,
-            "node of kind 77: not a kind that is known": 1,
+            "kernels whose parameters cannot be read": 1,
+            "node of kind 77: unknown kind": 1,
         }
-        assert refused.tally.not_audited == {"cuPointerGetAttribute said 999": 1}
+        assert refused.tally.not_audited == {"cuPointerGetAttribute returned 999": 1}
 
     def test_tallies_add_up(self, driver: StandInDriver) -> None:
         total = AuditTally(compared=2)

@@ -84,9 +84,7 @@ class TestReading:
         assert nodes == [OtherNode("host function"), OtherNode("empty node"), OtherNode("event wait")]
 
     def test_kind_that_is_not_known(self, driver: StandInDriver) -> None:
-        assert nodes_of(driver, Node(Kind.FROM_THE_FUTURE)) == [
-            UnreadNode("node of kind 77", "not a kind that is known")
-        ]
+        assert nodes_of(driver, Node(Kind.FROM_THE_FUTURE)) == [UnreadNode("node of kind 77", "unknown kind")]
 
     @pytest.mark.parametrize(
         ("call", "answer"),
@@ -112,7 +110,7 @@ class TestReading:
         assert node == UnreadNode("fill", "this version of the driver's bindings has no cuGraphMemsetNodeGetParams")
 
     def test_graph_that_cannot_be_listed(self, driver: StandInDriver) -> None:
-        with pytest.raises(DriverRefusal, match="cuGraphGetNodes said 1"):
+        with pytest.raises(DriverRefusal, match="cuGraphGetNodes returned 1"):
             GraphReader(driver).nodes(12345)
 
     def test_sides(self, driver: StandInDriver) -> None:
@@ -121,7 +119,7 @@ class TestReading:
 
     def test_side_that_the_driver_refuses(self, driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(driver, "cuPointerGetAttribute", lambda *arguments: (UNKNOWN, None))
-        with pytest.raises(DriverRefusal, match="cuPointerGetAttribute said 999"):
+        with pytest.raises(DriverRefusal, match="cuPointerGetAttribute returned 999"):
             GraphReader(driver).side(HELD)
 
     @pytest.mark.parametrize(

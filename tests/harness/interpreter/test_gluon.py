@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled wher
 
 KERNELS = "nsa_oracle.optimized.kernels.attention_hopper"
 DEADLOCK = "deadlock: every partition waits"
-UNFENCED = "written behind the last fence"
+UNFENCED = "written after the last fence"
 
 
 Result = tuple[torch.Tensor, torch.Tensor]  # out and lse
@@ -93,7 +93,7 @@ def test_a_defect_shows(function: str, old: str, new: str, dtype: KVCacheDtype) 
          DEADLOCK),
         ("sparse_mla_hopper_kernel", "mbarrier.init(free.index(buffer), count=1)",
          "mbarrier.init(free.index(buffer), count=2)", KVCacheDtype.BF16, DEADLOCK),
-        ("sparse_mla_hopper_kernel", "count=1 if FP8 else FETCH_THREADS", "count=1", KVCacheDtype.BF16, "more arrive"),
+        ("sparse_mla_hopper_kernel", "count=1 if FP8 else FETCH_THREADS", "count=1", KVCacheDtype.BF16, "arrivals"),
         ("sparse_mla_hopper_kernel", "mbarrier.init(free.index(buffer), count=1)", "pass", KVCacheDtype.BF16,
          "not initialised"),
         ("attend", "fence_async_shared()  # what has been copied", "pass  # what has been copied", KVCacheDtype.BF16,
@@ -104,9 +104,9 @@ def test_a_defect_shows(function: str, old: str, new: str, dtype: KVCacheDtype) 
         ("attend", "acc = warpgroup_mma_wait(0, deps=(acc,))", "acc = warpgroup_mma_wait(1, deps=(acc,))",
          KVCacheDtype.BF16, "Product"),
         ("attend", "latents.index(tile & 1)", "latents.index(tile & 3)", KVCacheDtype.BF16, "no buffer 2 among 2"),
-        ("max_of_rows", "shared.slice(1, 1, 1)", "shared.slice(2, 1, 1)", KVCacheDtype.BF16, "2 to 3 are not all in"),
+        ("max_of_rows", "shared.slice(1, 1, 1)", "shared.slice(2, 1, 1)", KVCacheDtype.BF16, "slice 2 to 3 exceeds"),
         ("as_words", "[tile.shape[0], tile.shape[1] // 2]", "[tile.shape[0], tile.shape[1]]", KVCacheDtype.FP8,
-         "are not"),
+         "cannot be read as"),
         ("attend", "q_latent.store(result)", "q_rope.store(result)", KVCacheDtype.BF16, "does not fit a tile"),
         ("dequantise", "mov.b32 {bytes0, bytes1}, $2;", "prmt.b32 bytes0, $2, 0, 0;", KVCacheDtype.FP8, "prmt.b32"),
     ],

@@ -88,11 +88,11 @@ def test_promises_that_are_kept(kernel: Any, args: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("kernel", "args", "told"),
     [
-        (of_one_pointer, (1, 16), r"starts on 16 bytes, and lane \[0\] points 4 beyond such"),
-        (of_one_pointer, (4, 32), r"starts on 32 bytes, and lane \[0\] points 16 beyond"),
-        (of_rows, (5, 16), r"in dimension 0 starts on 16 bytes, and lane \[1\] points 4 beyond"),
-        (of_cells, (10, 0, 8), r"in dimension 1 starts on 16 bytes, and lane \[1, 0\] points 8 beyond"),
-        (of_cells, (12, 4, 8), r"8 cells side by side in dimension 1, and lane \[0, 4\] points elsewhere"),
+        (of_one_pointer, (1, 16), r"start at a multiple of 16 bytes, but lane \[0\] points 4 bytes past one"),
+        (of_one_pointer, (4, 32), r"start at a multiple of 32 bytes, but lane \[0\] points 16 bytes past"),
+        (of_rows, (5, 16), r"in dimension 0 start at a multiple of 16 bytes, but lane \[1\] points 4 bytes"),
+        (of_cells, (10, 0, 8), r"in dimension 1 start at a multiple of 16 bytes, but lane \[1, 0\] points 8 bytes"),
+        (of_cells, (12, 4, 8), r"8 contiguous cells in dimension 1, but lane \[0, 4\] points elsewhere"),
     ],
 )
 def test_promises_that_are_broken(kernel: Any, args: tuple[int, ...], told: str) -> None:
@@ -129,4 +129,5 @@ def test_the_oracle_tells_of_an_alignment_that_was_assumed(
     judge(scenario, optimized_backend, torch.device("cpu"))
     with assumed, pytest.raises(OracleFailure) as failure:
         judge(scenario, optimized_backend, torch.device("cpu"))
-    assert "tl.multiple_of promises that what starts in dimension 0 starts on 16 bytes" in str(failure.value)
+    promise = "tl.multiple_of promises that contiguous cells in dimension 0 start at a multiple of 16 bytes"
+    assert promise in str(failure.value)

@@ -43,7 +43,7 @@ MALFORMED = {
     "text": ({"sizes": {"kv_cache_dtype": "fp8"}}, "'kv_cache_dtype' must have a list or tuple of allowed values"),
     "a mapping of a mapping": ({"sizes": {"page_size": {64: 1}}}, "'page_size' must have a list or tuple"),
     "no value": ({"sizes": {"page_size": ()}}, "'page_size' allows no value at all"),
-    "unknown field": ({"sizes": {"colour": ("red",)}}, "sizes: nobody has 'colour'; there are page_size, "),
+    "unknown field": ({"sizes": {"colour": ("red",)}}, "sizes: nobody has 'colour'; choose from page_size, "),
     "unknown field that is no text": ({"sizes": {7: (1,)}}, "sizes: nobody has '7'"),
     "a record of fields": ({"sizes": {"inputs": ({},)}}, "name the fields of 'inputs' themselves"),
     "another type": ({"sizes": {"page_size": ("big",)}}, "'page_size' cannot be big: Input should be a valid integer"),

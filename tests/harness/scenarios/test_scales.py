@@ -59,9 +59,9 @@ def test_calls_of_other_modes_are_left_out_and_all_else_happens() -> None:
 
 def test_nothing_to_draw_is_refused_in_one_line() -> None:
     for scale, left, cause in (
-        (SMALL_LAYER, limits(num_heads=(7,)), "num_heads may be 7, and is one of 1, 2, 3, 16"),
-        (SMALL, limits(max_context_len=(128,)), "max_context_len may be 128, and is one of 20, 33, "),
-        (LARGE_LAYER, limits(num_heads=(128,), kv_lora_rank=(64,)), "no layer that is drawn here has all of the sizes"),
+        (SMALL_LAYER, limits(num_heads=(7,)), "num_heads may be 7, but is drawn from 1, 2, 3, 16"),
+        (SMALL, limits(max_context_len=(128,)), "max_context_len may be 128, but is drawn from 20, 33, "),
+        (LARGE_LAYER, limits(num_heads=(128,), kv_lora_rank=(64,)), "no layer drawn on this device has all of the sizes"),
         (SMALL, only(DECODE) & only(VERIFY), "no mode in common"),
     ):
         with pytest.raises(ValueError, match=r".") as caught:

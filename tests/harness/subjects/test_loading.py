@@ -20,10 +20,10 @@ REFUSED_BACKENDS = {
 }
 REFUSED_LAYERS = {
     "LayerNeedsMore": "cannot be called with (config, attention): missing a required argument: 'stream'",
-    "NumberForAStage": "NumberForAStage.sparse_mla is no method",
+    "NumberForAStage": "NumberForAStage.sparse_mla is not a method",
     "no_layer": "NoneType has none of the methods store_cache, ",
     "WeakerList": "weaker must map stages to a Strictness; it is a list",
-    "WeakerText": "weaker: 'out' must be a harness.protocol.Strictness",
+    "WeakerText": "weaker: 'out' must be an nsa_oracle.harness.protocol.Strictness",
     "WeakerCache": "weaker: 'kv_cache' cannot be BOUND; it fits logits, out, lse",
     "WeakerNothing": "weaker: 'output' cannot be EXACT; it fits kv_cache, ",
     "SetOfOutputs": "weaker: 'out' cannot be SAME_SET; it fits topk_indices, indices, topk_ragged",
