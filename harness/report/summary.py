@@ -79,12 +79,12 @@ def bugs_line(killed: int, planted: int) -> str:
 def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:
     """How many values of each stage of the attention layer were compared, and how."""
     failed = Counter(failure.field for failure in failures)
-    table = Table("stage of the layer", "bit-exact", "within bound", "worst of bound", "weaker as declared", "failures")
+    table = Table("stage of the layer", "bit-exact", "within bound", "worst", "failures", "weaker as declared")
     for name in (name for name in STAGES if name in layers.stages or failed[name]):
         stage = layers.stages.get(name, StageTally())
         worst = f"{stage.worst:.2g}" if stage.bounded or stage.declared == Strictness.BOUND.value else "-"
         weaker = f"{stage.weaker:,} {stage.declared}".rstrip()
-        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, weaker, str(failed[name]))
+        table.add_row(name, *(f"{n:,}" for n in (stage.exact, stage.bounded)), worst, str(failed[name]), weaker)
     return table
 
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from nsa_oracle.harness import plugin
-from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
-from nsa_oracle.harness.plugin import Oracle, _add_property, _as_property
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.report.records import ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios import files as seeds
 from nsa_oracle.harness.scenarios.files import load, save
 from nsa_oracle.harness.scenarios.scenario import Replay
 from nsa_oracle.harness.search.drawing import SHARDS
-from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.backends import clean, lengths
@@ -28,7 +27,7 @@ from tests.support.layer_cases import WITH_LAYER
 from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, factory_of, one_replay
 from tests.support.project import PROJECT
 
-OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget")
+OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget", "case-timeout", "seed")
 CLEAN, BROKEN = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:VerifyForgetsDrafts"
 
 
@@ -53,8 +52,8 @@ class Run:
 
     @property
     def failures(self) -> list[str]:
-        """A line for each failure; the table lists those of the same verdict once, with their number."""
-        listed = re.findall(r"^FAILED(?: \((\d+) times\))?: (.*)$", self.output, re.MULTILINE)
+        """A line for each failure; the table lists those that are alike once, with their number."""
+        listed = re.findall(r"^FAILED(?: \((\d+) cases\))?: (.*)$", self.output, re.MULTILINE)
         return [f"FAILED: {sentence}" for times, sentence in listed for _ in range(int(times or 1))]
 
 
@@ -117,6 +116,9 @@ class ForThreeHeads(SparseAttention):
         (["--oracle-device=tpu"], "invalid choice: 'tpu'"),
         (["--oracle-budget=soon"], "'soon' is not a number of seconds"),
         (["--oracle-budget=nan", *CHEAP], "nan"),
+        (["--oracle-case-timeout=-1", *CHEAP], "'-1' is not a number of seconds"),
+        (["--oracle-seed=1.5", *CHEAP], "'1.5' is not a whole number"),
+        (["--oracle-seed=281474976710656", *CHEAP], "is not a whole number from 0 to 281474976710655"),
         (["--oracle-backend=my_backend"], "backend 'my_backend' is not of the form module:attribute"),
         (["--oracle-backend=absent_module:X"], "cannot import absent_module"),
         (["--oracle-backend=broken_module:X"], "broken_module"),
@@ -170,7 +172,7 @@ def test_clean_backend(folder: Path) -> None:
     assert replays + eager_calls > 0
     assert cells > fields > 0
     assert done.summary == f"oracle: {cases} cases passed, {replays} replays, all bit-exact"
-    assert "boundary classes visited (cases): " in done.output
+    assert "boundary classes visited (cases): " not in done.output, "-v lists them"
     assert f"oracle: judging {CLEAN} on cpu, profile dev, seed 0" in done.output
     assert not (folder / "failures").exists()
 
@@ -188,7 +190,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
 
     count = len(done.failures)
     assert count in (1, 2)
-    assert done.summary.endswith(f"{count} FAILED")
+    assert done.summary.endswith(f"{count} cases FAILED")
     minimal = sorted((folder / "kept").glob("*.min.json"))
     raw = sorted((folder / "kept").glob("*.raw.json"))
     assert [p.name[:12] for p in minimal] == [p.name[:12] for p in raw]
@@ -205,7 +207,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
     assert re.search(r"1 failed, \d+ deselected", again.output)
     sentence = load(minimal[0]).note
     assert again.failures == [f"FAILED: {sentence}"]
-    assert f"ORACLE FAILURE  {sentence}" in again.output
+    assert again.output.count(f"ORACLE FAILURE  {sentence}") == 1
     assert not (folder / "failures").exists(), "a replayed case is not saved again"
 
     mended = run(folder, f"--oracle-backend={CLEAN}", f"--oracle-replay={path}")
@@ -233,7 +235,9 @@ def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
     done = run(folder, *words, f"--oracle-layer={LAYERS}.clean:SharesOutputs")
     assert done.exit_code == pytest.ExitCode.OK, done.output
     assert f"oracle: judging {CLEAN} and {LAYERS}.clean:SharesOutputs on cpu, profile pr, seed 0" in done.output
-    stages = re.findall(r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +([\d,]+) +│", done.output, re.MULTILINE)
+    stages = re.findall(
+        r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +0 +│ +([\d,]+) +│", done.output, re.MULTILINE
+    )
     assert [name for name, *_ in stages] == ["kv_cache", "index_k_cache", "logits", "indices", "out", "lse"]
     assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
     assert all(weaker == "0" for *_, weaker in stages)
@@ -250,11 +254,13 @@ def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: tor
     verdict = judge(WITH_LAYER, factory_of(clean.Clean), device)
     verdict.layers.stage("out").worst = 0.25
     verdict.audit.missed("whole graphs: no driver", 3)
-    oracle = Oracle(device, Subject(factory_of(clean.Clean)), None, None, "dev", Path(), None, 0)
-    text = _as_property(oracle, Exploration(verdict))
-    total = Verdict()
+    text = ItemRecord(verdict, drawn_by="test_layers").to_json()
+    run = RunRecord()
     for _ in range(2):
-        assert _add_property(total, text) == []
+        run.add(ItemRecord.from_json(text))
+    assert (run.items, run.failures, run.drawn) == (2, [], {"test_layers": 2})
+    total = run.verdict
+    assert total.boundary_classes == {name: 2 * count for name, count in verdict.boundary_classes.items()}
     assert total.audit.compared == 2 * verdict.audit.compared == 2
     assert total.audit.not_audited["whole graphs: no driver"] == 6
     assert total.layers.replays == 2 * verdict.layers.replays == 4
@@ -278,12 +284,64 @@ def test_workers_neither_lose_nor_double_anything(folder: Path) -> None:
     assert together.summary == alone.summary
 
 
-def test_budget_of_nothing_judges_nothing_and_says_so(folder: Path) -> None:
+@pytest.mark.parametrize("processes", [("-p", "no:xdist"), ("-n", "2")])
+def test_run_that_judges_nothing_fails(folder: Path, processes: tuple[str, ...]) -> None:
     words = (f"--oracle-backend={BROKEN}", "--oracle-profile=dev", "--oracle-budget=0", "-k", "scenarios")
-    done = run(folder, *words)
-    assert done.exit_code == pytest.ExitCode.OK
-    assert done.summary == "oracle: 0 cases passed, 0 replays, nothing judged"
+    done = run(folder, *words, *processes)
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert done.summary == "oracle: 0 cases passed, 0 replays, NOTHING JUDGED"
+    assert "NOT JUDGED: test_scenarios drew no case; give it more time" in done.output
     assert not (folder / "failures").exists()
+
+
+def test_seed_draws_other_cases(folder: Path) -> None:
+    words = [f"--oracle-backend={CLEAN}", "--oracle-profile=dev", *shards(1)]
+    first, second, again = (run(folder, *words, *seed) for seed in ([], ["--oracle-seed=7"], ["--oracle-seed=7"]))
+    assert "profile dev, seed 7" in second.output
+    assert first.totals != second.totals == again.totals
+
+
+WARNS = """
+import warnings
+from tests.support.backends.clean import Clean
+
+warnings.warn("imported", DeprecationWarning, stacklevel=1)
+
+class Warns(Clean):
+    def init_forward_metadata(self, batch):
+        warnings.warn("old spelling", DeprecationWarning, stacklevel=1)
+        super().init_forward_metadata(batch)
+"""
+
+
+def test_warnings_of_a_backend_are_shown_and_no_verdict(folder: Path) -> None:
+    """Whatever filters the suite has; ``replay`` and pytest agree."""
+    (folder / "old.py").write_text(WARNS)
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    done = run(folder, "--oracle-backend=old:Warns", "--oracle-profile=dev", *shards(1))
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert "DeprecationWarning: old spelling" in done.output
+
+
+HANGS = """
+from tests.support.backends.clean import Clean
+
+class Hangs(Clean):
+    def init_forward_metadata(self, batch):
+        while True:
+            pass
+"""
+
+
+def test_backend_that_hangs_is_a_finding(folder: Path) -> None:
+    (folder / "stuck.py").write_text(HANGS)
+    words = ["--oracle-backend=stuck:Hangs", "--oracle-profile=dev", "--oracle-budget=5", "--oracle-case-timeout=2"]
+    done = run(folder, *words, *shards(1))
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    (failure,) = done.failures
+    assert re.match(r"FAILED: does not end: case at .*stuck\.py:\d+ in init_forward_metadata", failure)
+    assert re.search(r"raised through:\n  \S+stuck\.py:\d+ in init_forward_metadata: (while True:|pass)", done.output)
+    assert "--backend stuck:Hangs --timeout 2" in done.output
 
 
 LIMITED = """
@@ -315,14 +373,15 @@ class Unsteady:
 def test_what_a_backend_is_not_made_for_is_not_judged_and_told(folder: Path) -> None:
     (folder / "limited.py").write_text(LIMITED)
     some = "scenarios[1] or (saved and draft)"
-    done = run(folder, "--oracle-backend=limited:Limited", "--oracle-profile=dev", "-k", some)
+    done = run(folder, "-v", "--oracle-backend=limited:Limited", "--oracle-profile=dev", "-k", some)
     assert done.exit_code == pytest.ExitCode.OK, done.output
     (line,) = (line for line in done.output.splitlines() if line.startswith("not judged: "))
     modes = "modes EXTEND, IDLE, DRAFT_EXTEND, DRAFT_EXTEND_V2"
-    assert line.startswith(f"not judged: page_size 1, 32; drive single_step; {modes}; saved cases ")
-    left_out = line.partition("saved cases ")[2].split(", ")
-    assert "draft-extend-tail-is-written" in left_out
-    assert len(left_out) < len(list((PROJECT / "tests" / "cases").glob("*.json")))
+    left_out = re.fullmatch(rf"not judged: page_size 1, 32; drive single_step; {modes}; (\d+) saved cases: (.*)", line)
+    assert left_out is not None, line
+    names = left_out[2].split(", ")
+    assert "draft-extend-tail-is-written" in names
+    assert int(left_out[1]) == len(names) < len(list((PROJECT / "tests" / "cases").glob("*.json")))
     classes = " ".join(done.output.partition("boundary classes visited")[2].split())
     for name in ("page size 1 0", "page size 32 0", "drive single_step 0", "eager EXTEND 0", "replay DRAFT_EXTEND 0"):
         assert name in classes

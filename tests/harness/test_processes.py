@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from nsa_oracle.harness import processes
+from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.plugin import share_gpus
-from nsa_oracle.harness.processes import Child, ChildDied, prepare_process
+from nsa_oracle.harness.processes import Child, ChildDied, prepare_process, time_limit
 
 
 @pytest.fixture
@@ -132,3 +135,32 @@ def test_workers_of_xdist_take_turns(session: Any, left: str, monkeypatch: pytes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     share_gpus(session)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+# Time limits
+
+
+def test_time_limit_interrupts_what_runs_on() -> None:
+    with pytest.raises(CaseTimeout, match=r"^still running after 0\.2 seconds$"), time_limit(0.2):
+        time.sleep(60)
+
+
+def test_time_limit_leaves_nothing_behind() -> None:
+    handler = signal.getsignal(signal.SIGALRM)
+    with time_limit(0.2):
+        pass
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    time.sleep(0.3)
+
+
+def test_limit_of_none_and_another_thread_have_no_limit() -> None:
+    def wait() -> str:
+        with time_limit(0.05):
+            time.sleep(0.2)
+        return "done"
+
+    with time_limit(None):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(wait).result() == "done"

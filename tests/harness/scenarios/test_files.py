@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.scenarios.files import (
+    MAX_FILE_BYTES,
     PRODUCTION,
     RUNNING,
     FailureFiles,
@@ -127,3 +130,63 @@ def most_requests(scenario: Scenario) -> int:
     world = World(scenario, 0)
     batches = [world.apply(event) for event in scenario.events]
     return max(batch.size for batch in batches if batch is not None)
+
+
+# What is no case
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ScenarioError) as caught:
+        load(path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: ")
+    return line
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe would block, and a device never end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        assert refused(tmp_path / name).endswith("is not a regular file")
+    assert refused(tmp_path).endswith("cannot be read: Is a directory")
+
+
+def test_file_larger_than_any_case_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "endless.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    assert refused(path).endswith(f"has more than {MAX_FILE_BYTES:,} bytes, which no case needs")
+
+
+def test_byte_order_mark_and_missing_version_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    path.write_text(to_json(ONE), encoding="utf-8-sig")
+    assert refused(path).endswith("begins with a byte order mark; save it as UTF-8 without one")
+    path.write_text(to_json(ONE).replace('  "schema_version": 1,\n', ""))
+    assert refused(path).endswith('schema_version is missing; add "schema_version": 1')
+    path.write_text(to_json(ONE))
+    assert load(path) == ONE
+
+
+SIZES = {"page_size": 1, "max_context_len": 20, "index_topk": 4, "num_steps": 1, "num_draft_tokens": 1, "pool_size": 1}
+REPLAY, CAPTURE = {"event": "replay", "mode": "DECODE"}, {"event": "capture", "mode": "DECODE", "buckets": [1]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "events", "reason"),
+    [
+        ({"max_context_len": 1 << 20, "pool_size": 200}, [], "209,715,200 cells in req_to_token; at most 8,388,608"),
+        ({}, [REPLAY] * 4097, "4,097 events; at most 4,096"),
+        ({}, [{**CAPTURE, "buckets": [1] * 1025}], "1,025 graphs; at most 1,024"),
+        ({"max_context_len": 1 << 20}, [{**CAPTURE, "buckets": [64]}], "cells in page tables; at most 67,108,864"),
+        ({"max_context_len": 1 << 20}, [CAPTURE, *[{**REPLAY, "times": 16}] * 600], "cells to fill; at most"),
+    ],
+    ids=["pool", "events", "graphs", "tables", "work"],
+)
+def test_case_that_would_take_too_much_is_refused_before_anything_is_made(
+    sizes: dict[str, int], events: list[dict[str, object]], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "case.json"
+    path.write_text(json.dumps({"schema_version": 1, "setup": {**SIZES, **sizes}, "events": events}))
+    assert reason in refused(path)
