@@ -14,6 +14,7 @@ from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, tiers_table
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
+from nsa_oracle.harness.report import failure
 from nsa_oracle.harness.report.failure import explain, replay_command
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import from_json, to_json
@@ -154,6 +155,13 @@ def test_backend_in_ten_lines_passes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert judge(scenario, load_backend("my_backend:MyBackend"), device).replays == 4  # two, with either poison
 
 
+@pytest.fixture
+def shown_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages show the environment that ``make`` creates, whichever runs the tests."""
+    monkeypatch.setattr(failure, "python_command", lambda: ".venv/bin/python")
+
+
+@pytest.mark.usefixtures("shown_python")
 def test_its_broken_twin_fails_as_shown(device: torch.device) -> None:
     scenario, (block, saved) = shown_case(), shown_failure(README)
     with pytest.raises(OracleFailure) as caught:
@@ -214,6 +222,7 @@ def test_example_layer_passes(regime: Regime, device: torch.device) -> None:
     assert verdict.layers.replays == 4  # two, with either poison
 
 
+@pytest.mark.usefixtures("shown_python")
 def test_broken_layer_fails_as_shown(device: torch.device) -> None:
     factory, _ = load_layer(BROKEN_LAYER)
     with pytest.raises(OracleFailure) as caught:
