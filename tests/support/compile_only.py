@@ -14,8 +14,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, and before the kernels would choose the interpreter
 
 import torch
 import triton
@@ -36,10 +37,6 @@ from nsa_oracle.reference.types import (
     SpecInfo,
     StepSemantics,
 )
-
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported, and before the kernels would choose the interpreter
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 class StandInDriver:
