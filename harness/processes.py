@@ -118,8 +118,8 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise CaseTimeout in the body once it has run for ``seconds``, and again if the body catches that.
 
     Code that never returns to Python, as a GPU's synchronisation behind a kernel without an end, cannot be interrupted:
-    after twice the time the process prints its stacks and ends. Without a limit, or outside the main thread, where
-    Python handles no signals, nothing happens.
+    after three times the time the process prints its stacks and ends. Without a limit, or outside the main thread,
+    where Python handles no signals, nothing happens.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -129,8 +129,8 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         raise CaseTimeout(f"still running after {seconds:g} seconds")
 
     handler = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds, max(1.0, seconds / 10))
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__ or 2)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
+    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
     finally:

@@ -54,7 +54,8 @@ def test_sizes_and_imports_are_within_their_limits() -> None:
 
 
 def lint_imports(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", *words]
+    program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", program, "--no-cache", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

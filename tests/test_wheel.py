@@ -74,7 +74,8 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(site: Path, folder: Path, *words: str) -> str:
     """What Python prints, in a folder where nothing of the checkout is found."""
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    libraries = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(PROJECT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *libraries])}
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
     )

@@ -145,7 +145,9 @@ def survey(
         typer.echo(not_judged(found.left_out))
     if found.cases < cases:
         typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {cases} cases")
-    raise typer.Exit(0 if found.holds and not interrupted else 1 if not found.holds else INTERRUPTED)
+    if interrupted and found.holds:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if found.holds and not found.layers.never_called else 1)
 
 
 @app.command()

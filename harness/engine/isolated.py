@@ -51,7 +51,10 @@ class IsolatedStages:
         """Run every stage of every pass."""
         # 1. The store, for all passes.
         self.driver.load_caches(load.caches)
-        stored = [self._store(step, a_pass.inputs) for step, a_pass in enumerate(load.passes)]
+        stored = []
+        for step, a_pass in enumerate(load.passes):
+            with locating_results(step, Feed.ISOLATED.value):
+                stored.append(self._store(step, a_pass.inputs))
 
         # 2. The other stages, on caches that the reference has written.
         truth = dense_copy(load.caches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search.drawing import NotReproducible, OutOfTime, draw
 from nsa_oracle.harness.subjects.subject import Subject
+
+SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
 
 
 class DeviceLost(BaseException):
@@ -81,6 +84,7 @@ def explore(
     with_layer: draw scenarios with an attention layer behind the metadata.
     most_shrinking: largest number of trials, all on finished records. If None, Hypothesis shrinks first, with as many
         trials as it likes; with a layer that would take many minutes, so the limit is then ``MOST_TRIALS // 4``.
+        Either way no trial begins later than SHRINKING_SECONDS after the failure.
     Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
     judged.
     """
@@ -98,14 +102,22 @@ def explore(
         except OSError as error:  # the finding is reported even if the disk is full
             outcome.saved, outcome.unsaved = None, f"{save_dir}: {error.strerror or error}"
 
+    shrinking_ends = math.inf
+
     def judge_one(scenario: Scenario) -> None:
+        nonlocal shrinking_ends
         if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
             raise OutOfTime
+        if outcome.failure is not None and time.monotonic() > shrinking_ends:
+            if scenario == outcome.failure.scenario:  # Hypothesis runs its smallest case once more
+                raise outcome.failure
+            return
         try:
             with saved_while_judged(scenario, save_dir):
                 # Trials of the shrinking do not count as coverage.
                 judge_subject(subject, scenario, device, outcome.verdict if outcome.failure is None else None)
         except OracleFailure as failure:
+            shrinking_ends = min(shrinking_ends, time.monotonic() + SHRINKING_SECONDS)
             keep(failure)
             if has_lost_the_device(failure.finding, device):
                 raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
@@ -118,7 +130,7 @@ def explore(
     try:
         draw(cases_of_subject, cases, seed, judge_one, shrink=most_shrinking is None)
     except OracleFailure as failure:
-        keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS))
+        keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS, shrinking_ends))
     except _Unjudged as ended:
         raise ended.error from None
     except NotReproducible:
@@ -127,16 +139,18 @@ def explore(
     return outcome
 
 
-def minimised(failure: OracleFailure, subject: Subject, device: torch.device, most: int) -> OracleFailure:
+def minimised(
+    failure: OracleFailure, subject: Subject, device: torch.device, most: int, deadline: float = math.inf
+) -> OracleFailure:
     """The failure of the simplest scenario found, from that of ``failure``, that fails in the same way.
 
-    most: largest number of trials.
+    most: largest number of trials. deadline: value of ``time.monotonic()`` after which no trial begins.
     """
     smallest = failure
 
     def still_fails(scenario: Scenario) -> bool:
         nonlocal smallest
-        if subject.misfit(scenario) is not None:
+        if time.monotonic() > deadline or subject.misfit(scenario) is not None:
             return False
         try:
             judge_subject(subject, scenario, device)

@@ -66,8 +66,8 @@ class Survey:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was broken, and every method of the layer was called."""
-        return not any(record.broken for record in self.records.values()) and not self.layers.never_called
+        """Whether nothing was broken."""
+        return not any(record.broken for record in self.records.values())
 
     def run(
         self,

@@ -304,8 +304,8 @@ def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) ->
         command, cwd=PROJECT, env=environment_of_children(), capture_output=True, text=True, check=False
     )
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
-    assert done.stdout.count("THE GPU FAULTED") >= 2
-    assert "2 FAILED" in done.stdout
+    assert "THE GPU FAULTED" in done.stdout
+    assert "2 cases FAILED" in done.stdout
     smallest = sorted(tmp_path.glob("*.min.json"), key=lambda path: path.stat().st_size)[0]
     assert len(load(smallest).events) <= 4
 
@@ -328,7 +328,7 @@ class TestMemory:
         layer={"far_slots": True},
     )
     CACHES = 12 << 30  # bytes of keys in bf16 and index keys, of each engine
-    MORE_THAN_TORCH_KEEPS: Mapping[str, int] = {"max_context_len": 100_000, "pool_size": 256}  # a table of 100 MB
+    MORE_THAN_TORCH_KEEPS: Mapping[str, int] = {"max_context_len": 65_000, "pool_size": 128}  # a table of 33 MB
 
     def test_case_that_passes(self, gpu: torch.device) -> None:
         self.forget(gpu)

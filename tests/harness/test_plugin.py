@@ -14,17 +14,18 @@ import torch
 
 from nsa_oracle.harness import plugin
 from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.protocol import STAGES
 from nsa_oracle.harness.report.records import ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios import files as seeds
 from nsa_oracle.harness.scenarios.files import load, save
-from nsa_oracle.harness.scenarios.scenario import Replay
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Replay
 from nsa_oracle.harness.search.drawing import SHARDS
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.backends import clean, lengths
 from tests.support.command_line import environment_of_children
 from tests.support.layer_cases import WITH_LAYER
-from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, factory_of, one_replay
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, case, factory_of, one_replay
 from tests.support.project import PROJECT
 
 OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget", "case-timeout", "seed")
@@ -238,7 +239,7 @@ def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
     stages = re.findall(
         r"^│ ([a-z_]+) +│ +([\d,]+) +│ +([\d,]+) +│ +\S+ +│ +0 +│ +([\d,]+) +│", done.output, re.MULTILINE
     )
-    assert [name for name, *_ in stages] == ["kv_cache", "index_k_cache", "logits", "indices", "out", "lse"]
+    assert [name for name, *_ in stages] == list(STAGES), "the methods that the layer brings are judged alone, too"
     assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
     assert all(weaker == "0" for *_, weaker in stages)
     assert "layer: 2 replays; no bit changed when: other content of unspecified memory 1" in done.output
@@ -335,8 +336,9 @@ class Hangs(Clean):
 
 def test_backend_that_hangs_is_a_finding(folder: Path) -> None:
     (folder / "stuck.py").write_text(HANGS)
-    words = ["--oracle-backend=stuck:Hangs", "--oracle-profile=dev", "--oracle-budget=5", "--oracle-case-timeout=2"]
-    done = run(folder, *words, *shards(1))
+    save(case(Join(seq_len=3), Eager(mode=ForwardMode.DECODE)), folder / "eager.json")
+    words = ["--oracle-backend=stuck:Hangs", "--oracle-replay=eager.json", "--oracle-case-timeout=2"]
+    done = run(folder, *words)
     assert done.exit_code == pytest.ExitCode.TESTS_FAILED
     (failure,) = done.failures
     assert re.match(r"FAILED: does not end: case at .*stuck\.py:\d+ in init_forward_metadata", failure)

@@ -200,7 +200,7 @@ MALFORMED = {
     "odd RoPE part": (with_layer(qk_rope_head_dim=20), "setup.layer.qk_rope_head_dim", "multiple of 16"),
     "page size of a layer": (with_setup(page_size=6, layer={}), "the file", "a power of two, not 6"),
     "caches beyond memory": (
-        with_setup(pool_size=512, max_context_len=1 << 16, layer={"regime": "random"}),
+        with_setup(pool_size=128, max_context_len=1 << 16, layer={"regime": "random"}),
         "the file",
         "its caches would have",
     ),

@@ -49,7 +49,7 @@ def test_sizes_that_exclude_each_other_are_refused_in_one_line(
     monkeypatch.setitem(SCALES, (device.type, True), LARGE_LAYER)
     sizes = {"max_context_len": (4100,), "page_size": (64,), "qk_rope_head_dim": (16,), "regime": ("dominating",)}
     subject = Subject(optimized_backend, layer_limits=limits(**sizes, pool_size=(8, 9, 10)))
-    with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
+    with pytest.raises(BackendError, match=r"^no case drawn on this device has all of the declared sizes at once$"):
         explore.explore(subject, device, 5, 0, tmp_path, with_layer=True)
-    with pytest.raises(BackendError, match=r"^no case that is drawn here has all of the sizes that are declared at "):
+    with pytest.raises(BackendError, match=r"^no case drawn on this device has all of the declared sizes at once$"):
         Survey(subject, device).run(5, 0)

@@ -134,7 +134,7 @@ def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: 
 def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
     with pytest.raises(BackendError, match=r"^layer 'WithoutStages': WithoutStages has none of the methods "):
         Survey(subject_of(refused.WithoutStages), device).run(cases=1, seed=0)
-    with pytest.raises(ValueError, match=r"^none of the sizes drawn on this device fits: num_heads may be 7, and is "):
+    with pytest.raises(ValueError, match=r"^none of the sizes drawn on this device fits: num_heads may be 7, but is "):
         Survey(subject_of(Capturable, num_heads=(7,)), device)
 
 
