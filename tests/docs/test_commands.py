@@ -97,7 +97,7 @@ def test_table_of_options_is_complete() -> None:
     offered = {option for option in options_of_pytest() if option.startswith("--oracle-")}
     assert offered
     assert set(re.findall(r"^\| `(--oracle-[\w-]+)", OPTIONS, re.MULTILINE)) == offered
-    assert {option for text in PAGES.values() for option in re.findall(r"--oracle-[\w-]+\w", text)} <= offered
+    assert {option for text in PAGES.values() for option in re.findall(r"--oracle-[\w-]*\w", text)} <= offered
 
 
 def test_calls_of_pytest_name_options_and_files_that_exist() -> None:
@@ -141,7 +141,7 @@ def test_exit_codes_are_those_of_pytest_and_of_the_tool() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", section(OPTIONS, "Exit codes"), re.MULTILINE))
     codes = {command: [int(code) for code in re.findall(r"(?:^|, )(\d+) ", said)] for command, said in rows.items()}
     assert codes == {
-        "pytest": list(range(pytest.ExitCode.NO_TESTS_COLLECTED + 1)),
+        "pytest": [code for code in pytest.ExitCode if code <= 5],  # 6 only if pytest is told to count warnings
         "nsa-oracle": [0, 1, 2, INTERRUPTED],
         "make": [0, 2],
     }

@@ -243,7 +243,7 @@ def test_layer_is_judged_and_its_stages_are_listed(folder: Path) -> None:
     assert [name for name, *_ in stages] == expected, "the methods that the layer brings are judged alone, too"
     assert all(int(exact.replace(",", "")) + int(bounded) > 0 for _, exact, bounded, _ in stages)
     assert all(weaker == "0" for *_, weaker in stages)
-    assert "layer: 2 replays; no bit changed when: other content of unspecified memory 1" in done.output
+    assert "layer: 2 replays; no bit changed when: other content of unspecified memory 2" in done.output
 
     broken = run(folder, *words, f"--oracle-layer={LAYERS}.in_graph:FreezesPlan")
     assert broken.exit_code == pytest.ExitCode.TESTS_FAILED

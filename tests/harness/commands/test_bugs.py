@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from nsa_oracle.harness.__main__ import app  # with all commands: a single one would need no name
 from nsa_oracle.harness.bugs.kills import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.commands import bugs
-from nsa_oracle.harness.commands.app import app
 from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.scenarios.files import to_json
 from tests.support.command_line import assert_one_line_error, harness

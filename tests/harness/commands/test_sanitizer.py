@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nsa_oracle.harness.__main__ import app
 from nsa_oracle.harness.commands import cases, sanitizer
-from nsa_oracle.harness.commands.app import app
 from nsa_oracle.harness.commands.sanitizer import CASES, FOUND, Outcome, Tool, verdict_of_output
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
