@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import optimized
+from nsa_oracle import optimized
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(optimized.__path__[0])
@@ -58,21 +58,21 @@ def test_only_kernels_import_triton_at_their_head() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
-@pytest.mark.parametrize("module", ["optimized.attention", "optimized.kernels.topk"])
+@pytest.mark.parametrize("module", ["nsa_oracle.optimized.attention", "nsa_oracle.optimized.kernels.topk"])
 def test_without_a_gpu_kernels_are_interpreted(module: str) -> None:
     assert after_import(module) == ["1", "InterpretedFunction"]
 
 
 def test_a_choice_that_was_made_is_kept() -> None:
-    assert after_import("optimized.attention", interpret="0") == ["0", "JITFunction"]
+    assert after_import("nsa_oracle.optimized.attention", interpret="0") == ["0", "JITFunction"]
 
 
 def test_with_a_gpu_nothing_is_set() -> None:
-    found = after_import("optimized.kernels", before="torch.cuda.is_available = lambda: True")
+    found = after_import("nsa_oracle.optimized.kernels", before="torch.cuda.is_available = lambda: True")
     assert found == ["None", "JITFunction"]
 
 
 def test_switches_are_imported_without_a_look_for_a_gpu() -> None:
     """Such a look initialises CUDA; a process that imports only the switches may still choose its GPU, or fork."""
-    found = after_import("optimized.optimizations", before="torch.cuda.is_available = None")
+    found = after_import("nsa_oracle.optimized.optimizations", before="torch.cuda.is_available = None")
     assert found[0] == "None"
