@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import math
 import os
@@ -180,7 +179,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         spec, layer_spec = config.getoption("--oracle-backend"), config.getoption("--oracle-layer")
         seconds = config.getoption("--oracle-case-timeout")
-        subject = dataclasses.replace(Subject.load(spec, layer_spec, device), case_timeout=seconds or None)
+        subject = Subject.load(spec, layer_spec, device, seconds or None)
         replayed = [Path(file) for file in config.getoption("--oracle-replay")]
         for file in replayed:
             subject.check(load(file), file)
@@ -351,7 +350,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
     is_worker = hasattr(session.config, "workerinput")
     if exitstatus == pytest.ExitCode.OK and terminalreporter is not None and not is_worker:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED if _reported(terminalreporter)[0].gaps() else exitstatus
+        gaps = _gaps(_reported(terminalreporter)[0], session.config.stash[ORACLE])
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if gaps else exitstatus
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -372,10 +372,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if run.failures:
             terminalreporter.write_line(f"{summary.stories(run.failures, verbose)}\n")
         terminalreporter.write_line(summary.summary(run.verdict, run.failures, seconds, switches, left_out, verbose))
-        for gap in run.gaps():
+        for gap in _gaps(run, oracle):
             terminalreporter.write_line(gap, red=True)
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
+
+
+def _gaps(run: RunRecord, oracle: Oracle) -> list[str]:
+    return run.gaps(oracle.layer_spec if oracle.backend_spec is None else None)
 
 
 def _died(oracle: Oracle, file: Path) -> FailureRecord:

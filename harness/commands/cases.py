@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -58,9 +57,11 @@ def replay(
     where = torch_device(device)
     try:
         cases = [(file, load(file)) for file in files]
-        subject = replace(Subject.load(backend, layer, where), case_timeout=timeout or None)
+        subject = Subject.load(backend, layer, where, timeout or None)
         for file, scenario in cases:
             subject.check(scenario, file)
+        if layer is not None and backend is None and all(scenario.setup.layer is None for _, scenario in cases):
+            raise BackendError(f"layer '{layer}': no case here has a layer, so it would not be judged")
     except (ScenarioError, BackendError) as error:
         raise unusable(str(error)) from None
     failed = False

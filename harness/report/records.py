@@ -102,8 +102,11 @@ class RunRecord:
         if item.drawn_by:
             self.drawn[item.drawn_by] += item.verdict.cases
 
-    def gaps(self) -> list[str]:
-        """Why a run without failures proves less than it seems to, one line each: such a run must not be green."""
+    def gaps(self, layer: str | None = None) -> list[str]:
+        """Why a run without failures proves less than it seems to, one line each: such a run must not be green.
+
+        layer: the layer that alone was to be judged, if so.
+        """
         if not self.items or self.failures:
             return []
         gaps = [
@@ -111,6 +114,8 @@ class RunRecord:
         ]
         if not self.verdict.cases:
             gaps.append("NOT JUDGED: no case at all was judged")
+        elif layer is not None and not self.verdict.layers.calls:
+            gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
         return gaps

@@ -300,6 +300,11 @@ class Scenario(_Record):
     seed: int = Field(default=0, ge=0, lt=1 << 64)
     events: tuple[Event, ...] = ()
 
+    @property
+    def calls(self) -> int:
+        """Number of replays and eager calls: what is judged."""
+        return sum(event.times if isinstance(event, Replay) else isinstance(event, Eager) for event in self.events)
+
     @model_validator(mode="after")
     def _fits_context_and_memory(self) -> Scenario:
         setup = self.setup
@@ -310,13 +315,12 @@ class Scenario(_Record):
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
         per_request = setup.num_draft_tokens * setup.num_steps
         largest = max(buckets, default=setup.pool_size)
-        calls = sum(event.times if isinstance(event, Replay) else isinstance(event, Eager) for event in self.events)
         for what, count, most in (
             ("events", len(self.events), MAX_EVENTS),
             ("graphs", len(buckets), MAX_GRAPHS),
             ("cells in req_to_token", setup.pool_size * setup.max_context_len, MAX_POOL_CELLS),
             ("cells in page tables", (setup.pool_size + largest * per_request) * setup.max_context_len, MAX_CELLS),
-            ("cells to fill", (sum(buckets) + calls * largest) * per_request * setup.max_context_len, MAX_WORK),
+            ("cells to fill", (sum(buckets) + self.calls * largest) * per_request * setup.max_context_len, MAX_WORK),
         ):
             if count > most:
                 raise ValueError(f"it would have {count:,} {what}; at most {most:,}")

@@ -8,7 +8,7 @@ costs a process there, otherwise with few trials on the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class SubjectSpec:
 
     def build(self, device: torch.device) -> Subject:
         """Load the subject. Raises BackendError if there is no such backend or layer."""
-        return replace(Subject.load(self.backend, self.layer, device), case_timeout=self.case_timeout)
+        return Subject.load(self.backend, self.layer, device, self.case_timeout)
 
 
 class Recovery:

@@ -164,7 +164,8 @@ def checked(backend: object, spec: str) -> MultiStepBackend:
 def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVERYTHING) -> None:
     """Build a tiny backend, so that a missing method raises BackendError before anything is judged.
 
-    Any other error of the construction is ignored: the judge reports it with a case that replays it.
+    Any other error of the construction, the end of a time limit included, is ignored: the judge reports it with a case
+    that replays it.
     """
     config = _smallest(limits)
     pool = torch.zeros(1, config.max_context_len, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.memory import far_apart
+from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
@@ -41,7 +42,9 @@ class Subject:
     case_timeout: float | None = None
 
     @staticmethod
-    def load(backend: str | None, layer: str | None, device: torch.device) -> Subject:
+    def load(
+        backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None = None
+    ) -> Subject:
         """The subject named by two ``module:attribute``; None stands for ``optimized/``.
 
         Raises BackendError if it cannot be judged at all.
@@ -49,10 +52,13 @@ class Subject:
         subject = optimized_subject()
         if backend is not None:
             subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
-        try_out(subject.backend, device, subject.limits)
+        subject = replace(subject, case_timeout=case_timeout)
+        with time_limit(case_timeout):
+            try_out(subject.backend, device, subject.limits)
         if layer is not None:
             layer_factory, layer_limits = load_layer(layer)
-            layer_limits = try_out_layer(layer_factory, layer_limits, layer)
+            with time_limit(case_timeout):
+                layer_limits = try_out_layer(layer_factory, layer_limits, layer)
             return replace(subject, layer=layer_factory, layer_limits=layer_limits)
         return replace(subject, layer_limits=limits_of_optimized_layer())
 
@@ -61,8 +67,13 @@ class Subject:
         return self.all_limits(with_layer=scenario.setup.layer is not None).misfit(scenario)
 
     def check(self, scenario: Scenario, file: Path) -> None:
-        """Raises BackendError if ``scenario`` from ``file`` is outside the limits, ScenarioError for wrong switches."""
+        """Raises BackendError if ``scenario`` from ``file`` is outside the limits.
+
+        Raises ScenarioError for wrong switches, or if the case makes no call, so that nothing would be judged.
+        """
         self.check_switches(scenario, file)
+        if not scenario.calls:
+            raise ScenarioError(f"{file}: it has no replay and no eager call, so nothing would be judged")
         misfit = self.misfit(scenario)
         if misfit is not None:
             raise BackendError(f"{file}: {misfit} is not among the sizes and modes that are declared")

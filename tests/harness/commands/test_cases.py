@@ -13,6 +13,7 @@ from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.report.failure import python_command
 from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.scenarios.scenario import Event
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.reference.types import ForwardMode
@@ -201,6 +202,38 @@ def test_failure_of_a_layer_is_told(tmp_path: Path) -> None:
 def test_layer_is_not_built_for_metadata_alone(tmp_path: Path) -> None:
     done = replay(saved(tmp_path, CASE), "--backend", CLEAN, "--layer", f"{LAYERS}.whole:Raises")
     assert done.returncode == PASSES, done.stdout + done.stderr
+
+
+def test_layer_that_no_case_would_judge_is_refused(tmp_path: Path) -> None:
+    path, layer = saved(tmp_path, CASE), f"{LAYERS}.whole:Raises"
+    for command in ("replay", "tiers"):
+        done = harness(command, path, "--layer", layer)
+        assert_one_line_error(done, f"layer '{layer}': no case here has a layer, so it would not be judged")
+
+
+@pytest.mark.parametrize("events", [(), CASE.events[:1]])
+def test_case_without_a_call_is_refused(events: tuple[Event, ...], tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE.model_copy(update={"events": events}))
+    assert_one_line_error(replay(path), f"{path}: it has no replay and no eager call, so nothing would be judged")
+
+
+HANGS = """
+import time
+
+class Hangs:
+    def __init__(self, config, attention):
+        time.sleep(600)
+
+    def sparse_mla(self): ...
+"""
+
+
+def test_constructor_without_an_end_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    path = saved(tmp_path, WITH_LAYER)
+    done = replay(path, "--backend", CLEAN, "--layer", "hangs:Hangs", "--timeout", "2", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stderr
+    assert "still running after 2 seconds" in done.stdout
 
 
 def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:

@@ -122,6 +122,12 @@ def test_process_that_dies_is_told_by_its_last_words(monkeypatch: pytest.MonkeyP
     assert found[0].told == "the process ended with 1: "
 
 
+def test_methods_that_a_case_does_not_call_are_no_failure_of_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    gap = "NOT JUDGED: topk_indices: no call in this run"
+    found, _ = outcomes(monkeypatch, lambda _: (1, f"case.json: bit-exact\n{gap}\n", ""))
+    assert found[0] == TierOutcome(Tier.REFERENCE, True, gap)
+
+
 def test_what_cannot_be_judged_ends_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"^layer 'a:B' is no good$"):
         outcomes(monkeypatch, lambda _: (2, "", "error: layer 'a:B' is no good\n"))

@@ -62,5 +62,12 @@ def test_method_that_nothing_called_is_a_gap() -> None:
     assert run_of(ItemRecord(verdict)).gaps() == []
 
 
+def test_layer_that_no_case_judged_is_a_gap() -> None:
+    verdict = Verdict(cases=1)
+    assert run_of(ItemRecord(verdict)).gaps("a:B") == ["NOT JUDGED: layer 'a:B': no case of this run has a layer"]
+    verdict.layers.count_calls({"sparse_mla": {"isolated stage": 2}})
+    assert run_of(ItemRecord(verdict)).gaps("a:B") == []
+
+
 def test_failing_run_needs_no_gaps() -> None:
     assert run_of(ItemRecord(Verdict(), (failure("out"),))).gaps() == []

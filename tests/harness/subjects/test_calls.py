@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from nsa_oracle.harness.commands import cases
+from nsa_oracle.harness.commands.app import Device
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
 from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay
 from nsa_oracle.harness.subjects.calls import MethodCalls, calls_counted_as
@@ -57,12 +60,20 @@ def test_ragged_transform_is_judged_without_a_prefill(device: torch.device) -> N
         judge(ONE_REPLAY, BACKEND, device, layer_factory=factory)
 
 
-def test_method_that_nothing_calls_fails_a_replay(tmp_path: Path) -> None:
-    words = ("--backend", "tests.support.backends.clean:Clean", "--layer", f"{LAYERS}:Right")
-    idle = replay(saved(tmp_path, case(Join(seq_len=3))), *words)
-    assert idle.returncode == FAILS
-    assert "NOT JUDGED: topk_indices: no call in this run" in idle.stdout
+def test_method_that_nothing_calls_fails_a_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = Verdict(cases=1, eager_calls=1)
+    idle.layers.count_calls({"topk_indices": {}})
+    monkeypatch.setattr(cases, "judge_subject", lambda *_, **__: idle)
+    with pytest.raises(typer.Exit) as ended:
+        cases.replay([Path(saved(tmp_path, ONE_REPLAY))], Device.CPU, layer=f"{LAYERS}:Right")
+    assert ended.value.exit_code == FAILS
+    assert "NOT JUDGED: topk_indices: no call in this run" in capsys.readouterr().out
 
+
+def test_methods_that_were_called_are_listed(tmp_path: Path) -> None:
+    words = ("--backend", "tests.support.backends.clean:Clean", "--layer", f"{LAYERS}:Right")
     done = replay(saved(tmp_path, ONE_REPLAY), *words)
     assert done.returncode == PASSES, done.stdout
     assert "methods of the layer, calls judged: topk_indices " in done.stdout
