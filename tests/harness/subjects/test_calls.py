@@ -61,13 +61,14 @@ def test_ragged_transform_is_judged_without_a_prefill(device: torch.device) -> N
 
 
 def test_method_that_nothing_calls_fails_a_replay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     idle = Verdict(cases=1, eager_calls=1)
     idle.layers.count_calls({"topk_indices": {}})
     monkeypatch.setattr(cases, "judge_subject", lambda *_, **__: idle)
+    monkeypatch.setattr(cases, "torch_device", lambda _: device)  # the real one chooses how this process runs kernels
     with pytest.raises(typer.Exit) as ended:
-        cases.replay([Path(saved(tmp_path, ONE_REPLAY))], Device.CPU, layer=f"{LAYERS}:Right")
+        cases.replay([Path(saved(tmp_path, ONE_REPLAY))], Device.AUTO, layer=f"{LAYERS}:Right")
     assert ended.value.exit_code == FAILS
     assert "NOT JUDGED: topk_indices: no call in this run" in capsys.readouterr().out
 
