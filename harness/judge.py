@@ -38,9 +38,9 @@ from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
-from nsa_oracle.harness.subjects.results import WrongResult
+from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
-from nsa_oracle.harness.subjects.warned import shown_warnings
+from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import Metadata
 
 MOST_FRAMES = 5  # of an exception's stack, in a report

@@ -379,6 +379,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _gaps(run: RunRecord, oracle: Oracle) -> list[str]:
+    """What the run did not judge. With a backend of its own as well, it may judge that one's metadata alone."""
     return run.gaps(oracle.layer_spec if oracle.backend_spec is None else None)
 
 

@@ -31,7 +31,7 @@ MOST_LINES_OF_A_TEST = 600
 # Names that several modules of harness/ define, and why that is right.
 SHARED_NAMES = {
     "BUGS": "one list for each group of bugs; bugs/zoo.py joins them",
-    "as_json": "bugs/kill_matrix.py and mutants/report.py are the same report of two hunts",
+    "as_json": "bugs/report.py and mutants/report.py are the same report of two hunts",
     "install": "interpreter/gluon.py and interpreter/promises.py are each installed by their module's name",
     "listing": "as as_json",
     "matrix": "as as_json",

@@ -91,7 +91,7 @@ def test_installed_beside_packages_of_the_same_names(site: Path, tmp_path: Path)
 
 
 def test_its_command_line_works_beside_them(site: Path, tmp_path: Path) -> None:
-    told = run(site, tmp_path, "-m", "nsa_oracle", "show", str(CASE))
+    reported = run(site, tmp_path, "-m", "nsa_oracle", "show", str(CASE))
     note = json.loads(CASE.read_text(encoding="utf-8"))["note"]
-    assert told.splitlines()[0] == note
-    assert "Replay" in told
+    assert reported.splitlines()[0] == note
+    assert "Replay" in reported

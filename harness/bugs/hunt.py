@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nsa_oracle.harness.bugs.bug import Bug
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from nsa_oracle.harness.checks.caches import compare_caches, with_canonical_nans
-from nsa_oracle.harness.checks.numbers import NumberCheck
+from nsa_oracle.harness.checks.floats import FloatCheck
 from nsa_oracle.harness.checks.places import SlotLabels
 from nsa_oracle.harness.checks.selection import SelectedEntries, compare_edge_logits, compare_entries, scores_of
 from nsa_oracle.harness.checks.tally import LayerTally
@@ -25,7 +25,7 @@ from nsa_oracle.harness.engine.observations import Feed, LayerObservation, Layer
 from nsa_oracle.harness.engine.passes import Pass, map_tensors
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.memory.bits import same_bits
-from nsa_oracle.harness.subjects.results import wrong_shape_or_dtype
+from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
 from nsa_oracle.reference import kv_cache
 from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, ForwardMode, Metadata
 
@@ -61,7 +61,7 @@ class StageJudge:
         self.expected = layer.expected
         self.tally = tally
         self.labels = SlotLabels(layer.world, layer.setup.page_size, layer.content)
-        self.numbers = NumberCheck(layer, self.labels)
+        self.floats = FloatCheck(layer, self.labels)
         self.judged: list[JudgedPass] = []  # passes of the last compared call, in order
 
     def compare(
@@ -131,9 +131,9 @@ class StageJudge:
                 attended = self.expected.indices_with_holes(rows, want_logits)
             finding = (
                 self._compare_shapes(got, rows, self._rows_of(seen, a_pass))
-                or self.numbers.compare_logits(got, want_logits, rows, a_pass, self.tally)
+                or self.floats.compare_logits(got, want_logits, rows, a_pass, self.tally)
                 or self._compare_selection(got, want_logits, rows, a_pass, feed)
-                or self.numbers.compare_attention(got, attended, rows, a_pass, self.tally)
+                or self.floats.compare_attention(got, attended, rows, a_pass, self.tally)
             )
         self.judged.append(JudgedPass(got.outputs, got.positions, got.ragged, self.tally))
         total.add(self.tally)

@@ -15,7 +15,7 @@ from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import Axis, Field
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
-from nsa_oracle.harness.subjects.results import described
+from nsa_oracle.harness.subjects.result_checks import described
 from nsa_oracle.reference.types import Metadata
 
 

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from nsa_oracle.harness.bugs import kill_matrix as kill_report
+from nsa_oracle.harness.bugs import report
 from nsa_oracle.harness.bugs.hunt import hunt_all
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
@@ -63,7 +63,7 @@ def bugs(
             raise unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
     chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
     if listed:
-        typer.echo(text.render(kill_report.listing(chosen)))
+        typer.echo(text.render(report.listing(chosen)))
         return
     hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
     found: dict[str, Kill] = {}
@@ -81,13 +81,13 @@ def bugs(
     except KeyboardInterrupt:
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]
-    typer.echo(text.render(kill_report.kills_table(kills), kill_report.LOG_WIDTH))
-    typer.echo(kill_report.sum_line(kills, len(chosen) - len(hunted)))
+    typer.echo(text.render(report.kills_table(kills), report.LOG_WIDTH))
+    typer.echo(report.sum_line(kills, len(chosen) - len(hunted)))
     if interrupted:
         typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")
     if json_file is not None:
-        json_file.write_text(kill_report.as_json(kills), encoding="utf-8")
+        json_file.write_text(report.as_json(kills), encoding="utf-8")
     if html_file is not None:
-        html_file.write_text(kill_report.as_html(kills), encoding="utf-8")
+        html_file.write_text(report.as_html(kills), encoding="utf-8")
     as_meant = all(kill.meant for kill in kills)
     raise typer.Exit(1 if not as_meant else INTERRUPTED if interrupted else 0)

@@ -109,7 +109,7 @@ def tiers(
     typer.echo(render(tiers_table(outcomes)))
     failed = next((outcome for outcome in outcomes if outcome.passed is False), None)
     if failed is not None:
-        typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.told}")
+        typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.message}")
         raise typer.Exit(1)
 
 

@@ -14,9 +14,9 @@ from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.mutants import report as mutant_scores
 from nsa_oracle.harness.mutants.cases import gathered_cases
+from nsa_oracle.harness.mutants.judging import score
 from nsa_oracle.harness.mutants.mutants import all_mutants, sampled
-from nsa_oracle.harness.mutants.scores import Score, ScoringError
-from nsa_oracle.harness.mutants.scoring import score
+from nsa_oracle.harness.mutants.score import Score, ScoringError
 from nsa_oracle.harness.report import text
 
 

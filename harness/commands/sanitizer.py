@@ -49,16 +49,16 @@ class Tool(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one tool found. clean: None if it did not run to its end. told: what it found, or why it did not run."""
+    """What one tool found. clean: None if it did not run to its end. message: what it found, or why it did not run."""
 
     tool: Tool
     clean: bool | None
-    told: str
+    message: str
     seconds: float
 
     def line(self) -> str:
         verdict = {True: "clean", False: "FOUND", None: "not run"}[self.clean]
-        return f"{self.tool.value}: {verdict}: {self.told} ({self.seconds:.0f} s)"
+        return f"{self.tool.value}: {verdict}: {self.message} ({self.seconds:.0f} s)"
 
 
 def find_sanitizer() -> str | None:

@@ -52,11 +52,11 @@ class Tier(enum.Enum):
 
 @dataclass(frozen=True)
 class TierOutcome:
-    """What one tier found. passed: None if the tier cannot run here. told: the verdict, or why it did not run."""
+    """What one tier found. passed: None if the tier cannot run here. message: the verdict, or why it did not run."""
 
     tier: Tier
     passed: bool | None
-    told: str = ""
+    message: str = ""
 
 
 def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[TierOutcome]:
@@ -100,6 +100,6 @@ def tiers_table(outcomes: Sequence[TierOutcome]) -> Table:
     table = Table("tier", "what it adds", "outcome")
     for outcome in outcomes:
         verdict = {True: "passes", False: "FAILS", None: "not run"}[outcome.passed]
-        text = f"{verdict}: {outcome.told}" if outcome.told else verdict
+        text = f"{verdict}: {outcome.message}" if outcome.message else verdict
         table.add_row(outcome.tier.value, outcome.tier.blames, text)
     return table

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.numbers import Ints, as_bf16
+from nsa_oracle.harness.content.conversions import Ints, as_bf16
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs

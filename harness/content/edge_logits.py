@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.numbers import Ints
+from nsa_oracle.harness.content.conversions import Ints
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 

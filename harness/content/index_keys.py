@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.numbers import Ints, Small, places_of, signs_of
+from nsa_oracle.harness.content.conversions import Ints, Small, places_of, signs_of
 from nsa_oracle.harness.scenarios.regime import MAX_CODE_BITS, Regime
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.reference.types import AttentionConfig

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.content.numbers import Ints, as_bf16, as_e4m3, bf16_bits, places_of
+from nsa_oracle.harness.content.conversions import Ints, as_bf16, as_e4m3, bf16_bits, places_of
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig
 

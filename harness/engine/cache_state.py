@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.content import Content
-from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.scenarios.rng import Stream

@@ -29,7 +29,7 @@ from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocat
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
-from nsa_oracle.harness.subjects.results import WrongResult
+from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.reference.types import ForwardMode, Metadata
 
 

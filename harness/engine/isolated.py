@@ -27,7 +27,7 @@ from nsa_oracle.harness.engine.observations import (
 from nsa_oracle.harness.engine.read_only import ReadOnly, first_modified, handed_out
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.poison import GuardedAllocations
-from nsa_oracle.harness.subjects.results import locating_results, out_and_lse_of, tensor_of
+from nsa_oracle.harness.subjects.result_checks import locating_results, out_and_lse_of, tensor_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
 
 _RESULT_NAMES = {

@@ -1,4 +1,4 @@
-"""The properties of a layer that checks use."""
+"""What checks know of the layer that an engine drives: sizes, content, declared comparisons, pages of requests."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
 from nsa_oracle.harness.engine.passes import Pass, map_tensors
 from nsa_oracle.harness.engine.read_only import ReadOnlyMetadata, first_modified, handed_out
@@ -13,7 +13,7 @@ from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
 from nsa_oracle.harness.protocol import SparseAttention
 from nsa_oracle.harness.scenarios.scenario import Setup
-from nsa_oracle.harness.subjects.results import locating_results, outputs_of
+from nsa_oracle.harness.subjects.result_checks import locating_results, outputs_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, Metadata
 
 BAND = 16  # slots, pages or rows at either end. 16 times a multiple of 4 bytes keeps memory aligned to 64 bytes

@@ -12,7 +12,7 @@ from nsa_oracle.harness.engine.observations import LayerStep, Modified, StepObse
 from nsa_oracle.harness.graphs.capture import CapturedGraph
 from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
 from nsa_oracle.harness.memory.poison import fill_dead_cells
-from nsa_oracle.harness.subjects.results import described
+from nsa_oracle.harness.subjects.result_checks import described
 from nsa_oracle.reference.types import Metadata
 
 

@@ -1,5 +1,5 @@
 """Mutation testing: changes ``optimized/`` by generic operators, and judges each mutant on saved and fresh cases.
 
 ``operators`` finds the changes and ``mutants`` gives them ids; ``cases`` chooses the cases, ``nursery`` has the
-processes, ``scoring`` judges, ``scores`` has the record of a result, and ``report`` renders these records.
+processes, ``judging`` judges, ``score`` has the record of a result, and ``report`` renders these records.
 """

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.mutants import Mutant
-from nsa_oracle.harness.mutants.scores import Fate, Score
+from nsa_oracle.harness.mutants.score import Fate, Score
 
 _WIDEST = 80  # characters of source text in a line
 

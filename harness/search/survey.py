@@ -74,9 +74,10 @@ class Survey:
         cases: int,
         seed: int,
         deadline: float | None = None,
-        tell: Callable[[int], None] = lambda cases: None,
+        report_progress: Callable[[int], None] = lambda cases: None,
     ) -> None:
-        """Run ``cases`` scenarios drawn from ``seed``, and after each call ``tell`` with the number of those finished.
+        """Run ``cases`` scenarios drawn from ``seed``, and pass the number finished to ``report_progress``
+        after each.
 
         deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case.
         Raises BackendError if the layer cannot be judged at all.
@@ -85,7 +86,7 @@ class Survey:
         def survey_one(scenario: Scenario) -> None:
             self._survey(scenario, deadline)
             self.cases += 1
-            tell(self.cases)
+            report_progress(self.cases)
 
         draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
 

@@ -24,8 +24,8 @@ from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYE
 from nsa_oracle.harness.scenarios.scenario import Layer, Setup
 from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
-from nsa_oracle.harness.subjects.results import checked_stages
-from nsa_oracle.harness.subjects.warned import shown_warnings
+from nsa_oracle.harness.subjects.result_checks import checked_stages
+from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 

@@ -141,7 +141,7 @@ def test_exit_codes_are_those_of_pytest_and_of_the_tool() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", section(OPTIONS, "Exit codes"), re.MULTILINE))
     codes = {command: [int(code) for code in re.findall(r"(?:^|, )(\d+) ", said)] for command, said in rows.items()}
     assert codes == {
-        "pytest": [code for code in pytest.ExitCode if code <= 5],  # 6 only if pytest is told to count warnings
+        "pytest": [code for code in pytest.ExitCode if code <= 5],  # 6 only if pytest is reported to count warnings
         "nsa-oracle": [0, 1, 2, INTERRUPTED],
         "make": [0, 2],
     }

@@ -439,7 +439,7 @@ def test_failure_that_is_kept_keeps_no_engine(device: torch.device) -> None:
     assert "_judge_event" in [entry.name for entry in caught.traceback], "it still tells where it came from"
 
 
-def test_failure_whose_causes_name_each_other_is_told(device: torch.device) -> None:
+def test_failure_whose_causes_name_each_other_is_reported(device: torch.device) -> None:
     class CausesInARing(clean.Clean):
         def init_forward_metadata_replay_cuda_graph(self, *_: Any) -> None:
             first, second = ValueError("first"), ValueError("second")

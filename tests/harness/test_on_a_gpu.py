@@ -88,7 +88,7 @@ class TestAudit:
         torch.cuda.synchronize()
         assert x.tolist() != before
 
-    def test_slice_is_told_by_where_it_begins(self, capture: Capture, gpu: torch.device) -> None:
+    def test_slice_is_reported_by_where_it_begins(self, capture: Capture, gpu: torch.device) -> None:
         x = ints(gpu, *range(64))
         graph = capture(lambda: add_kernel[(1,)](x[16:], x, 5, 3, BLOCK=32))
         launch = next(node for node in graph.host_values() if node.what == "kernel add_kernel")
@@ -313,8 +313,8 @@ def test_exploration_goes_on_after_a_fault(gpu: torch.device, tmp_path: Path) ->
 @pytest.mark.skipif(find_sanitizer() is None, reason="needs compute-sanitizer")
 def test_memcheck_runs_a_saved_case(gpu: torch.device) -> None:
     (outcome,) = sanitize([CORPUS / "one-launch-fills-cu-seqlens-k.json"], [Tool.MEMCHECK], 300)
-    if outcome.clean is None and "not supported" in outcome.told:
-        pytest.skip(outcome.told)
+    if outcome.clean is None and "not supported" in outcome.message:
+        pytest.skip(outcome.message)
     assert outcome.clean, outcome.line()
 
 

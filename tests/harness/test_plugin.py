@@ -373,7 +373,7 @@ class Unsteady:
 """
 
 
-def test_what_a_backend_is_not_made_for_is_not_judged_and_told(folder: Path) -> None:
+def test_what_a_backend_is_not_made_for_is_not_judged_and_reported(folder: Path) -> None:
     (folder / "limited.py").write_text(LIMITED)
     some = "scenarios[1] or (saved and draft)"
     done = run(folder, "-v", "--oracle-backend=limited:Limited", "--oracle-profile=dev", "-k", some)
@@ -394,7 +394,7 @@ def test_what_a_backend_is_not_made_for_is_not_judged_and_told(folder: Path) -> 
     assert "not judged" not in none.output
 
 
-def test_case_that_takes_the_process_down_is_kept_and_told(folder: Path) -> None:
+def test_case_that_takes_the_process_down_is_kept_and_reported(folder: Path) -> None:
     (folder / "limited.py").write_text(LIMITED)
     words = ["--oracle-backend=limited:Dies", "--oracle-profile=dev", *shards(0)]
     alone = run(folder, *words, "-p", "no:xdist")
@@ -419,7 +419,7 @@ def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> No
     assert "harness/judge.py" not in done.output
 
 
-def test_malformed_case_of_the_corpus_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_case_of_the_corpus_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeds, "CORPUS", tmp_path)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):

@@ -89,7 +89,7 @@ class StepsByFours(Step):
 
 
 class DraftsByFours(Step):
-    """Likewise of draft tokens."""
+    """The same for draft tokens."""
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         fresh, drafts = self._compute_in_graph(batch), self.config.speculative_num_draft_tokens
@@ -217,7 +217,7 @@ def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., An
     assert failure.value.finding.field == what
 
 
-def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
+def test_a_write_far_outside_a_buffer_is_reported(device: torch.device) -> None:
     """1.6 kB behind it, where a process without wide bands would have been ended by what it had overwritten."""
     kernel = "nsa_oracle.optimized.kernels.topk:topk_filter_kernel"
     twice_the_room = by_mutation(Mutation(kernel, "if count + total <= CAPACITY", "if count + total <= 2 * CAPACITY"))
@@ -227,7 +227,7 @@ def test_a_write_far_outside_a_buffer_is_told(device: torch.device) -> None:
     assert "[133, 1, 8192]" in failure.value.finding.sentence()
 
 
-def test_a_line_more_than_there_is_room_for_is_told(device: torch.device) -> None:
+def test_a_line_more_than_there_is_room_for_is_reported(device: torch.device) -> None:
     """Whatever is lost at the end of a row was among its best once."""
     kernel = "nsa_oracle.optimized.kernels.topk:topk_kernel"
     one_line_more = by_mutation(Mutation(kernel, "num_lines <= BLOCK // LINE", "num_lines <= BLOCK // LINE + 1"))

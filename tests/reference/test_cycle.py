@@ -321,7 +321,7 @@ def test_rows_that_are_no_token_write_to_slot_0() -> None:
     assert where_rows_go(WIDTH_8, batch, 0, False, 2) == (positions, requests, [61, 0, 10, 0])
     tail = [-1] * 5
     assert where_rows_go(WIDTH_8, batch, 0, True, 2) == (positions + tail, requests + tail, [61, 0, 10, 0] + [0] * 5)
-    assert where_rows_go(WIDTH_8, batch, 0, False)[2] == [61, 0, 10, DEAD_SLOT]  # not told that it is padding
+    assert where_rows_go(WIDTH_8, batch, 0, False)[2] == [61, 0, 10, DEAD_SLOT]  # not reported that it is padding
 
 
 def test_no_requests() -> None:

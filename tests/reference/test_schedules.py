@@ -64,7 +64,7 @@ def paged_mqa_by_kernel(context_lens: list[int], num_sms: int, next_n: int) -> S
 
 
 def flashmla_by_kernel(lengths: list[int], parts: int) -> tuple[Schedule, list[int]]:
-    """FlashMLA's way, told as the pieces (row, first block, end block) that each part takes.
+    """FlashMLA's way, reported as the pieces (row, first block, end block) that each part takes.
 
     Our own definition where the kernel has none: with an empty batch, end row -1 and end block 0 (it would read
     before its array).

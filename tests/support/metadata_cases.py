@@ -12,6 +12,14 @@ from nsa_oracle.reference.types import ForwardMode
 
 DECODE, IDLE, VERIFY = ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY
 DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND = ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2, ForwardMode.EXTEND
+SIZES: dict[str, Any] = {  # a pool of 3 rows of 4 pages of 4 tokens
+    "page_size": 4,
+    "max_context_len": 16,
+    "index_topk": 8,
+    "num_steps": 1,
+    "num_draft_tokens": 2,
+    "pool_size": 3,
+}
 
 
 def factory_of(build: Any) -> BackendFactory:
@@ -20,16 +28,8 @@ def factory_of(build: Any) -> BackendFactory:
 
 
 def case(*events: Event, **setup: Any) -> Scenario:
-    """A scenario on a pool of 3 rows of 4 pages of 4 tokens, with 1 draft step and 2 draft tokens."""
-    sizes = {
-        "page_size": 4,
-        "max_context_len": 16,
-        "index_topk": 8,
-        "num_steps": 1,
-        "num_draft_tokens": 2,
-        "pool_size": 3,
-    }
-    return Scenario(setup=Setup(**{**sizes, **setup}), events=events)
+    """A scenario with the sizes ``SIZES``, but for ``setup``."""
+    return Scenario(setup=Setup(**{**SIZES, **setup}), events=events)
 
 
 def one_replay(mode: ForwardMode, seq_len: int = 3, **setup: Any) -> Scenario:

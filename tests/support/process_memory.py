@@ -13,4 +13,4 @@ def resident() -> int:
     return pages * 4096
 
 
-tells_memory = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told by /proc")
+tells_memory = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is reported by /proc")

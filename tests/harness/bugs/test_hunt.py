@@ -12,7 +12,7 @@ import torch
 
 from nsa_oracle.harness.bugs import hunt as matrix
 from nsa_oracle.harness.bugs.hunt import hunt, hunt_all
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.judge import OracleFailure

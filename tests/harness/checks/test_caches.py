@@ -63,7 +63,7 @@ def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
     assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
 
 
-def test_write_into_a_page_of_nobody_is_told() -> None:
+def test_write_into_a_page_of_nobody_is_reported() -> None:
     finding = verified().found(lambda layer: layer.steps[0].caches.kv[-1].fill_(1))
     assert finding.place == "slot 71 (no running request), latent element 0"
     assert finding.differing == 160

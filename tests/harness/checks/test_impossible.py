@@ -11,7 +11,7 @@ from tests.support.metadata_cases import case
 SETUP = case().setup  # 3 rows of 4 pages of 4 tokens, 15 pages in all, tables 16 wide
 
 
-def told(field: str, value: int, place: str = "row 1", before: int | None = None) -> str:
+def reported(field: str, value: int, place: str = "row 1", before: int | None = None) -> str:
     neighbours = [] if before is None else [Neighbour("row 0", str(before), "0")]
     neighbours.append(Neighbour(place, str(value), "0"))
     finding = Finding(Kind.VALUE, field, str(value), "0", place=place, neighbours=tuple(neighbours))
@@ -38,15 +38,15 @@ def told(field: str, value: int, place: str = "row 1", before: int | None = None
     ],
 )
 def test_values(field: str, value: int, clause: str | None) -> None:
-    assert told(field, value) == (f"{value}" if clause is None else f"{value} ({clause})")
+    assert reported(field, value) == (f"{value}" if clause is None else f"{value} ({clause})")
 
 
 def test_running_sums() -> None:
-    assert told("cu_seqlens_k", 4, "bound before request 0") == "4 (a running sum that does not start at 0)"
-    assert told("cu_seqlens_k", 0, "bound before request 0") == "0"
-    assert told("nsa_cu_seqlens_k", 3, before=5) == "3 (below the one before it, in a running sum)"
-    assert told("nsa_cu_seqlens_k", 5, before=5) == "5"
-    assert told("nsa_cu_seqlens_k", 5) == "5"
+    assert reported("cu_seqlens_k", 4, "bound before request 0") == "4 (a running sum that does not start at 0)"
+    assert reported("cu_seqlens_k", 0, "bound before request 0") == "0"
+    assert reported("nsa_cu_seqlens_k", 3, before=5) == "3 (below the one before it, in a running sum)"
+    assert reported("nsa_cu_seqlens_k", 5, before=5) == "5"
+    assert reported("nsa_cu_seqlens_k", 5) == "5"
 
 
 def test_nothing_else_is_touched() -> None:

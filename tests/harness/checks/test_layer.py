@@ -111,7 +111,7 @@ def test_stage_is_judged_by_the_stage_before() -> None:
 
 
 @pytest.mark.parametrize("name", ["logits", "indices", "out", "lse"])
-def test_wrong_dtype_and_shape_are_told(name: str) -> None:
+def test_wrong_dtype_and_shape_are_reported(name: str) -> None:
     clean = verified()
     right = getattr(clean.layer.steps[0].outputs, name)
 
@@ -142,7 +142,7 @@ def test_wrong_dtype_and_shape_are_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["topk_indices", "topk_ragged"])
-def test_wrong_form_of_a_single_stage_is_told(name: str) -> None:
+def test_wrong_form_of_a_single_stage_is_reported(name: str) -> None:
     clean = seen(case(*TWO, Eager(mode=EXTEND, extend_lens=(2,))), Feed.ISOLATED)
     attribute = {"topk_indices": "positions", "topk_ragged": "ragged"}[name]
     step = clean.layer.steps[0]

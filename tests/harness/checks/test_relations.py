@@ -211,7 +211,7 @@ def test_zeros_of_different_sign_differ() -> None:
 
 
 def test_rows_are_matched_by_place() -> None:
-    """Row 1 alone is the first row of what served it alone; its place is told as in the whole batch."""
+    """Row 1 alone is the first row of what served it alone; its place is reported as in the whole batch."""
     alone = step(
         logits=torch.tensor([[3.0, -torch.inf, -torch.inf]]),
         indices=torch.tensor([[8, -1]], dtype=torch.int32),

@@ -16,7 +16,7 @@ from tests.support.metadata_cases import EXTEND, VERIFY
 from tests.support.seen_layers import MADE_UP, TWO, outputs, put, seen, verified
 
 
-def test_position_is_told_by_entry() -> None:
+def test_position_is_reported_by_entry() -> None:
     clean = verified(feed=Feed.ISOLATED)
     positions = clean.layer.steps[0].positions
     assert positions is not None
@@ -27,7 +27,7 @@ def test_position_is_told_by_entry() -> None:
     assert len(finding.neighbours) == 4
 
 
-def test_slot_is_told_with_its_owner() -> None:
+def test_slot_is_reported_with_its_owner() -> None:
     clean = verified()
     indices = clean.layer.steps[0].outputs.indices
     finding = clean.found(put("indices", (3, 2), 9))

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nsa_oracle.harness.__main__ import app  # with all commands: a single one would need no name
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.commands import bugs
@@ -36,7 +36,7 @@ THREE = [ZOO["limit-frozen-above-the-capture"], BUG, ZOO["maximum-of-no-lengths"
 
 
 @pytest.mark.parametrize(("meant", "code"), [(True, INTERRUPTED), (False, 1)])
-def test_a_hunt_that_is_interrupted_tells_what_it_has(
+def test_a_hunt_that_is_interrupted_prints_its_results(
     meant: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tidied = []

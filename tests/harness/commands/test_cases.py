@@ -53,7 +53,7 @@ def test_optimized_is_judged_by_default(tmp_path: Path) -> None:
     assert done.returncode == PASSES, done.stdout + done.stderr
 
 
-def test_failure_is_told_in_reading_order_and_its_command_repeats_it(tmp_path: Path) -> None:
+def test_failure_is_reported_in_reading_order_and_its_command_repeats_it(tmp_path: Path) -> None:
     path = saved(tmp_path, OTHER, "a case.json")
     done = replay(path, "--backend", REUSES)
     assert done.returncode == FAILS, done.stderr
@@ -184,7 +184,7 @@ def test_layer_that_cannot_be_captured_is_judged_without_graphs(tmp_path: Path) 
     assert done.stdout.startswith("ORACLE FAILURE  capture rejected: torch.Tensor.tolist at ")
 
 
-def test_failure_of_a_layer_is_told(tmp_path: Path) -> None:
+def test_failure_of_a_layer_is_reported(tmp_path: Path) -> None:
     path = saved(tmp_path, WITH_LAYER)
     done = replay(path, "--backend", CLEAN, "--layer", f"{LAYERS}.in_graph:FreezesPlan")
     assert done.returncode == FAILS, done.stderr
@@ -236,7 +236,7 @@ def test_constructor_without_an_end_is_a_failure(tmp_path: Path) -> None:
     assert "still running after 2 seconds" in done.stdout
 
 
-def test_show_tells_the_case_and_its_note(tmp_path: Path) -> None:
+def test_show_describes_the_case_and_its_note(tmp_path: Path) -> None:
     done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
     assert done.returncode == PASSES, done.stderr
     assert done.stdout == f"found on a rainy day\n{story(CASE)}\n"
@@ -283,7 +283,7 @@ class Breaks(Ends):
     ("layer", "signal", "code"),
     [("Ends", "SIGTERM", INTERRUPTED), ("Ends", "SIGINT", INTERRUPTED), ("Breaks", "SIGTERM", FAILS)],
 )
-def test_survey_that_is_ended_tells_what_it_has(layer: str, signal: str, code: int, tmp_path: Path) -> None:
+def test_survey_that_is_ended_prints_its_results(layer: str, signal: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "ended.py").write_text(ENDED.format(signal=signal))
     done = harness("survey", "--device", "cpu", "--layer", f"ended:{layer}", "--cases", "50", cwd=tmp_path)
     assert done.returncode == code, done.stdout + done.stderr

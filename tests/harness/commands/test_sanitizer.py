@@ -31,7 +31,7 @@ REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. P
 
 
 @pytest.mark.parametrize(
-    ("code", "output", "clean", "told"),
+    ("code", "output", "clean", "reported"),
     [
         (0, CLEAN, True, "2 cases"),
         (FOUND, MEMCHECK, False, "ERROR SUMMARY: 3 errors; Invalid __global__ write of size 4 bytes"),
@@ -44,8 +44,8 @@ REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. P
         (-9, "", None, "it ended with -9: no output"),
     ],
 )  # fmt: skip
-def test_verdict(code: int, output: str, clean: bool | None, told: str) -> None:
-    assert verdict_of_output(code, output, 2) == (clean, told)
+def test_verdict(code: int, output: str, clean: bool | None, reported: str) -> None:
+    assert verdict_of_output(code, output, 2) == (clean, reported)
 
 
 def test_cases_exist() -> None:
@@ -83,7 +83,7 @@ class TestRun:
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: "compute-sanitizer")
         (outcome,) = sanitizer.sanitize([Path("a.json")], [Tool.MEMCHECK], 60)
-        assert (outcome.clean, outcome.told) == (None, "it took longer than 60 seconds")
+        assert (outcome.clean, outcome.message) == (None, "it took longer than 60 seconds")
 
 
 def test_why_nothing_can_be_sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +116,11 @@ class TestCommand:
     def test_exit_code(self, monkeypatch: pytest.MonkeyPatch, clean: bool | None, code: int) -> None:
         def run(files: Sequence[Path], tools: Sequence[Tool], seconds: float) -> Iterator[Outcome]:
             assert (list(files), list(tools), seconds) == (list(CASES), [Tool.RACECHECK], 600)
-            yield Outcome(Tool.RACECHECK, clean, "as told", 3.2)
+            yield Outcome(Tool.RACECHECK, clean, "as reported", 3.2)
 
         monkeypatch.setattr(cases, "obstacle", lambda: None)
         monkeypatch.setattr(cases, "run_sanitizer", run)
         done = self.invoke("--tool", "racecheck")
         assert done.exit_code == code
         assert "racecheck: " in done.output
-        assert "as told (3 s)" in done.output
+        assert "as reported (3 s)" in done.output

@@ -8,6 +8,6 @@ from nsa_oracle.harness.commands.terminal import progress_of
 
 
 def test_progress_is_shown_on_a_terminal_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress_of("surveying", 3) as tell:
-        tell(2)
+    with progress_of("surveying", 3) as show_progress:
+        show_progress(2)
     assert capfd.readouterr() == ("", "")

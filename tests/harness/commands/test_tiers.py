@@ -74,7 +74,7 @@ def outcomes(
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_each_tier_is_told_where_and_what_to_run(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tier_is_reported_where_and_what_to_run(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     found, commands = outcomes(monkeypatch, lambda _: (0, "", ""), backend="a:B", layer="c:D")
     theirs = ["--backend", "a:B", "--layer", "c:D"]
@@ -108,18 +108,18 @@ def test_tiers_behind_one_that_fails_are_run_as_well(monkeypatch: pytest.MonkeyP
         return (1, "ORACLE FAILURE  wrong value: out\n\nORACLE FAILURE  more\n", "") if fails else (0, "fine", "")
 
     found, _ = outcomes(monkeypatch, replay)
-    assert [(outcome.passed, outcome.told) for outcome in found[:3]] == [
+    assert [(outcome.passed, outcome.message) for outcome in found[:3]] == [
         (True, ""),
         (False, "wrong value: out"),
         (True, ""),
     ]
 
 
-def test_process_that_dies_is_told_by_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_dies_is_reported_by_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = outcomes(monkeypatch, lambda _: (-11, "", "loading\nSegmentation fault"))
     assert found[0] == TierOutcome(Tier.REFERENCE, False, "the process ended with -11: Segmentation fault")
     found, _ = outcomes(monkeypatch, lambda _: (1, "", ""))
-    assert found[0].told == "the process ended with 1: "
+    assert found[0].message == "the process ended with 1: "
 
 
 def test_methods_that_a_case_does_not_call_are_no_failure_of_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:

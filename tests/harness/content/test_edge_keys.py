@@ -10,7 +10,7 @@ import torch
 
 from nsa_oracle.harness.checks.caches import with_canonical_nans
 from nsa_oracle.harness.content.edge_keys import EdgeKeys, KeyKind, edge_keys
-from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.kv_cache import load_index_k, quantize, store_cache
 from nsa_oracle.reference.types import KVCacheDtype
@@ -93,12 +93,12 @@ def test_tiles_are_of_their_kind(layer: dict[str, Any]) -> None:
 
 
 def test_the_same_case_has_the_same_keys_and_no_other_has() -> None:
-    def told(**changes: int) -> str:
+    def reported(**changes: int) -> str:
         inputs = made_up({}, **changes).inputs
         return str([as_bytes(inputs.k).tolist(), as_bytes(inputs.index_k).tolist(), inputs.out_cache_loc.tolist()])
 
-    assert told() == told()
-    assert len({told(), told(seed=4), told(run=1), told(call=2)}) == 4
+    assert reported() == reported()
+    assert len({reported(), reported(seed=4), reported(run=1), reported(call=2)}) == 4
 
 
 def test_bytes_are_the_same_on_every_machine() -> None:

@@ -177,13 +177,13 @@ def test_few_may_be_anything() -> None:
 
 
 def test_the_same_case_has_the_same_logits_and_no_other_has() -> None:
-    def told(**changes: int) -> tuple[list[int], list[list[int]]]:
+    def reported(**changes: int) -> tuple[list[int], list[list[int]]]:
         given = made_up(20, 8, **changes)
         return bits(given.logits.flatten()), given.page_table_1.tolist()
 
-    assert told() == told()
-    others = [told(seed=4), told(run=1), told(call=2)]
-    assert len({str(other) for other in (told(), *others)}) == 4
+    assert reported() == reported()
+    others = [reported(seed=4), reported(run=1), reported(call=2)]
+    assert len({str(other) for other in (reported(), *others)}) == 4
 
 
 def test_bytes_are_the_same_on_every_machine() -> None:

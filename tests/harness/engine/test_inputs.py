@@ -111,7 +111,7 @@ def test_a_pool_of_one_row_is_not_far_from_anything() -> None:
     assert pool.stride() == (20, 1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told by /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is reported by /proc")
 def test_a_far_pool_holds_the_same_in_little_memory() -> None:
     near, far = (engine(scenario(inputs=Inputs(far_req_to_token=far))) for far in (False, True))
     before = resident()

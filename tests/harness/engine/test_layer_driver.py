@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_oracle.harness.engine.caches import new_caches
+from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.layer_driver import LayerDriver
 from nsa_oracle.harness.engine.observations import LayerLoad, Modified
 from nsa_oracle.harness.judge import sentinels

@@ -43,57 +43,57 @@ class TestDifferences:
 
 class TestOfCall:
     def test_plain_arguments_by_name(self) -> None:
-        told = of_call("op", ["a", "b"], (1, [2.5, None], True), {"dtype": torch.int32}, lambda tensor: False)
-        assert told.values == {
+        shown = of_call("op", ["a", "b"], (1, [2.5, None], True), {"dtype": torch.int32}, lambda tensor: False)
+        assert shown.values == {
             "a": "1", "b[0]": "2.5", "b[1]": "None", "argument 2": "True", "dtype": "torch.int32",
         }  # fmt: skip
 
     def test_layout_of_a_tensor_and_nothing_of_its_content(self) -> None:
-        def told(tensor: torch.Tensor) -> str:
+        def shown(tensor: torch.Tensor) -> str:
             return of_call("op", ["x"], (tensor,), {}, lambda tensor: False).values["x"]
 
         table = torch.arange(12).view(3, 4)
-        assert told(table) == told(torch.zeros_like(table))
-        assert len({told(table), told(table.t()), told(table[1:]), told(table[:2]), told(table.int())}) == 5
+        assert shown(table) == shown(torch.zeros_like(table))
+        assert len({shown(table), shown(table.t()), shown(table[1:]), shown(table[:2]), shown(table.int())}) == 5
 
     def test_content_of_a_host_scalar(self) -> None:
-        def told(tensor: torch.Tensor) -> str:
+        def shown(tensor: torch.Tensor) -> str:
             return of_call("op", ["x"], (tensor,), {}, lambda tensor: True).values["x"]
 
-        assert told(torch.tensor(3)) != told(torch.tensor(4))
-        assert told(torch.tensor([3])) == told(torch.tensor([4]))
+        assert shown(torch.tensor(3)) != shown(torch.tensor(4))
+        assert shown(torch.tensor([3])) == shown(torch.tensor([4]))
 
 
 class TestOfNodes:
-    def told(self, *nodes: Any) -> list[NodeValues]:
+    def shown(self, *nodes: Any) -> list[NodeValues]:
         driver = StandInDriver(MEMORY)
         built = [make(driver) for make in nodes]
         reader = GraphReader(driver)
         return of_nodes(reader, reader.nodes(driver.graph(*built)), Allocator(SEGMENTS, 0))
 
     def test_scalars_and_grid_of_a_kernel(self) -> None:
-        (told,) = self.told(lambda d: d.kernel("add", number(7, 4), number(-1), grid=(5, 1, 1)))
-        assert told.what == "kernel add"
-        assert told.values == {
+        (shown,) = self.shown(lambda d: d.kernel("add", number(7, 4), number(-1), grid=(5, 1, 1)))
+        assert shown.what == "kernel add"
+        assert shown.values == {
             "grid": "(5, 1, 1)", "block": "(128, 1, 1)", "shared memory": "0", "parameter 0": "7", "parameter 1": "-1",
         }  # fmt: skip
 
-    def test_addresses_are_told_without_where_they_are(self) -> None:
+    def test_addresses_are_reported_without_where_they_are(self) -> None:
         def parameter(address: int) -> str:
-            (told,) = self.told(lambda d: d.kernel("add", number(address)))
-            return told.values["parameter 0"]
+            (shown,) = self.shown(lambda d: d.kernel("add", number(address)))
+            return shown.values["parameter 0"]
 
         assert parameter(HELD) == "0 bytes into a buffer"
         assert parameter(HELD + 64) == "64 bytes into a buffer"  # a slice that begins elsewhere
         assert parameter(OWN) == parameter(FREE + 8) == "an address"
 
     def test_structures_of_cpp_kernels_are_left_out(self) -> None:
-        (told,) = self.told(lambda d: d.kernel("_Z3addiN2at5PointE", number(7, 4), number(9)))
-        assert told.values["parameter 0"] == "7"
-        assert set(told.values) == {"grid", "block", "shared memory", "parameter 0"}
+        (shown,) = self.shown(lambda d: d.kernel("_Z3addiN2at5PointE", number(7, 4), number(9)))
+        assert shown.values["parameter 0"] == "7"
+        assert set(shown.values) == {"grid", "block", "shared memory", "parameter 0"}
 
     def test_copies_and_fills(self) -> None:
-        copy, fill = self.told(
+        copy, fill = self.shown(
             lambda d: d.copy((DEVICE, HELD), (DEVICE, OWN), 48), lambda d: d.fill(HELD, value=3, width=5)
         )
         assert copy == node("copy", bytes="48")

@@ -53,7 +53,7 @@ class TestReading:
         (node,) = nodes_of(driver, driver.kernel("nothing"))
         assert node.parameters == ()
 
-    def test_parameters_packed_by_the_launch_are_not_told(self, driver: StandInDriver) -> None:
+    def test_parameters_packed_by_the_launch_are_not_reported(self, driver: StandInDriver) -> None:
         packed = driver.kernel("packed", number(HELD))
         packed.params.kernelParams = None
         assert nodes_of(driver, packed)[0].parameters is None
@@ -94,7 +94,7 @@ class TestReading:
             ("cuGraphKernelNodeGetParams", lambda: (SUCCESS, None)),  # takes no argument: a TypeError
         ],
     )
-    def test_node_that_the_driver_refuses_is_told_and_the_rest_is_read(
+    def test_node_that_the_driver_refuses_is_reported_and_the_rest_is_read(
         self, driver: StandInDriver, monkeypatch: pytest.MonkeyPatch, call: str, answer: Callable[..., Any]
     ) -> None:
         monkeypatch.setattr(driver, call, answer)

@@ -82,7 +82,7 @@ def test_a_defect_shows(function: str, old: str, new: str, dtype: KVCacheDtype) 
 
 
 @pytest.mark.parametrize(
-    ("function", "old", "new", "dtype", "told"),
+    ("function", "old", "new", "dtype", "reported"),
     [
         ("attend", "mbarrier.arrive(free.index(tile & 1), count=1)", "pass", KVCacheDtype.BF16, DEADLOCK),
         ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)",
@@ -111,16 +111,16 @@ def test_a_defect_shows(function: str, old: str, new: str, dtype: KVCacheDtype) 
         ("dequantise", "mov.b32 {bytes0, bytes1}, $2;", "prmt.b32 bytes0, $2, 0, 0;", KVCacheDtype.FP8, "prmt.b32"),
     ],
 )  # fmt: skip
-def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheDtype, told: str) -> None:
+def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheDtype, reported: str) -> None:
     """And leaves nothing behind: the clean kernel runs after it."""
-    with mutated(Mutation(f"{KERNELS}:{function}", old, new)), pytest.raises(InterpreterError, match=told):
+    with mutated(Mutation(f"{KERNELS}:{function}", old, new)), pytest.raises(InterpreterError, match=reported):
         attend(dtype)
     assert is_near(*attend(dtype))
 
 
 def test_nobody_has_to_teach_the_interpreter() -> None:
     """What is imported without the harness takes the kernel for other GPUs."""
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-c", "from nsa_oracle.optimized import attention; print(attention._runs_gluon())"],
         cwd=PROJECT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -128,4 +128,4 @@ def test_nobody_has_to_teach_the_interpreter() -> None:
         text=True,
         check=True,
     )
-    assert told.stdout == "False\n"
+    assert reported.stdout == "False\n"

@@ -86,7 +86,7 @@ def test_promises_that_are_kept(kernel: Any, args: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "args", "told"),
+    ("kernel", "args", "reported"),
     [
         (of_one_pointer, (1, 16), r"start at a multiple of 16 bytes, but lane \[0\] points 4 bytes past one"),
         (of_one_pointer, (4, 32), r"start at a multiple of 32 bytes, but lane \[0\] points 16 bytes past"),
@@ -95,8 +95,8 @@ def test_promises_that_are_kept(kernel: Any, args: tuple[int, ...]) -> None:
         (of_cells, (12, 4, 8), r"8 contiguous cells in dimension 1, but lane \[0, 4\] points elsewhere"),
     ],
 )
-def test_promises_that_are_broken(kernel: Any, args: tuple[int, ...], told: str) -> None:
-    with pytest.raises(InterpreterError, match=told):
+def test_promises_that_are_broken(kernel: Any, args: tuple[int, ...], reported: str) -> None:
+    with pytest.raises(InterpreterError, match=reported):
         run(kernel, *args)
 
 
@@ -121,7 +121,7 @@ def pages_thought_aligned() -> Iterator[None]:
     ],
     ids=["rows", "a view", "pages"],
 )
-def test_the_oracle_tells_of_an_alignment_that_was_assumed(
+def test_the_oracle_reports_an_alignment_that_was_assumed(
     case: str, changes: dict[str, Any], assumed: AbstractContextManager[None]
 ) -> None:
     scenario = load(CORPUS / f"{case}.json")

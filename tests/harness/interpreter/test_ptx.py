@@ -23,7 +23,7 @@ def test_ptx_converts_every_e4m3_pair_and_rounds_to_even() -> None:
     assert torch.equal(halves.isnan(), values.isnan()[:, None].expand(256, 2))
 
 
-def test_ptx_that_is_not_known_is_told() -> None:
+def test_ptx_that_is_not_known_is_reported() -> None:
     word = np.zeros(4, np.uint32)
     with pytest.raises(ptx.PtxError, match=r"does not implement lop3\.b32"):
         ptx.run("{ lop3.b32 $0, $1, $1, $1, 0; }", [word], outputs=1)

@@ -1,4 +1,4 @@
-"""Memory that is spread out: how far, and what a host that gives less of it is told."""
+"""Memory that is spread out: how far, and what a host that gives less of it is reported."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_host_that_gives_fewer_addresses_has_them_less_far(monkeypatch: pytest.M
     assert 39 * spread.stride(0) < 1 << 36
 
 
-def test_host_that_gives_no_addresses_is_told_in_one_line(
+def test_host_that_gives_no_addresses_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     def none(number: int, count: int, **_: int) -> None:

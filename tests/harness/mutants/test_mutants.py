@@ -37,7 +37,7 @@ def test_a_sample_is_the_same_for_a_seed() -> None:
     assert sampled(mutants, len(mutants) + 1, 0) == mutants
 
 
-def test_probes_tell_the_lines_that_run() -> None:
+def test_probes_report_the_lines_that_run() -> None:
     source = "def f(a):\n    '''Doc.'''\n    if a:\n        b = 1\n    else:\n        b = 2\n    return b\n"
     seen: list[tuple[str, int]] = []
     space = {"_reached": lambda *line: seen.append(line)}

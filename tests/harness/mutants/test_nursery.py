@@ -14,7 +14,7 @@ from nsa_oracle.harness.mutants.mutants import TREE, tree_sources
 from nsa_oracle.harness.mutants.nursery import compiled_lines
 
 
-def test_compiled_code_tells_its_lines(tmp_path: Path) -> None:
+def test_compiled_code_reports_its_lines(tmp_path: Path) -> None:
     source = tmp_path / "kernel.source"
     source.write_text(
         f"""#loc = loc("{TREE}/kernels/topk.py":12:0)
@@ -48,7 +48,7 @@ def test_lines_of_the_branch_that_was_compiled(early: bool, tmp_path: Path) -> N
     """What Triton itself says, of a kernel that is compiled for a GPU that is not there."""
     lines = tree_sources()["kernels/attention.py"].splitlines()
     wait = next(number for number, line in enumerate(lines, start=1) if "gdc_wait()" in line)
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE % early],
         cwd=TREE.parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
@@ -56,7 +56,7 @@ def test_lines_of_the_branch_that_was_compiled(early: bool, tmp_path: Path) -> N
         text=True,
         check=True,
     )
-    reached = json.loads(told.stdout)
+    reached = json.loads(reported.stdout)
     assert (wait in reached) == early
     assert wait - 1 not in reached  # the branch itself is decided while compiling
     assert len(reached) > 20

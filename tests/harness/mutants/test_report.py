@@ -6,7 +6,7 @@ import json
 
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.report import as_json, matrix, sum_line, survivors
-from nsa_oracle.harness.mutants.scores import Fate, Score
+from nsa_oracle.harness.mutants.score import Fate, Score
 from nsa_oracle.harness.report.text import render
 from tests.support.mutants import a_mutant
 

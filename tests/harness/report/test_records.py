@@ -26,7 +26,7 @@ def test_failures_alike_are_one_group_with_the_smallest_case_first() -> None:
     assert grouped([long, other, short]) == [[short, long], [other]]
 
 
-def test_each_group_is_told_once() -> None:
+def test_each_group_is_reported_once() -> None:
     text = stories([failure("out", long=True), failure("lse"), failure("out")])
     assert text == "report of out False\n\n1 more case fails alike (-v lists them)\n\nreport of lse False"
     assert "1 more case fails alike:\n  replay out" in stories(

@@ -11,11 +11,11 @@ from nsa_oracle.harness.report.summary import summary
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 
 
-def test_what_is_declared_is_told() -> None:
+def test_what_is_declared_is_reported() -> None:
     layers = LayerTally()
     layers.stage("out").count_weaker(1024, Strictness.BOUND)
     layers.stage("out").worst = 0.5
     layers.stage("indices").count_weaker(8, Strictness.SAME_SET)
-    told = summary(Verdict(layers=layers), [], 0, NO_SWITCHES)
-    assert re.search(r"│ out +│ 0 +│ 0 +│ 0.5 +│ 0 +│ 1,024 within the error bound +│", told)
-    assert re.search(r"│ indices +│ 0 +│ 0 +│ - +│ 0 +│ 8 the same tokens in any order, ties forgiven +│", told)
+    reported = summary(Verdict(layers=layers), [], 0, NO_SWITCHES)
+    assert re.search(r"│ out +│ 0 +│ 0 +│ 0.5 +│ 0 +│ 1,024 within the error bound +│", reported)
+    assert re.search(r"│ indices +│ 0 +│ 0 +│ - +│ 0 +│ 8 the same tokens in any order, ties forgiven +│", reported)

@@ -102,7 +102,7 @@ def test_decode_of_nobody_is_idle() -> None:
     assert only(DECODE, VERIFY).misfit(empty) == "mode IDLE"
 
 
-def test_enumerations_are_told_by_their_values() -> None:
+def test_enumerations_are_reported_by_their_values() -> None:
     assert limits(step_semantics=(StepSemantics.SHARED,)).misfit(
         CASE.model_copy(update={"setup": CASE.setup.model_copy(update={"step_semantics": StepSemantics.ADVANCING})})
     ) == ("step_semantics advancing")

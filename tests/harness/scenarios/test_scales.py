@@ -77,8 +77,8 @@ def test_nothing_to_draw_is_refused_in_one_line() -> None:
 def test_far_slots_begin_at_the_far_end() -> None:
     far = restricted(LARGE_LAYER, limits(far_slots=(True,)))
     assert {scenario.setup.page_layout for scenario in drawn(far)} == {PageLayout.DESCENDING, PageLayout.SHUFFLED}
-    as_told = restricted(LARGE_LAYER, limits(far_slots=(True,), page_layout=("contiguous",)))
-    assert {scenario.setup.page_layout for scenario in drawn(as_told, 5)} == {PageLayout.CONTIGUOUS}
+    as_reported = restricted(LARGE_LAYER, limits(far_slots=(True,), page_layout=("contiguous",)))
+    assert {scenario.setup.page_layout for scenario in drawn(as_reported, 5)} == {PageLayout.CONTIGUOUS}
 
 
 def test_no_more_slots_are_drawn_than_content_can_tell_apart() -> None:

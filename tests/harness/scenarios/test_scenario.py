@@ -32,18 +32,11 @@ from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
+from tests.support.metadata_cases import SIZES
 
-SETUP = {
-    "page_size": 4,
-    "max_context_len": 16,
-    "index_topk": 8,
-    "num_steps": 1,
-    "num_draft_tokens": 2,
-    "pool_size": 3,
-}
 EXAMPLE = Scenario(
     note='a naïve ✓ note with "quotes" and\na second line',
-    setup=Setup(**SETUP),
+    setup=Setup(**SIZES),
     optimizations=("one_launch",),
     seed=2**64 - 1,
     events=(
@@ -95,7 +88,7 @@ def test_written_form_is_readable() -> None:
 
 
 def test_scenario_without_events() -> None:
-    scenario = Scenario(setup=Setup(**SETUP))
+    scenario = Scenario(setup=Setup(**SIZES))
     assert from_json(to_json(scenario)) == scenario
 
 
@@ -109,7 +102,7 @@ def test_scenario_without_events() -> None:
 )
 def test_layer_is_written_as_what_is_not_the_default(layer: Layer, written: str) -> None:
     """An empty one is a layer all the same; without one there is metadata alone."""
-    scenario = Scenario(setup=Setup(**SETUP, layer=layer))
+    scenario = Scenario(setup=Setup(**SIZES, layer=layer))
     assert f'"pool_size": 3, "layer": {written}}},' in to_json(scenario)
     assert from_json(to_json(scenario)) == scenario
     assert from_json(WRITTEN).setup.layer is None
@@ -125,7 +118,7 @@ def with_changes(**changes: Any) -> str:
 
 
 def with_setup(**changes: Any) -> str:
-    return with_changes(setup={**SETUP, **changes})
+    return with_changes(setup={**SIZES, **changes})
 
 
 def with_layer(**changes: Any) -> str:
@@ -256,7 +249,7 @@ def test_text_of_the_file_does_not_break_the_line(text: str, tmp_path: Path) -> 
 )
 def test_limits_of_a_layer_hold_where_they_have_a_reason(changes: dict[str, Any]) -> None:
     """Sums of ordinary numbers are bounded however many; codes are for one regime, powers of two for a layer."""
-    assert from_json(with_setup(**changes)).setup.pool_size == changes.get("pool_size", SETUP["pool_size"])
+    assert from_json(with_setup(**changes)).setup.pool_size == changes.get("pool_size", SIZES["pool_size"])
 
 
 def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -276,7 +269,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
         {"event": "eager", "mode": "EXTEND", "extend_lens": [10**40]},
     ],
 )
-def test_numbers_without_a_limit_are_told_and_played(event: dict[str, Any]) -> None:
+def test_numbers_without_a_limit_are_reported_and_played(event: dict[str, Any]) -> None:
     scenario = from_json(with_changes(events=[{"event": "join", "seq_len": 6}, event]))
     assert len(story(scenario).splitlines()) > 2
     assert classes_of(scenario)

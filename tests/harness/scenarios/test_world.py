@@ -29,6 +29,7 @@ from nsa_oracle.harness.scenarios.scenario import (
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import Batch, World
 from nsa_oracle.reference.types import ForwardMode
+from tests.support.metadata_cases import SIZES
 
 POISON = 0x5A5A5A5A
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
@@ -38,15 +39,7 @@ small_scenarios = scenarios(SMALL)
 
 
 def setup(**changes: object) -> Setup:
-    sizes = {
-        "page_size": 4,
-        "max_context_len": 16,
-        "index_topk": 8,
-        "num_steps": 1,
-        "num_draft_tokens": 2,
-        "pool_size": 3,
-    }
-    return Setup.model_validate(sizes | changes)
+    return Setup.model_validate(SIZES | changes)
 
 
 def states(scenario: Scenario) -> list[tuple[World, Event, Batch | None]]:

@@ -68,9 +68,9 @@ def test_finding_is_not_lost_where_it_cannot_be_saved(device: torch.device, tmp_
     assert outcome.failure is not None
     assert outcome.saved is None
     assert outcome.unsaved == f"{tmp_path}/full: File exists"
-    told = explain(outcome.failure, outcome.saved, "COMMAND", outcome.unsaved)
-    assert f"saved:  nowhere ({tmp_path}/full: File exists); write this to CASE.json to replay it:" in told
-    (text,) = re.findall(r"^\{\n.*?^\}\n", told, re.MULTILINE | re.DOTALL)
+    reported = explain(outcome.failure, outcome.saved, "COMMAND", outcome.unsaved)
+    assert f"saved:  nowhere ({tmp_path}/full: File exists); write this to CASE.json to replay it:" in reported
+    (text,) = re.findall(r"^\{\n.*?^\}\n", reported, re.MULTILINE | re.DOTALL)
     assert from_json(text) == outcome.failure.scenario
 
 

@@ -13,24 +13,13 @@ from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.scenarios.files import load, save
-from nsa_oracle.harness.scenarios.scenario import Capture, Finish, Join, Replay
+from nsa_oracle.harness.scenarios.scenario import Join
 from nsa_oracle.harness.search import recovery
 from nsa_oracle.harness.search.explore import DeviceLost, has_lost_the_device
 from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
-from tests.support.metadata_cases import DECODE, VERIFY, case, one_replay
+from tests.support.metadata_cases import CROWDED, DECODE, FAULT, case, one_replay
 
 CPU = torch.device("cpu")
-CROWDED = case(
-    Capture(mode=DECODE, buckets=(1, 3)),
-    Capture(mode=VERIFY, buckets=(2,)),
-    Join(seq_len=3),
-    Join(seq_len=6),
-    Replay(mode=VERIFY),
-    Finish(request=1),
-    Replay(mode=DECODE, times=2),
-    num_steps=2,
-)
-FAULT = Finding(Kind.CRASH, "AcceleratorError", "CUDA error: an illegal memory access was encountered", "no exception")
 
 
 def recovery_of(spec: str) -> Recovery:

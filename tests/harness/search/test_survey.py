@@ -98,7 +98,7 @@ class RoundsQueries(Capturable):
         return super().sparse_mla(q.to(torch.float8_e4m3fn).bfloat16(), kv_cache, indices)
 
 
-def test_wrong_values_are_told_by_the_content_that_shows_them(
+def test_wrong_values_are_reported_by_the_content_that_shows_them(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = surveyed(RoundsQueries, device, replay_of_two(), monkeypatch)
@@ -107,7 +107,7 @@ def test_wrong_values_are_told_by_the_content_that_shows_them(
     assert broken(surveyed(RoundsQueries, device, replay_of_two(layer=lattice()), monkeypatch)) == set()
 
 
-def test_layer_that_cannot_be_captured_is_told_and_ends_nothing(
+def test_layer_that_cannot_be_captured_is_reported_and_ends_nothing(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)
@@ -150,9 +150,9 @@ def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monk
     assert found.holds
 
 
-def test_progress_is_told_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(layer=lattice())))
-    told: list[int] = []
+    reported: list[int] = []
     found = Survey(subject_of(Capturable), device)
-    found.run(cases=1, seed=0, tell=told.append)
-    assert told == [1]
+    found.run(cases=1, seed=0, report_progress=reported.append)
+    assert reported == [1]

@@ -28,15 +28,15 @@ def test_layers_limits_do_not_concern_metadata_alone() -> None:
     assert Subject(optimized_backend, limits=limits(page_size=(64,))).misfit(alone) == "page_size 16"
 
 
-def test_what_is_left_out_is_told() -> None:
+def test_what_is_left_out_is_reported() -> None:
     device = torch.device("cpu")
     assert Subject(optimized_backend).not_judged(device) == []
-    told = Subject(
+    reported = Subject(
         optimized_backend,
         limits=dataclasses.replace(limits(page_size=(16, 64)), modes=(DECODE, VERIFY)),
         layer_limits=limits(kv_cache_dtype=("fp8",), regime=(Regime.RANDOM,)),
     ).not_judged(device)
-    assert told == [
+    assert reported == [
         "page_size 1, 32",
         "modes EXTEND, IDLE, DRAFT_EXTEND, DRAFT_EXTEND_V2",
         "kv_cache_dtype bf16 (with a layer)",

@@ -108,7 +108,7 @@ class ReplacesMetadata(SparseAttention):
 
 
 class NarrowsMetadata(SparseAttention):
-    """The next layer is told that tables are narrower."""
+    """The next layer is reported that tables are narrower."""
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
         outputs = super().forward(inputs, caches, metadata)

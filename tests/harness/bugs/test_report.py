@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.kill_matrix import LOG_WIDTH, kills_table, one_line_story
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
+from nsa_oracle.harness.bugs.report import LOG_WIDTH, kills_table, one_line_story
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.report.text import render

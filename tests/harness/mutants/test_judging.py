@@ -8,10 +8,10 @@ import pytest
 
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.cases import Case
+from nsa_oracle.harness.mutants.judging import score
 from nsa_oracle.harness.mutants.mutants import Mutant, all_mutants, tree_sources
 from nsa_oracle.harness.mutants.operators import Edit
-from nsa_oracle.harness.mutants.scores import Fate, ScoringError
-from nsa_oracle.harness.mutants.scoring import score
+from nsa_oracle.harness.mutants.score import Fate, ScoringError
 from nsa_oracle.harness.scenarios.files import to_json
 from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario, Setup
 from nsa_oracle.reference.types import ForwardMode
@@ -34,7 +34,7 @@ def planted(before: str, after: str) -> Mutant:
     return Mutant(f"{STORE}:{line}:planted:1", STORE, source, Edit("planted", found[0], after, line, False))
 
 
-def test_a_run_kills_what_it_must_and_tells_what_it_does_not() -> None:
+def test_a_run_kills_what_it_must_and_names_what_survives() -> None:
     mutants = [
         planted("columns < length", "columns < length - 1"),
         planted("page_columns * PAGE_SIZE < tl.minimum(begin + CHUNK, length)", "page_columns < 0"),

@@ -18,7 +18,7 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.mutants.cases import CPU, Case, Deadliness, affordable, cases_for, importers_of
 from nsa_oracle.harness.mutants.mutants import Mutant, is_of_kernels, probed, tree_sources
 from nsa_oracle.harness.mutants.nursery import Nurseries, Reply, Task
-from nsa_oracle.harness.mutants.scores import Fate, Score, ScoringError
+from nsa_oracle.harness.mutants.score import Fate, Score, ScoringError
 
 REACH_PAYS_FROM = 20  # number of mutants from which measuring the reach of cases costs less than it saves
 

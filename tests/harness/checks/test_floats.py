@@ -17,7 +17,7 @@ from nsa_oracle.reference import kv_cache
 from tests.support.seen_layers import outputs, put, verified
 
 
-def test_logit_is_told_by_row_and_token() -> None:
+def test_logit_is_reported_by_row_and_token() -> None:
     finding = verified().found(put("logits", (2, 3), 7.5))
     assert finding.sentence().startswith(
         "wrong value: logits at step 0, row 2 (request 1, draft token 0), token 3 (eager chain): got 7.5, expected "
@@ -54,7 +54,7 @@ def test_zeros_of_either_sign_are_equal() -> None:
     assert clean.judged(change) is None
 
 
-def test_output_is_told_by_the_slot_whose_value_it_is() -> None:
+def test_output_is_reported_by_the_slot_whose_value_it_is() -> None:
     clean = verified()
     keys = kv_cache.load_kv(clean.layer_engine.cache_state.config, clean.layer.steps[0].caches.kv, torch.tensor([6]))
     out = clean.layer.steps[0].outputs.out
@@ -73,7 +73,7 @@ def test_output_of_other_content_has_no_origin() -> None:
     assert "value of" not in verified(Regime.LATTICE).found(put("out", (0, 0, 0), 99)).sentence()
 
 
-def test_lse_is_told_by_head() -> None:
+def test_lse_is_reported_by_head() -> None:
     finding = verified(Regime.LATTICE).found(put("lse", (1, 1), 9))
     assert (finding.kind, finding.field) == (Kind.BOUND, "lse")
     assert finding.place == "row 1 (request 0, draft token 1), head 1"

@@ -21,7 +21,7 @@ from nsa_oracle.reference.types import AttentionConfig
 MOST_CHECKED = 1 << 21  # elements of a row's keys, times heads; of larger rows, one per pass is checked for exactness
 
 
-class NumberCheck:
+class FloatCheck:
     """Compares the numbers of one layer: by value if the content is exact, else within a bound.
 
     labels: names of rows and slots in reports.

@@ -95,8 +95,8 @@ def test_layer_is_found_out(name: str, device: torch.device) -> None:
         judge_subject(subject, EAGER, device)
     finding = caught.value.finding
     expected = "the device" if finding.expected.split(":")[0] == device.type else finding.expected
-    told = (finding.kind, finding.field, finding.got, expected, finding.how)
-    assert told == STRANGE_LAYERS[name], finding.sentence()
+    reported = (finding.kind, finding.field, finding.got, expected, finding.how)
+    assert reported == STRANGE_LAYERS[name], finding.sentence()
 
 
 @pytest.mark.parametrize("name", [name for name in STRANGE_LAYERS if name not in IN_NO_GRAPH])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_oracle.harness.bugs.bug import Bug
-from nsa_oracle.harness.bugs.kills import Kill
+from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
