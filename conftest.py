@@ -1,3 +1,3 @@
-"""Makes the oracle's pytest plugin known to every run from this repository."""
+"""Makes the oracle's pytest plugin known to every run from this repository, also where it is not installed."""
 
-pytest_plugins = ["nsa_oracle.harness.plugin"]
+pytest_plugins = ["nsa_oracle.pytest_plugin"]

@@ -2,10 +2,11 @@
 
 ``judge`` runs one ``Scenario`` against a backend and a layer. At the first disagreement with the reference it raises
 ``OracleFailure``, which has a ``Finding``. ``MultiStepBackend``, ``SingleStepBackend``, ``PreparesInGraph`` and
-``SparseAttention`` define what a backend and a layer must provide. Importing this package loads neither Triton nor
-pytest nor Hypothesis.
+``SparseAttention`` define what a backend and a layer must provide. ``judged`` makes a pytest test of one. Importing
+this package loads neither Triton nor pytest nor Hypothesis.
 """
 
+from nsa_oracle.harness.decorator import judged
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
@@ -39,5 +40,6 @@ __all__ = [
     "Strictness",
     "Verdict",
     "judge",
+    "judged",
     "load",
 ]

@@ -96,13 +96,14 @@ class Child:
 
 
 def _serve(pipe: Connection, device: str, number: int) -> None:
-    """Execute calls until the other end of the pipe is closed."""
+    """Execute calls until the other end of the pipe is closed, or the parent has died: its children die with it."""
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         answer: Any = None
         error: Exception | None = None
@@ -110,7 +111,16 @@ def _serve(pipe: Connection, device: str, number: int) -> None:
             answer = function(*arguments)
         except Exception as raised:
             error = raised
+        except KeyboardInterrupt:  # Ctrl-C reaches the parent too, which reports
+            return
         pipe.send((answer, error))
+
+
+def _die_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
-from nsa_oracle.harness.plugin import BUG
 from nsa_oracle.harness.processes import Child
 from nsa_oracle.harness.scenarios.files import BUG_CASES, load
 from nsa_oracle.harness.subjects.default import optimized_backend
+from nsa_oracle.pytest_plugin import BUG
 
 
 def finding_of(name: str, device: str) -> Finding | None:

@@ -16,8 +16,9 @@ from nsa_oracle.harness.bugs.hunt import hunt_all
 from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
-from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
+from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.report import text
+from nsa_oracle.harness.signals import INTERRUPTED
 
 
 class HuntProfile(Enum):

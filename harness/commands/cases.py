@@ -23,7 +23,7 @@ from nsa_oracle.harness.commands.app import (
 )
 from nsa_oracle.harness.commands.sanitizer import CASES, Tool, obstacle
 from nsa_oracle.harness.commands.sanitizer import sanitize as run_sanitizer
-from nsa_oracle.harness.commands.terminal import INTERRUPTED, ended_by_a_signal, progress_of
+from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.commands.tiers import run_tiers, tiers_table
 from nsa_oracle.harness.errors import BackendError, ScenarioError, one_line
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
@@ -34,6 +34,7 @@ from nsa_oracle.harness.report.text import not_judged, render
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.search.survey import Survey, survey_table
+from nsa_oracle.harness.signals import INTERRUPTED
 from nsa_oracle.harness.subjects.subject import Subject
 
 MAX_NOTE = 1000  # characters of a file's note that are printed

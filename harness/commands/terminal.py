@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nsa_oracle.harness.signals import Termination
 
 
 @contextmanager
@@ -21,22 +21,11 @@ def progress_of(what: str, count: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
-
-
 @contextmanager
 def ended_by_a_signal() -> Iterator[None]:
-    """The first SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Later ones are ignored until the context ends.
-
-    ``timeout`` sends two, and the second would interrupt the clean-up after the first.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    """The first SIGTERM raises KeyboardInterrupt, as Ctrl-C does; later ones are ignored until the context ends."""
+    termination = Termination()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        termination.close()

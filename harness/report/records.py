@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
@@ -16,7 +17,7 @@ from nsa_oracle.harness.judge import OracleFailure, Verdict
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """One failing case. report: the whole text for a person. size: its number of events."""
+    """One failing case. report: the whole text for a person. size: its number of events. saved: its file, if any."""
 
     kind: str
     field: str
@@ -25,9 +26,10 @@ class FailureRecord:
     report: str
     optimizations: tuple[str, ...] = ()
     size: int = 0
+    saved: str = ""
 
     @staticmethod
-    def of(failure: OracleFailure, command: str, report: str) -> FailureRecord:
+    def of(failure: OracleFailure, command: str, report: str, saved: Path | None = None) -> FailureRecord:
         """The record of a failure that ``command`` replays and ``report`` explains."""
         finding, scenario = failure.finding, failure.scenario
         return FailureRecord(
@@ -38,6 +40,7 @@ class FailureRecord:
             report,
             scenario.optimizations,
             len(scenario.events),
+            str(saved or ""),
         )
 
 
@@ -51,11 +54,20 @@ def grouped(failures: Sequence[FailureRecord]) -> list[list[FailureRecord]]:
 
 @dataclass(frozen=True)
 class ItemRecord:
-    """What one test item covered. drawn_by: the test that drew its cases; empty for a saved case."""
+    """What one test item covered, of ``backend`` and ``layer``: ``module:attribute``, or None for ``optimized/``.
 
-    verdict: Verdict
+    drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. left_out: what
+    could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them.
+    """
+
+    verdict: Verdict = field(default_factory=Verdict)
     failures: tuple[FailureRecord, ...] = ()
+    backend: str | None = None
+    layer: str | None = None
     drawn_by: str = ""
+    seed: int | None = None
+    left_out: tuple[str, ...] = ()
+    unfit: str = ""
 
     def to_json(self) -> str:
         """One line."""
@@ -82,16 +94,23 @@ class ItemRecord:
             boundary_classes=Counter(verdict.pop("boundary_classes")),
             **verdict,
         )
-        return ItemRecord(covered, failures, data["drawn_by"])
+        left_out = tuple(data.pop("left_out"))
+        return ItemRecord(**{**data, "verdict": covered, "failures": failures, "left_out": left_out})
 
 
 @dataclass
 class RunRecord:
-    """What the items of a run add up to. drawn: cases drawn and judged, by test."""
+    """What the items of a run that judge the same backend and layer add up to.
+
+    drawn: cases drawn and judged, by test. seeds: from which they were drawn. left_out, unfit: as in ``ItemRecord``.
+    """
 
     verdict: Verdict = field(default_factory=Verdict)
     failures: list[FailureRecord] = field(default_factory=list)
     drawn: Counter[str] = field(default_factory=Counter)
+    seeds: set[int] = field(default_factory=set)
+    left_out: list[str] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
     items: int = 0
 
     def add(self, item: ItemRecord) -> None:
@@ -101,6 +120,11 @@ class RunRecord:
         self.failures += item.failures
         if item.drawn_by:
             self.drawn[item.drawn_by] += item.verdict.cases
+        if item.seed is not None:
+            self.seeds.add(item.seed)
+        if item.unfit:
+            self.unfit.append(item.unfit)
+        self.left_out += [line for line in item.left_out if line not in self.left_out]
 
     def gaps(self, layer: str | None = None) -> list[str]:
         """Why a run without failures proves less than it seems to, one line each: such a run must not be green.

@@ -24,8 +24,8 @@ from nsa_oracle.harness.errors import ScenarioError, one_line
 from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
-CORPUS = _TESTS / "cases"  # every run judges these first
-PRODUCTION = CORPUS / "production"  # runs on a GPU judge these too: sizes that would take the interpreter hours
+CORPUS = _TESTS / "cases"  # of this repository: every run judges these first
+PRODUCTION = "production"  # subfolder of a corpus, for runs on a GPU alone: sizes that take the interpreter hours
 MAX_FILE_BYTES = 1 << 20
 BUG_CASES = _TESTS / "bugs"  # one case per bug that shows it, named after the bug
 
@@ -35,10 +35,10 @@ def digest(scenario: Scenario) -> str:
     return hashlib.sha256(to_json(scenario.model_copy(update={"note": ""})).encode()).hexdigest()[:12]
 
 
-def corpus(device: torch.device) -> list[Path]:
-    """The files of the saved cases that a run on ``device`` judges first."""
-    folders = (CORPUS, PRODUCTION) if device.type == "cuda" else (CORPUS,)
-    return [file for folder in folders for file in sorted(folder.glob("*.json"))]
+def corpus(device: torch.device, folder: Path = CORPUS) -> list[Path]:
+    """The files of the saved cases in ``folder`` that a run on ``device`` judges first."""
+    folders = (folder, folder / PRODUCTION) if device.type == "cuda" else (folder,)
+    return [file for each in folders for file in sorted(each.glob("*.json"))]
 
 
 def save(scenario: Scenario, path: Path) -> None:
@@ -75,6 +75,12 @@ def saved_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
                 folder.rmdir()  # fails unless the folder is empty
 
 
+def process_of(running: Path) -> int:
+    """The number of the process that judges the case of the file ``running``; that of this process if it has none."""
+    number = running.name.removesuffix(RUNNING).rpartition(".")[2]
+    return int(number) if number.isdecimal() else os.getpid()
+
+
 def cases_of_dead_processes(folder: Path, since: float) -> list[Path]:
     """Cases in ``folder`` that were being judged when their process died, in files not older than ``since``.
 
@@ -83,10 +89,10 @@ def cases_of_dead_processes(folder: Path, since: float) -> list[Path]:
 
     def is_dead(path: Path) -> bool:
         try:
-            os.kill(int(path.name.removesuffix(RUNNING).rpartition(".")[2]), 0)
+            os.kill(process_of(path), 0)
         except ProcessLookupError:
             return True
-        except (OSError, ValueError):
+        except (OSError, OverflowError):
             pass
         return False
 

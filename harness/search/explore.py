@@ -17,6 +17,7 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search.drawing import NotReproducible, OutOfTime, draw
+from nsa_oracle.harness.search.progress import Counter
 from nsa_oracle.harness.subjects.subject import Subject
 
 SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
@@ -77,6 +78,7 @@ def explore(
     deadline: float | None = None,
     with_layer: bool = False,
     most_shrinking: int | None = None,
+    counter: Counter | None = None,
 ) -> Exploration:
     """Judge ``cases`` scenarios drawn from ``seed``; stop at the first failure and shrink it.
 
@@ -85,6 +87,7 @@ def explore(
     most_shrinking: largest number of trials, all on finished records. If None, Hypothesis shrinks first, with as many
         trials as it likes; with a layer that would take many minutes, so the limit is then ``MOST_TRIALS // 4``.
         Either way no trial begins later than SHRINKING_SECONDS after the failure.
+    counter: counts each case that has been judged.
     Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
     judged.
     """
@@ -94,6 +97,10 @@ def explore(
     if with_layer:
         most_shrinking = most_shrinking or MOST_TRIALS // 4
 
+    def count() -> None:
+        if counter is not None:
+            counter.note(outcome.verdict.cases, outcome.verdict.replays, outcome.saved)
+
     def keep(failure: OracleFailure) -> None:
         outcome.failure = failure
         try:
@@ -101,6 +108,7 @@ def explore(
             outcome.saved = files.minimal
         except OSError as error:  # the finding is reported even if the disk is full
             outcome.saved, outcome.unsaved = None, f"{save_dir}: {error.strerror or error}"
+        count()
 
     shrinking_ends = math.inf
 
@@ -116,6 +124,7 @@ def explore(
             with saved_while_judged(scenario, save_dir):
                 # Trials of the shrinking do not count as coverage.
                 judge_subject(subject, scenario, device, outcome.verdict if outcome.failure is None else None)
+            count()
         except OracleFailure as failure:
             shrinking_ends = min(shrinking_ends, time.monotonic() + SHRINKING_SECONDS)
             keep(failure)
@@ -126,6 +135,7 @@ def explore(
             if outcome.failure is None:  # else this is a trial of the shrinking, which counts as passed
                 raise _Unjudged(error) from None
 
+    count()  # also says which process judges
     cases_of_subject = scenarios(scale, switches=subject.switches)
     try:
         draw(cases_of_subject, cases, seed, judge_one, shrink=most_shrinking is None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,9 +43,12 @@ class SubjectSpec:
 
 
 class Recovery:
-    """Runs explorations and saved cases: in this process until it loses the device, then in a child process."""
+    """Runs explorations and saved cases: in this process until it loses the device, then in a child process.
 
-    def __init__(self, spec: SubjectSpec, subject: Subject, device: torch.device) -> None:
+    subject: None: in a child process from the start. Its methods then raise ChildDied if judged code ends that process.
+    """
+
+    def __init__(self, spec: SubjectSpec, subject: Subject | None, device: torch.device) -> None:
         self.spec = spec
         self.subject = subject
         self.device = device
@@ -62,13 +66,38 @@ class Recovery:
         """Judge one case, without shrinking it."""
         return self._run(_judge, (scenario,), {})
 
+    def check(self, scenario: Scenario, file: Path) -> None:
+        """Raises BackendError or ScenarioError, in one line, if the case of ``file`` cannot be judged."""
+        self._ask(_check, scenario, file)
+
+    def check_drawing(self, with_layer: bool) -> None:
+        """Raises BackendError, in one line, if backend or layer cannot be judged, or leave nothing to draw."""
+        self._ask(_check_drawing, with_layer)
+
+    def misfit(self, scenario: Scenario, file: Path) -> str | None:
+        """What in the case of ``file`` is outside the declared limits, or None. Raises ScenarioError for wrong
+        switches.
+        """
+        return self._ask(_misfit, scenario, file)
+
+    def left_out(self) -> list[str]:
+        """What could be drawn but is excluded by the declared limits, one string per field."""
+        return self._ask(Subject.not_judged)
+
     def close(self) -> None:
         self._child.close()
+
+    def _ask(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """The result of ``function(subject, device, *arguments)``, which judges nothing."""
+        if self.subject is not None:
+            return function(self.subject, self.device, *arguments)
+        answer: _T = self._child.call(_in_child, self.spec, self.device.type, function, arguments, {})
+        return answer
 
     def _run(
         self, function: Callable[..., Exploration], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Exploration:
-        if self.lost:
+        if self.lost or self.subject is None:
             outcome: Exploration = self._child.call(
                 _in_child, self.spec, self.device.type, function, arguments, options
             )
@@ -144,6 +173,19 @@ def _judge(subject: Subject, device: torch.device, scenario: Scenario) -> Explor
         outcome.failure = failure
         outcome.lost = has_lost_the_device(failure.finding, device)
     return outcome
+
+
+def _check(subject: Subject, device: torch.device, scenario: Scenario, file: Path) -> None:
+    subject.check(scenario, file)
+
+
+def _check_drawing(subject: Subject, device: torch.device, with_layer: bool) -> None:
+    subject.scale(device, with_layer)
+
+
+def _misfit(subject: Subject, device: torch.device, scenario: Scenario, file: Path) -> str | None:
+    subject.check_switches(scenario, file)
+    return subject.misfit(scenario)
 
 
 # Functions that run in a child process.

@@ -89,8 +89,11 @@ class Subject:
         return self.limits & self.layer_limits if with_layer else self.limits
 
     def scale(self, device: torch.device, with_layer: bool) -> Scale:
-        """The ranges to draw from for this subject. Raises ValueError if nothing is left to draw."""
-        return restricted(scale_of(device, with_layer), self.all_limits(with_layer))
+        """The ranges to draw from for this subject. Raises BackendError if nothing is left to draw."""
+        try:
+            return restricted(scale_of(device, with_layer), self.all_limits(with_layer))
+        except ValueError as error:
+            raise BackendError(str(error)) from None
 
     def not_judged(self, device: torch.device) -> list[str]:
         """The values and modes that could be drawn on ``device`` but are excluded, one string per field."""

@@ -12,7 +12,7 @@ from tests.support.pages import PAGES, anchors, code, fenced, links
 from tests.support.project import PROJECT
 
 each_page = pytest.mark.parametrize("name", PAGES)
-ADDED_BY_THE_READER = {"tests/cases/block-table-not-refreshed.json", "tests/bugs/NAME.json"}
+ADDED_BY_THE_READER = {"tests/test_my_backend.py", "tests/cases/block-table-not-refreshed.json", "tests/bugs/NAME.json"}
 
 
 @each_page

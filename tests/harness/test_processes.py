@@ -16,7 +16,7 @@ import torch
 from nsa_oracle.harness import processes
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.judge import OracleFailure
-from nsa_oracle.harness.plugin import share_gpus
+from nsa_oracle.harness.plugin.session import share_gpus
 from nsa_oracle.harness.processes import Child, ChildDied, prepare_process, time_limit
 
 

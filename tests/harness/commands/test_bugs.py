@@ -18,8 +18,8 @@ from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.commands import bugs
-from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import assert_one_line_error, harness
 from tests.support.metadata_cases import CROWDED
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_oracle.harness.commands.terminal import INTERRUPTED
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.report.failure import python_command
 from nsa_oracle.harness.scenarios.files import to_json
 from nsa_oracle.harness.scenarios.scenario import Event
 from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.signals import INTERRUPTED
 from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, run, saved

@@ -15,8 +15,8 @@ import torch
 
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.scenarios.files import (
+    CORPUS,
     MAX_FILE_BYTES,
-    PRODUCTION,
     RUNNING,
     FailureFiles,
     cases_of_dead_processes,
@@ -118,7 +118,7 @@ def test_cases_of_production_sizes_are_for_a_gpu_alone() -> None:
     everywhere, on_a_gpu = corpus(torch.device("cpu")), corpus(torch.device("cuda"))
     more = [load(file) for file in on_a_gpu if file not in everywhere]
     assert everywhere == on_a_gpu[: len(everywhere)]
-    assert {file.parent for file in everywhere} == {PRODUCTION.parent}
+    assert {file.parent for file in everywhere} == {CORPUS}
     assert all(scenario.setup.layer is not None for scenario in more)
     assert {scenario.setup.layer.kv_lora_rank for scenario in more if scenario.setup.layer is not None} == {512}
     rows = [most_requests(scenario) * scenario.setup.num_draft_tokens for scenario in more]

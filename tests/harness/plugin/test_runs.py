@@ -4,58 +4,26 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from nsa_oracle.harness import plugin
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import STAGES
 from nsa_oracle.harness.report.records import ItemRecord, RunRecord
-from nsa_oracle.harness.scenarios import files as seeds
 from nsa_oracle.harness.scenarios.files import load, save
 from nsa_oracle.harness.scenarios.scenario import Eager, Join, Replay
 from nsa_oracle.harness.search.drawing import SHARDS
-from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.backends import clean, lengths
-from tests.support.command_line import environment_of_children
 from tests.support.layer_cases import WITH_LAYER
 from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, case, factory_of, one_replay
 from tests.support.project import PROJECT
+from tests.support.pytest_runs import run
 
-OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "budget", "case-timeout", "seed")
+OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "cases", "budget", "case-timeout", "seed")
 CLEAN, BROKEN = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:VerifyForgetsDrafts"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one pytest process left behind."""
-
-    exit_code: int
-    output: str
-    errors: str
-
-    @property
-    def summary(self) -> str:
-        """The line that ends the oracle's part."""
-        return next((line for line in self.output.splitlines() if line.startswith("oracle: ") and "cases" in line), "")
-
-    @property
-    def totals(self) -> list[int]:
-        """Cases, replays, eager calls, fields, cells."""
-        row = re.findall(r"^│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+) +│ +([\d,]+)", self.output, re.MULTILINE)
-        return [int(number.replace(",", "")) for number in row[0]]
-
-    @property
-    def failures(self) -> list[str]:
-        """A line for each failure; the table lists those that are alike once, with their number."""
-        listed = re.findall(r"^FAILED(?: \((\d+) cases\))?: (.*)$", self.output, re.MULTILINE)
-        return [f"FAILED: {sentence}" for times, sentence in listed for _ in range(int(times or 1))]
 
 
 @pytest.fixture
@@ -63,21 +31,11 @@ def folder(tmp_path: Path) -> Path:
     """A folder with nothing in it but the oracle's own tests and one that has nothing to do with it."""
     tests = (PROJECT / "tests" / "test_oracle.py").read_text(encoding="utf-8")
     (tmp_path / "test_oracle.py").write_text(tests, encoding="utf-8")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "cases").symlink_to(PROJECT / "tests" / "cases")
     (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\noracle_in_process = true\n")
     return tmp_path
-
-
-def run(folder: Path, *words: str) -> Run:
-    environment = {
-        **{name: value for name, value in environment_of_children().items() if not name.startswith("PYTEST")},
-        "COLUMNS": "200",
-    }
-    command = [sys.executable, "-m", "pytest", "-p", "nsa_oracle.harness.plugin", "--oracle-device=cpu", *words]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def shards(*numbers: int) -> list[str]:
@@ -319,7 +277,7 @@ class Warns(Clean):
 def test_warnings_of_a_backend_are_shown_and_no_verdict(folder: Path) -> None:
     """Whatever filters the suite has; ``replay`` and pytest agree."""
     (folder / "old.py").write_text(WARNS)
-    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    (folder / "pytest.ini").write_text("[pytest]\noracle_in_process = true\nfilterwarnings = error\n")
     done = run(folder, "--oracle-backend=old:Warns", "--oracle-profile=dev", *shards(1))
     assert done.exit_code == pytest.ExitCode.OK, done.output
     assert "DeprecationWarning: old spelling" in done.output
@@ -419,11 +377,13 @@ def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> No
     assert "harness/judge.py" not in done.output
 
 
-def test_malformed_case_of_the_corpus_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeds, "CORPUS", tmp_path)
-    (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(pytest.UsageError, match=r"broken\.json: setup: Field required$"):
-        plugin._corpus(Subject(factory_of(clean.Clean)), torch.device("cpu"))
+def test_malformed_case_of_the_corpus_is_reported_in_one_line(folder: Path) -> None:
+    (folder / "kept").mkdir()
+    (folder / "kept" / "broken.json").write_text("{}")
+    done = run(folder, "--oracle-cases=kept", "-k", "saved_case")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert re.search(r"^\S*kept/broken\.json: setup: ", done.output, re.MULTILINE), done.output
+    assert "Traceback" not in done.output
 
 
 def test_session_without_oracle_tests_has_no_table(folder: Path) -> None:

@@ -1,0 +1,133 @@
+"""The end of a run: what all processes reported, as tables, failures and an exit code."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.plugin.session import Session, Specs, name_of
+from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
+from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of
+from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
+from nsa_oracle.harness.search.explore import Exploration
+from nsa_oracle.harness.search.progress import Count, counts_in, progress_line
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
+from nsa_oracle.pytest_plugin import BUG, INTERRUPTION, PROPERTY
+
+Runs = dict[Specs, RunRecord]
+"""What the run covered, by backend and layer."""
+
+
+def reported(terminalreporter: pytest.TerminalReporter) -> tuple[Runs, Counter[str]]:
+    """What the oracle's items reported, those of xdist workers included; and outcomes of the items of the zoo."""
+    runs: Runs = {}
+    bugs = Counter[str]()
+    for outcome, reports in terminalreporter.stats.items():
+        for item in reports:
+            for name, value in getattr(item, "user_properties", ()):
+                if name == BUG and outcome in ("passed", "failed"):
+                    bugs[outcome] += 1
+                if name == PROPERTY and getattr(item, "when", "") == "call":
+                    record = ItemRecord.from_json(value)
+                    runs.setdefault((record.backend, record.layer), RunRecord()).add(record)
+    return runs, bugs
+
+
+def exit_code(exitstatus: int, terminalreporter: pytest.TerminalReporter, session: Session) -> int:
+    """The exit code of the run: 1 if nothing failed because something was not judged; that of a signal if one came."""
+    if session.config.stash[INTERRUPTION].arrived:
+        return session.termination.exit_code if session.termination is not None else exitstatus
+    gaps = any(_gaps(run, specs) for specs, run in reported(terminalreporter)[0].items())
+    return int(pytest.ExitCode.TESTS_FAILED) if gaps and exitstatus == pytest.ExitCode.OK else exitstatus
+
+
+def write_report(terminalreporter: pytest.TerminalReporter, session: Session) -> None:
+    """Print the closing report, one part for each backend and layer that was judged."""
+    if session.config.stash[INTERRUPTION].arrived:
+        session.end_children()  # which were judging when the signal came
+        terminalreporter.section("oracle: interrupted")
+        terminalreporter.write_line(progress_line(counts_in(session.counts), time.time() - session.started))
+    runs, bugs = reported(terminalreporter)
+    for specs, failure in _unreported(runs, session):
+        runs.setdefault(specs, RunRecord()).failures.append(failure)
+    for specs, run in runs.items():
+        if run.items or run.failures:
+            terminalreporter.section("oracle" if len(runs) == 1 else f"oracle: {name_of(specs)}")
+            _write_run(terminalreporter, session, specs, run)
+    if bugs:
+        terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
+
+
+def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, specs: Specs, run: RunRecord) -> None:
+    verbose = session.config.get_verbosity() > 0
+    left_out = list(run.left_out)
+    if run.unfit:
+        names = f": {', '.join(sorted(run.unfit))}" if verbose else " (-v names them)"
+        left_out.append(f"{len(run.unfit)} saved cases{names}")
+    backend, layer = specs
+    is_ours = backend is None and (layer is None or verbose)
+    switches = OPTIMIZED_SWITCHES if is_ours else NO_SWITCHES
+    if run.failures:
+        terminalreporter.write_line(f"{summary.stories(run.failures, verbose)}\n")
+    seconds = time.time() - session.started
+    text = summary.summary(run.verdict, run.failures, seconds, switches, left_out, verbose)
+    *tables, verdict = text.splitlines()
+    terminalreporter.write_line("\n".join(tables))
+    terminalreporter.write_line(verdict, red=bool(run.failures), green=not run.failures, bold=True)
+    fresh = run.seeds - {0}
+    if fresh:
+        terminalreporter.write_line(
+            f"drawn from seed {', '.join(map(str, sorted(fresh)))} (--oracle-seed draws it again)"
+        )
+    for gap in _gaps(run, specs):
+        terminalreporter.write_line(gap, red=True)
+
+
+def _gaps(run: RunRecord, specs: Specs) -> list[str]:
+    """What the run did not judge. With a backend of its own as well, it may judge that one's metadata alone."""
+    backend, layer = specs
+    return run.gaps(layer if backend is None else None)
+
+
+def _unreported(runs: Runs, session: Session) -> Iterator[tuple[Specs, FailureRecord]]:
+    """Failures that no item has reported, because the process that judged died or was interrupted."""
+    counts = counts_in(session.counts)
+    by_process = {count.process: count for count in counts}
+    if not session.config.stash[INTERRUPTION].arrived:
+        for file in cases_of_dead_processes(session.save_dir, session.started):
+            count = by_process.get(process_of(file), Count(backend=session.specs[0], layer=session.specs[1]))
+            sentence = "the process died while it judged a case"
+            specs = count.backend, count.layer
+            yield specs, _by_file(session, specs, file, "died", sentence, f"ORACLE FAILURE  {sentence}")
+        return
+    for file in session.save_dir.glob(f"*{RUNNING}"):
+        if process_of(file) in by_process:
+            file.unlink(missing_ok=True)  # its case was interrupted, not failed
+    reported = {failure.saved for run in runs.values() for failure in run.failures}
+    for count in counts:
+        if count.saved and count.saved not in reported:
+            specs = count.backend, count.layer
+            yield specs, _interrupted(session, specs, Path(count.saved))
+
+
+def _interrupted(session: Session, specs: Specs, file: Path) -> FailureRecord:
+    """The record of a case that had failed, and was being shrunk when the run was interrupted."""
+    try:
+        scenario = load(file)
+    except ScenarioError as error:
+        return _by_file(session, specs, file, "interrupted", str(error), str(error))
+    text = f"ORACLE FAILURE  {scenario.note}\n\n{story(scenario)}\n\nperhaps not the smallest case: interrupted"
+    return _by_file(session, specs, file, "interrupted", scenario.note, text)
+
+
+def _by_file(session: Session, specs: Specs, file: Path, kind: str, sentence: str, text: str) -> FailureRecord:
+    command = session.replay_command(Exploration(saved=file), specs)
+    report = f"{text}\n\nsaved:  {file}\nreplay: {command}"
+    return FailureRecord(kind, file.name, sentence, command, report, saved=str(file))

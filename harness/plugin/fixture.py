@@ -1,0 +1,106 @@
+"""Judging within a test: the items of marked tests, and the fixture ``oracle``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from nsa_oracle.harness.plugin.parts import Part, kinds_of, parts, spec_of
+from nsa_oracle.harness.plugin.session import Session, Unfit
+from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.report.records import FailureRecord, ItemRecord
+from nsa_oracle.harness.scenarios.files import corpus
+from nsa_oracle.harness.search.drawing import PROFILES
+from nsa_oracle.pytest_plugin import PROPERTY
+
+Judged = str | Callable[..., object] | None
+"""A backend or a layer that a test names: a callable, its name as ``module:attribute``, or None."""
+
+
+def parts_of(
+    session: Session,
+    backend: Judged = None,
+    layer: Judged = None,
+    profile: str | None = None,
+    cases: Sequence[str] | None = None,
+) -> dict[str, Part]:
+    """What a test judges, by the name of the item. The arguments are those of ``harness.decorator.judged``.
+
+    Raises UsageError for an argument that cannot be used.
+    """
+    specs = spec_of(backend, "backend") or session.specs[0], spec_of(layer, "layer") or session.specs[1]
+    profile = profile or session.profile
+    if profile not in PROFILES:
+        raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
+    kinds = kinds_of(cases, *specs)
+    files = session.replayed or corpus(session.device, session.cases_dir)
+    return parts(Part(*specs, profile), kinds, files)
+
+
+class Oracle:
+    """Judges backends and layers within one test, and records for the closing report what that covered."""
+
+    def __init__(self, session: Session, node: pytest.Item) -> None:
+        self._session = session
+        self._node = node
+
+    @property
+    def device(self) -> torch.device:
+        """Where backends run in this session."""
+        return self._session.device
+
+    def judge(
+        self,
+        backend: Judged = None,
+        layer: Judged = None,
+        profile: str | None = None,
+        cases: Sequence[str] | None = None,
+    ) -> None:
+        """Judge a backend or a layer on the repository's saved cases, and then on drawn ones.
+
+        The arguments are those of ``harness.decorator.judged``, whose tests are spread over processes; this judges
+        everything within one test. Fails the test, after everything has been judged, if anything failed.
+        """
+        said = []
+        for part in parts_of(self._session, backend, layer, profile, cases).values():
+            try:
+                self.judge_part(part)
+            except pytest.skip.Exception:
+                pass
+            except pytest.fail.Exception as failure:
+                said.append(str(failure))
+        if said:
+            pytest.fail("\n".join(dict.fromkeys(said)), pytrace=False)
+
+    def judge_part(self, part: Part) -> None:
+        """Judge a share of a test. Fails the test with one line, and skips it if the saved case does not fit.
+
+        Raises BackendError or ScenarioError for what cannot be judged.
+        """
+        specs = part.backend, part.layer
+        name = hashlib.sha256(f"{self._node.nodeid} {part}".encode()).hexdigest()[:16]
+        drawn_by = getattr(self._node, "originalname", self._node.name) if part.file is None else ""
+        try:
+            outcome = self._session.judge(part, name)
+            left_out = self._session.judge_of(specs).left_out()
+        except Unfit as unfit:
+            assert part.file is not None
+            self._record(ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
+            pytest.skip(str(unfit))
+        except ChildDied as died:
+            pytest.fail(f"{part.backend or part.layer or 'optimized/'}: {died} while it judged a case", pytrace=False)
+        failures: tuple[FailureRecord, ...] = ()
+        report = self._session.report_of(outcome, specs)
+        if outcome.failure is not None and report is not None:
+            command = self._session.replay_command(outcome, specs)
+            failures = (FailureRecord.of(outcome.failure, command, report, outcome.saved),)
+        seed = self._session.seed_of(part.profile) if drawn_by else None
+        self._record(ItemRecord(outcome.verdict, failures, *specs, drawn_by, seed, tuple(left_out)))
+        for failure in failures:  # the report of each different failure is printed once, at the end
+            pytest.fail(f"{failure.sentence}\nreplay: {failure.command}", pytrace=False)
+
+    def _record(self, record: ItemRecord) -> None:
+        self._node.user_properties.append((PROPERTY, record.to_json()))

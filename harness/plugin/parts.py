@@ -1,0 +1,87 @@
+"""What the items of a marked test judge: one saved case each, or one shard of the drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from nsa_oracle.harness.decorator import KINDS
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of what one test judges.
+
+    backend, layer: ``module:attribute``, or None for ``optimized/``. profile: how many cases are drawn. file: the saved
+    case; None: cases are drawn. shard: which of ``SHARDS``; with_layer: with an attention layer behind the metadata.
+    """
+
+    backend: str | None
+    layer: str | None
+    profile: str
+    file: Path | None = None
+    shard: int = 0
+    with_layer: bool = False
+
+    @property
+    def cases(self) -> int:
+        """The number of cases to judge."""
+        if self.file is not None:
+            return 1
+        profile = PROFILES[self.profile]
+        return (profile.layer_cases if self.with_layer else profile.cases) // SHARDS
+
+    @property
+    def kind(self) -> str:
+        """The one of ``KINDS`` that this is a share of."""
+        if self.file is not None:
+            return "saved"
+        return "layers" if self.with_layer else "metadata"
+
+
+def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path]) -> dict[str, Part]:
+    """The shares of a test, by the name of their item, saved cases first. kinds: some of ``KINDS``."""
+    named: dict[str, Part] = {}
+    for kind in (kind for kind in KINDS if kind in kinds):
+        prefix = f"{kind}-" if len(kinds) > 1 else ""
+        if kind == "saved":
+            named |= {f"{prefix}{file.stem}": replace(whole, file=file) for file in files}
+        else:
+            shares = (replace(whole, shard=shard, with_layer=kind == "layers") for shard in range(SHARDS))
+            named |= {f"{prefix}{share.shard}": share for share in shares}
+    return named
+
+
+def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None) -> tuple[str, ...]:
+    """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
+
+    Raises UsageError for a name that is none of ``KINDS``.
+    """
+    if cases is None:
+        wanted = {"saved": True, "metadata": not (layer and not backend), "layers": not (backend and not layer)}
+        return tuple(kind for kind in KINDS if wanted[kind])
+    asked = (cases,) if isinstance(cases, str) else tuple(cases)
+    unknown = [kind for kind in asked if kind not in KINDS]
+    if unknown or not asked:
+        raise pytest.UsageError(f"cases: there is no {', '.join(map(repr, unknown)) or 'case'}; choose from {KINDS}")
+    return asked
+
+
+def spec_of(judged: object, what: str) -> str | None:
+    """``module:attribute`` of a backend or a layer that a test names; None stands for itself.
+
+    Raises UsageError for an object that another process cannot import. what: "backend" or "layer".
+    """
+    if judged is None or isinstance(judged, str):
+        return judged
+    module, name = getattr(judged, "__module__", None), getattr(judged, "__qualname__", None)
+    if module is None or name is None or "." in name or module == "__main__":
+        raise pytest.UsageError(
+            f"{what} {judged!r}: cannot be imported by name; define it at the top of a module, or give "
+            "'module:attribute'"
+        )
+    return f"{module}:{name}"

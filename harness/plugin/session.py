@@ -1,0 +1,239 @@
+"""The settings of one pytest run, and the judges of the backends and layers that its tests name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness import processes
+from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.plugin.live import Live
+from nsa_oracle.harness.plugin.parts import Part
+from nsa_oracle.harness.report.failure import explain, replay_command
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.search.drawing import PROFILES
+from nsa_oracle.harness.search.explore import Exploration
+from nsa_oracle.harness.search.progress import Counter
+from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
+from nsa_oracle.harness.signals import Termination
+
+Specs = tuple[str | None, str | None]
+"""The backend and the layer that are judged, as ``module:attribute``; None stands for ``optimized/``."""
+
+
+def name_of(specs: Specs) -> str:
+    """What is judged, for a person."""
+    backend, layer = specs
+    return (backend or "optimized/") + (f" and {layer}" if layer is not None else "")
+
+
+@dataclass
+class Session:
+    """The settings of one run, and methods that judge with them.
+
+    started: a value of ``time.time()``. in_process: judge in this process, not in a child. specs: of the options.
+    deadline: value of ``time.monotonic()`` after which no further case is judged. seed: of --oracle-seed, or None;
+    random_seed: what a profile that draws new cases starts from otherwise. counts: the folder in which all processes of
+    the run count.
+    """
+
+    config: pytest.Config
+    started: float
+    is_worker: bool
+    in_process: bool
+    device: torch.device
+    specs: Specs
+    profile: str
+    save_dir: Path
+    cases_dir: Path
+    case_timeout: float | None
+    replayed: tuple[Path, ...]
+    deadline: float | None
+    seed: int | None
+    random_seed: int
+    counts: Path
+    _judges: dict[Specs, Recovery] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.termination = None if self.is_worker else Termination()
+        self.live = None if self.is_worker else Live(self.config, self.counts)
+
+    @staticmethod
+    def of(config: pytest.Config, started: float, random_seed: int, counts: Path, is_worker: bool) -> Session:
+        """The session that the options and the configuration file ask for.
+
+        Raises UsageError for options that cannot be used. If cases are judged in this process, this fixes how its
+        kernels run, so it must come before anything imports Triton.
+        """
+
+        def setting(name: str, default: str) -> Any:
+            """The option ``name``, or else the setting in the configuration file, or else ``default``."""
+            given = config.getoption(f"oracle_{name}")
+            return given if given is not None else config.getini(f"oracle_{name}") or default
+
+        share_gpus(config)
+        wanted = setting("device", "auto")
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
+        device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+        in_process = bool(config.getini("oracle_in_process"))
+        if in_process:
+            processes.prepare_process(device.type)
+        counts.mkdir(exist_ok=True)
+        budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
+        by_default = config.rootpath / (config.getini("oracle_save") or "failures")
+        save_dir = Path(saved_in) if saved_in else _near(by_default)
+        return Session(
+            config=config,
+            started=started,
+            is_worker=is_worker,
+            in_process=in_process,
+            device=device,
+            specs=(setting("backend", "") or None, setting("layer", "") or None),
+            profile=setting("profile", "pr"),
+            save_dir=save_dir,
+            cases_dir=config.rootpath / setting("cases", "tests/cases"),
+            case_timeout=float(setting("case_timeout", "600")) or None,
+            replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
+            deadline=None if budget is None else time.monotonic() + budget,
+            seed=config.getoption("oracle_seed"),
+            random_seed=random_seed,
+            counts=counts,
+        )
+
+    def check(self) -> None:
+        """Raises UsageError, in one line, if the options name something that cannot be judged or written."""
+        try:
+            _check_folder(self.save_dir)
+            cases = [(file, load(file)) for file in self.replayed]
+            if self.is_worker or (self.specs == (None, None) and not cases):
+                return
+            judge = self.judge_of(self.specs)
+            for file, scenario in cases:
+                judge.check(scenario, file)
+            backend, layer = self.specs
+            if not cases and self.specs != (None, None):
+                judge.check_drawing(with_layer=backend is None and layer is not None)
+        except (BackendError, ScenarioError, processes.ChildDied) as error:
+            raise pytest.UsageError(str(error)) from None
+
+    def header(self) -> str:
+        """What is judged, for the head of the run."""
+        judged = f"judging {name_of(self.specs)} on {self.device.type}"
+        return f"oracle: {judged}, profile {self.profile}, seed {self.seed_of(self.profile)}"
+
+    def seed_of(self, profile: str) -> int:
+        """The seed from which the cases of ``profile`` are drawn."""
+        if self.seed is not None:
+            return self.seed
+        return self.random_seed if PROFILES[profile].fresh else 0
+
+    def judge_of(self, specs: Specs) -> Recovery:
+        """The judge of a backend and a layer, made once. Raises BackendError if they cannot be judged at all."""
+        if specs not in self._judges:
+            spec = SubjectSpec(*specs, self.case_timeout)
+            subject = spec.build(self.device) if self.in_process else None
+            self._judges[specs] = Recovery(spec, subject, self.device)
+        return self._judges[specs]
+
+    def expect(self, parts: Sequence[Part]) -> None:
+        """Note how many cases the run will judge, and say from now on how far it is."""
+        Counter(self.counts, "expected").note(expected=sum(part.cases for part in parts))
+        self.show_progress()
+
+    def judge(self, part: Part, name: str) -> Exploration:
+        """Judge a share of a test: one saved case as it is, or drawn cases until one fails. name: to count under.
+
+        Raises BackendError or ScenarioError for what cannot be judged, and ``Unfit`` for a saved case that is outside
+        what backend and layer declare.
+        """
+        judge = self.judge_of((part.backend, part.layer))
+        counter = Counter(self.counts, name, part.backend, part.layer)
+        if part.file is None:
+            seed = self.seed_of(part.profile) + part.shard
+            return judge.explore(
+                part.cases, seed, self.save_dir, self.deadline, with_layer=part.with_layer, counter=counter
+            )
+        scenario = load(part.file)
+        if (misfit := judge.misfit(scenario, part.file)) is not None:
+            raise Unfit(f"{misfit} is not among the sizes and modes that are declared")
+        outcome = judge.judge(scenario)
+        outcome.saved = part.file
+        verdict = outcome.verdict
+        counter.note(verdict.cases, verdict.replays, part.file if outcome.failure is not None else None)
+        return outcome
+
+    def report_of(self, outcome: Exploration, specs: Specs) -> str | None:
+        """The report of a failed outcome, or None."""
+        if outcome.failure is None:
+            return None
+        text = explain(outcome.failure, outcome.saved, self.replay_command(outcome, specs), outcome.unsaved)
+        note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
+        lost = "THE GPU FAULTED: the remaining cases of this process are judged in a child process.\n"
+        return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
+
+    def replay_command(self, outcome: Exploration, specs: Specs) -> str:
+        """The command that replays the case of an outcome on the same backend and layer."""
+        backend, layer = specs
+        saved = outcome.saved or Path("CASE.json")
+        is_timeout = outcome.failure is not None and outcome.failure.finding.kind is Kind.TIMEOUT
+        timeout = self.case_timeout if is_timeout else None
+        return replay_command(saved, backend, self.device.type, layer, timeout=timeout)
+
+    def show_progress(self) -> None:
+        """Say from now on how far the run is."""
+        if self.live is not None:
+            self.live.start()
+
+    def end_children(self) -> None:
+        """End the child processes that judge."""
+        for judge in self._judges.values():
+            judge.close()
+
+    def close(self) -> None:
+        """End the child processes, and show and count nothing more."""
+        self.end_children()
+        if self.live is not None:
+            self.live.close()
+        if self.termination is not None:
+            self.termination.close()
+            with suppress(OSError):
+                shutil.rmtree(self.counts)
+
+
+class Unfit(Exception):
+    """A saved case is outside the sizes and modes that the backend or the layer declares."""
+
+
+def share_gpus(config: pytest.Config) -> None:
+    """Give each worker of pytest-xdist (gw0, gw1, ...) one of the GPUs. The controller uses none."""
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
+    if worker is not None:
+        processes.take_gpu(int(worker["workerid"].removeprefix("gw")))
+
+
+def _near(path: Path) -> Path:
+    """``path`` as seen from the current folder, if it is in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ScenarioError if nothing could be saved in ``folder``, which need not exist yet."""
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise ScenarioError(f"--oracle-save {folder}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise ScenarioError(f"--oracle-save {folder}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ScenarioError(f"--oracle-save {folder}: nothing can be written in {existing}; name another directory")

@@ -1,0 +1,76 @@
+"""How far a run is: each process counts in files of its own in one folder, and whoever shows it adds them up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one process has judged of one part of a run, of ``backend`` and ``layer`` (``module:attribute`` or None).
+
+    saved: file of the case that failed; empty if none has. expected: cases that the whole run will judge.
+    """
+
+    cases: int = 0
+    replays: int = 0
+    saved: str = ""
+    expected: int = 0
+    backend: str | None = None
+    layer: str | None = None
+    process: int = 0
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts one part of a run. folder: of the run, which must exist. name: of the part, different for each."""
+
+    folder: Path
+    name: str
+    backend: str | None = None
+    layer: str | None = None
+
+    def note(self, cases: int = 0, replays: int = 0, saved: Path | None = None, expected: int = 0) -> None:
+        """Set the count. Where nothing can be written nothing is counted: a full disk must not end a run."""
+        count = Count(cases, replays, str(saved or ""), expected, self.backend, self.layer, os.getpid())
+        path = self.folder / f"{self.name}.json"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(asdict(count)), encoding="utf-8")
+            temporary.replace(path)
+
+
+def counts_in(folder: Path) -> list[Count]:
+    """All counts of a run."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError):
+            found.append(Count(**json.loads(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def progress_line(counts: Sequence[Count], seconds: float) -> str:
+    """How far a run is after ``seconds``."""
+    cases, replays, expected = (sum(getattr(c, name) for c in counts) for name in ("cases", "replays", "expected"))
+    findings = sum(bool(count.saved) for count in counts)
+    of_all = f"{cases:,} of {expected:,} cases" if expected else plural(cases, "case")
+    found = plural(findings, "finding") if findings else "no finding"
+    line = f"oracle: {of_all}, {plural(replays, 'replay')}, {found} after {duration(seconds)}"
+    if 0 < cases < expected:
+        line += f", about {duration(seconds * (expected - cases) / cases)} left"
+    return line
+
+
+def plural(number: int, noun: str) -> str:
+    """The number with its noun: "1 case", "2,000 cases"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, else minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

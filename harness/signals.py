@@ -1,0 +1,37 @@
+"""SIGTERM ends a run as Ctrl-C does: what was found so far is reported."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+INTERRUPTED, TERMINATED = 130, 143  # the exit codes that shells give to a command ended by Ctrl-C and by SIGTERM
+
+
+class Termination:
+    """From its creation until ``close``, the first SIGTERM raises KeyboardInterrupt; later ones are ignored.
+
+    ``timeout`` sends two, and the second would interrupt the clean-up after the first. Outside the main thread, where
+    Python handles no signals, nothing happens. arrived: whether SIGTERM has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGTERM, self._interrupt) if self._is_main else None
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.arrived = True
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Handle SIGTERM as before."""
+        if self._is_main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    @property
+    def exit_code(self) -> int:
+        """That of a run which was interrupted."""
+        return TERMINATED if self.arrived else INTERRUPTED

@@ -1,0 +1,300 @@
+"""The pytest plugin: ``--oracle-*`` options, the marker and the fixture ``oracle``, and the closing report.
+
+pytest loads it, by an entry point, in every run of an environment that has the package. So it imports nothing but
+pytest until a test or an option uses it, and does nothing to other tests. ``harness/plugin/`` does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from nsa_oracle.harness.plugin.fixture import Oracle
+    from nsa_oracle.harness.plugin.session import Session
+
+MARKER = "oracle"
+BUG = "oracle_bug"  # property of a test report: the planted bug that its item had to kill
+PROPERTY = "oracle"  # property of a test report: what its item covered, in a form that xdist workers can send
+PART = "oracle_part"  # the parameter of a marked test: what one of its items judges
+RANDOM_SEED = "oracle_random_seed"  # sent to workers of pytest-xdist, so that all draw from one seed
+COUNTS = "oracle_counts"  # sent to them, too: the folder in which all processes count what they have judged
+
+SESSION = pytest.StashKey["Session"]()
+STARTED = pytest.StashKey[float]()  # a value of time.time()
+WORKER_INPUT = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("oracle", "correctness oracle for multi-step attention backends")
+
+    def option(name: str, text: str, metavar: str, default: str = "", **how: Any) -> None:
+        """An option of the command line, and a setting of the same name in the configuration file."""
+        ending = f" (default: {default})" if default else ""
+        group.addoption(f"--oracle-{name}", help=text + ending, metavar=metavar, **how)
+        parser.addini(f"oracle_{name.replace('-', '_')}", f"{text}, as --oracle-{name}{ending}", default=None)
+
+    option(
+        "profile",
+        "how many cases to draw: dev and pr draw the same ones in every run, nightly new ones",
+        "NAME",
+        "pr",
+        type=_profile,
+    )
+    option(
+        "device",
+        "where the backend runs; cuda: real CUDA graphs; cpu: Triton's interpreter and a simulated graph; auto: cuda "
+        "if there is a GPU",
+        "auto|cpu|cuda",
+        "auto",
+        type=_device,
+    )
+    option(
+        "backend",
+        "backend to judge: a callable of (config, req_to_token)",
+        "MODULE:ATTRIBUTE",
+        "optimized/",
+    )
+    option(
+        "layer",
+        "attention layer to judge: a callable of (config, attention) that returns a layer or single stages of one",
+        "MODULE:ATTRIBUTE",
+        "optimized/",
+    )
+    option("save", "folder to save failing cases in", "DIR", "failures")
+    option("cases", "folder of saved cases that are judged first", "DIR", "tests/cases")
+    option(
+        "case-timeout",
+        "a case that is still running in judged code after this time has failed; 0: no limit",
+        "SECONDS",
+        "600",
+        type=_seconds,
+    )
+    group.addoption(
+        "--oracle-replay",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="judge this saved case and run nothing else; may be given several times",
+    )
+    group.addoption(
+        "--oracle-budget",
+        metavar="SECONDS",
+        type=_seconds,
+        help="judge no new case after this time; a failure found by then is still shrunk and reported (default: no "
+        "limit)",
+    )
+    group.addoption(
+        "--oracle-seed",
+        metavar="N",
+        type=_seed,
+        help="draw the cases of this seed, as another run reported it (default: 0; nightly: a new one)",
+    )
+    parser.addini(
+        "oracle_in_process",
+        "judge in pytest's own process and not in a child, for which its kernels are interpreted if there is no GPU",
+        type="bool",
+        default=False,
+    )
+
+
+def _profile(name: str) -> str:
+    """The type of --oracle-profile."""
+    from nsa_oracle.harness.search.drawing import PROFILES
+
+    if name not in PROFILES:
+        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(PROFILES)})")
+    return name
+
+
+def _device(name: str) -> str:
+    """The type of --oracle-device."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from auto, cpu, cuda)")
+    return name
+
+
+def _seconds(text: str) -> float:
+    """The type of options in seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
+    return seconds
+
+
+def _seed(text: str) -> int:
+    """The type of --oracle-seed: a whole number below 2**48."""
+    if not text.isdecimal() or int(text) >= 1 << 48:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {(1 << 48) - 1}")
+    return int(text)
+
+
+class Interruption:
+    """Notes whether Ctrl-C or SIGTERM ended the run; it is a plugin of its own because the hook gets no configuration.
+
+    Registered in every run, because it is the workers of pytest-xdist that know whether a test uses the oracle.
+    """
+
+    arrived = False
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Pytest also calls this when it ends a run by itself, with a subclass."""
+        self.arrived = excinfo.type is KeyboardInterrupt
+
+
+INTERRUPTION = pytest.StashKey[Interruption]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """If the run is the oracle's, fix how kernels run before anything imports Triton, and check the options."""
+    config.addinivalue_line(
+        "markers", f"{MARKER}(backend, layer, profile, cases): judge a backend or a layer, as nsa_oracle.harness.judged"
+    )
+    config.stash[STARTED] = time.time()
+    config.stash[INTERRUPTION] = Interruption()
+    config.pluginmanager.register(config.stash[INTERRUPTION])
+    config.stash[WORKER_INPUT] = getattr(config, "workerinput", None) or {
+        RANDOM_SEED: int.from_bytes(os.urandom(6), "big"),
+        COUNTS: str(Path(tempfile.gettempdir()) / f"nsa-oracle-{os.getpid()}-{os.urandom(4).hex()}"),
+    }
+    given = [value for name, value in vars(config.option).items() if name.startswith("oracle_")]
+    if any(value not in (None, []) for value in given) or config.getini("oracle_in_process"):
+        session_of(config).check()
+
+
+def session_of(config: pytest.Config) -> Session:
+    """The oracle's settings in this run, made when something needs them first."""
+    if SESSION not in config.stash:
+        from nsa_oracle.harness.plugin.session import Session
+
+        shared = config.stash[WORKER_INPUT]
+        started, counts = config.stash[STARTED], Path(shared[COUNTS])
+        config.stash[SESSION] = Session.of(config, started, shared[RANDOM_SEED], counts, is_worker(config))
+    return config.stash[SESSION]
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is a worker of pytest-xdist."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Send a worker of pytest-xdist what all workers share."""
+    node.workerinput.update(node.config.stash[WORKER_INPUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    """Once a worker has found that tests use the oracle, say how far they are, and handle SIGTERM."""
+    if Path(node.config.stash[WORKER_INPUT][COUNTS]).exists():
+        session_of(node.config).show_progress()
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    """Judges backends and layers within a test: ``oracle.judge(backend=...)``."""
+    from nsa_oracle.harness.plugin.fixture import Oracle
+
+    return Oracle(session_of(request.config), request.node)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make the items of a marked test: one for each saved case, and one for each shard of the drawn ones."""
+    marker = metafunc.definition.get_closest_marker(MARKER)
+    if marker is not None:
+        from nsa_oracle.harness.plugin.fixture import parts_of
+
+        parts = parts_of(session_of(metafunc.config), **marker.kwargs)
+        metafunc.fixturenames.append(PART)
+        metafunc.parametrize(PART, list(parts.values()), ids=list(parts))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--oracle-replay`` nothing but the files that it names is judged."""
+    if config.getoption("--oracle-replay"):
+        kept = [item for item in items if (part := _part_of(item)) is not None and part.file is not None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def _part_of(item: pytest.Item) -> Any:
+    """What an item of a marked test judges, or None."""
+    return item.callspec.params.get(PART) if hasattr(item, "callspec") else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Judge what an item of a marked test stands for, before its own body runs."""
+    part = _part_of(pyfuncitem)
+    if part is not None:
+        from nsa_oracle.harness.plugin.fixture import Oracle
+
+        Oracle(session_of(pyfuncitem.config), pyfuncitem).judge_part(part)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Report what cannot be judged in one line, without a traceback."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "nsa_oracle.harness.errors" in sys.modules:
+            from nsa_oracle.harness.errors import BackendError, ScenarioError
+
+            if isinstance(error, BackendError | ScenarioError) and (
+                _part_of(item) is not None or "oracle" in getattr(item, "fixturenames", ())
+            ):
+                pytest.fail(str(error), pytrace=False)
+        raise
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return config.stash[SESSION].header() if SESSION in config.stash else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Say how many cases the selected items draw, to whoever shows how far the run is."""
+    parts = [part for item in session.items if (part := _part_of(item)) is not None]
+    if parts:
+        session_of(session.config).expect(parts)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a session in which not everything was judged; end an interrupted one as shells expect."""
+    terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not is_worker(session.config) and terminalreporter is not None and _is_used(session.config):
+        from nsa_oracle.harness.plugin.closing import exit_code
+
+        session.exitstatus = exit_code(exitstatus, terminalreporter, session_of(session.config))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _is_used(config):
+        from nsa_oracle.harness.plugin.closing import write_report
+
+        write_report(terminalreporter, session_of(config))
+
+
+def _is_used(config: pytest.Config) -> bool:
+    """Whether this process, or a worker of pytest-xdist, has judged anything."""
+    return SESSION in config.stash or Path(config.stash[WORKER_INPUT][COUNTS]).exists()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SESSION in config.stash:
+        config.stash[SESSION].close()
