@@ -36,7 +36,7 @@ class Live:
 
     def _run(self) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        began, before = time.monotonic(), 0
+        began, before = time.monotonic(), -1
         wait = FIRST
         while terminal is not None and not self._end.wait(wait):
             counts = counts_in(self._folder)

@@ -1,13 +1,19 @@
-"""Plain text of tables and lists, in lines of at most ``WIDTH`` characters."""
+"""Plain text of tables and lists, in lines as wide as the terminal, and of at most ``WIDTH`` characters."""
 
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
 
-WIDTH = 120
+WIDTH = 120  # of a log, and of a wide terminal
+
+
+def text_width() -> int:
+    """The width of the terminal, or of a log."""
+    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def not_judged(left_out: Sequence[str]) -> str:
@@ -15,9 +21,9 @@ def not_judged(left_out: Sequence[str]) -> str:
     return f"not judged: {'; '.join(left_out)}"
 
 
-def render(renderable: RenderableType, width: int = WIDTH) -> str:
-    """Plain text of a rich object, with lines broken at ``width``, by default the width of a log."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+def render(renderable: RenderableType, width: int | None = None) -> str:
+    """Plain text of a rich object, with lines broken at ``width``, by default that of the terminal."""
+    console = Console(file=io.StringIO(), width=width or text_width(), color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))
@@ -25,9 +31,9 @@ def render(renderable: RenderableType, width: int = WIDTH) -> str:
 
 def wrapped(head: str, items: Iterable[str]) -> str:
     """``head`` and the items, separated by commas; further lines are indented."""
-    lines, line = [], head
+    lines, line, width = [], head, text_width()
     for item in items:
-        if len(line) + len(item) > WIDTH:
+        if len(line) + len(item) > width:
             lines.append(line.rstrip())
             line = "  "
         line += item + ", "
