@@ -21,12 +21,14 @@ import torch
 from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError, one_line
+from nsa_oracle.harness.scenarios.complaints import MOST_CHARACTERS, complaint
 from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 CORPUS = _TESTS / "cases"  # of this repository: every run judges these first
 PRODUCTION = "production"  # subfolder of a corpus, for runs on a GPU alone: sizes that take the interpreter hours
 MAX_FILE_BYTES = 1 << 20
+MAX_PATH = 4096  # characters of a file's name in messages
 BUG_CASES = _TESTS / "bugs"  # one case per bug that shows it, named after the bug
 
 
@@ -137,18 +139,22 @@ def to_json(scenario: Scenario) -> str:
 
 def from_json(text: str, source: str = "scenario") -> Scenario:
     """Parse a scenario. Raises ScenarioError, in one line that names ``source``, if ``text`` is not a valid one."""
+    scenario, reason = None, ""
     try:
-        scenario = Scenario.model_validate_json(text, strict=True)  # strict: true is not 1, and "4" is not 4
-        if "schema_version" not in json.loads(text, object_pairs_hook=_refuse_duplicate_names):
-            raise ScenarioError(f'{source}: schema_version is missing; add "schema_version": {SCHEMA_VERSION}')
-    except _DuplicateName as error:
-        raise ScenarioError(f"{source}: '{one_line(str(error))}' is given twice") from None
+        scenario = Scenario.model_validate_json(text, strict=True)  # true is not 1, and "4" is not 4
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ScenarioError(f"{source}: {one_line(place)}: {one_line(message)}{more}") from None
+        reason = complaint(error)
+        if error.error_count() == 1 and error.errors(include_url=False)[0]["type"] == "json_invalid":
+            raise ScenarioError(f"{source}: {reason}") from None
+    try:
+        names = json.loads(text, object_pairs_hook=_refuse_duplicate_names, parse_int=str, parse_float=str)
+    except _DuplicateName as error:
+        name = one_line(str(error), MOST_CHARACTERS)
+        raise ScenarioError(f"{source}: '{name}' is given twice; remove one of them") from None
+    if isinstance(names, dict) and "schema_version" not in names:
+        raise ScenarioError(f'{source}: schema_version is missing; add "schema_version": {SCHEMA_VERSION}')
+    if scenario is None:  # said last: the two reasons above explain it better
+        raise ScenarioError(f"{source}: {reason}")
     return scenario
 
 
@@ -166,23 +172,25 @@ def _refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def load(path: Path) -> Scenario:
     """Read a scenario file. Raises ScenarioError if it cannot be read or does not contain a valid scenario."""
+    source = one_line(str(path), MAX_PATH)  # the name itself may contain a line break
     try:
-        content = _read(path)
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        text = _read(path, source).decode("utf-8")
+    except OSError as error:
+        raise ScenarioError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"{source}: cannot be read: {error}; save it as UTF-8") from None
     if text.startswith("\ufeff"):
-        raise ScenarioError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
-    return from_json(text, str(path))
+        raise ScenarioError(f"{source}: begins with a byte order mark; save it as UTF-8 without one")
+    return from_json(text, source)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, source: str) -> bytes:
     """The content of a regular file of a case's size. Raises ScenarioError for any other: a device may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ScenarioError(f"{path}: is not a regular file")
+            raise ScenarioError(f"{source}: is not a regular file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ScenarioError(f"{path}: has more than {MAX_FILE_BYTES:,} bytes, which no case needs")
+        raise ScenarioError(f"{source}: has more than {MAX_FILE_BYTES:,} bytes, which no case needs")
     return content

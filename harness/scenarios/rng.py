@@ -32,7 +32,11 @@ class Stream:
 
     def permutation(self, count: int) -> list[int]:
         """0..count-1 in random order."""
-        return [int(i) for i in np.argsort(self._raw(count), kind="stable")]
+        return [int(i) for i in self.order(count)]
+
+    def order(self, count: int) -> NDArray[np.int64]:
+        """The same numbers as ``permutation``, in an array."""
+        return np.argsort(self._raw(count), kind="stable")
 
     def words_at(self, places: Iterable[tuple[int, int]], count: int) -> NDArray[np.uint64]:
         """``count`` raw numbers for each place (two 64-bit numbers): [places, count] uint64.

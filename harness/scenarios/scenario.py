@@ -10,7 +10,7 @@ import enum
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig, ForwardMode, KVCacheDtype, StepSemantics
@@ -22,11 +22,20 @@ MAX_CONTEXT = 1 << 20
 MAX_CELLS = 1 << 26  # of all page tables together: 256 MiB
 MAX_POOL_CELLS = 1 << 23  # of req_to_token, of which the host keeps lists as well
 MAX_WORK = 1 << 33  # cells of page tables that captures, replays and eager calls fill together: some minutes
+MAX_HOST_WORK = 1 << 36  # cells of the pool that joins, accepts and the like write on the host: about a minute
 MAX_EVENTS = 4096
 MAX_GRAPHS = 1024
 MAX_CACHE_BYTES = 1 << 31  # of the caches of one layer
 MAX_EXACT_KEYS = 2048
 SCALE_OF_EXACT_REGIMES = math.log(2)  # q.k is then the logit in the exp2 domain
+
+
+class FieldError(ValueError):
+    """A rule between several fields is broken. ``field`` is the place of one to change, within the judged record."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
 
 
 class _Record(BaseModel):
@@ -160,7 +169,10 @@ class Setup(_Record):
     @model_validator(mode="after")
     def _leaves_room_for_drafts(self) -> Setup:
         if self.max_seq_len < 1:
-            raise ValueError(f"max_context_len must exceed the {self.draft_overshoot} tokens a draft may overshoot")
+            raise FieldError(
+                "max_context_len",
+                f"{self.max_context_len} must exceed the {self.draft_overshoot} tokens that a draft may overshoot",
+            )
         return self
 
     def backend_config(self) -> BackendConfig:
@@ -198,7 +210,7 @@ class Capture(_Record):
 
     event: Literal["capture"] = "capture"
     mode: GraphMode
-    buckets: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = Field(min_length=1)
+    buckets: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...], FailFast()] = Field(min_length=1)
 
 
 class Join(_Record):
@@ -231,7 +243,7 @@ class Accept(_Record):
     """Verification accepted ``accept_lengths[i]`` tokens of running request i; the tuple repeats for more requests."""
 
     event: Literal["accept"] = "accept"
-    accept_lengths: tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...] = Field(min_length=1)
+    accept_lengths: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...], FailFast()] = Field(min_length=1)
 
 
 class Remap(_Record):
@@ -269,12 +281,12 @@ class Eager(_Record):
     mode: ForwardMode
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
-    extend_lens: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    extend_lens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = (1,)
 
     @model_validator(mode="after")
     def _extends_something(self) -> Eager:
         if not self.extend_lens:
-            raise ValueError("extend_lens must name at least one length")
+            raise FieldError("extend_lens", "must name at least 1 length; it is empty")
         return self
 
 
@@ -283,7 +295,9 @@ Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Fie
 
 def _an_int(version: object) -> object:
     """Makes the validation of ``Literal[1]`` reject True and 1.0, which it accepts by itself."""
-    return version if type(version) is int else repr(version)
+    if type(version) is not int:
+        raise ValueError("must be a whole number")
+    return version
 
 
 class Scenario(_Record):
@@ -296,9 +310,9 @@ class Scenario(_Record):
     schema_version: Annotated[Literal[1], BeforeValidator(_an_int)] = SCHEMA_VERSION
     note: str = ""
     setup: Setup
-    optimizations: tuple[str, ...] = ()
+    optimizations: Annotated[tuple[str, ...], FailFast()] = ()
     seed: int = Field(default=0, ge=0, lt=1 << 64)
-    events: tuple[Event, ...] = ()
+    events: Annotated[tuple[Event, ...], FailFast()] = ()
 
     @property
     def calls(self) -> int:
@@ -311,20 +325,40 @@ class Scenario(_Record):
         longest = setup.max_seq_len
         for number, event in enumerate(self.events):
             if isinstance(event, Join) and event.seq_len > longest:
-                raise ValueError(f"event {number}: seq_len {event.seq_len} leaves no room to draft; at most {longest}")
+                length = event.seq_len if event.seq_len <= MAX_CONTEXT else f"a number above {MAX_CONTEXT}"
+                raise FieldError(
+                    f"events[{number}].seq_len", f"{length} leaves no room to draft; at most {longest} fit"
+                )
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
         per_request = setup.num_draft_tokens * setup.num_steps
         largest = max(buckets, default=setup.pool_size)
-        for what, count, most in (
-            ("events", len(self.events), MAX_EVENTS),
-            ("graphs", len(buckets), MAX_GRAPHS),
-            ("cells in req_to_token", setup.pool_size * setup.max_context_len, MAX_POOL_CELLS),
-            ("cells in page tables", (setup.pool_size + largest * per_request) * setup.max_context_len, MAX_CELLS),
-            ("cells to fill", (sum(buckets) + self.calls * largest) * per_request * setup.max_context_len, MAX_WORK),
+        tables = (setup.pool_size + largest * per_request) * setup.max_context_len
+        filled = (sum(buckets) + self.calls * largest) * per_request * setup.max_context_len
+        sizes = "setup.max_context_len"
+        for place, what, count, most in (
+            ("events", "events", len(self.events), MAX_EVENTS),
+            ("events", "graphs", len(buckets), MAX_GRAPHS),
+            (sizes, "cells in req_to_token", setup.pool_size * setup.max_context_len, MAX_POOL_CELLS),
+            (sizes, "cells in page tables", tables, MAX_CELLS),
+            ("events", "cells to fill", filled, MAX_WORK),
+            ("events", "cells of the pool to map on the host", self._host_work(), MAX_HOST_WORK),
         ):
             if count > most:
-                raise ValueError(f"it would have {count:,} {what}; at most {most:,}")
+                raise FieldError(place, f"the case would have {count:,} {what}; at most {most:,}: make it smaller")
         return self
+
+    def _host_work(self) -> int:
+        """An upper bound of the cells of the pool that events map on the host. A page costs as much as 32 cells."""
+        rows = 0
+        for event in self.events:
+            match event:
+                case Accept():
+                    rows += self.setup.pool_size
+                case Join() | Finish():
+                    rows += min(event.count, self.setup.pool_size)
+                case Remap():
+                    rows += 1
+        return rows * (self.setup.max_context_len + 32 * self.setup.pages_per_request)
 
     @model_validator(mode="after")
     def _caches_fit_memory(self) -> Scenario:
@@ -336,13 +370,16 @@ class Scenario(_Record):
         # The sentinel in page tables is the number of an existing slot; as a page number it has to exist as well.
         bytes_ = slots * (2 * config.qk_head_dim + config.index_page_bytes(setup.page_size))
         if bytes_ > MAX_CACHE_BYTES:
-            raise ValueError(f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}")
+            reason = f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}: make the pool smaller"
+            raise FieldError("setup.layer", reason)
         if setup.page_size & (setup.page_size - 1):
-            raise ValueError(f"a layer needs a page size that is a power of two, not {setup.page_size}")
+            raise FieldError("setup.page_size", f"with a layer it must be a power of two, not {setup.page_size}")
         if layer.regime is not Regime.RANDOM and setup.index_topk > MAX_EXACT_KEYS:
-            raise ValueError(f"the exact regimes hold for at most {MAX_EXACT_KEYS} keys; index_topk is larger")
+            reason = f"the exact regimes hold for at most {MAX_EXACT_KEYS} keys, not {setup.index_topk}"
+            raise FieldError("setup.index_topk", reason)
         if layer.regime is Regime.DOMINATING and slots > (most := most_coded_slots(config)):
-            raise ValueError(
-                f"a RoPE part of {layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}"
+            raise FieldError(
+                "setup.layer.qk_rope_head_dim",
+                f"{layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}: use a larger part",
             )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -21,6 +22,8 @@ from nsa_oracle.harness.scenarios.scenario import (
 )
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
+
+MAX_NAMES = 1000  # characters of the names of optimisations
 
 
 def story(scenario: Scenario, failing_event: int | None = None) -> str:
@@ -59,7 +62,7 @@ def _setup(scenario: Scenario) -> str:
             f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
             f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
             *([] if setup.layer is None else [_layer(setup.layer)]),
-            f"optimisations: {', '.join(scenario.optimizations) or 'none'}; seed {scenario.seed}.",
+            f"optimisations: {one_line(', '.join(scenario.optimizations), MAX_NAMES) or 'none'}; seed {scenario.seed}.",
         )
     )
 

@@ -6,6 +6,7 @@ machine. It does not depend on the backend.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +41,7 @@ class Request:
 
     pool_row: int
     seq_len: int
-    pages: list[int]
+    pages: array[int]
     accept_length: int = 1
     previous_seq_len: int = 0  # before the last accept; a stale host mirror still has it
 
@@ -116,13 +117,14 @@ class World:
         if setup.inputs.far_req_to_token:  # only its last rows lie far, and few scenarios would use them otherwise
             self.free_rows.reverse()
         self.free_pages = self._pages_in_order(setup)  # a stack as well
+        self._owners: NDArray[np.int32] = np.zeros(setup.num_pages, dtype=np.int32)  # requests that hold each page
         self._random = Stream(self.scenario.seed, "world")
 
     def apply(self, event: Event) -> Batch | None:
         """Apply one event. Replay and eager events return the batch that the engine sends."""
         match event:
             case Join():
-                for number in range(event.count):
+                for number in range(min(event.count, len(self.free_rows))):
                     self._join(event, (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1)
             case Finish():
                 for _ in range(min(event.count, len(self.running))):
@@ -140,20 +142,19 @@ class World:
         return None
 
     def _join(self, event: Join, seq_len: int) -> None:
-        if not self.free_rows:
-            return
-        shared: list[int] = []
+        shared: array[int] = array("i")
         if event.prefix_of is not None and self.running:
             source = self.running[event.prefix_of % len(self.running)]
             shared = self._full_pages(source, seq_len, event.prefix_pages)
-        request = Request(self.free_rows.pop(), seq_len, list(shared), previous_seq_len=seq_len)
+        request = Request(self.free_rows.pop(), seq_len, shared, previous_seq_len=seq_len)
+        self._owners[_numbers(shared)] += 1
         self.running.append(request)
         self._map(request)
 
     def _finish(self, request: Request) -> None:
         self.running.remove(request)
         self.free_rows.append(request.pool_row)
-        self._free_unshared(request.pages)
+        self._release(request.pages)
         self.req_to_token[request.pool_row] = self.poison
 
     def _accept(self, event: Accept) -> None:
@@ -172,12 +173,13 @@ class World:
         request = self.running[event.request % len(self.running)]
         source = self.running[event.prefix_of % len(self.running)]
         shared = self._full_pages(source, request.seq_len, event.prefix_pages)
-        replaced = request.pages
-        others = {page for other in self.running if other is not request for page in other.pages}
+        replaced, behind = request.pages, request.pages[len(shared) :]
         # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
-        behind = [self.free_pages.pop() if page in others else page for page in replaced[len(shared) :]]
+        for place in np.flatnonzero(self._owners[_numbers(behind)] > 1):
+            behind[place] = self.free_pages.pop()
         request.pages = shared + behind
-        self._free_unshared([page for page in replaced if page not in request.pages])
+        self._owners[_numbers(request.pages)] += 1
+        self._release(replaced)
         self._map(request)
 
     def _batch(self, mode: ForwardMode, mirror: Mirror, order: Order, extend_lens: tuple[int, ...] = ()) -> Batch:
@@ -234,15 +236,19 @@ class World:
         """Give the request pages for its tokens and the draft's overshoot, and write their slots to its pool row."""
         setup = self.scenario.setup
         covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
-        while len(request.pages) * setup.page_size < covered:
-            request.pages.append(self.free_pages.pop())
-        pages = np.asarray(request.pages, dtype=np.int32)  # [pages]
+        missing = -(-covered // setup.page_size) - len(request.pages)
+        if missing > 0:
+            taken = self.free_pages[-missing:][::-1]
+            del self.free_pages[-missing:]
+            request.pages.extend(taken)
+            self._owners[_numbers(taken)] += 1
+        pages = _numbers(request.pages)
         slots = pages[:, None] * setup.page_size + np.arange(setup.page_size, dtype=np.int32)  # [pages, page_size]
         row = self.req_to_token[request.pool_row]
         row[:covered] = slots.reshape(-1)[:covered]
         row[covered:] = self.poison
 
-    def _full_pages(self, source: Request, seq_len: int, count: int) -> list[int]:
+    def _full_pages(self, source: Request, seq_len: int, count: int) -> array[int]:
         """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
 
         A page that is still being written is never shared: two requests would write different tokens to it.
@@ -250,21 +256,28 @@ class World:
         filled = min(source.seq_len, seq_len) // self.scenario.setup.page_size
         return source.pages[: min(count, filled)]
 
-    def _free_unshared(self, pages: list[int]) -> None:
-        still_used = {page for request in self.running for page in request.pages}
-        self.free_pages.extend(page for page in reversed(pages) if page not in still_used)
+    def _release(self, pages: array[int]) -> None:
+        """Take one owner from each of ``pages``. Those without another are free at once, the first one last."""
+        numbers = _numbers(pages)
+        self._owners[numbers] -= 1
+        self.free_pages.frombytes(numbers[self._owners[numbers] == 0][::-1].tobytes())
 
-    def _pages_in_order(self, setup: Setup) -> list[int]:
+    def _pages_in_order(self, setup: Setup) -> array[int]:
         """All pages except the dummy page 0, as a stack: the last one is used first."""
         count = setup.pool_size * setup.pages_per_request
-        pages = list(range(1, count + 1))
+        pages = np.arange(1, count + 1, dtype=np.int32)
         match setup.page_layout:
             case PageLayout.CONTIGUOUS:
                 ordered = pages
             case PageLayout.DESCENDING:
                 ordered = pages[::-1]
             case PageLayout.INTERLEAVED:
-                ordered = [page for start in range(3) for page in pages[start::3]]
+                ordered = np.concatenate([pages[start::3] for start in range(3)])
             case PageLayout.SHUFFLED:
-                ordered = [pages[i] for i in Stream(self.scenario.seed, "pages").permutation(count)]
-        return ordered[::-1]
+                ordered = pages[Stream(self.scenario.seed, "pages").order(count)]
+        return array("i", ordered[::-1].tobytes())
+
+
+def _numbers(pages: array[int]) -> NDArray[np.int32]:
+    """``pages`` as numpy sees them, without a copy."""
+    return np.frombuffer(pages, dtype=np.int32)
