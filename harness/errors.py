@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class BackendError(ValueError):
     """A backend or layer that cannot be judged at all. The message is one line and names the cause and the remedy."""
@@ -27,3 +30,10 @@ def error_line(error: BaseException, most: int = 200) -> str:
         return one_line(" ".join(str(error).split()), most) or "no message"
     except Exception:  # the judged code may raise exceptions whose __str__ fails
         return "no text"
+
+
+def meant(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The one of ``known`` that was probably meant by ``name``, whatever the case of its letters; or ""."""
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower()[:100], lower, n=1, cutoff=cutoff)
+    return lower[near[0]] if near else ""

@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     ADDRESS = "buffer moved after capture"
     GUARD = "write outside a buffer"
     INPUT = "input modified"
+    STATE = "global state left changed"
     CAPTURE = "capture rejected"
     FROZEN = "frozen host value"
     VARIANTS = "compiled anew for each size"

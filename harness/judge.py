@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
+from nsa_oracle.harness.subjects.global_state import kept_global_state
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
@@ -143,8 +145,13 @@ def _judge_twice(
             return Engine(scenario, factory, layer_factory, device, Conditions(sentinel, poison, graphs, stress))
 
         run = _Run(scenario, build, device, covered, run)
-        with speed.without_warnings():
+        with speed.without_warnings(), kept_global_state(partial(_left_changed, scenario), OracleFailure):
             run.judge()
+
+
+def _left_changed(scenario: Scenario, finding: Finding, failure: BaseException | None) -> OracleFailure:
+    """A failure at the event of ``failure``, which may be due to what ``finding`` says; without one, at the last."""
+    return OracleFailure(scenario, finding, getattr(failure, "event", len(scenario.events) - 1))
 
 
 def sentinels(setup: Setup) -> tuple[int, int]:

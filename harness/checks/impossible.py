@@ -24,8 +24,21 @@ def diagnosed(finding: Finding | None, setup: Setup) -> Finding | None:
     """``finding``, with a clause if its value is a wrong number of the metadata that is impossible."""
     if finding is None or finding.kind is not Kind.VALUE or finding.field not in _METADATA:
         return finding
-    clause = _impossible(finding, int(finding.got), setup)
-    return finding if clause is None else dataclasses.replace(finding, got=f"{finding.got} ({clause})")
+    clause, unmapped = (
+        _impossible(finding, int(finding.got), setup),
+        _of_no_token(finding, int(finding.expected), setup),
+    )
+    got = finding.got if clause is None else f"{finding.got} ({clause})"
+    return dataclasses.replace(finding, got=got, expected=finding.expected + unmapped)
+
+
+def _of_no_token(finding: Finding, value: int, setup: Setup) -> str:
+    """A clause about an expected slot or page that does not exist.
+
+    A padding request reads pool row 0, whose cells hold a filler of the harness while no request has that row.
+    """
+    tables = {"real_page_table": setup.num_pages, **dict.fromkeys(SLOTS, setup.num_pages * setup.page_size)}
+    return " (what the pool holds where no request is)" if value >= tables.get(finding.field, value + 1) else ""
 
 
 def _impossible(finding: Finding, value: int, setup: Setup) -> str | None:

@@ -15,7 +15,7 @@ from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import Axis, Field
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
-from nsa_oracle.harness.subjects.result_checks import described
+from nsa_oracle.harness.subjects.result_checks import described, shown_value
 from nsa_oracle.reference.types import Metadata
 
 
@@ -39,8 +39,10 @@ def _compare_step(
     for name in fields.HOST_SCALARS:
         scalar = got.host_scalars[name]
         # A tensor would synchronise at every use; a bool is not a size.
-        if not isinstance(scalar, int) or isinstance(scalar, bool) or scalar != getattr(want, name):
-            return Finding(Kind.HOST_SCALAR, name, repr(got.host_scalars[name]), repr(getattr(want, name)))
+        if not isinstance(scalar, int) or isinstance(scalar, bool):
+            return Finding(Kind.HOST_SCALAR, name, shown_value(scalar), f"{getattr(want, name)}, an int of Python")
+        if scalar != getattr(want, name):
+            return Finding(Kind.HOST_SCALAR, name, str(scalar), str(getattr(want, name)))
     expected = fields.tensors(want)
     lengths = expected["seqlens_expanded"].numpy()
     for field in fields.FIELDS:

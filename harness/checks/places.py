@@ -26,7 +26,7 @@ class RowLabels:
             self.rows += [f"{self.request(request)}, draft token {token}" for token in range(count)]
 
     def request(self, number: int) -> str:
-        return f"request {number}" + (" (padding)" if number >= self.raw_bs else "")
+        return f"{'padding request' if number >= self.raw_bs else 'request'} {number}"
 
     def row(self, number: int) -> str:
         return f"row {number} ({self.rows[number] if number < len(self.rows) else 'unused tail'})"

@@ -19,9 +19,9 @@ from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
-from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe
+from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
+from nsa_oracle.harness.engine.shown_metadata import check_steps, shown_metadata
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
-from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.runner import graph_runner
@@ -29,7 +29,6 @@ from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocat
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
-from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
@@ -69,7 +68,7 @@ class Engine:
         with GuardedAllocations(sentinel, device) as guard:
             self.backend = factory(self.config, self._pool.tensor, scenario.optimizations)
             self.driver = driver_for(setup.drive, self.backend, self.config)
-            self._check_steps()
+            check_steps(self.backend, self.config.speculative_num_steps)
             self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self.guards.keep(guard.buffers)
 
@@ -139,12 +138,11 @@ class Engine:
                 self.driver.prepare_replay(forward_batch)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
-        yield Observation(padded, batch.size, True, bound.observe(self._shown_metadata(), self.conditions.stress))
+        shown = self._shown_metadata("init_forward_metadata_replay_cuda_graph")
+        yield Observation(padded, batch.size, True, bound.observe(shown, self.conditions.stress))
         if self.layer is None:
             if bound.changes_when_replayed_again(sentinel, spoilt):
-                yield Observation(
-                    padded, batch.size, True, bound.observe(self._shown_metadata(), self.conditions.stress)
-                )
+                yield Observation(padded, batch.size, True, bound.observe(shown, self.conditions.stress))
         else:
             assert load is not None
             steps = bound.shown_steps()
@@ -159,11 +157,11 @@ class Engine:
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
                 self.driver.prepare_eagerly(forward_batch)
-            metadata = self._shown_metadata()
+            metadata = self._shown_metadata("init_forward_metadata")
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m).items()} for m in metadata]
         self.guards.check(guard.buffers)
         steps = tuple(
-            observe(m, {name: tensor.cpu() for name, tensor in tensors.items()}, {})
+            observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {})
             for m, tensors in zip(metadata, seen, strict=True)
         )
         yield Observation(batch, batch.size, False, steps)
@@ -187,7 +185,7 @@ class Engine:
         self._delivery.deliver()
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             self.driver.bind(forward_batch)
-        metadata = tuple(self._shown_metadata())
+        metadata = tuple(self._shown_metadata("init_forward_metadata_capture_cuda_graph"))
         self.guards.check_and_keep(guard.buffers, metadata)
 
         arena = ProbeArena(metadata, self.device, with_layer=self.layer is not None)
@@ -222,13 +220,6 @@ class Engine:
         written = None if self.layer is None else self.layer.driver.modified_input()  # a capture can write, too
         return self.inputs.modified() or (None if written is None else written.name)
 
-    def _check_steps(self) -> None:
-        """Raises WrongResult unless there is one single-step backend per step."""
-        seen, wanted = len(self.backend.attn_backends), self.config.speculative_num_steps
-        if seen != wanted:
-            raise WrongResult(Finding(Kind.SHAPE, "attn_backends", f"{seen} steps", f"{wanted} steps"))
-
-    def _shown_metadata(self) -> list[Metadata]:
-        """The metadata that each single-step backend exposes now. Raises WrongResult."""
-        self._check_steps()
-        return [getattr(step, "forward_metadata", None) for step in self.backend.attn_backends]  # type: ignore[misc]
+    def _shown_metadata(self, after: str) -> list[Metadata]:
+        """The metadata that each single-step backend exposes, after a call of ``after``. Raises WrongResult."""
+        return shown_metadata(self.backend, self.config.speculative_num_steps, after)

@@ -134,6 +134,11 @@ class BoundGraph:
         )
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A host copy. Of a tensor without memory, zeros: the comparison reports its device first."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
+
+
 def observe(metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
     """The metadata of one step. seen: host copies of its fields. probes: those of a graph, to detect moved fields."""
     held = fields.tensors(metadata)

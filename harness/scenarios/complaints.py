@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from nsa_oracle.harness.errors import one_line
+from nsa_oracle.harness.errors import meant, one_line
 from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Event, FieldError, Layer, Scenario, Setup
 
 MOST = 3  # mistakes that one line names
@@ -42,6 +41,11 @@ def complaint(error: ValidationError) -> str:
         named.append(_one(mistake, brief=True))
     more = f"; and {len(ordered) - MOST:,} more" if len(ordered) > MOST else ""
     return "; ".join(named) + more
+
+
+def complaint_about_value(error: ValidationError) -> str:
+    """What is wrong with a single value, such as "must be at least 1, not -64"."""
+    return _one(error.errors(include_url=False)[0]).removeprefix("the file: ")
 
 
 def path_of(location: Sequence[str | int]) -> str:
@@ -101,9 +105,9 @@ def _unknown(location: Sequence[str | int], brief: bool) -> str:
     """An unknown name, with the one that was probably meant."""
     *owner, name = location
     fields = _fields_of(location)
-    near = difflib.get_close_matches(str(name)[:MOST_CHARACTERS], fields, n=1, cutoff=0.5)
+    near = meant(str(name), fields, cutoff=0.5)
     choice = "" if brief else f", or choose from {', '.join(fields)}"
-    mend = f"did you mean {near[0]}?" if near else f"remove it{choice}"
+    mend = f"did you mean {near}?" if near else f"remove it{choice}"
     return f"{path_of(location)}: there is no such field of {_record(owner)}; {mend}"
 
 
@@ -127,9 +131,10 @@ def _missing(mistake: Details) -> str:
 
 
 def _tag(mistake: Details) -> str:
-    near = difflib.get_close_matches(str(mistake["ctx"]["tag"])[:MOST_CHARACTERS], _EVENTS, n=1)
-    meant = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(_EVENTS)}"
-    return f"there is no event '{one_line(str(mistake['ctx']['tag']), MOST_CHARACTERS)}'{meant}"
+    tag = str(mistake["ctx"]["tag"])
+    near = meant(tag, _EVENTS)
+    mend = f"did you mean {near}?" if near else f"choose from {', '.join(_EVENTS)}"
+    return f"there is no event '{one_line(tag, MOST_CHARACTERS)}'; {mend}"
 
 
 def _choice(mistake: Details) -> str:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from nsa_oracle.harness.errors import one_line
+from nsa_oracle.harness.errors import meant, one_line
+from nsa_oracle.harness.scenarios.complaints import complaint_about_value
 from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Layer, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
@@ -124,7 +125,9 @@ def _checked_sizes(sizes: object, fields: Mapping[str, FieldInfo], no_owner: str
         if name in ("inputs", "layer"):
             raise ValueError(f"sizes: name the fields of '{name}' themselves, not '{name}'")
         if name not in fields:
-            raise ValueError(f"sizes: {no_owner} has '{_brief(name)}'; choose from {', '.join(fields)}")
+            near = meant(name, fields) if isinstance(name, str) else ""
+            mend = f"did you mean {near}?" if near else f"choose from {', '.join(fields)}"
+            raise ValueError(f"sizes: {no_owner} has '{_brief(name)}'; {mend}")
     return {name: _checked_values(name, values, fields[name]) for name, values in sizes.items()}
 
 
@@ -149,7 +152,7 @@ def _checked_value(name: str, value: object, info: FieldInfo) -> Any:
     try:
         return checked.validate_python(value, strict=True)
     except ValidationError as error:
-        raise ValueError(f"sizes: '{name}' cannot be {_brief(value)}: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"sizes: '{name}' cannot be {_brief(value)}: it {complaint_about_value(error)}") from None
 
 
 def _checked_modes(modes: object) -> tuple[ForwardMode, ...]:
@@ -158,7 +161,9 @@ def _checked_modes(modes: object) -> tuple[ForwardMode, ...]:
         raise ValueError(f"modes must be a list or tuple of modes, not {_brief(modes)}")
     for mode in modes:
         if not isinstance(mode, ForwardMode) and not (isinstance(mode, str) and mode in known):
-            raise ValueError(f"modes: there is no {_brief(mode)}; choose from {', '.join(known)}")
+            near = meant(mode, known) if isinstance(mode, str) else ""
+            mend = f"did you mean {near}?" if near else f"choose from {', '.join(known)}"
+            raise ValueError(f"modes: there is no {_brief(mode)}; {mend}")
     if not modes:
         raise ValueError("modes allows no mode at all")
     return tuple(mode for mode in ForwardMode if mode in modes or mode.value in modes)

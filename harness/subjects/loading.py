@@ -11,8 +11,10 @@ from typing import cast
 import torch
 from pydantic.fields import FieldInfo
 
-from nsa_oracle.harness.errors import BackendError, error_line
+from nsa_oracle.harness.errors import BackendError, error_line, meant, one_line
+from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.protocol import (
+    STAGES,
     BackendFactory,
     LayerFactory,
     MultiStepBackend,
@@ -79,19 +81,25 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
 
     Raises BackendError if ``layer`` has no stage, a stage that is not callable, or a malformed ``weaker``.
     """
-    names = [name for name in vars(SparseAttention) if not name.startswith("_")]
+    shown = f"layer '{spec}'"
+    _check_instance(layer, shown, "returned {kind}", "return the layer")
+    names = _stages()
     own = [name for name in names if hasattr(layer, name)]
+    cutoff = 0.9 if own else 0.75  # the names of helpers may be like those of stages
+    near = next((clause for name in names if name not in own and (clause := _misspelt(layer, name, cutoff))), "")
     if not own:
-        raise BackendError(f"layer '{spec}': {type(layer).__name__} has none of the methods {', '.join(names)}")
+        raise BackendError(f"{shown}: {type(layer).__name__} has none of the methods {', '.join(names)}{near}")
+    if near:  # it would be judged without the stage that its author means to bring
+        raise BackendError(f"{shown}: {type(layer).__name__} has a misspelt stage{near}")
     if uncallable := [name for name in own if not callable(getattr(layer, name))]:
-        raise BackendError(f"layer '{spec}': {type(layer).__name__}.{uncallable[0]} is not a method")
+        raise BackendError(f"{shown}: {type(layer).__name__}.{uncallable[0]} is not a method")
     check_weaker(getattr(layer, "weaker", {}), spec)
     whole = optimized_layer(config, attention)
     for name in (*own, "weaker"):
         if hasattr(layer, name) and not (name == "forward" and getattr(type(layer), name, None) is type(whole).forward):
             setattr(whole, name, getattr(layer, name))  # the forward of ``optimized/`` then calls the layer's stages
-    for name, stage in checked_stages(layer, config.index_topk).items():
-        if name in own:
+    for name, stage in checked_stages(layer, config.index_topk, attention.kv_lora_rank).items():
+        if name in vars(whole):  # set above
             setattr(whole, name, stage)
     ours = type(whole)
     calls = MethodCalls([name for name in own if getattr(type(layer), name, None) is not getattr(ours, name)])
@@ -108,31 +116,37 @@ def check_weaker(weaker: object, spec: str) -> None:
     for stage, strictness in weaker.items():
         if not isinstance(strictness, Strictness):
             raise BackendError(f"layer '{spec}': weaker: '{stage}' must be an nsa_oracle.harness.protocol.Strictness")
+        if stage not in STAGES:
+            near = meant(str(stage), STAGES)
+            mend = f"did you mean {near}?" if near else f"choose from {', '.join(STAGES)}"
+            raise BackendError(f"layer '{spec}': weaker: there is no stage '{one_line(str(stage))}'; {mend}")
         if stage not in strictness.stages:
             fitting = ", ".join(strictness.stages)
             raise BackendError(f"layer '{spec}': weaker: '{stage}' cannot be {strictness.name}; it fits {fitting}")
 
 
 def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
+    shown = f"{what} '{one_line(spec)}'"
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
-        raise BackendError(f"{what} '{spec}' is not of the form module:attribute")
-    try:
-        with shown_warnings():
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise BackendError(f"{what} '{spec}': cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
-    except (Exception, SystemExit) as error:  # the module's code may do anything
-        reason = error_line(error)
-        raise BackendError(
-            f"{what} '{spec}': importing {module_name} raised {type(error).__name__}: {reason}"
-        ) from error
+        near = ":".join(spec.rsplit(".", 1)) if not colon and not spec.endswith(".py") else ""
+        mend = f"; write {one_line(near)}?" if "." in spec and near else ", such as my_backend:MyBackend"
+        raise BackendError(f"{shown} is not of the form module:attribute{mend}")
+    if (name := _module_of(module_name)) != module_name:
+        as_module = f"{name}:{attribute.strip()}"
+        raise BackendError(f"{shown} names a file; write {one_line(as_module)} and have its folder on PYTHONPATH")
+    module = _imported(module_name, shown)
     try:
         found = getattr(module, attribute)
     except AttributeError:
-        raise BackendError(f"{what} '{spec}': module {module_name} has no attribute {attribute}") from None
+        near = meant(attribute, (name for name in vars(module) if not name.startswith("_")))
+        mend = f"; did you mean {near}?" if near else ""
+        raise BackendError(f"{shown}: module {module_name} has no attribute {one_line(attribute)}{mend}") from None
     if not callable(found):
-        raise BackendError(f"{what} '{spec}' is not callable; name a class or function of ({arguments})")
+        kind = type(found).__name__
+        raise BackendError(
+            f"{shown} is not callable: it is {_article(kind)} {kind}; name a class or function of ({arguments})"
+        )
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
@@ -140,8 +154,36 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
     try:
         signature.bind(*arguments.split(", "))
     except TypeError as error:
-        raise BackendError(f"{what} '{spec}' cannot be called with ({arguments}): {error}") from None
+        raise BackendError(f"{shown} cannot be called with ({arguments}): {error}") from None
     return cast("Callable[..., object]", found)
+
+
+def _module_of(name: str) -> str:
+    """The module that was probably meant by ``name``, which may be a path: "../a/b.py" is "a.b"."""
+    parts = [part for part in name.strip().removesuffix(".py").replace("\\", "/").split("/") if part.strip(".")]
+    return ".".join(parts).lstrip(".")
+
+
+def _imported(name: str, shown: str) -> object:
+    try:
+        with shown_warnings():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{_line_of(error)}"
+        raise BackendError(f"{missing}; is it on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:  # the module's code may do anything
+        reason = f"{type(error).__name__}: {error_line(error)}{_line_of(error)}"
+        raise BackendError(f"{shown}: importing {one_line(name)} raised {reason}") from error
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of the imported code that ``error`` passed, in words."""
+    frames = judged_frames(error.__traceback__)
+    return f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[:1].lower() in "aeiou" else "a"
 
 
 def checked(backend: object, spec: str) -> MultiStepBackend:
@@ -149,16 +191,53 @@ def checked(backend: object, spec: str) -> MultiStepBackend:
 
     ``attn_backends`` must be a sequence whose elements have the methods of ``SingleStepBackend``.
     """
-    lacking = [f"{type(backend).__name__}.{name}" for name in _methods(MultiStepBackend) if not hasattr(backend, name)]
-    steps: object = getattr(backend, "attn_backends", ())
+    shown = f"backend '{spec}'"
+    _check_instance(backend, shown, "returned {kind}", "return the backend")
+    _check_methods(backend, MultiStepBackend, shown)
+    steps: object = getattr(backend, "attn_backends", None)
     if not isinstance(steps, Sequence):
         kind = type(steps).__name__
-        raise BackendError(f"backend '{spec}': attn_backends must be a list of single-step backends, not {kind}")
-    for step in steps:
-        lacking += [f"{type(step).__name__}.{name}" for name in _methods(SingleStepBackend) if not hasattr(step, name)]
-    if lacking:
-        raise BackendError(f"backend '{spec}' lacks {lacking[0]}; harness/protocol.py says what it must do")
+        raise BackendError(f"{shown}: attn_backends must be a list of single-step backends, not {kind}")
+    for number, step in enumerate(steps):
+        _check_instance(
+            step, shown, f"{type(backend).__name__}.attn_backends[{number}] is {{kind}}", "put a backend there"
+        )
+        _check_methods(step, SingleStepBackend, shown)
     return cast(MultiStepBackend, backend)
+
+
+def _check_instance(found: object, shown: str, told: str, mend: str) -> None:
+    """Raises BackendError for None and for a class, which may have all the methods."""
+    if found is None:
+        raise BackendError(f"{shown}: {told.format(kind='None')}; {mend}")
+    if isinstance(found, type):
+        kind = f"the class {found.__name__}"
+        raise BackendError(f"{shown}: {told.format(kind=kind)}, not an instance of it; {mend}")
+
+
+def _check_methods(found: object, protocol: type, shown: str) -> None:
+    """Raises BackendError for the first method of ``protocol`` that ``found`` lacks or that cannot be called."""
+    kind = type(found).__name__
+    for name in _methods(protocol):
+        if not hasattr(found, name):
+            near = _misspelt(found, name)
+            raise BackendError(f"{shown} lacks {kind}.{name}{near}; harness/protocol.py says what it must do")
+        method = getattr(found, name)
+        if name != "attn_backends" and not callable(method):
+            raise BackendError(f"{shown}: {kind}.{name} is not a method")
+        if inspect.iscoroutinefunction(method):
+            raise BackendError(f"{shown}: {kind}.{name} is a coroutine, which nothing awaits; define it without async")
+
+
+def _misspelt(found: object, name: str, cutoff: float = 0.75) -> str:
+    """A clause about an attribute of ``found`` whose name is like ``name``, or ""."""
+    known = {*_methods(MultiStepBackend), *_stages()}
+    near = meant(name, (other for other in dir(found) if not other.startswith("_") and other not in known), cutoff)
+    return f" (it has {near}: did you mean {name}?)" if near else ""
+
+
+def _stages() -> list[str]:
+    return [name for name in vars(SparseAttention) if not name.startswith("_")]
 
 
 def try_out(factory: BackendFactory, device: torch.device, limits: Limits = EVERYTHING) -> None:

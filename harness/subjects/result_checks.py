@@ -43,6 +43,15 @@ def described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def shown_value(value: object) -> str:
+    """A value of any type in one line: its ``repr``, if that is short, else its type."""
+    try:
+        text = repr(value)
+    except Exception:  # of the judged code
+        return described(value)
+    return text if len(text) <= 60 and text.isprintable() else described(value)
+
+
 def tensor_of(name: str, result: Any) -> torch.Tensor:
     """The result of a stage that returns one tensor. Raises WrongResult if it is not a tensor."""
     if not isinstance(result, torch.Tensor):
@@ -83,8 +92,8 @@ def wrong_shape_or_dtype(
     return None
 
 
-def checked_stages(layer: Any, index_topk: int) -> dict[str, Callable[..., Any]]:
-    """The stages of ``layer`` whose results another stage reads, and attention, raising WrongResult for unusable ones.
+def checked_stages(layer: Any, index_topk: int, kv_lora_rank: int) -> dict[str, Callable[..., Any]]:
+    """The stages of ``layer`` whose results are read, and ``forward``, raising WrongResult for unusable ones.
 
     Without the check the next stage could read beyond the end of a result.
     """
@@ -98,9 +107,29 @@ def checked_stages(layer: Any, index_topk: int) -> dict[str, Callable[..., Any]]
         return _formed("indices", indices, torch.int32, (len(logits), index_topk), logits.device)
 
     def sparse_mla(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return out_and_lse_of(layer.sparse_mla(*inputs))
+        out, lse = out_and_lse_of(layer.sparse_mla(*inputs))
+        q, heads = inputs[0], inputs[0].shape[1]
+        _formed("out", out, torch.bfloat16, (len(q), heads, kv_lora_rank), q.device)
+        return out, _formed("lse", lse, torch.float32, (len(q), heads), q.device)
 
-    return {stage.__name__: stage for stage in (indexer_logits, topk_transform_paged, sparse_mla)}
+    def forward(*inputs: Any) -> AttentionOutputs:
+        return outputs_of(layer.forward(*inputs))
+
+    stages = (indexer_logits, topk_transform_paged, sparse_mla, forward)
+    return {stage.__name__: _naming(f"{type(layer).__name__}.{stage.__name__}", stage) for stage in stages}
+
+
+def _naming(method: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+    """``stage``, whose findings name the judged ``method`` as their place."""
+
+    def named(*inputs: Any) -> Any:
+        try:
+            return stage(*inputs)
+        except WrongResult as wrong:
+            place = wrong.finding.place or f"from {method}"
+            raise WrongResult(dataclasses.replace(wrong.finding, place=place)) from None
+
+    return named
 
 
 def _formed(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line, one_line
+from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.memory import far_apart
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
+from nsa_oracle.harness.scenarios.files import MAX_PATH
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Scenario
@@ -21,6 +24,7 @@ from nsa_oracle.harness.subjects.default import (
     optimized_backend,
     optimized_layer,
 )
+from nsa_oracle.harness.subjects.global_state import kept_global_state
 from nsa_oracle.harness.subjects.loading import limits_of_backend, load_backend, load_layer, try_out, try_out_layer
 
 SCALES = {("cpu", False): SMALL, ("cpu", True): SMALL_LAYER, ("cuda", False): LARGE, ("cuda", True): LARGE_LAYER}
@@ -49,6 +53,11 @@ class Subject:
 
         Raises BackendError if it cannot be judged at all.
         """
+        with kept_global_state(partial(_left_changed, backend, layer), ()):
+            return Subject._load(backend, layer, device, case_timeout)
+
+    @staticmethod
+    def _load(backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None) -> Subject:
         subject = optimized_subject()
         if backend is not None:
             subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
@@ -73,17 +82,21 @@ class Subject:
         """
         self.check_switches(scenario, file)
         if not scenario.calls:
-            raise ScenarioError(f"{file}: it has no replay and no eager call, so nothing would be judged")
+            raise ScenarioError(
+                f"{one_line(str(file), MAX_PATH)}: it has no replay and no eager call, so nothing would be judged"
+            )
         misfit = self.misfit(scenario)
         if misfit is not None:
-            raise BackendError(f"{file}: {misfit} is not among the sizes and modes that are declared")
+            raise BackendError(
+                f"{one_line(str(file), MAX_PATH)}: {misfit} is not among the sizes and modes that are declared"
+            )
 
     def check_switches(self, scenario: Scenario, file: Path) -> None:
         """Raises ScenarioError if ``scenario`` from ``file`` names unknown or incompatible switches of the backend."""
         try:
             self.switches.check(scenario.optimizations, scenario.setup.backend_config())
         except ValueError as error:
-            raise ScenarioError(f"{file}: {error_line(error, 250)}") from None
+            raise ScenarioError(f"{one_line(str(file), MAX_PATH)}: {error_line(error, 250)}") from None
 
     def all_limits(self, with_layer: bool) -> Limits:
         return self.limits & self.layer_limits if with_layer else self.limits
@@ -105,6 +118,11 @@ class Subject:
                 f"far_slots True, far_req_to_token True (the GPU has less than {far_apart.MOST_FAR_BYTES >> 30} GiB)"
             )
         return left_out
+
+
+def _left_changed(backend: str | None, layer: str | None, finding: Finding, _: BaseException | None) -> BackendError:
+    named = " and ".join(f"{what} '{spec}'" for what, spec in (("backend", backend), ("layer", layer)) if spec)
+    return BackendError(f"{named}: importing or building it: {finding.sentence()}; put it back, or use a context")
 
 
 def optimized_subject(layer: LayerFactory = optimized_layer) -> Subject:

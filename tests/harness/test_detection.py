@@ -161,12 +161,12 @@ PLANTS = (
     ),
     Plant(
         lengths.SkipsPaddingRows, TWO_LENGTHS, Kind.VALUE, "cache_seqlens_int32",
-        "request 1 (padding)", "6", "1", event=5, counts=(1, 2), id="padding not written",
+        "padding request 1", "6", "1", event=5, counts=(1, 2), id="padding not written",
     ),
     Plant(
         lengths.NegativeLengths,
         case(Capture(mode=DRAFT_EXTEND_V2, buckets=(1,)), Replay(mode=DRAFT_EXTEND_V2), num_draft_tokens=4),
-        Kind.VALUE, "seqlens_expanded", "row 0 (request 0 (padding), draft token 0)", "-2 (a length below 0)", "0",
+        Kind.VALUE, "seqlens_expanded", "row 0 (padding request 0, draft token 0)", "-2 (a length below 0)", "0",
         event=1, counts=(2, 4), id="negative length",
     ),
     Plant(

@@ -113,7 +113,7 @@ def test_sentence() -> None:
     found = verdict(observed(DECODED, raw_bs=1, page_table_1=spoil))
     assert found is not None
     assert found.sentence() == (
-        "wrong value: page_table_1 at step 0, row 1 (request 1 (padding), draft token 0), column 0: "
+        "wrong value: page_table_1 at step 0, row 1 (padding request 1, draft token 0), column 0: "
         "got -7, expected 20; 2 of 7 live cells differ"
     )
     assert [(n.got, n.expected) for n in found.neighbours] == [("-7", "20"), ("-7", "21")], "dead cells are left out"
@@ -140,9 +140,9 @@ def test_sentence_without_place_or_count() -> None:
     ("change", "kind", "got", "expected"),
     [
         ({"page_size": 8}, Kind.HOST_SCALAR, "8", "4"),
-        ({"max_seq_len_k": None}, Kind.HOST_SCALAR, "None", "16"),
-        ({"max_seq_len_k": torch.tensor(16)}, Kind.HOST_SCALAR, "tensor(16)", "16"),
-        ({"max_seq_len_q": torch.tensor([1, 1])}, Kind.HOST_SCALAR, "tensor([1, 1])", "1"),
+        ({"max_seq_len_k": None}, Kind.HOST_SCALAR, "None", "16, an int of Python"),
+        ({"max_seq_len_k": torch.tensor(16)}, Kind.HOST_SCALAR, "tensor(16)", "16, an int of Python"),
+        ({"max_seq_len_q": torch.tensor([1, 1])}, Kind.HOST_SCALAR, "tensor([1, 1])", "1, an int of Python"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int64)}, Kind.DTYPE, "torch.int64", "torch.int32"),
         ({"cu_seqlens_k": torch.zeros(3, 1, dtype=torch.int32)}, Kind.SHAPE, "[3, 1]", "[3]"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32, device="meta")}, Kind.DEVICE, "meta", "cpu"),
@@ -184,7 +184,7 @@ def labels(sent: Batch, raw_bs: int) -> list[str]:
 def test_rows_are_named_by_request_and_token() -> None:
     assert labels(batch(ForwardMode.DECODE, 5, 2), 1) == [
         "row 0 (request 0, draft token 0)",
-        "row 1 (request 1 (padding), draft token 0)",
+        "row 1 (padding request 1, draft token 0)",
     ]
     assert labels(batch(ForwardMode.TARGET_VERIFY, 5, 2), 2) == [
         "row 0 (request 0, draft token 0)",

@@ -46,7 +46,7 @@ MALFORMED = {
     "unknown field": ({"sizes": {"colour": ("red",)}}, "sizes: nobody has 'colour'; choose from page_size, "),
     "unknown field that is no text": ({"sizes": {7: (1,)}}, "sizes: nobody has '7'"),
     "a record of fields": ({"sizes": {"inputs": ({},)}}, "name the fields of 'inputs' themselves"),
-    "another type": ({"sizes": {"page_size": ("big",)}}, "'page_size' cannot be big: Input should be a valid integer"),
+    "another type": ({"sizes": {"page_size": ("big",)}}, "'page_size' cannot be big: it must be a whole number"),
     "a bool for a number": ({"sizes": {"num_heads": (True,)}}, "'num_heads' cannot be True"),
     "a number for a bool": ({"sizes": {"strided": (1,)}}, "'strided' cannot be 1"),
     "out of range": ({"sizes": {"num_steps": (9,)}}, "'num_steps' cannot be 9"),

@@ -11,7 +11,7 @@ from nsa_oracle.harness.subjects.subject import Subject
 REFUSED_BACKENDS = {
     "NeedsMore": "cannot be called with (config, req_to_token): missing a required argument: 'stream'",
     "NeedsLess": "cannot be called with (config, req_to_token): too many positional arguments",
-    "gives_none": "lacks NoneType.init_forward_metadata",
+    "gives_none": "returned None; return the backend",
     "NothingForSteps": "attn_backends must be a list of single-step backends, not NoneType",
     "NumberOfSteps": "attn_backends must be a list of single-step backends, not int",
     "SizesOfAnotherKind": "sizes must map fields to allowed values",
@@ -21,11 +21,11 @@ REFUSED_BACKENDS = {
 REFUSED_LAYERS = {
     "LayerNeedsMore": "cannot be called with (config, attention): missing a required argument: 'stream'",
     "NumberForAStage": "NumberForAStage.sparse_mla is not a method",
-    "no_layer": "NoneType has none of the methods store_cache, ",
+    "no_layer": "returned None; return the layer",
     "WeakerList": "weaker must map stages to a Strictness; it is a list",
     "WeakerText": "weaker: 'out' must be an nsa_oracle.harness.protocol.Strictness",
     "WeakerCache": "weaker: 'kv_cache' cannot be BOUND; it fits logits, out, lse",
-    "WeakerNothing": "weaker: 'output' cannot be EXACT; it fits kv_cache, ",
+    "WeakerNothing": "weaker: there is no stage 'output'; did you mean out?",
     "SetOfOutputs": "weaker: 'out' cannot be SAME_SET; it fits topk_indices, indices, topk_ragged",
 }
 

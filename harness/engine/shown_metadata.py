@@ -1,0 +1,59 @@
+"""The metadata that a backend shows to attention, or a finding that says why it cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from nsa_oracle.harness.errors import meant
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.protocol import MultiStepBackend
+from nsa_oracle.harness.subjects.result_checks import WrongResult, described
+from nsa_oracle.reference.types import Metadata
+
+_REQUIRED = [field.name for field in dataclasses.fields(Metadata) if field.default is dataclasses.MISSING]
+_FIELDS = "an object with the fields of Metadata (nsa_oracle.reference.types)"
+
+
+def check_steps(backend: MultiStepBackend, count: int) -> None:
+    """Raises WrongResult unless there is one single-step backend for each of ``count`` steps."""
+    seen = len(backend.attn_backends)
+    if seen != count:
+        got, expected = (f"{number} step{'' if number == 1 else 's'}" for number in (seen, count))
+        raise WrongResult(Finding(Kind.SHAPE, "attn_backends", got, expected, place=f"of {type(backend).__name__}"))
+
+
+def shown_metadata(backend: MultiStepBackend, count: int, after: str) -> list[Metadata]:
+    """The metadata that each of ``count`` single-step backends exposes, ``after`` a call of the method of that name.
+
+    Raises WrongResult if there is none or if a required field does not exist.
+    """
+    check_steps(backend, count)
+    return [_shown(backend, step, after) for step in range(count)]
+
+
+def _shown(backend: MultiStepBackend, step: int, after: str) -> Metadata:
+    holder = backend.attn_backends[step]
+    place = f"{type(backend).__name__}.attn_backends[{step}].forward_metadata"
+    if not hasattr(type(holder), "forward_metadata") and not hasattr(holder, "forward_metadata"):
+        metadata: object = None
+        got = f"no such attribute: it was not set by {after}"
+    else:
+        metadata = holder.forward_metadata  # a property may raise
+        got = f"None: it was not set by {after}"
+    if metadata is None:
+        raise _unusable(place, got, step)
+    if isinstance(metadata, type):
+        raise _unusable(place, f"the class {metadata.__name__} itself", step)
+    if isinstance(metadata, Mapping | tuple | list):
+        raise _unusable(place, described(metadata), step)
+    for name in _REQUIRED:
+        if not hasattr(metadata, name):
+            near = meant(name, (other for other in dir(metadata) if other not in _REQUIRED and other[:1] != "_"), 0.85)
+            mend = f" (did you mean {near}?)" if near else ""
+            raise _unusable(place, f"{described(metadata)} without {name}{mend}", step)
+    return metadata  # type: ignore[return-value]  # it has the fields
+
+
+def _unusable(place: str, got: str, step: int) -> WrongResult:
+    return WrongResult(Finding(Kind.RESULT, place, got, _FIELDS, step))
