@@ -36,12 +36,12 @@ def compare_caches(
             continue
         unit, byte = (int(i) for i in wrong.nonzero()[0])
         slot, part = _place_of(config, page_size, name, unit + skipped, byte)
-        scale_byte = _byte_of_scale(config, page_size, name, byte)
+        begin, dtype = _number_at(config, page_size, name, byte)
         return Finding(
             Kind.VALUE,
             name,
-            _shown(got_bytes[unit], byte, scale_byte),
-            _shown(want_bytes[unit], byte, scale_byte),
+            _shown(got_bytes[unit], byte, begin, dtype),
+            _shown(want_bytes[unit], byte, begin, dtype),
             place=f"{slot_name(slot)}, {part}",
             differing=int(wrong.sum()),
             compared=want_bytes.numel(),
@@ -49,24 +49,23 @@ def compare_caches(
     return None
 
 
-def _byte_of_scale(config: AttentionConfig, page_size: int, name: str, byte: int) -> int | None:
-    """Which byte of a float32 scale a byte of a cache is, or None if it belongs to no scale."""
+def _number_at(config: AttentionConfig, page_size: int, name: str, byte: int) -> tuple[int, torch.dtype]:
+    """The first byte and the dtype of the number that a byte of a slot's or a page's row belongs to."""
     if name == "index_k_cache":
-        begin, end = page_size * config.index_head_dim, config.index_page_bytes(page_size)
+        parts = [(0, torch.float8_e4m3fn), (page_size * config.index_head_dim, torch.float32)]
     elif config.kv_cache_dtype is KVCacheDtype.FP8:
-        begin, end = config.kv_lora_rank, config.kv_token_bytes - 2 * config.qk_rope_head_dim
+        rope = config.kv_token_bytes - 2 * config.qk_rope_head_dim
+        parts = [(0, torch.float8_e4m3fn), (config.kv_lora_rank, torch.float32), (rope, torch.bfloat16)]
     else:
-        return None
-    return (byte - begin) % 4 if begin <= byte < end else None
+        parts = [(0, torch.bfloat16)]
+    begin, dtype = next(part for part in reversed(parts) if part[0] <= byte)
+    return byte - (byte - begin) % dtype.itemsize, dtype
 
 
-def _shown(row: torch.Tensor, byte: int, scale_byte: int | None) -> str:
-    """A byte of ``row``; with the whole number, if it belongs to a scale."""
-    text = f"byte {int(row[byte]):#04x}"
-    if scale_byte is None:
-        return text
-    scale = row[byte - scale_byte : byte - scale_byte + 4].cpu().clone().view(torch.float32)
-    return f"{float(scale):.9g} ({text})"
+def _shown(row: torch.Tensor, byte: int, begin: int, dtype: torch.dtype) -> str:
+    """The number of ``row`` that begins at the byte ``begin``, and the byte of it that differs."""
+    number = row[begin : begin + dtype.itemsize].cpu().clone().view(dtype)
+    return f"{float(number):.9g} (byte {int(row[byte]):#04x})"
 
 
 def _place_of(config: AttentionConfig, page_size: int, name: str, unit: int, byte: int) -> tuple[int, str]:

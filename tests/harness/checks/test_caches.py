@@ -38,12 +38,9 @@ def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str)
     assert (finding.kind, finding.field, finding.how, finding.step) == (Kind.VALUE, "kv_cache", "eager chain", 0)
     assert finding.place == f"slot {slot} (running request 1, position 4), {part}"
     texts = finding.got, finding.expected
-    if part.startswith("scale"):  # with the number that the byte belongs to
-        numbers = [text.partition(" (")[0] for text in texts]
-        assert float(numbers[0]) != float(numbers[1])
-        assert texts == (f"{numbers[0]} (byte {before ^ 1:#04x})", f"{numbers[1]} (byte {before:#04x})")
-    else:
-        assert texts == (f"byte {before ^ 1:#04x}", f"byte {before:#04x}")
+    numbers = [text.partition(" (")[0] for text in texts]  # the number that the byte belongs to
+    assert float(numbers[0]) != float(numbers[1])
+    assert texts == (f"{numbers[0]} (byte {before ^ 1:#04x})", f"{numbers[1]} (byte {before:#04x})")
     assert finding.differing == 1
 
 

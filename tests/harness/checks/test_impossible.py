@@ -57,3 +57,19 @@ def test_nothing_else_is_touched() -> None:
         Finding(Kind.MISSING, "page_table_1", "None", "a tensor of shape [1, 16]"),
     ):
         assert diagnosed(finding, SETUP) == finding
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "clause"),
+    [
+        ("page_table_1", 0x5A5A5A5A, " (what the pool holds where no request is)"),
+        ("page_table_1", 59, ""),
+        ("real_page_table", 0x5A5A5A5A // 4, " (what the pool holds where no request is)"),
+        ("cache_seqlens_int32", 0x5A5A5A5A, ""),
+    ],
+)
+def test_expected_filler_is_explained(field: str, value: int, clause: str) -> None:
+    """A padding request reads a row of the pool that no request may have."""
+    seen = diagnosed(Finding(Kind.VALUE, field, "0", str(value)), SETUP)
+    assert seen is not None
+    assert seen.expected == f"{value}{clause}"
