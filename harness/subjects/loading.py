@@ -144,9 +144,8 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
         raise BackendError(f"{shown}: module {module_name} has no attribute {one_line(attribute)}{mend}") from None
     if not callable(found):
         kind = type(found).__name__
-        raise BackendError(
-            f"{shown} is not callable: it is {_article(kind)} {kind}; name a class or function of ({arguments})"
-        )
+        mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
+        raise BackendError(f"{shown} is not callable; {mend}")
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):

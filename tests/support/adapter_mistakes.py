@@ -119,11 +119,17 @@ def naming() -> Iterator[Mistake]:
         "wrong case", GOOD, "has no attribute mine; did you mean Mine?", spec="{module}:mine", names="{module}"
     )
     yield backend("nothing alike", "x = 1\n", "has no attribute Mine", names="{module}")
-    yield backend("a number", "Mine = 3\n", "is an int; name a class or function of (config, req_to_token)")
     yield backend(
-        "an instance", "class C: pass\nMine = C()\n", "is a C; name a class or function of (config, req_to_token)"
+        "a number", "Mine = 3\n", "is not callable; name a class or function of (config, req_to_token), not an int"
     )
-    yield backend("a module", "Mine = sys\n", "is a module; name a class or function")
+    yield backend(
+        "an instance",
+        "class C: pass\nMine = C()\n",
+        "is not callable; name a class or function of (config, req_to_token), not a C",
+    )
+    yield backend(
+        "a module", "Mine = sys\n", "is not callable; name a class or function of (config, req_to_token), not a module"
+    )
     yield backend("SyntaxError", "def Mine(:\n", "SyntaxError", "(" + FILE, names="{module}")
     yield backend("IndentationError", "def Mine():\npass\n", "IndentationError", FILE, names="{module}")
     yield backend(
