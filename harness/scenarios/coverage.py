@@ -1,11 +1,12 @@
 """Boundary classes: the corners of the scenario space that a scenario visits, so that a run can report its coverage.
 
-A class is a short name. ``all_classes`` lists all of them; a test proves that each can be reached.
+A class is a short name. ``all_classes`` lists all of them. ``goals`` has a way to each, so that a run can ask for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from nsa_oracle.harness.scenarios.regime import Regime
@@ -22,6 +23,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     PageLayout,
     Remap,
     Replay,
+    Reuse,
     Scenario,
     Setup,
 )
@@ -30,11 +32,36 @@ from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
+MQA_SEGMENT = 256  # tokens that the paged-MQA schedule deals at once
+FLASHMLA_BLOCK = 64  # tokens that the FlashMLA schedule deals at once
+MANY_STEPS = 4
+
+PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
+AROUND_K = ("prefill beyond K", "prefill within K", "K between the lengths")
+PAIRS = (  # two calls of which the second shows what the first left behind
+    "same batch on other pages",
+    "row grown on other pages",
+    "eager after the longest left",
+    "small after large in one bucket",
+    "smaller draft extend, other accepts",
+)
+ROWS_OF_STEPS = (
+    *(f"replay {mode.value}, N > 1" for mode in GRAPH_MODES),
+    *(f"eager {mode.value}, N > 1" for mode in ForwardMode if mode is not ForwardMode.IDLE),
+)
+SEGMENTS = (
+    *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
+    *("N >= 4 steps cross a paged-MQA segment", "N >= 4 steps cross a FlashMLA block"),
+    "N >= 4 multi-step replay of several paged-MQA segments",
+)
+# Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
+ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4])
 
 LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
+    *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
     *(f"replay {mode.value}" for mode in GRAPH_MODES),
@@ -56,6 +83,8 @@ METADATA_CLASSES: tuple[str, ...] = (
     *("several buckets", "small after large", "small, large, small", "mode change", "eager between replays"),
     *("request finishes", "request joins between replays", "pool row recycled", "page recycled"),
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
+    *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
+    *(f"reuse {reuse.value}" for reuse in Reuse),
 )
 
 
@@ -71,7 +100,24 @@ def all_classes(switches: Switches) -> tuple[str, ...]:
 
 def classes_of(scenario: Scenario) -> set[str]:
     """The classes that ``scenario`` visits. Needs no backend and no tensor library."""
-    return set(_visited(scenario))
+    visited = set(_visited(scenario))
+    if scenario.setup.layer is not None:
+        visited |= {f"layer: {name}" for name in visited & set(ALSO_WITH_A_LAYER)}
+    return visited
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One replay or eager call. bucket: None if eager. pages: of each request of the batch."""
+
+    batch: Batch
+    bucket: int | None
+    pages: tuple[tuple[int, ...], ...]
+
+    @property
+    def kind(self) -> tuple[ForwardMode, int | None]:
+        """What two calls have in common that may share state: the mode, and the graph if there is one."""
+        return self.batch.mode, self.bucket
 
 
 def _visited(scenario: Scenario) -> Iterator[str]:
@@ -85,6 +131,7 @@ def _visited(scenario: Scenario) -> Iterator[str]:
     buckets: set[tuple[ForwardMode, int]] = set()
     served: set[tuple[ForwardMode, int]] = set()  # graphs that were replayed with requests
     ran: list[tuple[ForwardMode, int, bool]] = []  # mode, batch size, whether in a graph
+    calls: list[_Call] = []
     used_rows: set[int] = set()
     used_pages: set[int] = set()
     for event in scenario.events:
@@ -100,6 +147,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 joined = [r for r in world.running if id(r) not in before]
                 if joined and ran:
                     yield "request joins between replays"
+                if joined and freed:
+                    yield f"reuse {setup.reuse.value}"
                 if (
                     joined
                     and event.prefix_of is not None
@@ -130,14 +179,22 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                         yield "graph empty after requests"
                 in_graph = bucket is not None
                 yield from _batch_classes(batch, setup, event)
-                yield f"{'replay' if in_graph else 'eager'} {event.mode.value}"
+                name = f"{'replay' if in_graph else 'eager'} {event.mode.value}"
+                yield name
+                if setup.num_steps > 1 and (batch.size or event.mode is ForwardMode.IDLE):
+                    yield f"{name}, N > 1"
+                if batch.mode is ForwardMode.DECODE:
+                    yield from _segment_classes(batch, setup, in_graph)
                 ran.append((event.mode, batch.size, in_graph))
-        pages = {page for r in world.running for page in r.pages}
-        if pages & freed:
+                pages = {r.pool_row: tuple(r.pages) for r in world.running}
+                calls.append(_Call(batch, bucket, tuple(pages[row] for row in batch.pool_rows)))
+        held = {page for r in world.running for page in r.pages}
+        if held & freed:
             yield "page recycled"
-        used_pages |= pages
+        used_pages |= held
         used_rows |= {r.pool_row for r in world.running}
     yield from _sequence_classes(ran)
+    yield from _pair_classes(calls)
 
 
 def _bucket_classes(batch: Batch, bucket: int | None) -> Iterator[str]:
@@ -215,8 +272,51 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
         yield from _key_classes(batch, setup)
     if max(batch.seq_lens) > COPY_CHUNK:
         yield "several copy chunks"
-    if batch.mode is ForwardMode.EXTEND and batch.extend_lens != batch.seq_lens:
+    if min(batch.seq_lens) <= topk < max(batch.seq_lens):
+        yield "K between the lengths"
+    if batch.mode is ForwardMode.EXTEND:
+        yield from _prefill_classes(batch, topk)
+
+
+def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
+    whole = [new == length for new, length in zip(batch.extend_lens, batch.seq_lens, strict=True)]
+    if not all(whole):
         yield "cached prefix extended"
+    if any(whole):
+        yield "prefill from the first token"
+    if batch.size > 1:
+        yield "prefill of several requests"
+    if max(batch.seq_lens) > topk:
+        yield "prefill beyond K"
+    if min(batch.seq_lens) <= topk:
+        yield "prefill within K"
+
+
+def _segment_classes(batch: Batch, setup: Setup, in_graph: bool) -> Iterator[str]:
+    """Classes of schedules whose work is not the same for all lengths, or for all steps of one call."""
+    steps = setup.num_steps
+    advancing = setup.step_semantics is StepSemantics.ADVANCING
+
+    def crossed(size: int, most: int) -> bool:
+        """Whether a row of the last step needs more units of ``size`` tokens than in the first one."""
+        return any(min(n + 1, most) <= unit < min(n + steps, most) for n in batch.seq_lens for unit in _units(n, size))
+
+    for name, parts, size, most in (
+        ("paged-MQA segment", setup.paged_mqa_num_sms, MQA_SEGMENT, setup.max_context_len),
+        ("FlashMLA block", setup.flashmla_num_sm_parts, FLASHMLA_BLOCK, setup.index_topk),
+    ):
+        if parts and advancing and crossed(size, most):
+            yield f"steps cross a {name}"
+            if steps >= MANY_STEPS:
+                yield f"N >= {MANY_STEPS} steps cross a {name}"
+    together = in_graph and steps >= MANY_STEPS and setup.drive is Drive.MULTI_STEP
+    if together and setup.paged_mqa_num_sms and max(batch.seq_lens) > MQA_SEGMENT:
+        yield f"N >= {MANY_STEPS} multi-step replay of several paged-MQA segments"
+
+
+def _units(length: int, size: int) -> Sequence[int]:
+    """The multiples of ``size`` that the next few tokens behind ``length`` may pass."""
+    return range(-(-length // size) * size, length + 2 * size, size)
 
 
 def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
@@ -242,6 +342,29 @@ def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]
     kinds = [in_graph for _, _, in_graph in ran]
     if any(a and not b and c for a, b, c in zip(kinds, kinds[1:], kinds[2:], strict=False)):
         yield "eager between replays"
+
+
+def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
+    last: dict[tuple[ForwardMode, int | None], _Call] = {}
+    for call in calls:
+        before = last.get(call.kind)
+        last[call.kind] = call
+        if before is None or not call.batch.size:
+            continue
+        now, then = call.batch, before.batch
+        if (now.seq_lens, now.accept_lengths) == (then.seq_lens, then.accept_lengths) and call.pages != before.pages:
+            yield "same batch on other pages"
+        lengths = dict(zip(then.pool_rows, then.seq_lens, strict=True))
+        pages = dict(zip(then.pool_rows, before.pages, strict=True))
+        for row, length, held in zip(now.pool_rows, now.seq_lens, call.pages, strict=True):
+            if row in pages and length > lengths[row] and held[0] != pages[row][0]:
+                yield "row grown on other pages"
+        if call.bucket is None and max(now.seq_lens) < max(then.seq_lens, default=0):
+            yield "eager after the longest left"
+        if call.bucket is not None and now.size < then.size:
+            yield "small after large in one bucket"
+            if now.mode is ForwardMode.DRAFT_EXTEND and now.accept_lengths != then.accept_lengths[: now.size]:
+                yield "smaller draft extend, other accepts"
 
 
 def _one_to_eight(number: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits, Sizes, shown
 from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scenario import Drive, IntDtype, PageLayout
+from nsa_oracle.harness.scenarios.scenario import Drive, IntDtype, PageLayout, Reuse
 from nsa_oracle.reference.types import KVCacheDtype, StepSemantics
 
 RARELY = (False,) * 5 + (True,)
@@ -55,6 +55,7 @@ class Scale:
             "flashmla_num_sm_parts": self.parts,
             "pool_size": tuple(range(1, max(self.max_requests, self.many_requests) + 3)),
             "page_layout": tuple(PageLayout),
+            "reuse": tuple(Reuse),
             "drive": tuple(Drive),
             "seq_lens": (IntDtype.INT64, IntDtype.INT32),
             "req_pool_indices": (IntDtype.INT64, IntDtype.INT32),

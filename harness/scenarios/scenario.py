@@ -51,6 +51,14 @@ class PageLayout(enum.Enum):
     SHUFFLED = "shuffled"
 
 
+class Reuse(enum.Enum):
+    """Order in which rows and pages that requests have left are handed out again."""
+
+    STACK = "stack"  # what was left last comes first, so that the next request gets the same row and pages
+    QUEUE = "queue"  # rows as above; pages only after all others, so that the same row gets other pages
+    SHUFFLED = "shuffled"  # free rows in any order; pages too, those left last among those that were next
+
+
 class Mirror(enum.Enum):
     """State of the host copy ``seq_lens_cpu``, and with it of ``seq_lens_sum``, when the backend is called."""
 
@@ -138,6 +146,7 @@ class Setup(_Record):
     flashmla_num_sm_parts: int = Field(default=0, ge=0, le=1024)
     pool_size: int = Field(ge=1, le=MAX_BATCH)
     page_layout: PageLayout = PageLayout.CONTIGUOUS
+    reuse: Reuse = Reuse.STACK
     drive: Drive = Drive.MULTI_STEP
     inputs: Inputs = Inputs()
     layer: Layer | None = None  # None: metadata alone
@@ -214,7 +223,7 @@ class Capture(_Record):
 
 
 class Join(_Record):
-    """A request joins with ``seq_len`` cached tokens, on the pool row and pages that were freed last.
+    """A request joins with ``seq_len`` cached tokens, on a free pool row and free pages, in the order of ``Reuse``.
 
     With ``prefix_of`` it shares up to its first ``prefix_pages`` pages with that running request (an index modulo the
     number of running requests). ``count`` such requests join, each one token longer than the previous one; a length

@@ -29,7 +29,7 @@ SIMPLEST_SETUP: dict[str, Any] = {
     "num_steps": 1,
     "num_draft_tokens": 1,
     "page_size": 1,
-    **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "drive")},
+    **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "reuse", "drive")},
     "inputs": Inputs(),
     "layer": None,
 }

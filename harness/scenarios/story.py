@@ -17,6 +17,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Order,
     Remap,
     Replay,
+    Reuse,
     Scenario,
     Setup,
 )
@@ -24,6 +25,11 @@ from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 MAX_NAMES = 1000  # characters of the names of optimisations
+_REUSE = {
+    Reuse.STACK: "",
+    Reuse.QUEUE: ", those freed last reused last",
+    Reuse.SHUFFLED: ", free rows and pages reused in any order",
+}
 
 
 def story(scenario: Scenario, failing_event: int | None = None) -> str:
@@ -58,7 +64,7 @@ def _setup(scenario: Scenario) -> str:
             f"{setup.drive.value.replace('_', '-')} methods;",
             f"page size {setup.page_size}, page tables {setup.max_context_len} wide, top-k {setup.index_topk}"
             f"{_schedules(setup)};",
-            f"a pool of {_count(setup.pool_size, 'row')}, pages {setup.page_layout.value}; inputs "
+            f"a pool of {_count(setup.pool_size, 'row')}, pages {setup.page_layout.value}{_REUSE[setup.reuse]}; inputs "
             f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
             f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
             *([] if setup.layer is None else [_layer(setup.layer)]),

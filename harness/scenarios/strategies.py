@@ -5,16 +5,16 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import reject
 from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.goal import ANYTHING, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
-from nsa_oracle.harness.scenarios.scales import SMALL, Scale
+from nsa_oracle.harness.scenarios.scales import SMALL, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -30,14 +30,16 @@ from nsa_oracle.harness.scenarios.scenario import (
     PageLayout,
     Remap,
     Replay,
+    Reuse,
     Scenario,
     Setup,
 )
+from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script, accept_lengths, new_tokens, seq_lens
+from nsa_oracle.harness.scenarios.situations import HAPPENINGS, SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
-_OF_ACCEPTED = (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
-_POWERS_OF_TWO = tuple(1 << power for power in range(6, 13))  # boundaries of tiles, blocks and chunks
+_WEIGHTS_OF_REUSE = (Reuse.STACK, Reuse.STACK, Reuse.QUEUE, Reuse.SHUFFLED)
 
 
 @st.composite
@@ -52,8 +54,17 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
 
 
 @st.composite
-def optimizations(draw: st.DrawFn, switches: Switches, semantics: StepSemantics) -> tuple[str, ...]:
-    """Any subset of the separate switches, or the fused ones; if steps share, sometimes also the shared-only ones."""
+def optimizations(
+    draw: st.DrawFn, switches: Switches, semantics: StepSemantics, wanted: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Any subset of the separate switches, or the fused ones; if steps share, sometimes also the shared-only ones.
+
+    wanted: one switch that is on, or an empty name if none is; empty if any may be.
+    """
+    if wanted == ("",):
+        return ()
+    if wanted:
+        return tuple(name for name in switches.names if name in _with(draw, switches, wanted[0]))
     if draw(st.booleans()):
         first, second = switches.fused
         chosen = [first] + ([second] if draw(st.booleans()) else [])
@@ -62,6 +73,13 @@ def optimizations(draw: st.DrawFn, switches: Switches, semantics: StepSemantics)
     if semantics is StepSemantics.SHARED and draw(st.booleans()):
         chosen += switches.shared_only
     return tuple(chosen)
+
+
+def _with(draw: st.DrawFn, switches: Switches, wanted: str) -> set[str]:
+    """Switches that may be on together, ``wanted`` among them."""
+    if wanted in switches.fused:
+        return {switches.fused[0], wanted}
+    return {wanted} | draw(st.sets(st.sampled_from(switches.separate)))
 
 
 @st.composite
@@ -96,6 +114,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         flashmla_num_sm_parts=pick("flashmla_num_sm_parts"),
         pool_size=pick("pool_size", freely=st.sampled_from(pools)),
         page_layout=pick("page_layout"),
+        reuse=pick("reuse", _WEIGHTS_OF_REUSE),
         drive=pick("drive"),
         inputs=Inputs(
             seq_lens=pick("seq_lens"),
@@ -136,58 +155,56 @@ def _exceedable(index_topks: Sequence[int], max_context_len: int) -> list[int]:
     return [k for k in index_topks if k <= max(8, max_context_len)] or [min(index_topks)]
 
 
-def seq_lens(setup: Setup) -> st.SearchStrategy[int]:
-    """Lengths of a running request: any, preferably next to a boundary or ``num_draft_tokens`` below it."""
-    limit = setup.max_seq_len
-
-    def near(*boundaries: int) -> st.SearchStrategy[int]:
-        around = {n + off for n in boundaries for off in (-setup.num_draft_tokens, -1, 0, 1)}
-        return st.sampled_from(sorted(n for n in around if 1 <= n <= limit))
-
-    own = (1, setup.page_size, setup.index_topk, limit)
-    return st.one_of(st.integers(1, limit), near(*own), near(*own, *_POWERS_OF_TWO))
-
-
 @st.composite
-def accept_lengths(draw: st.DrawFn, setup: Setup, requests: int) -> tuple[int, ...]:
-    """Accept lengths: mixed, or the same for all requests, then preferably 0 or all draft tokens."""
-    one = st.integers(0, setup.num_draft_tokens)
-    if draw(st.booleans()):
-        return (draw(st.one_of(st.just(0), st.just(setup.num_draft_tokens), one)),)
-    return tuple(draw(st.lists(one, min_size=1, max_size=max(1, requests))))
+def events(draw: st.DrawFn, setup: Setup, seed: int, scale: Scale, goal: Goal) -> tuple[Event, ...]:
+    """Captures first, as in a server's warm-up; then the situation of the goal, and then what chance brings."""
+    script = Script(draw, setup, seed, scale, goal)
+    if goal.of(SITUATION):
+        SITUATIONS[goal.of(SITUATION)[0]](script)
+        most = scale.max_events // 3
+    else:
+        _warm_up(script)
+        most = scale.max_events
+    sequences = _event_sequences(script)
+    for _ in range(draw(st.integers(0 if goal.of(SITUATION) else 1, most))):
+        if not script.running and draw(st.sampled_from((True, True, True, False))):
+            script.join()
+        drawn = draw(sequences)
+        if callable(drawn):
+            drawn(script)
+        else:
+            script.add(*draw(drawn))
+    return script.events
 
 
-@st.composite
-def events(draw: st.DrawFn, setup: Setup, scale: Scale) -> tuple[Event, ...]:
-    """Captures first, as in a server's warm-up; then requests join, draft, verify and finish; some late captures."""
-    rows = setup.num_steps * setup.num_draft_tokens
-    most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
-    joining = draw(st.sampled_from((*range(most + 1), *[most] * (most // 2))))  # a third of the time the maximum
-    # Preferably a bucket that the first requests fill, or the largest possible one.
-    bucket = st.one_of(st.integers(1, most), st.just(max(1, joining)), st.just(most))
-    graph_modes = [mode for mode in GRAPH_MODES if mode in scale.limits.modes]
+def _warm_up(script: Script) -> None:
+    """A capture of one mode or two, if there are any, and the requests that are running at first."""
+    draw, most = script.draw, script.most
+    joining = draw(st.sampled_from((*range(1, most + 1), *[most] * (most // 2), 0)))
+    bucket = _buckets(most, joining)
+    graph_modes = script.graph_modes
     modes = draw(st.lists(st.sampled_from(graph_modes), min_size=1, max_size=2, unique=True)) if graph_modes else []
     buckets = st.sampled_from((2, 2, 2, 5)).flatmap(lambda count: st.sets(bucket, min_size=1, max_size=count))
-    captures = {mode: tuple(sorted(draw(buckets))) for mode in modes}
-    drawn: list[Event] = [Capture(mode=mode, buckets=chosen) for mode, chosen in captures.items()]
-
-    # Counts are drawn separately, because st.lists favours short lists.
-    drawn += [draw(_joins(setup, most)) for _ in range(joining)]
-    sequences = _event_sequences(setup, scale, most, modes, bucket)
-    for _ in range(draw(st.integers(1, scale.max_events))):
-        drawn += draw(draw(sequences))
-    return tuple(drawn)
+    for mode in modes:
+        script.captures[mode] = draw(buckets)
+    for _ in range(joining):
+        script.add(draw(_joins(script.setup, most)))
 
 
-def _event_sequences(
-    setup: Setup, scale: Scale, most: int, modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]
-) -> st.SearchStrategy[st.SearchStrategy[tuple[Event, ...]]]:
-    """Strategies for the next events, one or more, of a server that has captured graphs of ``modes``.
+def _buckets(most: int, requests: int) -> st.SearchStrategy[int]:
+    """Preferably a bucket that the first requests fill, or the largest possible one."""
+    return st.one_of(st.integers(1, most), st.just(max(1, requests)), st.just(most))
+
+
+def _event_sequences(script: Script) -> st.SearchStrategy[Any]:
+    """What happens next to a server: a strategy for events, one or more, or a situation.
 
     Events that engines run back to back are drawn together, because by chance they would rarely be adjacent.
     """
+    setup, scale, most, modes = script.setup, script.scale, script.most, list(script.captures)
+    bucket = _buckets(most, len(script.running))
     replays = _replays(modes or GRAPH_MODES, bucket)
-    of_accepted = _replays([mode for mode in modes if mode in _OF_ACCEPTED] or modes or GRAPH_MODES, bucket)
+    of_accepted = _replays([mode for mode in modes if mode in OF_ACCEPTED] or modes or GRAPH_MODES, bucket)
     eager_calls = _eager_calls(setup, scale, most)
     accepts = st.builds(Accept, accept_lengths=accept_lengths(setup, most))
     joins = _joins(setup, most, (1,) * 4 + scale.crowds)  # crowds are rare: they soon exceed every bucket
@@ -204,7 +221,8 @@ def _event_sequences(
         ((replays, all_finish, replays, joins), 1 if modes else 0),
     )
     # st.one_of has no weights.
-    return st.sampled_from([st.tuples(*kind) for kind, weight in weighted for _ in range(weight)])
+    kinds: list[Any] = [st.tuples(*kind) for kind, weight in weighted for _ in range(weight)]
+    return st.sampled_from([*kinds, *HAPPENINGS])
 
 
 def _joins(setup: Setup, most: int, counts: tuple[int, ...] = (1,)) -> st.SearchStrategy[Join]:
@@ -229,27 +247,41 @@ def _replays(modes: Sequence[ForwardMode], bucket: st.SearchStrategy[int]) -> st
 
 
 def _eager_calls(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[Eager]:
-    new_tokens = seq_lens(setup)
-    if scale.most_new_tokens is not None:
-        new_tokens = new_tokens.map(functools.partial(min, scale.most_new_tokens))
-    never_replayed = (mode for mode in scale.limits.modes if mode not in GRAPH_MODES)
+    prefills = (mode for mode in scale.limits.modes if mode is ForwardMode.EXTEND)
     return st.builds(
         Eager,
-        mode=st.sampled_from((*scale.limits.modes, *never_replayed)),  # those twice: they occur nowhere else
+        mode=st.sampled_from((*scale.limits.modes, *prefills)),  # those twice: they occur nowhere else
         mirror=st.sampled_from(Mirror),
         order=st.sampled_from(Order),
-        extend_lens=st.lists(new_tokens, min_size=1, max_size=most).map(tuple),
+        extend_lens=new_tokens(setup, scale, most),
     )
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, scale: Scale = SMALL, switches: Switches = NO_SWITCHES) -> Scenario:
-    """Complete scenarios within the limits of ``scale``, with the backend's ``switches`` if it has any."""
-    setup = draw(setups(scale))
-    scenario = Scenario(
-        setup=setup,
-        optimizations=draw(optimizations(switches, setup.step_semantics)) if switches.names else (),
-        seed=draw(st.integers(0, 2**32 - 1)),
-        events=draw(events(setup, scale)),
-    )
-    return within(scenario, scale.limits)
+def scenarios(
+    draw: st.DrawFn, scale: Scale = SMALL, switches: Switches = NO_SWITCHES, goal: Goal = ANYTHING
+) -> Scenario:
+    """Complete scenarios within the limits of ``scale``, with the backend's ``switches`` if it has any.
+
+    goal: what they are built to visit. Not all of them do: the caller chooses among them.
+    """
+    narrowed = narrowed_to(scale, goal)
+    setup = draw(setups(narrowed))
+    chosen = draw(optimizations(switches, setup.step_semantics, goal.of(SWITCH))) if switches.names else ()
+    seed = draw(st.integers(0, 2**32 - 1))
+    happened = draw(events(setup, seed, scale, goal))
+    return within(Scenario(setup=setup, optimizations=chosen, seed=seed, events=happened), scale.limits)
+
+
+def narrowed_to(scale: Scale, goal: Goal) -> Scale:
+    """``scale`` with the sizes of ``goal``. Raises ValueError, in one line, if they leave nothing to draw."""
+    sizes = goal.sizes()
+    return restricted(scale, scale.limits & Limits(sizes)) if sizes else scale
+
+
+@st.composite
+def but_the_simplest(draw: st.DrawFn, cases: st.SearchStrategy[Scenario]) -> Scenario:
+    """``cases`` without the simplest one, which Hypothesis would try first, whatever the seed."""
+    if not draw(st.integers(0, 1 << 16)):
+        reject()
+    return draw(cases)

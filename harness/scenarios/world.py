@@ -26,6 +26,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     PageLayout,
     Remap,
     Replay,
+    Reuse,
     Scenario,
     Setup,
 )
@@ -113,12 +114,13 @@ class World:
         self.req_to_token: NDArray[np.int32] = np.full(
             (setup.pool_size, setup.max_context_len), self.poison, dtype=np.int32
         )
-        self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: the row freed last is reused first
+        self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: its last row is used next
         if setup.inputs.far_req_to_token:  # only its last rows lie far, and few scenarios would use them otherwise
             self.free_rows.reverse()
         self.free_pages = self._pages_in_order(setup)  # a stack as well
         self._owners: NDArray[np.int32] = np.zeros(setup.num_pages, dtype=np.int32)  # requests that hold each page
         self._random = Stream(self.scenario.seed, "world")
+        self._reuse_order = Stream(self.scenario.seed, "reuse")
 
     def apply(self, event: Event) -> Batch | None:
         """Apply one event. Replay and eager events return the batch that the engine sends."""
@@ -154,6 +156,8 @@ class World:
     def _finish(self, request: Request) -> None:
         self.running.remove(request)
         self.free_rows.append(request.pool_row)
+        if self.scenario.setup.reuse is Reuse.SHUFFLED:
+            self.free_rows = self._shuffled(self.free_rows)
         self._release(request.pages)
         self.req_to_token[request.pool_row] = self.poison
 
@@ -257,10 +261,22 @@ class World:
         return source.pages[: min(count, filled)]
 
     def _release(self, pages: array[int]) -> None:
-        """Take one owner from each of ``pages``. Those without another are free at once, the first one last."""
+        """Take one owner from each of ``pages``. Those without another are free at once, as ``Reuse`` says."""
         numbers = _numbers(pages)
         self._owners[numbers] -= 1
-        self.free_pages.frombytes(numbers[self._owners[numbers] == 0][::-1].tobytes())
+        freed = array("i", numbers[self._owners[numbers] == 0][::-1].tobytes())
+        match self.scenario.setup.reuse:
+            case Reuse.STACK:
+                self.free_pages.extend(freed)  # the first one last, to be used first
+            case Reuse.QUEUE:
+                self.free_pages = freed + self.free_pages
+            case Reuse.SHUFFLED:
+                mixed = 2 * len(freed) + 8  # with some others; to shuffle all pages of a large pool takes long
+                self.free_pages.extend(freed)
+                self.free_pages[-mixed:] = array("i", self._shuffled(self.free_pages[-mixed:]))
+
+    def _shuffled(self, numbers: Sequence[int]) -> list[int]:
+        return [numbers[i] for i in self._reuse_order.permutation(len(numbers))]
 
     def _pages_in_order(self, setup: Setup) -> array[int]:
         """All pages except the dummy page 0, as a stack: the last one is used first."""

@@ -17,6 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.scenarios.scenario import Scenario
 
+Cases = SearchStrategy[Scenario]
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -30,8 +32,13 @@ class Profile:
     layer_cases: int
     fresh: bool
 
+    def share(self, shard: int, with_layer: bool) -> range:
+        """The numbers of the stream's cases that belong to ``shard``."""
+        return range(shard, self.layer_cases if with_layer else self.cases, SHARDS)
+
 
 PROFILES = {
+    "smoke": Profile(16, 8, False),
     "dev": Profile(48, 24, False),
     "pr": Profile(200, 48, False),
     "nightly": Profile(10_000, 5_000, True),
@@ -48,9 +55,9 @@ class NotReproducible(Exception):
 
 
 def draw(
-    cases: SearchStrategy[Scenario],
+    cases: Cases,
     count: int,
-    seed: int,
+    seed: int | str,
     visit: Callable[[Scenario], None],
     shrink: bool = False,
 ) -> None:
@@ -79,7 +86,7 @@ def draw(
         raise BackendError("no case drawn on this device has all of the declared sizes at once") from None
 
 
-def drawn(cases: SearchStrategy[Scenario], count: int, seed: int) -> list[Scenario]:
+def drawn(cases: Cases, count: int, seed: int) -> list[Scenario]:
     """The first ``count`` cases that ``draw`` visits for ``seed``."""
     found: list[Scenario] = []
 

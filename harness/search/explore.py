@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from nsa_oracle.harness.judge import OracleFailure, Verdict, judge_subject
 from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
-from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search.drawing import NotReproducible, OutOfTime, draw
+from nsa_oracle.harness.search.drawing import NotReproducible, draw
 from nsa_oracle.harness.search.progress import Counter
+from nsa_oracle.harness.search.stream import ATTEMPTS, Drawn, Stream
 from nsa_oracle.harness.subjects.subject import Subject
 
 SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
@@ -41,17 +42,6 @@ def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
     return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
 
 
-class _Unjudged(BaseException):
-    """Ends a search at a scenario that cannot be judged. Not an Exception, because there is nothing to shrink.
-
-    error: the reason.
-    """
-
-    def __init__(self, error: BackendError | ScenarioError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 @dataclass
 class Exploration:
     """Outcome of one search.
@@ -72,7 +62,7 @@ class Exploration:
 def explore(
     subject: Subject,
     device: torch.device,
-    cases: int,
+    cases: int | Sequence[int],
     seed: int,
     save_dir: Path,
     deadline: float | None = None,
@@ -80,8 +70,9 @@ def explore(
     most_shrinking: int | None = None,
     counter: Counter | None = None,
 ) -> Exploration:
-    """Judge ``cases`` scenarios drawn from ``seed``; stop at the first failure and shrink it.
+    """Judge cases of the stream of ``seed``; stop at the first failure and shrink it.
 
+    cases: their numbers, or how many of the first ones.
     deadline: value of ``time.monotonic()`` after which no further scenario is judged.
     with_layer: draw scenarios with an attention layer behind the metadata.
     most_shrinking: largest number of trials, all on finished records. If None, Hypothesis shrinks first, with as many
@@ -91,62 +82,105 @@ def explore(
     Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
     judged.
     """
-    outcome = Exploration()
-    files = FailureFiles(save_dir)
-    scale = subject.scale(device, with_layer)
     if with_layer:
         most_shrinking = most_shrinking or MOST_TRIALS // 4
+    search = _Search(subject, device, save_dir, counter)
+    stream = Stream(subject.scale(device, with_layer), subject.switches, seed)
+    for drawn in stream.cases(range(cases) if isinstance(cases, int) else cases):
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        try:
+            search.judge(drawn.scenario)
+        except OracleFailure:
+            search.shrink(drawn, most_shrinking)
+            break
+    return search.outcome
 
-    def count() -> None:
-        if counter is not None:
-            counter.note(outcome.verdict.cases, outcome.verdict.replays, outcome.saved)
 
-    def keep(failure: OracleFailure) -> None:
+class _Search:
+    """Judges drawn scenarios, and shrinks the first that fails."""
+
+    def __init__(self, subject: Subject, device: torch.device, save_dir: Path, counter: Counter | None) -> None:
+        self.outcome = Exploration()
+        self._subject = subject
+        self._device = device
+        self._save_dir = save_dir
+        self._counter = counter
+        self._files = FailureFiles(save_dir)
+        self._shrinking_ends = math.inf
+        self._count()  # also says which process judges
+
+    def judge(self, scenario: Scenario) -> None:
+        """Judge a drawn case, or a trial of the shrinking. Raises OracleFailure, after the case has been saved.
+
+        Raises DeviceLost, BackendError or ScenarioError as ``explore`` does.
+        """
+        outcome = self.outcome
+        try:
+            with saved_while_judged(scenario, self._save_dir):
+                # Trials of the shrinking do not count as coverage.
+                verdict = outcome.verdict if outcome.failure is None else None
+                judge_subject(self._subject, scenario, self._device, verdict)
+            self._count()
+        except OracleFailure as failure:
+            self._shrinking_ends = min(self._shrinking_ends, time.monotonic() + SHRINKING_SECONDS)
+            self._keep(failure)
+            if has_lost_the_device(failure.finding, self._device):
+                raise DeviceLost(failure, self._files.raw, outcome.verdict.cases) from failure
+            raise
+        except (BackendError, ScenarioError):
+            if outcome.failure is None:  # else this is a trial of the shrinking, which counts as passed
+                raise
+
+    def shrink(self, drawn: Drawn, most: int | None) -> None:
+        """Replace the failure by a smaller one. It is marked flaky if its case passes when it is judged again.
+
+        most: as ``most_shrinking`` of ``explore``.
+        """
+        try:
+            if most is None:
+                self._shrink_by_hypothesis(drawn)
+            else:
+                self.judge(drawn.scenario)
+            raise NotReproducible
+        except OracleFailure as failure:
+            self._keep(minimised(failure, self._subject, self._device, most or MOST_TRIALS, self._shrinking_ends))
+        except NotReproducible:
+            self.outcome.flaky = True
+            self.outcome.saved = None if self.outcome.unsaved else self._files.raw
+
+    def _shrink_by_hypothesis(self, drawn: Drawn) -> None:
+        """Draw the case again and let Hypothesis shrink it. Raises OracleFailure, of the smallest case."""
+        begun = False
+
+        def judge_one(scenario: Scenario) -> None:
+            nonlocal begun
+            begun = begun or scenario == drawn.scenario
+            if not begun:  # a candidate that was drawn before it
+                return
+            assert self.outcome.failure is not None
+            if time.monotonic() > self._shrinking_ends:
+                if scenario == self.outcome.failure.scenario:  # Hypothesis runs its smallest case once more
+                    raise self.outcome.failure
+                return
+            self.judge(scenario)
+
+        draw(drawn.cases, ATTEMPTS, drawn.seed, judge_one, shrink=True)
+
+    def _keep(self, failure: OracleFailure) -> None:
+        outcome = self.outcome
         outcome.failure = failure
         try:
-            files.record(failure.scenario, failure.finding.sentence())
-            outcome.saved = files.minimal
+            self._files.record(failure.scenario, failure.finding.sentence())
+            outcome.saved = self._files.minimal
         except OSError as error:  # the finding is reported even if the disk is full
-            outcome.saved, outcome.unsaved = None, f"{save_dir}: {error.strerror or error}"
-        count()
+            outcome.saved, outcome.unsaved = None, f"{self._save_dir}: {error.strerror or error}"
+        self._count()
 
-    shrinking_ends = math.inf
-
-    def judge_one(scenario: Scenario) -> None:
-        nonlocal shrinking_ends
-        if deadline is not None and time.monotonic() > deadline and outcome.failure is None:
-            raise OutOfTime
-        if outcome.failure is not None and time.monotonic() > shrinking_ends:
-            if scenario == outcome.failure.scenario:  # Hypothesis runs its smallest case once more
-                raise outcome.failure
-            return
-        try:
-            with saved_while_judged(scenario, save_dir):
-                # Trials of the shrinking do not count as coverage.
-                judge_subject(subject, scenario, device, outcome.verdict if outcome.failure is None else None)
-            count()
-        except OracleFailure as failure:
-            shrinking_ends = min(shrinking_ends, time.monotonic() + SHRINKING_SECONDS)
-            keep(failure)
-            if has_lost_the_device(failure.finding, device):
-                raise DeviceLost(failure, files.raw, outcome.verdict.cases) from failure
-            raise
-        except (BackendError, ScenarioError) as error:
-            if outcome.failure is None:  # else this is a trial of the shrinking, which counts as passed
-                raise _Unjudged(error) from None
-
-    count()  # also says which process judges
-    cases_of_subject = scenarios(scale, switches=subject.switches)
-    try:
-        draw(cases_of_subject, cases, seed, judge_one, shrink=most_shrinking is None)
-    except OracleFailure as failure:
-        keep(minimised(failure, subject, device, most_shrinking or MOST_TRIALS, shrinking_ends))
-    except _Unjudged as ended:
-        raise ended.error from None
-    except NotReproducible:
-        outcome.flaky = True
-        outcome.saved = None if outcome.unsaved else files.raw
-    return outcome
+    def _count(self) -> None:
+        if self._counter is not None:
+            verdict = self.outcome.verdict
+            self._counter.note(verdict.cases, verdict.replays, self.outcome.saved)
 
 
 def minimised(

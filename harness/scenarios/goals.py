@@ -1,0 +1,298 @@
+"""Deals the goals of a run to its cases: one way to each boundary class, in rotation.
+
+Wants that do not contradict each other share a case. Situations come first, one to a case; sizes, lengths, mirrors and
+orders are dealt to these cases in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nsa_oracle.harness.scenarios.coverage import (
+    COPY_CHUNK,
+    FLASHMLA_BLOCK,
+    MANY_STEPS,
+    MQA_SEGMENT,
+    PREFILLS,
+)
+from nsa_oracle.harness.scenarios.goal import (
+    ANYTHING,
+    LENGTH,
+    MIRROR,
+    NOT_OF_THE_SETUP,
+    ORDER,
+    OWN,
+    SITUATION,
+    SWITCH,
+    Goal,
+    Pins,
+    Want,
+)
+from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.scales import Scale
+from nsa_oracle.harness.scenarios.scenario import (
+    GRAPH_MODES,
+    MAX_STEPS,
+    Drive,
+    IntDtype,
+    Mirror,
+    Order,
+    PageLayout,
+    Reuse,
+)
+from nsa_oracle.harness.scenarios.switches import Switches
+from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
+
+PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
+# The situations of the first cases, so of short profiles: those that kill most bugs of the zoo per second.
+FIRST = (
+    *("several segments", "graph empty after requests", "nothing accepted", "small, large, small"),
+    *("cached prefixes", "whole prompts", "same batch on other pages", "steps cross a FlashMLA block"),
+    *("accepts", "replay DRAFT_EXTEND_V2", "replay DRAFT_EXTEND", "replay DECODE", "eager IDLE"),
+    *("smaller draft extend, other accepts", "replay TARGET_VERIFY", "eager after the longest left"),
+)
+
+
+def goals(scale: Scale, switches: Switches, round_: int = 0) -> list[Goal]:
+    """The goals of the cases of one period. Later rounds combine the same wants in other ways."""
+    period = PERIODS[bool(scale.layers)]
+    dealt = [ANYTHING] * period
+    free_to_go = 0  # wants without a situation so far, which go to one case after the other
+    for want in wants(scale, switches):
+        start = 0
+        if SITUATION not in want.pins:
+            start, free_to_go = free_to_go + 7 * round_, free_to_go + 1
+        alike = [case for case in range(period) if want.pins.get(SITUATION) == dealt[case].pins.get(SITUATION, ())]
+        for case in (*alike, *((start + number) % period for number in range(period))):
+            goal = dealt[case].joined(want)
+            if goal is not None:
+                dealt[case] = goal
+                break
+    return dealt
+
+
+def wants(scale: Scale, switches: Switches) -> list[Want]:
+    """The wants that fit the limits of ``scale``: situations first, in the order of their cases."""
+    every = _of_layers(scale) if scale.layers else _of_metadata(scale, switches)
+    drawn = scale.drawn()
+    found = []
+    for want in every:
+        pins = {
+            name: values if name in NOT_OF_THE_SETUP else _both(scale.limits.of(name, drawn.get(name, ())), values)
+            for name, values in want.pins.items()
+        }
+        if all(pins.values()) and set(want.modes) <= set(scale.limits.modes):
+            found.append(Want(want.name, pins, want.modes))
+    return sorted(found, key=_place)
+
+
+def _place(want: Want) -> int:
+    """Where a want comes in the order of ``wants``."""
+    (situation, *_) = want.pins.get(SITUATION, ("",))
+    return FIRST.index(situation) if situation in FIRST else len(FIRST) + (not situation)
+
+
+def _both(some: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(value for value in some if value in others)
+
+
+def _steps(scale: Scale, least: int) -> tuple[int, ...]:
+    return tuple(n for n in scale.num_steps if n >= least)
+
+
+def _of_metadata(scale: Scale, switches: Switches) -> Iterator[Want]:
+    yield from _segments(scale)
+    yield from _pairs(scale, "")
+    yield from _steps_of_modes(scale, "")
+    yield from _prefills(scale, "")
+    yield from _occupancy(scale)
+    yield from _histories(scale)
+    yield from _of_setups(scale, switches)
+    yield from _of_calls(scale)
+
+
+def _of_layers(scale: Scale) -> Iterator[Want]:
+    prefix = "layer: "
+    yield from _prefills(scale, prefix)
+    yield from _pairs(scale, prefix)
+    yield from _steps_of_modes(scale, prefix)
+    yield from (Want(f"content {regime.value}", {"regime": (regime,)}) for regime in reversed(Regime))
+    yield from (Want(f"cache {dtype.value}", {"kv_cache_dtype": (dtype,)}) for dtype in KVCacheDtype)
+    yield Want("more heads than one", {"num_heads": _more_than(scale.drawn()["num_heads"], 1)})
+    yield Want("far slots", {"far_slots": (True,)})
+    yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
+    yield Want("fewer keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K-1",)})
+    drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2
+    pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
+    yield Want("rows without a key", pins, (v2,))
+
+
+def _segments(scale: Scale) -> Iterator[Want]:
+    decode = (ForwardMode.DECODE,)
+    base = {"step_semantics": (StepSemantics.ADVANCING,), LENGTH: OWN}
+    parts = tuple(n for n in scale.parts if n)
+    mqa = {"paged_mqa_num_sms": parts, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT)}
+    mla = {
+        "flashmla_num_sm_parts": parts,
+        "index_topk": _more_than(scale.index_topks, FLASHMLA_BLOCK),
+        "max_context_len": _more_than(scale.max_context_lens, FLASHMLA_BLOCK + 2 * MAX_STEPS),
+    }
+    wide = {**mqa, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT + 2 * MAX_STEPS)}
+    together = {"drive": (Drive.MULTI_STEP,), LENGTH: OWN, "num_steps": _steps(scale, MANY_STEPS)}
+    name = f"N >= {MANY_STEPS} multi-step replay of several paged-MQA segments"
+    yield Want(name, {SITUATION: ("several segments",), **together, **wide}, decode)
+    for name, sizes in (("paged-MQA segment", mqa), ("FlashMLA block", mla)):
+        pins = {SITUATION: (f"steps cross a {name}",), **base, **sizes, "num_steps": _steps(scale, MANY_STEPS)}
+        yield Want(f"N >= {MANY_STEPS} steps cross a {name}", pins, decode)
+        yield Want(f"steps cross a {name}", {**pins, "num_steps": _steps(scale, 2)}, decode)
+
+
+def _pairs(scale: Scale, prefix: str) -> Iterator[Want]:
+    small_pages = tuple(p for p in scale.page_sizes if p <= min(scale.max_context_lens))
+    moved = {"reuse": (Reuse.QUEUE, Reuse.SHUFFLED), "page_size": small_pages, LENGTH: OWN}
+    ordered = {ORDER: (Order.JOINED, Order.REVERSED)}
+    name = "same batch on other pages"
+    yield Want(f"{prefix}{name}", {SITUATION: (name,), **moved, **ordered})
+    name = "row grown on other pages"
+    yield Want(f"{prefix}{name}", {SITUATION: (name,), **moved, "reuse": (Reuse.QUEUE,)})
+    name = "eager after the longest left"
+    yield Want(f"{prefix}{name}", {SITUATION: (name,), LENGTH: OWN})
+    name = "small after large in one bucket"
+    yield Want(f"{prefix}{name}", {SITUATION: (name,)})
+    if not prefix:
+        name = "smaller draft extend, other accepts"
+        drafts = _more_than(scale.num_draft_tokens, 1)
+        pins = {SITUATION: (name,), "num_draft_tokens": drafts, LENGTH: OWN}
+        yield Want(name, pins, (ForwardMode.DRAFT_EXTEND,))
+
+
+def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
+    for mode in GRAPH_MODES:
+        name = f"replay {mode.value}"
+        pins: Pins = {SITUATION: (name,), "num_steps": _steps(scale, 2)}
+        yield Want(f"{prefix}{name}, N > 1", pins, (mode,))
+        if not prefix:
+            yield Want(name, {SITUATION: (name,)}, (mode,))
+    for mode in ForwardMode:
+        if prefix and mode is ForwardMode.IDLE:
+            continue
+        name = f"eager {mode.value}"
+        place = {SITUATION: (name,)}
+        if mode is ForwardMode.IDLE:
+            place |= {MIRROR: OWN, ORDER: OWN, LENGTH: OWN}
+        if mode is ForwardMode.EXTEND:
+            place = {SITUATION: ("cached prefixes",)}
+        yield Want(f"{prefix}{name}, N > 1", {**place, "num_steps": _steps(scale, 2)}, (mode,))
+        if not prefix:
+            yield Want(name, place, (mode,))
+
+
+def _prefills(scale: Scale, prefix: str) -> Iterator[Want]:
+    around = {**_around(scale, "index_topk", 1), LENGTH: OWN}
+    for situation, names in (
+        ("cached prefixes", (PREFILLS[0], "prefill beyond K")),
+        ("whole prompts", (*PREFILLS[1:], "prefill within K", "K between the lengths")),
+    ):
+        for name in names:
+            yield Want(f"{prefix}{name}", {SITUATION: (situation,), **around}, (ForwardMode.EXTEND,))
+
+
+def _occupancy(scale: Scale) -> Iterator[Want]:
+    steps, drafts = (1, 2), (1, 2, 3, 4)
+    for name, size in (("batch of 5..8", 5), ("batch of more than 8", 9)):
+        widths = tuple(
+            width for width in scale.max_context_lens if scale.most_requests(width, max(steps) * max(drafts)) >= size
+        )
+        pins: Pins = {SITUATION: (name,), "max_context_len": widths, "num_steps": steps, "num_draft_tokens": drafts}
+        pools = tuple(n for n in scale.drawn()["pool_size"] if n >= size)
+        yield Want(name, {**pins, "pool_size": pools})
+    yield Want("batch padded", {SITUATION: ("replay, padded",)})
+    yield Want("batch fills bucket", {SITUATION: ("replay, full",)})
+    yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
+    for name in ("batch empty", "graph empty after requests"):
+        yield Want(name, {SITUATION: ("graph empty after requests",)})
+    for name in ("full graph, nothing accepted", "accept 0", "accept none at all"):
+        yield Want(name, {SITUATION: ("nothing accepted",)}, (ForwardMode.DRAFT_EXTEND,))
+    drafts_to_part = {
+        SITUATION: ("accepts",),
+        "num_draft_tokens": _more_than(scale.num_draft_tokens, 2),
+        LENGTH: OWN,
+    }
+    for name in ("accept partial", "accept 1", "accept all", "accept mixed"):
+        yield Want(name, drafts_to_part)
+
+
+def _histories(scale: Scale) -> Iterator[Want]:
+    for name in ("small, large, small", "small after large", "several buckets"):
+        yield Want(name, {SITUATION: ("small, large, small",)})
+    for name in ("mode change", "eager between replays"):
+        yield Want(name, {SITUATION: ("mode change",)})
+    recycled = {SITUATION: ("recycled",), "reuse": (Reuse.STACK,)}
+    for name in ("request finishes", "request joins between replays", "pool row recycled", "page recycled"):
+        yield Want(name, recycled)
+    yield Want(f"reuse {Reuse.STACK.value}", recycled)
+    yield Want(f"reuse {Reuse.QUEUE.value}", {SITUATION: ("row grown on other pages",), "reuse": (Reuse.QUEUE,)})
+    shuffled = {SITUATION: ("same batch on other pages",), "reuse": (Reuse.SHUFFLED,)}
+    yield Want(f"reuse {Reuse.SHUFFLED.value}", shuffled)
+    full_pages = {
+        "page_size": tuple(p for p in scale.page_sizes if p <= 16),
+        "max_context_len": _more_than(scale.max_context_lens, 16 + MAX_STEPS),
+        LENGTH: OWN,
+    }
+    yield Want("shared prefix", {SITUATION: ("shared prefix",), **full_pages})
+    yield Want("prefix re-mapped", {SITUATION: ("prefix re-mapped",), **full_pages})
+    long = _more_than(scale.max_context_lens, COPY_CHUNK + MAX_STEPS)
+    yield Want("several copy chunks", {SITUATION: ("several copy chunks",), "max_context_len": long, LENGTH: OWN})
+
+
+def _of_setups(scale: Scale, switches: Switches) -> Iterator[Want]:
+    for switch in switches.names:
+        shared = {"step_semantics": (StepSemantics.SHARED,)} if switch in switches.shared_only else {}
+        yield Want(f"switch {switch}", {SWITCH: (switch,), **shared})
+    if switches.names:
+        yield Want("no switch", {SWITCH: ("",)})
+    for prefix, name in (("N", "num_steps"), ("nd", "num_draft_tokens")):
+        yield Want(f"{prefix} 1", {name: (1,)})
+        yield Want(f"{prefix} 2..7", {name: tuple(range(2, MAX_STEPS))})
+        yield Want(f"{prefix} {MAX_STEPS}", {name: (MAX_STEPS,)})
+    yield from (Want(f"page size {size}", {"page_size": (size,)}) for size in scale.page_sizes)
+    odd = tuple(width for width in scale.max_context_lens if any(width % size for size in scale.page_sizes))
+    yield Want("W not a multiple of P", {"page_size": _more_than(scale.page_sizes, 1), "max_context_len": odd})
+    yield from (Want(f"pages {layout.value}", {"page_layout": (layout,)}) for layout in PageLayout)
+    yield from (Want(f"{dtype.value} lengths", {"seq_lens": (dtype,)}) for dtype in IntDtype)
+    yield Want("strided inputs", {"strided": (True,)})
+    yield Want("wide req_to_token", {"wide_req_to_token": (True,)})
+    several = _more_than(scale.drawn()["pool_size"], 1)
+    yield Want("far req_to_token", {"far_req_to_token": (True,), "pool_size": several})
+    yield from (Want(f"drive {drive.value}", {"drive": (drive,)}) for drive in Drive)
+    yield from (Want(f"steps {each.value}", {"step_semantics": (each,)}) for each in StepSemantics)
+    parts = _more_than(scale.parts, 0)
+    yield Want("paged MQA schedule", {"paged_mqa_num_sms": parts})
+    yield Want("FlashMLA schedule", {"flashmla_num_sm_parts": parts})
+
+
+def _of_calls(scale: Scale) -> Iterator[Want]:
+    yield from (Want(f"mirror {mirror.value}", {MIRROR: (mirror,)}) for mirror in Mirror)
+    yield from (Want(f"order {order.value}", {ORDER: (order,)}) for order in Order)
+    for name, sizes in (
+        ("1", {}),
+        ("limit", {}),
+        *((f"P{sign}", _around(scale, "page_size", off)) for sign, off in (("-1", -1), ("", 0), ("+1", 1))),
+        *((f"K{sign}", _around(scale, "index_topk", off)) for sign, off in (("-1", -1), ("", 0), ("+1", 1))),
+    ):
+        yield Want(f"length {name}", {LENGTH: (name,), **sizes})
+
+
+def _around(scale: Scale, name: str, off: int) -> dict[str, tuple[int, ...]]:
+    """Sizes at which a request can be ``off`` tokens longer than the field ``name`` says, and has at least one."""
+    drawn = scale.limits.of(name, scale.drawn()[name])
+    widths = scale.limits.of("max_context_len", scale.max_context_lens)
+    longest = max(widths, default=0) - MAX_STEPS
+    fitting = tuple(value for value in drawn if 1 <= value + off <= longest)
+    least = min(fitting, default=0) + off + MAX_STEPS
+    return {name: fitting, "max_context_len": tuple(width for width in widths if width >= least)}
+
+
+def _more_than(values: Sequence[int], least: int) -> tuple[int, ...]:
+    return tuple(value for value in values if value > least)

@@ -1,0 +1,289 @@
+"""Situations: short histories that goals name, of events that engines run back to back and chance rarely would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
+from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Order, Remap, Replay
+from nsa_oracle.harness.scenarios.script import Script
+from nsa_oracle.reference.types import ForwardMode
+
+DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
+_SAME_EACH_TIME = (Order.JOINED, Order.REVERSED)
+
+
+def _replayed(mode: ForwardMode, script: Script) -> None:
+    script.fill()
+    script.accept_before(mode)
+    script.replay(mode)
+
+
+def _called(mode: ForwardMode, script: Script) -> None:
+    if mode is not ForwardMode.IDLE:
+        script.fill()
+        script.accept_before(mode)
+    script.eager(mode)
+
+
+def _call(script: Script, order: Order | None = None) -> Replay | Eager:
+    """A replay if the limits allow one, else an eager call. order: None if any will do."""
+    mode = script.graph_mode()
+    return script.eager(script.eager_mode(), order=order) if mode is None else script.replay(mode, order=order)
+
+
+def _cached_prefixes(script: Script) -> None:
+    """Prompts beyond K, of which one token is new, or a few."""
+    limit, topk = script.setup.max_seq_len, script.setup.index_topk
+    for _ in range(script.pick((2, 1, 3))):
+        script.join(script.pick((topk + 1, limit, (topk + limit) // 2)))
+    script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
+
+
+def _whole_prompts(script: Script) -> None:
+    """A prompt within K, prefilled from its first token, beside one beyond K."""
+    limit, topk = script.setup.max_seq_len, script.setup.index_topk
+    most_new = script.scale.most_new_tokens or limit
+    script.join(script.pick((1, min(topk, most_new), max(1, min(topk, most_new) - 1))))
+    script.join(script.pick((topk + 1, limit, script.first_length())))
+    if script.pick((False, True)):
+        script.fill()
+    script.eager(EXTEND, (most_new,), order=Order.JOINED)
+    script.finish(len(script.running) - 1)
+    script.eager(EXTEND)
+
+
+def _same_batch_on_other_pages(script: Script) -> None:
+    script.fill()
+    call = _call(script, order=_same_order(script))
+    running = script.running
+    moving = script.pick(("all", "last", "first pages"))
+    if moving == "first pages" and len(running) > 1 and running[0].seq_len >= script.setup.page_size:
+        script.add(Remap(request=len(running) - 1, prefix_of=0, prefix_pages=1))
+    else:
+        count = len(running) if moving == "all" else 1
+        lengths = [request.seq_len for request in running[-count:]]
+        script.finish(len(running) - count, count)  # each time, the next one has that index
+        for length in lengths:
+            script.join(length)
+    script.again(call)
+
+
+def _same_order(script: Script) -> Order:
+    wanted = [order for order in script.goal.of("order") if order in _SAME_EACH_TIME]
+    return Order(script.pick(wanted or _SAME_EACH_TIME))
+
+
+def _row_grown_on_other_pages(script: Script) -> None:
+    limit = script.setup.max_seq_len
+    script.fill()
+    last = script.running[-1].seq_len
+    if last == limit and limit > 1:
+        script.finish(len(script.running) - 1)
+        last = script.pick((1, limit // 2, limit - 1))
+        script.join(last)
+    call = _call(script)
+    script.finish(len(script.running) - 1)
+    script.join(script.pick((last + 1, limit, (last + limit + 1) // 2)))
+    script.again(call)
+
+
+def _longest_leaves(script: Script) -> None:
+    for _ in range(script.most - 1 - len(script.running)):
+        script.join(min(script.first_length(), script.setup.max_seq_len - 1))
+    script.join(max((request.seq_len for request in script.running), default=0) + script.pick((1, 70)))
+    mode = script.eager_mode()
+    script.accept_before(mode)
+    call = script.eager(mode)
+    lengths = [request.seq_len for request in script.running]
+    if lengths:
+        script.finish(lengths.index(max(lengths)))
+    script.again(call)
+
+
+def _small_after_large(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(least=2)
+    call = script.replay(mode)
+    script.finish(script.pick(range(len(script.running))), script.pick(range(1, max(2, len(script.running)))))
+    script.again(call)
+
+
+def _small_large_small(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(1)
+    for bucket in {1, script.most}:
+        script.graph(mode, bucket, exact=True)
+    script.replay(mode)
+    script.fill(least=2)
+    script.replay(mode)
+    script.finish(0, script.pick(range(1, max(2, len(script.running)))))
+    script.replay(mode)
+
+
+def _smaller_draft_extend(script: Script) -> None:
+    script.fill(least=2)
+    script.accept()
+    call = script.replay(DRAFT_EXTEND)
+    script.finish(script.pick(range(len(script.running))))
+    drafts = script.setup.num_draft_tokens
+    others = tuple((request.accept_length + script.pick((1, 2))) % (drafts + 1) for request in script.running)
+    if others:
+        script.accept(others)
+    script.again(call)
+
+
+def _padded(full: bool, script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(None if full else max(1, script.most - script.pick((1, 2))))
+    script.accept_before(mode)
+    size = len(script.running)
+    script.replay(mode, script.graph(mode, size if full else max(size + 1, script.most), exact=full))
+
+
+def _outgrown(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.graph(mode, 1, exact=True)
+    script.fill(least=2)
+    script.replay(mode, 1)
+
+
+def _emptied(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill()
+    call = script.replay(mode)
+    script.finish(0, script.most)
+    script.again(call)
+    script.fill()
+    script.again(call)
+
+
+def _nothing_accepted(script: Script) -> None:
+    script.fill()
+    script.accept((0,))
+    script.replay(DRAFT_EXTEND, script.graph(DRAFT_EXTEND, len(script.running), exact=True))
+
+
+def _accepts(script: Script) -> None:
+    drafts = script.setup.num_draft_tokens
+    script.fill(least=2)
+    script.accept((1, drafts))
+    _call(script)
+    script.accept((script.pick(range(2, drafts)) if drafts > 2 else 1, 0))
+    _call(script)
+
+
+def _crowd(least: int, most: int, script: Script) -> None:
+    script.fill(script.pick(range(least, max(least, min(most, script.most)) + 1)))
+    _call(script)
+
+
+def _two_modes(script: Script) -> None:
+    first = script.graph_mode()
+    second = None if first is None else script.graph_mode(first)
+    if first is None or second is None:
+        return
+    script.fill()
+    script.replay(first)
+    script.accept_before(second)
+    script.replay(second)
+    script.eager(script.pick((first, second)))
+    script.replay(first)
+
+
+def _recycled(script: Script) -> None:
+    script.fill()
+    _call(script)
+    script.finish(script.pick(range(len(script.running))))
+    script.join()
+    _call(script)
+
+
+def _full_page(script: Script) -> int:
+    """A length that fills a page at least."""
+    return max(script.first_length(), script.setup.page_size)
+
+
+def _shared_prefix(script: Script) -> None:
+    script.join(_full_page(script))
+    script.join(_full_page(script), prefix_of=0)
+    _call(script)
+
+
+def _remapped(script: Script) -> None:
+    script.join(_full_page(script))
+    script.join(_full_page(script))
+    call = _call(script)
+    script.add(Remap(request=1, prefix_of=0, prefix_pages=script.pick((1, 2))))
+    script.again(call)
+
+
+def _long(script: Script) -> None:
+    limit = script.setup.max_seq_len
+    script.join(script.pick((COPY_CHUNK + 1, limit, (COPY_CHUNK + limit) // 2)))
+    _call(script)
+
+
+def _several_segments(script: Script) -> None:
+    """The lengths at capture need one segment, those of the replay several."""
+    bucket = script.graph(DECODE, script.pick(range(1, script.most + 1)))
+    while len(script.running) < bucket:
+        script.join(script.pick((MQA_SEGMENT + 1, script.setup.max_seq_len, 2 * MQA_SEGMENT)))
+    script.replay(DECODE, bucket)
+
+
+def _crossed(size: int, script: Script) -> None:
+    """The first steps of a call need fewer segments than the last."""
+    setup = script.setup
+    most = min(setup.max_context_len, setup.index_topk if size == FLASHMLA_BLOCK else setup.max_context_len)
+    units = [unit for unit in range(size, most, size) if unit - setup.num_steps + 1 <= setup.max_seq_len] or [size]
+    for _ in range(script.pick(range(1, script.most + 1))):
+        script.join(script.pick(units) - script.pick(range(1, max(2, setup.num_steps))))
+    script.replay(DECODE)
+
+
+SITUATIONS: Mapping[str, Callable[[Script], None]] = {
+    "several segments": _several_segments,
+    "steps cross a paged-MQA segment": partial(_crossed, MQA_SEGMENT),
+    "steps cross a FlashMLA block": partial(_crossed, FLASHMLA_BLOCK),
+    "same batch on other pages": _same_batch_on_other_pages,
+    "row grown on other pages": _row_grown_on_other_pages,
+    "eager after the longest left": _longest_leaves,
+    "small after large in one bucket": _small_after_large,
+    "smaller draft extend, other accepts": _smaller_draft_extend,
+    **{f"replay {mode.value}": partial(_replayed, mode) for mode in GRAPH_MODES},
+    **{f"eager {mode.value}": partial(_called, mode) for mode in ForwardMode if mode is not EXTEND},
+    "cached prefixes": _cached_prefixes,
+    "whole prompts": _whole_prompts,
+    "batch of 5..8": partial(_crowd, 5, 8),
+    "batch of more than 8": partial(_crowd, 9, 12),
+    "replay, padded": partial(_padded, False),
+    "replay, full": partial(_padded, True),
+    "outgrown": _outgrown,
+    "graph empty after requests": _emptied,
+    "nothing accepted": _nothing_accepted,
+    "accepts": _accepts,
+    "small, large, small": _small_large_small,
+    "mode change": _two_modes,
+    "recycled": _recycled,
+    "shared prefix": _shared_prefix,
+    "prefix re-mapped": _remapped,
+    "several copy chunks": _long,
+}
+HAPPENINGS = (  # those that can occur in any history
+    _same_batch_on_other_pages,
+    _row_grown_on_other_pages,
+    _longest_leaves,
+    _small_after_large,
+)

@@ -1,0 +1,116 @@
+"""The cases of a run: each visits what it is drawn for, whatever the seed and whoever asks for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, classes_of
+from nsa_oracle.harness.scenarios.goals import PERIODS
+from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
+from nsa_oracle.harness.scenarios.scenario import Drive, Eager, Replay, Scenario
+from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
+from nsa_oracle.harness.search.stream import Drawn, Stream
+from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
+from nsa_oracle.reference.types import ForwardMode, StepSemantics
+from tests.support.limits import limits, only
+from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY
+
+DEV = PROFILES["dev"]
+
+
+def stream(scale: Scale, count: int, seed: int = 0) -> list[Drawn]:
+    return list(Stream(scale, OPTIMIZED_SWITCHES, seed).cases(range(count)))
+
+
+def calls(scenario: Scenario) -> list[tuple[ForwardMode, int]]:
+    """Mode and number of requests of each call."""
+    world, found = World(scenario, 0), []
+    for event in scenario.events:
+        batch = world.apply(event)
+        if batch is not None:
+            found += [(batch.mode, batch.size)] * (event.times if isinstance(event, Replay) else 1)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1 << 47])
+@pytest.mark.parametrize(
+    "scale", [SMALL, LARGE, SMALL_LAYER, LARGE_LAYER], ids=["small", "large", "layer", "large layer"]
+)
+def test_dev_visits_every_class(scale: Scale, seed: int) -> None:
+    visited = set[str]()
+    for drawn in stream(scale, DEV.layer_cases if scale.layers else DEV.cases, seed):
+        visited |= classes_of(drawn.scenario)
+        assert set(drawn.goal.names) <= classes_of(drawn.scenario), "each case visits what it was drawn for"
+    wanted = LAYER_CLASSES if scale.layers else set(all_classes(OPTIMIZED_SWITCHES)) - set(LAYER_CLASSES)
+    assert visited >= set(wanted)
+    assert visited <= set(all_classes(OPTIMIZED_SWITCHES))
+
+
+def test_a_case_depends_on_its_number_and_its_seed_alone() -> None:
+    whole = [drawn.scenario for drawn in stream(SMALL, 2 * SHARDS)]
+    for shard in (0, 5):
+        share = Stream(SMALL, OPTIMIZED_SWITCHES, 0).cases(PROFILES["smoke"].share(shard, with_layer=False))
+        assert [drawn.scenario for drawn in share] == whole[shard::SHARDS]
+    assert not {drawn.scenario for drawn in stream(SMALL, 2 * SHARDS, seed=1)} & set(whole)
+    assert len(set(whole)) == len(whole)
+
+
+def test_shards_divide_the_cases() -> None:
+    for profile in PROFILES.values():
+        for with_layer, count in ((False, profile.cases), (True, profile.layer_cases)):
+            shares = [number for shard in range(SHARDS) for number in profile.share(shard, with_layer)]
+            assert sorted(shares) == list(range(count))
+
+
+@pytest.mark.parametrize("scale", [SMALL, SMALL_LAYER], ids=["metadata", "layer"])
+def test_few_batches_are_empty(scale: Scale) -> None:
+    made = [call for drawn in stream(scale, 3 * PERIODS[bool(scale.layers)]) for call in calls(drawn.scenario)]
+    assert 0 < sum(size == 0 for _, size in made) < len(made) / 8
+
+
+def test_dev_prefills_through_the_layer() -> None:
+    prefills = [
+        event
+        for drawn in stream(SMALL_LAYER, DEV.layer_cases)
+        for event, (mode, size) in zip(_calling(drawn.scenario), calls(drawn.scenario), strict=False)
+        if mode is EXTEND and size and isinstance(event, Eager)
+    ]
+    assert len(prefills) >= 4
+
+
+def _calling(scenario: Scenario) -> list[Replay | Eager]:
+    return [
+        event
+        for event in scenario.events
+        if isinstance(event, Replay | Eager)
+        for _ in range(event.times if isinstance(event, Replay) else 1)
+    ]
+
+
+def test_a_schedule_that_stays_as_captured_is_drawn_for() -> None:
+    """A defect that was shipped: N > 3, all steps refreshed together, a paged-MQA schedule, more than one segment."""
+    (drawn,) = Stream(SMALL, OPTIMIZED_SWITCHES, 0).cases([0])
+    setup = drawn.scenario.setup
+    assert setup.num_steps >= 4
+    assert setup.drive is Drive.MULTI_STEP
+    assert setup.paged_mqa_num_sms
+    world = World(drawn.scenario, 0)
+    batches = [batch for event in drawn.scenario.events if (batch := world.apply(event)) is not None]
+    assert batches[0].mode is DECODE
+    assert min(batches[0].seq_lens) > 256
+
+
+def test_goals_that_exclude_each_other_under_the_limits_give_way() -> None:
+    """Whatever is declared, cases are within it, and what can be reached is reached."""
+    for scale, declared in (
+        (SMALL, limits(page_size=(64,)) & only(DECODE, VERIFY)),
+        (SMALL, only(EXTEND)),
+        (SMALL, only(IDLE)),
+        (SMALL, limits(page_size=(1,), pool_size=(1,), max_context_len=(20,), step_semantics=("shared",))),
+        (SMALL_LAYER, limits(kv_lora_rank=(512,), regime=("random",), max_context_len=(33,))),
+    ):
+        for drawn in stream(restricted(scale, declared), PERIODS[bool(scale.layers)]):
+            assert declared.misfit(drawn.scenario) is None
+            if declared.sizes.get("step_semantics"):
+                assert drawn.scenario.setup.step_semantics is StepSemantics.SHARED
