@@ -129,7 +129,7 @@ class Script:
         self.add(Accept(accept_lengths=drawn))
 
     def accept_before(self, mode: ForwardMode) -> None:
-        """Drafts are accepted, preferably, before a draft extend. Not if the goal has a length: they would add to it."""
+        """Drafts are accepted, preferably, before a draft extend; not if the goal has a length: they would add to it."""
         has_length = self.goal.of(LENGTH) not in ((), OWN)
         if mode in OF_ACCEPTED and not has_length and self.pick((True, True, True, False)):
             self.accept()

@@ -23,6 +23,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     PageLayout,
     Remap,
     Replay,
+    Reuse,
     Scenario,
     Setup,
 )
@@ -191,6 +192,31 @@ def test_row_and_pages_freed_last_are_reused_first() -> None:
     assert world.req_to_token[0, :5].tolist() == [4, 5, 6, 7, POISON]  # 2 tokens, 2 drafts
 
 
+def after_a_finish(reuse: Reuse, seed: int = 0) -> World:
+    """Two of three rows are in use; the first request ends, and two join."""
+    events = (Join(seq_len=5), Join(seq_len=9), Finish(request=0), Join(seq_len=5), Join(seq_len=5))
+    return states(Scenario(setup=setup(reuse=reuse), seed=seed, events=events))[-1][0]
+
+
+def test_in_a_queue_the_same_row_gets_other_pages() -> None:
+    world = after_a_finish(Reuse.QUEUE)
+    assert [(r.pool_row, r.pages) for r in world.running] == [(1, [3, 4, 5]), (0, [6, 7]), (2, [8, 9])]
+    again = World(world.scenario, POISON)
+    for event in (Join(seq_len=13), Join(seq_len=13), Finish(request=0), Join(seq_len=13), Join(seq_len=13)):
+        again.apply(event)
+    assert [r.pages for r in again.running] == [[5, 6, 7, 8], [9, 10, 11, 12], [1, 2, 3, 4]], (
+        "first given up, first back"
+    )
+
+
+def test_shuffled_rows_and_pages_come_back_in_any_order_that_the_seed_decides() -> None:
+    found = {tuple((r.pool_row, *r.pages) for r in after_a_finish(Reuse.SHUFFLED, seed).running) for seed in range(20)}
+    assert len(found) > 10
+    assert {rows[1][0] for rows in found} == {0, 2}
+    one, other = (after_a_finish(Reuse.SHUFFLED, 3) for _ in range(2))
+    assert (one.req_to_token == other.req_to_token).all()
+
+
 def test_several_requests_finish_one_by_one() -> None:
     def left(request: int, count: int) -> list[int]:
         joins = tuple(Join(seq_len=length) for length in (5, 6, 7, 8))
@@ -306,6 +332,14 @@ COMMITTED = {
     "page size 1": (
         life_of_a_server(12345, page_size=1, page_layout="shuffled"),
         "e37d16c38ec013e6fd8c9ea67b8aa8b5faaead33fc77150a2e7d7da7a567df38",
+    ),
+    "pages reused last": (
+        life_of_a_server(7, reuse="queue"),
+        "c44727157cc4118a79f804a306311c1e6d0b1dea6a9471c9433d378c81c9bafc",
+    ),
+    "rows and pages reused in any order": (
+        life_of_a_server(8, reuse="shuffled"),
+        "063707f72833b4bb07140533579cf42cd3c86eb91f42beb8270ac219f0fd9fe1",
     ),
 }
 

@@ -1,0 +1,144 @@
+"""Boundary classes that take two calls, or a row of numbers, to see: cases that visit them, and cases that do not."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsa_oracle.harness.scenarios.coverage import classes_of
+from nsa_oracle.harness.scenarios.scenario import (
+    Accept,
+    Capture,
+    Eager,
+    Event,
+    Finish,
+    Join,
+    Layer,
+    Remap,
+    Replay,
+    Reuse,
+)
+from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
+
+GRAPH = Capture(mode=DECODE, buckets=(2,))
+REPLAY, CALL = Replay(mode=DECODE), Eager(mode=VERIFY)
+DRAFTS = (Capture(mode=DRAFT_EXTEND, buckets=(2,)), Join(seq_len=3), Join(seq_len=5))
+
+
+def visited(*events: Event, **setup: object) -> set[str]:
+    return classes_of(case(*events, **setup))
+
+
+@pytest.mark.parametrize("between", [(Finish(request=0), Join(seq_len=5)), (Remap(request=1, prefix_of=0),)])
+def test_same_batch_on_other_pages(between: tuple[Event, ...]) -> None:
+    first = (GRAPH, Join(seq_len=5), *([Join(seq_len=5)] if len(between) == 1 else []), REPLAY)
+    name = "same batch on other pages"
+    assert name in visited(*first, *between, REPLAY, reuse=Reuse.QUEUE)
+    assert name not in visited(*first, REPLAY, reuse=Reuse.QUEUE), "the same pages"
+    assert name not in visited(*first, *between, CALL, reuse=Reuse.QUEUE), "another call"
+    assert name not in visited(*first, *between, Join(seq_len=1), REPLAY, reuse=Reuse.QUEUE), "another batch"
+
+
+def test_the_same_pages_in_the_same_order_are_not_other_pages() -> None:
+    events = (GRAPH, Join(seq_len=5), REPLAY, Finish(request=0), Join(seq_len=5), REPLAY)
+    assert "same batch on other pages" not in visited(*events)
+
+
+def test_row_grown_on_other_pages() -> None:
+    def grown(length: int, reuse: Reuse) -> bool:
+        events = (GRAPH, Join(seq_len=5), REPLAY, Finish(request=0), Join(seq_len=length), REPLAY)
+        return "row grown on other pages" in visited(*events, reuse=reuse)
+
+    assert grown(6, Reuse.QUEUE)
+    assert not grown(5, Reuse.QUEUE)
+    assert not grown(6, Reuse.STACK)
+
+
+def test_eager_after_the_longest_left() -> None:
+    joins = (Join(seq_len=9), Join(seq_len=4))
+    name = "eager after the longest left"
+    assert name in visited(*joins, CALL, Finish(request=0), CALL)
+    assert name not in visited(*joins, CALL, Finish(request=1), CALL)
+    assert name not in visited(*joins, CALL, Finish(request=0), Eager(mode=DECODE))
+    assert name not in visited(*joins, CALL, Finish(request=0, count=2), CALL), "nobody is left"
+
+
+def test_small_after_large_in_one_bucket() -> None:
+    name, large = "small after large in one bucket", (Join(seq_len=5), Join(seq_len=5), REPLAY)
+    assert name in visited(GRAPH, *large, Finish(request=0), REPLAY)
+    assert name not in visited(Capture(mode=DECODE, buckets=(1, 2)), *large, Finish(request=0), REPLAY)
+
+
+def test_smaller_draft_extend_with_other_accepts() -> None:
+    name, replay = "smaller draft extend, other accepts", Replay(mode=DRAFT_EXTEND)
+    accepts, others = Accept(accept_lengths=(2, 1)), Accept(accept_lengths=(0,))
+    assert name in visited(*DRAFTS, accepts, replay, Finish(request=1), others, replay)
+    assert name in visited(*DRAFTS, accepts, replay, Finish(request=0), replay), "those of the other request"
+    assert name not in visited(*DRAFTS, accepts, replay, Finish(request=1), replay)
+    assert name not in visited(*DRAFTS, accepts, replay, others, replay)
+
+
+def test_prefills() -> None:
+    joins = (Join(seq_len=3), Join(seq_len=9))
+    whole = visited(*joins, Eager(mode=EXTEND, extend_lens=(16,)))
+    assert {"prefill from the first token", "prefill of several requests", "prefill beyond K"} <= whole
+    assert {"prefill within K", "K between the lengths"} <= whole
+    assert "cached prefix extended" not in whole
+    one = visited(Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(2,)))
+    assert {"cached prefix extended", "prefill beyond K"} <= one
+    assert not {"prefill from the first token", "prefill of several requests", "prefill within K"} & one
+    assert not any("prefill" in name for name in visited(Eager(mode=EXTEND)))
+
+
+def segments(length: int, **changes: object) -> set[str]:
+    sizes = {"max_context_len": 400, "num_steps": 4, "index_topk": 128, "step_semantics": "advancing"}
+    joined = (GRAPH, Join(seq_len=length), REPLAY)
+    return {name for name in visited(*joined, **(sizes | changes)) if "segment" in name or "block" in name}
+
+
+@pytest.mark.parametrize(
+    ("parts", "name", "unit"),
+    [("paged_mqa_num_sms", "a paged-MQA segment", 256), ("flashmla_num_sm_parts", "a FlashMLA block", 64)],
+)
+def test_steps_that_cross_a_segment(parts: str, name: str, unit: int) -> None:
+    """The steps of a call see one token more, two more, and so on."""
+    both = {f"steps cross {name}", f"N >= 4 steps cross {name}"}
+    assert segments(unit - 1, **{parts: 3}) >= both
+    assert segments(unit - 3, **{parts: 3}) >= both
+    for length in (unit, unit - 4):
+        assert not segments(length, **{parts: 3}) & both
+    assert not segments(unit - 1) & both, "no schedule"
+    assert not segments(unit - 1, **{parts: 3}, step_semantics="shared") & both
+    assert segments(unit - 1, **{parts: 3}, num_steps=2) == {f"steps cross {name}"}
+
+
+def test_what_is_attended_to_ends_at_k() -> None:
+    """No step needs another FlashMLA block beyond K, however long the request is."""
+    assert segments(127, flashmla_num_sm_parts=3) == set()
+    assert segments(127, flashmla_num_sm_parts=3, index_topk=200) != set()
+
+
+def test_many_steps_at_once_over_several_segments() -> None:
+    (name,) = segments(257, paged_mqa_num_sms=3)
+    assert name == "N >= 4 multi-step replay of several paged-MQA segments"
+    assert segments(257, paged_mqa_num_sms=3, step_semantics="shared") == {name}
+    for changes in ({"drive": "single_step"}, {"num_steps": 3}, {"paged_mqa_num_sms": 0}):
+        assert segments(257, **({"paged_mqa_num_sms": 3} | changes)) == set()
+    assert segments(256, paged_mqa_num_sms=3) == set()
+
+
+def test_order_of_reuse_counts_once_something_is_reused() -> None:
+    events = (Join(seq_len=5), CALL, Finish(request=0))
+    assert not {name for name in visited(*events, reuse=Reuse.QUEUE) if name.startswith("reuse")}
+    assert "reuse queue" in visited(*events, Join(seq_len=1), reuse=Reuse.QUEUE)
+
+
+def test_modes_count_with_several_steps_if_they_have_work() -> None:
+    assert "replay DECODE, N > 1" in visited(GRAPH, Join(seq_len=1), REPLAY, num_steps=2)
+    assert "replay DECODE, N > 1" not in visited(GRAPH, Join(seq_len=1), REPLAY)
+    assert "replay DECODE, N > 1" not in visited(GRAPH, REPLAY, num_steps=2)
+
+
+def test_layer_visits_classes_of_its_own() -> None:
+    events = (Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(2,)))
+    assert "layer: cached prefix extended" in visited(*events, layer=Layer())
+    assert not any(name.startswith("layer: ") for name in visited(*events))
