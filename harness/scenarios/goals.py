@@ -247,7 +247,7 @@ def _histories(scale: Scale) -> Iterator[Want]:
 
 
 def _of_setups(scale: Scale, switches: Switches) -> Iterator[Want]:
-    for switch in switches.names:
+    for switch in reversed(switches.names):  # those inside the graph first: most bugs need them
         shared = {"step_semantics": (StepSemantics.SHARED,)} if switch in switches.shared_only else {}
         yield Want(f"switch {switch}", {SWITCH: (switch,), **shared})
     if switches.names:

@@ -129,7 +129,7 @@ class Script:
         self.add(Accept(accept_lengths=drawn))
 
     def accept_before(self, mode: ForwardMode) -> None:
-        """Drafts are accepted, preferably, before a draft extend; not if the goal has a length: they would add to it."""
+        """Drafts are accepted, preferably, before a draft extend, unless the goal has a length: they add to it."""
         has_length = self.goal.of(LENGTH) not in ((), OWN)
         if mode in OF_ACCEPTED and not has_length and self.pick((True, True, True, False)):
             self.accept()
@@ -149,12 +149,14 @@ class Script:
         return mode
 
     def graph(self, mode: ForwardMode, least: int, exact: bool = False) -> int:
-        """A bucket of ``mode`` for ``least`` requests: a captured one that holds them, or else a new one."""
-        captured = self.captures.setdefault(mode, set())
+        """A bucket of ``mode`` for ``least`` requests: a captured one that holds them, or else a new one.
+
+        No bucket is larger than ``most``: more requests outgrow it. exact: the bucket is no larger than it must be.
+        """
+        captured, least = self.captures.setdefault(mode, set()), min(least, self.most)
         fitting = sorted(bucket for bucket in captured if bucket == least or (bucket > least and not exact))
         if not fitting:
-            largest = max(least, self.most)
-            fitting = [least if exact else self.pick(sorted({least, largest, *range(least, largest)}))]
+            fitting = [least if exact else self.pick(range(least, self.most + 1))]
             captured.add(fitting[0])
         chosen: int = self.pick(fitting)
         return chosen

@@ -37,10 +37,10 @@ class Profile:
         return range(shard, self.layer_cases if with_layer else self.cases, SHARDS)
 
 
-PROFILES = {
+PROFILES = {  # smoke takes about 20 seconds on two cores
     "smoke": Profile(16, 8, False),
-    "dev": Profile(48, 24, False),
-    "pr": Profile(200, 48, False),
+    "dev": Profile(48, 32, False),
+    "pr": Profile(200, 64, False),
     "nightly": Profile(10_000, 5_000, True),
 }
 SHARDS = 8  # one test item each, so that pytest-xdist can distribute them and progress is visible

@@ -150,13 +150,13 @@ def test_exit_codes_are_those_of_pytest_and_of_the_tool() -> None:
 
 
 def test_numbers_of_cases_are_those_of_the_profiles() -> None:
-    dev, pr, nightly = (
+    smoke, dev, pr, nightly = (
         f"{profile.cases:,} + {profile.layer_cases:,}"
-        for profile in (PROFILES[name] for name in ("dev", "pr", "nightly"))
+        for profile in (PROFILES[name] for name in ("smoke", "dev", "pr", "nightly"))
     )
-    assert f"{dev}, {pr} or {nightly} cases" in OPTIONS
+    assert f"{smoke}, {dev}, {pr} or {nightly} cases" in OPTIONS
     named = {said for text in PAGES.values() for said in re.findall(r"[\d,]+ \+ [\d,]+(?= (?:generated )?cases)", text)}
-    assert named == {dev, pr, nightly}
+    assert named == {smoke, dev, pr, nightly}
     said = " ".join(OPTIONS.split())
     assert f"{2 * SHARDS} test items, {SHARDS} of metadata alone and {SHARDS} with a layer" in said
 

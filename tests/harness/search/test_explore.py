@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from nsa_oracle.harness.report.failure import explain
 from nsa_oracle.harness.scenarios.files import RUNNING, from_json, load, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import explore as explore_module
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.explore import explore
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.search.stream import Stream
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from tests.support.backends import clean, crashes, lengths
 from tests.support.metadata_cases import factory_of
 
@@ -146,3 +149,56 @@ class TestCasesThatCannotBeJudged:
         assert load(outcome.saved) == outcome.failure.scenario.model_copy(
             update={"note": outcome.failure.finding.sentence()}
         )
+
+
+class TestWhichCasesAreJudged:
+    """Those of the stream, by number: a shard's share, or the first ones, as a hunt judges them."""
+
+    @pytest.fixture
+    def judged(self, monkeypatch: pytest.MonkeyPatch) -> list[Scenario]:
+        judged: list[Scenario] = []
+
+        def note(subject: Subject, scenario: Scenario, *_: object) -> Verdict:
+            judged.append(scenario)
+            return Verdict()
+
+        monkeypatch.setattr(explore_module, "judge_subject", note)
+        return judged
+
+    @pytest.mark.parametrize("with_layer", [False, True], ids=["metadata", "layer"])
+    def test_shards_and_hunts_judge_the_same_stream(
+        self, with_layer: bool, judged: list[Scenario], tmp_path: Path
+    ) -> None:
+        subject, cpu, profile = optimized_subject(), torch.device("cpu"), PROFILES["smoke"]
+        count = profile.layer_cases if with_layer else profile.cases
+        stream = Stream(subject.scale(cpu, with_layer), subject.switches, 5).cases(range(count))
+        expected = [drawn.scenario for drawn in stream]
+        explore(subject, cpu, count, 5, tmp_path, with_layer=with_layer)
+        assert judged == expected
+        judged.clear()
+        explore(subject, cpu, profile.share(3, with_layer), 5, tmp_path, with_layer=with_layer)
+        assert judged == expected[3::SHARDS]
+
+    def test_no_case_is_judged_after_the_deadline(self, judged: list[Scenario], tmp_path: Path) -> None:
+        outcome = explore(optimized_subject(), torch.device("cpu"), 8, 0, tmp_path, deadline=time.monotonic() - 1)
+        assert (judged, outcome.failure) == ([], None)
+
+
+def test_a_case_found_among_candidates_is_shrunk_from_there(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates that were not judged at first are not judged in shrinking either."""
+    judged: list[Scenario] = []
+
+    def judge_and_note(subject: Subject, scenario: Scenario, *arguments: Any) -> Verdict:
+        judged.append(scenario)
+        return judge_subject(subject, scenario, *arguments)
+
+    monkeypatch.setattr(explore_module, "judge_subject", judge_and_note)
+    subject = Subject(factory_of(lengths.VerifyForgetsDrafts))
+    outcome = explore(subject, device, 60, 0, tmp_path)
+    assert outcome.failure is not None
+    found = load(next(tmp_path.glob("*.raw.json"))).model_copy(update={"note": ""})
+    first = judged.index(found)
+    assert judged[first + 1] == found
+    assert not outcome.flaky
