@@ -38,7 +38,7 @@ class Profile:
 
 
 PROFILES = {  # smoke takes about 20 seconds on two cores
-    "smoke": Profile(16, 8, False),
+    "smoke": Profile(16, 6, False),
     "dev": Profile(48, 32, False),
     "pr": Profile(200, 64, False),
     "nightly": Profile(10_000, 5_000, True),
