@@ -13,7 +13,7 @@ import torch
 from nsa_oracle.harness.mutants.mutants import PACKAGE, Mutant
 from nsa_oracle.harness.scenarios.files import BUG_CASES, corpus, from_json, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.search.stream import Stream
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.harness.subjects.subject import SCALES
 
@@ -58,7 +58,7 @@ def _case(name: str, scenario: Scenario) -> Case:
 
 def drawn_scenarios(with_layer: bool, count: int, seed: int, device: torch.device = CPU) -> list[Scenario]:
     """``count`` scenarios, drawn as in a run of the oracle on ``device``."""
-    stream = Stream(SCALES[device.type, with_layer], OPTIMIZED_SWITCHES, seed)
+    stream = CaseStream(SCALES[device.type, with_layer], OPTIMIZED_SWITCHES, seed)
     return [drawn.scenario for drawn in stream.cases(range(count))]
 
 

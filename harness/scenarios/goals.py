@@ -46,7 +46,7 @@ from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
 # The situations of the first cases, so of short profiles: those that kill most bugs of the zoo per second.
-FIRST = (
+FIRST_SITUATIONS = (
     *("several segments", "graph empty after requests", "nothing accepted", "small, large, small"),
     *("cached prefixes", "whole prompts", "same batch on other pages", "steps cross a FlashMLA block"),
     *("accepts", "replay DRAFT_EXTEND_V2", "replay DRAFT_EXTEND", "replay DECODE", "eager IDLE"),
@@ -90,7 +90,9 @@ def wants(scale: Scale, switches: Switches) -> list[Want]:
 def _place(want: Want) -> int:
     """Where a want comes in the order of ``wants``."""
     (situation, *_) = want.pins.get(SITUATION, ("",))
-    return FIRST.index(situation) if situation in FIRST else len(FIRST) + (not situation)
+    return (
+        FIRST_SITUATIONS.index(situation) if situation in FIRST_SITUATIONS else len(FIRST_SITUATIONS) + (not situation)
+    )
 
 
 def _both(some: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.search.drawing import NotReproducible, draw
 from nsa_oracle.harness.search.progress import Counter
-from nsa_oracle.harness.search.stream import ATTEMPTS, Drawn, Stream
+from nsa_oracle.harness.search.stream import ATTEMPTS, CaseStream, Drawn
 from nsa_oracle.harness.subjects.subject import Subject
 
 SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
@@ -85,7 +85,7 @@ def explore(
     if with_layer:
         most_shrinking = most_shrinking or MOST_TRIALS // 4
     search = _Search(subject, device, save_dir, counter)
-    stream = Stream(subject.scale(device, with_layer), subject.switches, seed)
+    stream = CaseStream(subject.scale(device, with_layer), subject.switches, seed)
     for drawn in stream.cases(range(cases) if isinstance(cases, int) else cases):
         if deadline is not None and time.monotonic() > deadline:
             break

@@ -9,7 +9,7 @@ import torch
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.goals import PERIODS
 from nsa_oracle.harness.search.drawing import SHARDS, Profile
-from nsa_oracle.harness.search.stream import Stream
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject
 
 MOST_NAMED = 6  # classes in one line
@@ -29,7 +29,7 @@ def unvisited(
     seed: from which the cases were drawn. shards: those that the run had. A class is only asked for if the case that
     was drawn for it visits it, so a run that has judged all of its cases has visited all.
     """
-    stream = Stream(subject.scale(device, with_layer), subject.switches, seed)
+    stream = CaseStream(subject.scale(device, with_layer), subject.switches, seed)
     missing: list[str] = []
     for number in range(min(PERIODS[with_layer], profile.layer_cases if with_layer else profile.cases)):
         if number % SHARDS not in shards:

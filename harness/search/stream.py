@@ -33,7 +33,7 @@ class Drawn:
     seed: str
 
 
-class Stream:
+class CaseStream:
     """The cases that one seed gives for a subject: its ``scale``, with or without a layer, and its ``switches``."""
 
     def __init__(self, scale: Scale, switches: Switches, seed: int) -> None:

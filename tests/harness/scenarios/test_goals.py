@@ -8,7 +8,7 @@ import pytest
 
 from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes
 from nsa_oracle.harness.scenarios.goal import SITUATION, Goal, Want
-from nsa_oracle.harness.scenarios.goals import FIRST, PERIODS, goals, wants
+from nsa_oracle.harness.scenarios.goals import FIRST_SITUATIONS, PERIODS, goals, wants
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.situations import SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
@@ -44,7 +44,7 @@ def test_every_situation_is_known_and_wanted(scale: Scale) -> None:
     named = {name for want in wants(scale, OPTIMIZED_SWITCHES) for name in want.pins.get(SITUATION, ())}
     assert named <= set(SITUATIONS)
     if not scale.layers:
-        assert named == set(SITUATIONS) >= set(FIRST)
+        assert named == set(SITUATIONS) >= set(FIRST_SITUATIONS)
 
 
 def test_what_the_limits_exclude_is_not_wanted() -> None:

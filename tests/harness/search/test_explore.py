@@ -18,7 +18,7 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.explore import explore
-from nsa_oracle.harness.search.stream import Stream
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from tests.support.backends import clean, crashes, lengths
 from tests.support.metadata_cases import factory_of
@@ -171,7 +171,7 @@ class TestWhichCasesAreJudged:
     ) -> None:
         subject, cpu, profile = optimized_subject(), torch.device("cpu"), PROFILES["smoke"]
         count = profile.layer_cases if with_layer else profile.cases
-        stream = Stream(subject.scale(cpu, with_layer), subject.switches, 5).cases(range(count))
+        stream = CaseStream(subject.scale(cpu, with_layer), subject.switches, 5).cases(range(count))
         expected = [drawn.scenario for drawn in stream]
         explore(subject, cpu, count, 5, tmp_path, with_layer=with_layer)
         assert judged == expected

@@ -10,7 +10,7 @@ import torch
 from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, METADATA_CLASSES, classes_of, switch_classes
 from nsa_oracle.harness.search.drawing import PROFILES, Profile
 from nsa_oracle.harness.search.quota import gap, unvisited
-from nsa_oracle.harness.search.stream import Stream
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES, optimized_backend
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from tests.support.limits import limits, only
@@ -31,7 +31,7 @@ LIMITED = {
 
 def visited_by(subject: Subject, with_layer: bool, numbers: range, seed: int = 0) -> Counter[str]:
     """The classes of these cases, as a run that judges them counts them."""
-    stream = Stream(subject.scale(CPU, with_layer), subject.switches, seed)
+    stream = CaseStream(subject.scale(CPU, with_layer), subject.switches, seed)
     return Counter(name for drawn in stream.cases(numbers) for name in classes_of(drawn.scenario))
 
 

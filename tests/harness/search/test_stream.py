@@ -10,7 +10,7 @@ from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL
 from nsa_oracle.harness.scenarios.scenario import Drive, Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
-from nsa_oracle.harness.search.stream import Drawn, Stream
+from nsa_oracle.harness.search.stream import CaseStream, Drawn
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 from tests.support.limits import limits, only
@@ -20,7 +20,7 @@ DEV = PROFILES["dev"]
 
 
 def stream(scale: Scale, count: int, seed: int = 0) -> list[Drawn]:
-    return list(Stream(scale, OPTIMIZED_SWITCHES, seed).cases(range(count)))
+    return list(CaseStream(scale, OPTIMIZED_SWITCHES, seed).cases(range(count)))
 
 
 def calls(scenario: Scenario) -> list[tuple[ForwardMode, int]]:
@@ -50,7 +50,7 @@ def test_dev_visits_every_class(scale: Scale, seed: int) -> None:
 def test_a_case_depends_on_its_number_and_its_seed_alone() -> None:
     whole = [drawn.scenario for drawn in stream(SMALL, 2 * SHARDS)]
     for shard in (0, 5):
-        share = Stream(SMALL, OPTIMIZED_SWITCHES, 0).cases(PROFILES["smoke"].share(shard, with_layer=False))
+        share = CaseStream(SMALL, OPTIMIZED_SWITCHES, 0).cases(PROFILES["smoke"].share(shard, with_layer=False))
         assert [drawn.scenario for drawn in share] == whole[shard::SHARDS]
     assert not {drawn.scenario for drawn in stream(SMALL, 2 * SHARDS, seed=1)} & set(whole)
     assert len(set(whole)) == len(whole)
@@ -90,7 +90,7 @@ def _calling(scenario: Scenario) -> list[Replay | Eager]:
 
 def test_a_schedule_that_stays_as_captured_is_drawn_for() -> None:
     """A defect that was shipped: N > 3, all steps refreshed together, a paged-MQA schedule, more than one segment."""
-    (drawn,) = Stream(SMALL, OPTIMIZED_SWITCHES, 0).cases([0])
+    (drawn,) = CaseStream(SMALL, OPTIMIZED_SWITCHES, 0).cases([0])
     setup = drawn.scenario.setup
     assert setup.num_steps >= 4
     assert setup.drive is Drive.MULTI_STEP
