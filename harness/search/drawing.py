@@ -39,8 +39,8 @@ class Profile:
 
 PROFILES = {  # smoke takes about 20 seconds on two cores
     "smoke": Profile(16, 6, False),
-    "dev": Profile(48, 20, False),
-    "pr": Profile(200, 48, False),
+    "dev": Profile(48, 16, False),
+    "pr": Profile(200, 40, False),
     "nightly": Profile(10_000, 5_000, True),
 }
 SHARDS = 8  # one test item each, so that pytest-xdist can distribute them and progress is visible

@@ -200,11 +200,11 @@ def after_a_finish(reuse: Reuse, seed: int = 0) -> World:
 
 def test_in_a_queue_the_same_row_gets_other_pages() -> None:
     world = after_a_finish(Reuse.QUEUE)
-    assert [(r.pool_row, r.pages) for r in world.running] == [(1, [3, 4, 5]), (0, [6, 7]), (2, [8, 9])]
+    assert [(r.pool_row, list(r.pages)) for r in world.running] == [(1, [3, 4, 5]), (0, [6, 7]), (2, [8, 9])]
     again = World(world.scenario, POISON)
     for event in (Join(seq_len=13), Join(seq_len=13), Finish(request=0), Join(seq_len=13), Join(seq_len=13)):
         again.apply(event)
-    assert [r.pages for r in again.running] == [[5, 6, 7, 8], [9, 10, 11, 12], [1, 2, 3, 4]], (
+    assert [list(r.pages) for r in again.running] == [[5, 6, 7, 8], [9, 10, 11, 12], [1, 2, 3, 4]], (
         "first given up, first back"
     )
 
