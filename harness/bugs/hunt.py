@@ -16,6 +16,7 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import BUG_CASES, load, to_json
+from nsa_oracle.harness.search.drawing import Profile
 from nsa_oracle.harness.search.explore import DeviceLost, explore, has_lost_the_device
 
 # Limit of shrinking trials: enough for a readable case, cheap enough for every bug. On a GPU one trial takes seconds.
@@ -56,10 +57,11 @@ def hunt(bug: Bug, device: torch.device, cases: int, seed: int, save_dir: Path) 
 
 
 def hunt_all(
-    bugs: Sequence[Bug], device: torch.device, cases: int, seed: int, save_dir: Path, jobs: int
+    bugs: Sequence[Bug], device: torch.device, profile: Profile, seed: int, save_dir: Path, jobs: int
 ) -> Generator[Kill, None, None]:
     """Hunts ``bugs`` in ``jobs`` child processes and yields a ``Kill`` for each bug, in the order of completion.
 
+    profile: how many cases are tried on a bug, of metadata alone or with a layer, before it counts as a survivor.
     A child that a bug has cost its GPU is replaced before the next bug. Closing the generator, or an exception in it,
     ends all running hunts.
     """
@@ -70,7 +72,16 @@ def hunt_all(
     threads = ThreadPoolExecutor(jobs)
     longest_first = sorted(bugs, key=lambda bug: not bug.layer)
     hunts = [
-        threads.submit(_hunt_in_a_child, free, device.type, cases, seed, save_dir, bug.name) for bug in longest_first
+        threads.submit(
+            _hunt_in_a_child,
+            free,
+            device.type,
+            profile.layer_cases if bug.layer else profile.cases,
+            seed,
+            save_dir,
+            bug.name,
+        )
+        for bug in longest_first
     ]
     try:
         for done in as_completed(hunts):

@@ -18,22 +18,22 @@ from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.report import text
+from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.signals import INTERRUPTED
 
 
 class HuntProfile(Enum):
-    """How many cases are tried on a bug before it counts as a survivor."""
+    """How many cases are tried on a bug before it counts as a survivor: as many as a run of that profile judges."""
 
+    SMOKE = "smoke"
     DEV = "dev"
     PR = "pr"
     NIGHTLY = "nightly"
 
-    @property
-    def cases(self) -> int:
-        return {HuntProfile.DEV: 50, HuntProfile.PR: 200, HuntProfile.NIGHTLY: 1000}[self]
 
-
-PROFILE_HELP = f"Most cases tried on a bug: {', '.join(f'{each.value} {each.cases}' for each in HuntProfile)}."
+PROFILE_HELP = "Most cases tried on a bug, those of a run of the oracle: " + ", ".join(
+    f"{name} {profile.cases:,} (with a layer {profile.layer_cases:,})" for name, profile in PROFILES.items()
+)
 
 
 @app.command()
@@ -74,7 +74,7 @@ def bugs(
             tempfile.TemporaryDirectory() as scratch,
             ended_by_a_signal(),
             progress_of("hunting", len(hunted)) as show_progress,
-            closing(hunt_all(hunted, where, profile.cases, seed, Path(scratch), jobs)) as hunt,
+            closing(hunt_all(hunted, where, PROFILES[profile.value], seed, Path(scratch), jobs)) as hunt,
         ):
             for kill in hunt:
                 found[kill.bug] = kill

@@ -35,7 +35,7 @@ def parts_of(
     profile = profile or session.profile
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
-    kinds = kinds_of(cases, *specs)
+    kinds = kinds_of(cases, *specs, profile)
     files = session.replayed or corpus(session.device, session.cases_dir)
     return parts(Part(*specs, profile), kinds, files)
 
@@ -86,6 +86,7 @@ class Oracle:
         try:
             outcome = self._session.judge(part, name)
             left_out = self._session.judge_of(specs).left_out()
+            missing = self._session.unvisited(part, outcome)
         except Unfit as unfit:
             assert part.file is not None
             self._record(ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
@@ -98,7 +99,11 @@ class Oracle:
             command = self._session.replay_command(outcome, specs)
             failures = (FailureRecord.of(outcome.failure, command, report, outcome.saved),)
         seed = self._session.seed_of(part.profile) if drawn_by else None
-        self._record(ItemRecord(outcome.verdict, failures, *specs, drawn_by, seed, tuple(left_out)))
+        self._record(
+            ItemRecord(
+                outcome.verdict, failures, *specs, drawn_by, seed, part.with_layer, tuple(missing), tuple(left_out)
+            )
+        )
         for failure in failures:  # the report of each different failure is printed once, at the end
             pytest.fail(f"{failure.sentence}\nreplay: {failure.command}", pytrace=False)
 

@@ -28,12 +28,14 @@ class Part:
     with_layer: bool = False
 
     @property
+    def numbers(self) -> range:
+        """The numbers, in the stream of drawn cases, of those to judge."""
+        return PROFILES[self.profile].share(self.shard, self.with_layer)
+
+    @property
     def cases(self) -> int:
         """The number of cases to judge."""
-        if self.file is not None:
-            return 1
-        profile = PROFILES[self.profile]
-        return (profile.layer_cases if self.with_layer else profile.cases) // SHARDS
+        return 1 if self.file is not None else len(self.numbers)
 
     @property
     def kind(self) -> str:
@@ -56,13 +58,17 @@ def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path]) -> dict[str,
     return named
 
 
-def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None) -> tuple[str, ...]:
+def kinds_of(
+    cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: str = "pr"
+) -> tuple[str, ...]:
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
+    The shortest profile has no time for saved cases.
     Raises UsageError for a name that is none of ``KINDS``.
     """
     if cases is None:
-        wanted = {"saved": True, "metadata": not (layer and not backend), "layers": not (backend and not layer)}
+        is_short = profile == "smoke"
+        wanted = {"saved": not is_short, "metadata": not (layer and not backend), "layers": not (backend and not layer)}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
     unknown = [kind for kind in asked if kind not in KINDS]

@@ -160,9 +160,13 @@ class Session:
         judge = self.judge_of((part.backend, part.layer))
         counter = Counter(self.counts, name, part.backend, part.layer)
         if part.file is None:
-            seed = self.seed_of(part.profile) + part.shard
             return judge.explore(
-                part.cases, seed, self.save_dir, self.deadline, with_layer=part.with_layer, counter=counter
+                part.numbers,
+                self.seed_of(part.profile),
+                self.save_dir,
+                self.deadline,
+                with_layer=part.with_layer,
+                counter=counter,
             )
         scenario = load(part.file)
         if (misfit := judge.misfit(scenario, part.file)) is not None:
@@ -172,6 +176,15 @@ class Session:
         verdict = outcome.verdict
         counter.note(verdict.cases, verdict.replays, part.file if outcome.failure is not None else None)
         return outcome
+
+    def unvisited(self, part: Part, outcome: Exploration) -> list[str]:
+        """The classes that the drawn cases of ``part`` were to visit and did not, because time was up."""
+        if part.file is not None or outcome.failure is not None:
+            return []
+        profile = PROFILES[part.profile]
+        visited = list(outcome.verdict.boundary_classes)
+        judge = self.judge_of((part.backend, part.layer))
+        return judge.unvisited(visited, profile, part.with_layer, self.seed_of(part.profile), part.shard)
 
     def report_of(self, outcome: Exploration, specs: Specs) -> str | None:
         """The report of a failed outcome, or None."""

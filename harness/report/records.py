@@ -56,7 +56,8 @@ def grouped(failures: Sequence[FailureRecord]) -> list[list[FailureRecord]]:
 class ItemRecord:
     """What one test item covered, of ``backend`` and ``layer``: ``module:attribute``, or None for ``optimized/``.
 
-    drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. left_out: what
+    drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. with_layer:
+    whether they have a layer. missing: classes that they were to visit and did not. left_out: what
     could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them.
     """
 
@@ -66,6 +67,8 @@ class ItemRecord:
     layer: str | None = None
     drawn_by: str = ""
     seed: int | None = None
+    with_layer: bool = False
+    missing: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     unfit: str = ""
 
@@ -94,21 +97,23 @@ class ItemRecord:
             boundary_classes=Counter(verdict.pop("boundary_classes")),
             **verdict,
         )
-        left_out = tuple(data.pop("left_out"))
-        return ItemRecord(**{**data, "verdict": covered, "failures": failures, "left_out": left_out})
+        lists = {name: tuple(data[name]) for name in ("missing", "left_out")}
+        return ItemRecord(**{**data, **lists, "verdict": covered, "failures": failures})
 
 
 @dataclass
 class RunRecord:
     """What the items of a run that judge the same backend and layer add up to.
 
-    drawn: cases drawn and judged, by test. seeds: from which they were drawn. left_out, unfit: as in ``ItemRecord``.
+    drawn: cases drawn and judged, by test. seeds: from which they were drawn. missing: classes that some item was to
+    visit and did not, by whether its cases have a layer. left_out, unfit: as in ``ItemRecord``.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
     failures: list[FailureRecord] = field(default_factory=list)
     drawn: Counter[str] = field(default_factory=Counter)
     seeds: set[int] = field(default_factory=set)
+    missing: dict[bool, list[str]] = field(default_factory=lambda: {False: [], True: []})
     left_out: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     items: int = 0
@@ -122,6 +127,7 @@ class RunRecord:
             self.drawn[item.drawn_by] += item.verdict.cases
         if item.seed is not None:
             self.seeds.add(item.seed)
+        self.missing[item.with_layer] += item.missing
         if item.unfit:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]
@@ -140,6 +146,9 @@ class RunRecord:
             gaps.append("NOT JUDGED: no case at all was judged")
         elif layer is not None and not self.verdict.layers.calls:
             gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
+        for with_layer, names in self.missing.items():
+            if unseen := [name for name in dict.fromkeys(names) if name not in self.verdict.boundary_classes]:
+                gaps.append(not_visited(unseen, with_layer))
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
         return gaps
@@ -148,3 +157,13 @@ class RunRecord:
 def methods_not_judged(methods: Sequence[str]) -> str:
     """One line on methods that a layer brings itself and nothing called: the run proves nothing about them."""
     return f"NOT JUDGED: {', '.join(methods)}: no call in this run; judge more cases, or remove the method"
+
+
+MOST_NAMED = 6  # classes in one line
+
+
+def not_visited(missing: Sequence[str], with_layer: bool) -> str:
+    """One line on classes that a run was to visit and did not."""
+    named = ", ".join(missing[:MOST_NAMED]) + (f" and {len(missing) - MOST_NAMED} more" if missing[MOST_NAMED:] else "")
+    kind = "with a layer" if with_layer else "of metadata alone"
+    return f"NOT VISITED: {len(missing)} classes of cases {kind} ({named}); give the run more time"

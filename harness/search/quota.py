@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 
@@ -11,8 +11,6 @@ from nsa_oracle.harness.scenarios.goals import PERIODS
 from nsa_oracle.harness.search.drawing import SHARDS, Profile
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject
-
-MOST_NAMED = 6  # classes in one line
 
 
 def unvisited(
@@ -40,10 +38,3 @@ def unvisited(
             reached = classes_of(drawn.scenario)
             missing += [name for name in wanted if name in reached]
     return missing
-
-
-def gap(missing: Sequence[str], with_layer: bool) -> str:
-    """One line on classes that a run was to visit and did not."""
-    named = ", ".join(missing[:MOST_NAMED]) + (f" and {len(missing) - MOST_NAMED} more" if missing[MOST_NAMED:] else "")
-    kind = "with a layer" if with_layer else "of metadata alone"
-    return f"NOT VISITED: {len(missing)} classes of cases {kind} ({named}); give the run more time"

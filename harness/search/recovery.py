@@ -7,7 +7,7 @@ costs a process there, otherwise with few trials on the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,9 @@ from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import save
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.search.drawing import Profile
 from nsa_oracle.harness.search.explore import DeviceLost, Exploration, explore, has_lost_the_device, minimised
+from nsa_oracle.harness.search.quota import unvisited
 from nsa_oracle.harness.subjects.subject import Subject
 
 _T = TypeVar("_T")
@@ -83,6 +85,10 @@ class Recovery:
     def left_out(self) -> list[str]:
         """What could be drawn but is excluded by the declared limits, one string per field."""
         return self._ask(Subject.not_judged)
+
+    def unvisited(self, visited: Sequence[str], profile: Profile, with_layer: bool, seed: int, shard: int) -> list[str]:
+        """The classes that the cases of ``shard`` were to visit and that are not in ``visited``."""
+        return self._ask(_unvisited, visited, profile, with_layer, seed, shard)
 
     def close(self) -> None:
         self._child.close()
@@ -186,6 +192,18 @@ def _check_drawing(subject: Subject, device: torch.device, with_layer: bool) -> 
 def _misfit(subject: Subject, device: torch.device, scenario: Scenario, file: Path) -> str | None:
     subject.check_switches(scenario, file)
     return subject.misfit(scenario)
+
+
+def _unvisited(
+    subject: Subject,
+    device: torch.device,
+    visited: Sequence[str],
+    profile: Profile,
+    with_layer: bool,
+    seed: int,
+    shard: int,
+) -> list[str]:
+    return unvisited(visited, subject, device, profile, with_layer, seed, (shard,))
 
 
 # Functions that run in a child process.

@@ -18,6 +18,7 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.search.drawing import Profile
 from nsa_oracle.harness.search.explore import DeviceLost
 from tests.support.metadata_cases import CROWDED, FAULT
 
@@ -34,7 +35,13 @@ def test_a_bug_that_is_not_drawn_is_hunted_on_its_saved_case(tmp_path: Path, mon
 
 
 def test_a_bug_that_its_saved_case_does_not_show_survives(tmp_path: Path) -> None:
-    kill = hunt(dataclasses.replace(ZOO["width-compiled-into-a-kernel"], plant=_plants_nothing), CPU, 50, 0, tmp_path)
+    kill = hunt(
+        dataclasses.replace(ZOO["width-compiled-into-a-kernel"], plant=_plants_nothing),
+        CPU,
+        50,
+        0,
+        tmp_path,
+    )
     assert (kill.check, kill.meant, kill.cases) == (None, False, 1)
 
 
@@ -62,12 +69,12 @@ def test_a_process_that_dies_is_a_crash(
         raise ChildDied("its process ended with -11")
 
     monkeypatch.setattr(Child, "call", die)
-    (kill,) = hunt_all([ZOO[name]], CPU, 50, 0, tmp_path, jobs=1)
+    (kill,) = hunt_all([ZOO[name]], CPU, Profile(50, 50, False), 0, tmp_path, jobs=1)
     assert (kill.bug, kill.check, kill.meant, kill.sentence) == (name, Check.CRASH, meant, "its process ended with -11")
 
 
 def test_every_bug_is_hunted_in_a_process_of_its_own(tmp_path: Path) -> None:
-    kills = {kill.bug: kill for kill in hunt_all(THREE, CPU, 50, 0, tmp_path, jobs=2)}
+    kills = {kill.bug: kill for kill in hunt_all(THREE, CPU, Profile(50, 50, False), 0, tmp_path, jobs=2)}
     assert kills.keys() == {bug.name for bug in THREE}
     assert all(kill.meant for kill in kills.values())
 
@@ -78,7 +85,7 @@ def test_a_hunt_that_is_closed_gives_up_what_it_hunts(tmp_path: Path, monkeypatc
     end = Child.end
     monkeypatch.setattr(Child, "end", lambda child: (ended.append(child), end(child)))
     monkeypatch.setattr(matrix, "_hunt_by_name", at_once_or_never)
-    kills = hunt_all(THREE, CPU, 20, 0, tmp_path, jobs=2)
+    kills = hunt_all(THREE, CPU, Profile(20, 20, False), 0, tmp_path, jobs=2)
     assert next(kills).bug == BUG.name
     kills.close()
     assert len(ended) == 2

@@ -80,5 +80,5 @@ def test_while_a_failure_is_shrunk(tmp_path: Path, sent: signal.Signals, code: i
 def test_before_anything_was_found(tmp_path: Path) -> None:
     done = interrupted(tmp_path, "Slow", signal.SIGINT, "*.running.json", "-n", "0")
     assert done.exit_code == 130, done.output + done.errors
-    assert re.search(r"^oracle: 0 of 48 cases, 0 replays, no finding", done.output, re.MULTILINE), done.output
+    assert re.search(r"^oracle: \d+ of 48 cases, .* no finding after", done.output, re.MULTILINE), done.output
     assert not list(tmp_path.glob("failures/*"))

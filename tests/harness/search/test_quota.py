@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
+from nsa_oracle.harness.report.records import not_visited
 from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, METADATA_CLASSES, classes_of, switch_classes
 from nsa_oracle.harness.search.drawing import PROFILES, Profile
-from nsa_oracle.harness.search.quota import gap, unvisited
+from nsa_oracle.harness.search.quota import unvisited
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES, optimized_backend
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
@@ -87,7 +88,10 @@ def test_what_cannot_be_reached_is_not_asked_for() -> None:
 
 
 def test_the_line_names_the_first_few() -> None:
-    assert gap(["a", "b"], False) == "NOT VISITED: 2 classes of cases of metadata alone (a, b); give the run more time"
-    assert gap([*"abcdefgh"], True) == (
+    assert (
+        not_visited(["a", "b"], False)
+        == "NOT VISITED: 2 classes of cases of metadata alone (a, b); give the run more time"
+    )
+    assert not_visited([*"abcdefgh"], True) == (
         "NOT VISITED: 8 classes of cases with a layer (a, b, c, d, e, f and 2 more); give the run more time"
     )
