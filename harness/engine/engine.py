@@ -21,6 +21,7 @@ from nsa_oracle.harness.engine.layer_engine import LayerEngine
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
@@ -226,7 +227,7 @@ class Engine:
         """Raises WrongResult unless there is one single-step backend per step."""
         seen, wanted = len(self.backend.attn_backends), self.config.speculative_num_steps
         if seen != wanted:
-            raise WrongResult(Finding(Kind.SHAPE, "attn_backends", f"{seen} steps", f"{wanted} steps"))
+            raise WrongResult(Finding(Kind.SHAPE, "attn_backends", counted(seen, "step"), counted(wanted, "step")))
 
     def _shown_metadata(self) -> list[Metadata]:
         """The metadata that each single-step backend exposes now. Raises WrongResult."""

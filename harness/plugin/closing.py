@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.errors import ScenarioError, counted
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
@@ -70,7 +70,7 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
     left_out = list(run.left_out)
     if run.unfit:
         names = f": {', '.join(sorted(run.unfit))}" if verbose else " (-v names them)"
-        left_out.append(f"{len(run.unfit)} saved cases{names}")
+        left_out.append(f"{counted(len(run.unfit), 'saved case')}{names}")
     backend, layer = specs
     is_ours = backend is None and (layer is None or verbose)
     switches = OPTIMIZED_SWITCHES if is_ours else NO_SWITCHES
