@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -15,13 +16,23 @@ class ScenarioError(ValueError):
 
 
 class CaseTimeout(Exception):
-    """A case is still running after its time limit."""
+    """A case is still running after its time limit.
+
+    stack: where judged code was when it had swallowed an earlier one, outermost frame first; empty if it has not.
+    """
+
+    stack: tuple[traceback.FrameSummary, ...] = ()
 
 
 def one_line(text: str, most: int = 200) -> str:
     """``text`` for one line of a terminal: unprintable characters escaped, and at most ``most`` characters."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[:most] + "..."
+
+
+def counted(count: float, noun: str) -> str:
+    """A number of things, such as "1 case" and "1,200 cases"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def error_line(error: BaseException, most: int = 200) -> str:

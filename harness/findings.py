@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     FROZEN = "frozen host value"
     VARIANTS = "compiled anew for each size"
     CRASH = "backend raised"
+    LAYER_CRASH = "layer raised"
     TIMEOUT = "does not end"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sysconfig
 import traceback
 from collections import Counter
@@ -27,9 +28,10 @@ from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObserv
 from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.graphs.callers import judged_frames
+from nsa_oracle.harness.graphs.callers import is_judged_code, judged_frames
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.interruptions import Interruptions, exits_refused, interruptions_noted
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
 from nsa_oracle.harness.processes import time_limit
@@ -47,6 +49,7 @@ from nsa_oracle.reference.types import Metadata
 
 MOST_FRAMES = 5  # of an exception's stack, in a report
 _HERE = Path(__file__).parent
+_CALLS_THE_LAYER = ("layer_engine.py", "layer_driver.py", "isolated.py")  # of engine/; others call the backend
 # Code that is not judged. ``_frames`` already leaves out libraries.
 _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))
 
@@ -106,11 +109,20 @@ def judge(
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
-    with memory_for(scenario.setup.is_far, device), nullcontext() if is_ours else shown_warnings():
+    with (
+        memory_for(scenario.setup.is_far, device),
+        nullcontext() if is_ours else shown_warnings(),
+        interruptions_noted() as interruptions,
+    ):
         try:
-            _judge_twice(scenario, factory, device, covered, layer_factory, graphs)
+            with exits_refused() as exits:
+                _judge_twice(scenario, factory, device, covered, layer_factory, graphs, interruptions)
+            interruptions.check()
+            if exits.first is not None:  # and nothing else noticed
+                raise OracleFailure(scenario, _raised(exits.first), None)
         except OracleFailure as failure:
             _forget_locals(failure)
+            interruptions.check()
             raise
     total = verdict or Verdict()
     total.add(covered)
@@ -136,6 +148,7 @@ def _judge_twice(
     covered: Verdict,
     layer_factory: LayerFactory,
     graphs: bool,
+    interruptions: Interruptions,
 ) -> None:
     run: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
@@ -146,7 +159,7 @@ def _judge_twice(
 
         run = _Run(scenario, build, device, covered, run)
         with speed.without_warnings(), kept_global_state(partial(_left_changed, scenario), OracleFailure):
-            run.judge()
+            run.judge(interruptions)
 
 
 def _left_changed(scenario: Scenario, finding: Finding, failure: BaseException | None) -> OracleFailure:
@@ -186,8 +199,8 @@ class _Run:
         self._counter, self._growth = VariantCounter(), VariantGrowth()
         self._first_calls = iter(first.calls if first is not None else ())
 
-    def judge(self) -> None:
-        """Raises OracleFailure at the first disagreement."""
+    def judge(self, interruptions: Interruptions) -> None:
+        """Raises OracleFailure at the first disagreement, and KeyboardInterrupt if there was one of the user's."""
         number: int | None = None
         try:
             engine = self.build(self.scenario)
@@ -205,25 +218,24 @@ class _Run:
         except (OracleFailure, BackendError, ScenarioError):
             raise
         except CaseTimeout as error:
-            if not judged_frames(error.__traceback__):
+            if not judged_frames(error.__traceback__) and not error.stack:
                 raise ScenarioError(
                     f"the case is {error} in the harness, not in the judged code: allow it more"
                 ) from None
-            finding = Finding(Kind.TIMEOUT, "case", str(error), "an end", place=_origin(error), stack=_stack(error))
+            finding = replace(_raised(error), kind=Kind.TIMEOUT, field="case", got=str(error), expected="an end")
             raise OracleFailure(self.scenario, finding, number) from error
         except WrongResult as error:
             raise OracleFailure(self.scenario, error.finding, number) from error
         except CaptureError as error:
             finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
             raise OracleFailure(self.scenario, finding, number) from error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # judged code may raise anything, which is then not Python's or the user's
+            interruptions.check()
             if self.device.type == "cuda" and _is_shortage(error):
                 raise ScenarioError(
                     f"the GPU has too little memory left ({error_line(error)}): run fewer processes on it (-n)"
                 ) from error
-            finding = Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception", place=_origin(error))
-            finding = replace(finding, stack=_stack(error))
-            raise OracleFailure(self.scenario, finding, number) from error
+            raise OracleFailure(self.scenario, _raised(error), number) from error
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
         metadata: list[Metadata] = []
@@ -326,16 +338,25 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
 
 
-def _origin(error: BaseException) -> str:
-    """The innermost line of judged code that the exception passed, or else the call of judged code that raised it."""
-    frames = judged_frames(error.__traceback__)
-    if frames:
-        return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+def _raised(error: BaseException) -> Finding:
+    """The finding that judged code raised ``error``, with the innermost line of that code that it passed."""
+    frames = _judged_frames(error)
     calls = [frame for frame in _frames(error) if frame.line]
-    return f"the call {calls[-1].line}" if calls else ""
+    place = f"the call {calls[-1].line}" if calls else ""
+    if frames:
+        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+    stack = tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-MOST_FRAMES:])
+    kind = Kind.LAYER_CRASH if _came_through_the_layer(error) else Kind.CRASH
+    return Finding(kind, type(error).__name__, error_line(error), "no exception", place=place, stack=stack)
 
 
-def _stack(error: BaseException) -> tuple[str, ...]:
-    """The innermost lines of judged code that the exception passed, outermost first."""
-    frames = judged_frames(error.__traceback__)[-MOST_FRAMES:]
-    return tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+def _judged_frames(error: BaseException) -> Sequence[traceback.FrameSummary]:
+    """The frames of judged code that the exception passed, or those that were running as it insisted on ending them."""
+    return judged_frames(error.__traceback__) or (error.stack if isinstance(error, CaseTimeout) else ())
+
+
+def _came_through_the_layer(error: BaseException) -> bool:
+    """Whether it was the layer, or its constructor, that the harness had called."""
+    names = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = itertools.takewhile(lambda name: not is_judged_code(name), names)
+    return any(Path(name).name in _CALLS_THE_LAYER and Path(name).is_relative_to(_HERE) for name in ours)

@@ -7,12 +7,15 @@ long, the next call starts a new one.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,11 +25,13 @@ from typing import Any, TypeVar
 import torch
 
 from nsa_oracle.harness.errors import CaseTimeout
+from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import promises
 from nsa_oracle.harness.interpreter.speed import speed_up
 
 _T = TypeVar("_T")
 SECONDS_TO_END = 3
+_end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
 
 class ChildDied(Exception):
@@ -52,13 +57,15 @@ class Child:
         limit) or the child dies. A BaseException of ``function`` that is no Exception, such as a KeyboardInterrupt,
         ends the child.
         """
+        if self._process is not None and not self._process.is_alive():
+            self.close()  # it was killed after it had answered
         if self._process is None:
             self._start()
         assert self._pipe is not None
         self._pipe.send((function, arguments))
         if not self._pipe.poll(timeout):
             self.close()
-            raise ChildDied(f"it took longer than {timeout:.0f} seconds and was ended")
+            raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
         try:
             answer, error = self._pipe.recv()
         except EOFError:
@@ -120,12 +127,12 @@ def _die_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        _end_process(1)
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise CaseTimeout in the body once it has run for ``seconds``, and again if the body catches that.
+    """Raise CaseTimeout in the body once it has run for ``seconds``, and in all judged code if that swallows it.
 
     Code that never returns to Python, as a GPU's synchronisation behind a kernel without an end, cannot be interrupted:
     after three times the time the process prints its stacks and ends. Without a limit, or outside the main thread,
@@ -134,19 +141,101 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    body = sys._getframe(2)  # behind contextlib's
+    insistence: _Insistence | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise CaseTimeout(f"still running after {seconds:g} seconds")
+        raise CaseTimeout(f"still running after {_seconds(seconds)}")
 
-    handler = signal.signal(signal.SIGALRM, interrupt)
+    def insist(number: int, frame: FrameType | None) -> None:
+        nonlocal insistence
+        if insistence is None:
+            insistence = _Insistence(seconds, frame, body)
+        insistence.interrupt(frame)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, insist)
+        interrupt(number, frame)
+
+    handler = signal.signal(signal.SIGALRM, first)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__ or 2)
+    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_stderr())
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        if insistence is not None:
+            insistence.end()
+
+
+class _Insistence:
+    """Raises CaseTimeout in judged code again and again, until ``end``.
+
+    A loop around ``except BaseException: pass`` catches any exception that is raised inside its ``try``. Judged code is
+    therefore traced, and the next line that it runs, in a handler or behind it, raises as well. That ends the tracing,
+    so each further signal begins it anew. Nothing is raised in the harness, which may be cleaning up. What swallows all
+    this for ``seconds`` more ends the process, with a line that says so.
+
+    frame: where the code is. body: the frame that set the limit.
+    """
+
+    INTERVAL = 0.05  # seconds between signals, which also end waiting calls
+
+    def __init__(self, seconds: float, frame: FrameType | None, body: FrameType) -> None:
+        message = f"still running after {_seconds(seconds)} and ignores interruption"
+        running = judged_stack(frame, body)
+        stack = tuple(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in running))
+
+        class Insistent(CaseTimeout):
+            def __init__(self) -> None:
+                super().__init__(message)
+                self.stack = stack
+
+        self._error = Insistent
+        self._body = body
+        self._tracing_before = sys.gettrace()
+        self._ends = time.monotonic() + 0.9 * seconds  # before the limit's own last resort
+        self._verdict = f"ORACLE FAILURE  does not end: {message}, at {_described(stack)}\n"
+        signal.setitimer(signal.ITIMER_REAL, self.INTERVAL, self.INTERVAL)
+
+    def interrupt(self, frame: FrameType | None) -> None:
+        """Raise, if judged code runs at ``frame`` or has called what runs there."""
+        running = judged_stack(frame, self._body)
+        if not running:
+            return
+        if time.monotonic() > self._ends:
+            os.write(_stderr(), self._verdict.encode())
+            _end_process(1)
+        for caller in running:
+            caller.f_trace = self._trace
+        sys.settrace(self._trace)
+        raise self._error
+
+    def end(self) -> None:
+        sys.settrace(self._tracing_before)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if not is_judged_code(frame.f_code.co_filename):
+            return None
+        if event == "line":
+            raise self._error
+        return self._trace
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:g} second{'' if seconds == 1 else 's'}"
+
+
+def _described(stack: Sequence[traceback.FrameSummary]) -> str:
+    return f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else "an unknown line"
+
+
+@functools.cache
+def _stderr() -> int:
+    """The standard error of the process's start: pytest catches what is written to it while a test runs."""
+    return os.dup(2)
 
 
 def take_gpu(number: int) -> None:
@@ -164,6 +253,7 @@ def take_gpu(number: int) -> None:
 
 def prepare_process(device: str) -> None:
     """Set how kernels run in this process, whatever its environment says. Call it before anything imports Triton."""
+    _stderr()
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device == "cpu":
         speed_up()

@@ -35,6 +35,7 @@ class Check(enum.Enum):
             Kind.INPUT: Check.BOUNDS,
             Kind.RELATION: Check.RELATION,
             Kind.CRASH: Check.CRASH,
+            Kind.LAYER_CRASH: Check.CRASH,
             Kind.TIMEOUT: Check.CRASH,
         }
         if finding.kind in by_kind:

@@ -13,6 +13,7 @@ from nsa_oracle.harness import fields
 from nsa_oracle.harness.checks.places import RowLabels
 from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.fields import Axis, Field
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
 from nsa_oracle.harness.subjects.result_checks import described, shown_value
@@ -24,7 +25,7 @@ def compare_metadata(
 ) -> Finding | None:
     """The first disagreement in step and field order, or None."""
     if len(seen.steps) != len(expected):
-        return Finding(Kind.SHAPE, "attn_backends", f"{len(seen.steps)} steps", f"{len(expected)} steps")
+        return Finding(Kind.SHAPE, "attn_backends", counted(len(seen.steps), "step"), counted(len(expected), "step"))
     labels = RowLabels(seen)
     for step, (got, want) in enumerate(zip(seen.steps, expected, strict=True)):
         finding = _compare_step(got, want, device, labels, tally)

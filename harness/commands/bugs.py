@@ -17,6 +17,7 @@ from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.report import text
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.signals import INTERRUPTED
@@ -85,7 +86,7 @@ def bugs(
     typer.echo(text.render(report.kills_table(kills), report.LOG_WIDTH))
     typer.echo(report.sum_line(kills, len(chosen) - len(hunted)))
     if interrupted:
-        typer.echo(f"interrupted: {len(kills)} of {len(hunted)} bugs")
+        typer.echo(f"interrupted: {len(kills)} of {counted(len(hunted), 'bug')}")
     if json_file is not None:
         json_file.write_text(report.as_json(kills), encoding="utf-8")
     if html_file is not None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from nsa_oracle.harness.commands.tiers import module_path
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import without_bands
 from nsa_oracle.harness.scenarios.files import CORPUS, load
@@ -112,7 +113,7 @@ def verdict_of_output(code: int, output: str, cases: int) -> tuple[bool | None, 
         summary = next((line for line in lines if "SUMMARY" in line), "errors")
         return False, "; ".join([summary, *reports[:1]])
     if code == 0:
-        return True, f"{cases} case{'' if cases == 1 else 's'}"
+        return True, counted(cases, "case")
     failed = [line for line in output.splitlines() if line.startswith("FAILED ")]
     if failed:
         return False, failed[0]

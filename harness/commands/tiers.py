@@ -59,8 +59,12 @@ class TierOutcome:
     message: str = ""
 
 
-def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[TierOutcome]:
+def run_tiers(
+    file: Path, backend: str | None, layer: str | None, timeout: float | None = None
+) -> Iterator[TierOutcome]:
     """Replay ``file`` on every tier, cheapest first. Continues after a tier has failed.
+
+    timeout: seconds after which a case that is still running in judged code has failed; None: never.
 
     Raises BackendError if the backend or layer cannot be judged at all.
     """
@@ -74,6 +78,8 @@ def run_tiers(file: Path, backend: str | None, layer: str | None) -> Iterator[Ti
         options = [
             word for name, value in zip(("--backend", "--layer"), spec, strict=True) if value for word in (name, value)
         ]
+        if timeout is not None:
+            options += ["--timeout", f"{timeout:g}"]
         command = [sys.executable, "-m", "nsa_oracle", "replay", str(file), *tier.arguments, *options]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": module_path()})
         if done.returncode == UNUSABLE:

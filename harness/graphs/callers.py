@@ -6,7 +6,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -35,8 +35,21 @@ def operation_name(func: Callable[..., Any]) -> str:
 
 def judged_frames(failure: TracebackType | None) -> list[traceback.FrameSummary]:
     """The frames of ``failure`` in judged code, outermost first: not those of torch, Triton, the harness or Python."""
-    frames = traceback.extract_tb(failure)
-    return [f for f in frames if _is_user_code(f.filename) and not f.filename.startswith(_HARNESS)]
+    return [frame for frame in traceback.extract_tb(failure) if is_judged_code(frame.filename)]
+
+
+def judged_stack(frame: FrameType | None, outermost: FrameType) -> list[FrameType]:
+    """The frames of judged code at ``frame`` and in what called it, outermost first, as far as inside ``outermost``."""
+    stack: list[FrameType] = []
+    while frame is not None and frame is not outermost:
+        stack += [frame] if is_judged_code(frame.f_code.co_filename) else []
+        frame = frame.f_back
+    return stack[::-1]
+
+
+def is_judged_code(filename: str) -> bool:
+    """Whether a source file is not of torch, Triton, the harness or Python."""
+    return _is_user_code(filename) and not filename.startswith(_HARNESS)
 
 
 def innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSummary | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.mutants.mutants import Mutant
 from nsa_oracle.harness.mutants.score import Fate, Score
 
@@ -38,7 +39,7 @@ def survivors(scores: Sequence[Score]) -> str:
     """One line per surviving mutant: id, change and number of cases that were judged."""
 
     def tried(scored: Score) -> str:
-        return f"survived {scored.judged} cases" if scored.judged else "no case reaches it"
+        return f"survived {counted(scored.judged, 'case')}" if scored.judged else "no case reaches it"
 
     return "\n".join(f"{scored.mutant.id}  {_change(scored.mutant)}  ({tried(scored)})" for scored in scores)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.errors import ScenarioError, counted
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
@@ -17,7 +17,7 @@ from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes,
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 from nsa_oracle.harness.search.explore import Exploration
-from nsa_oracle.harness.search.progress import Count, counts_in, plural, progress_line
+from nsa_oracle.harness.search.progress import Count, counts_in, progress_line
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from nsa_oracle.pytest_plugin import BUG, INTERRUPTION, PROPERTY
 
@@ -70,7 +70,7 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
     left_out = list(run.left_out)
     if run.unfit:
         names = f": {', '.join(sorted(run.unfit))}" if verbose else " (-v names them)"
-        left_out.append(f"{plural(len(run.unfit), 'saved case')}{names}")
+        left_out.append(f"{counted(len(run.unfit), 'saved case')}{names}")
     backend, layer = specs
     is_ours = backend is None and (layer is None or verbose)
     switches = OPTIMIZED_SWITCHES if is_ours else NO_SWITCHES

@@ -24,7 +24,8 @@ from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.progress import Counter
-from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
+from nsa_oracle.harness.search.recovery import Recovery
+from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import Termination
 
 Specs = tuple[str | None, str | None]
@@ -171,7 +172,7 @@ class Session:
         scenario = load(part.file)
         if (misfit := judge.misfit(scenario, part.file)) is not None:
             raise Unfit(f"{misfit} is not among the sizes and modes that are declared")
-        outcome = judge.judge(scenario)
+        outcome = judge.judge(scenario, self.save_dir)
         outcome.saved = part.file
         verdict = outcome.verdict
         counter.note(verdict.cases, verdict.replays, part.file if outcome.failure is not None else None)
@@ -190,10 +191,8 @@ class Session:
         """The report of a failed outcome, or None."""
         if outcome.failure is None:
             return None
-        text = explain(outcome.failure, outcome.saved, self.replay_command(outcome, specs), outcome.unsaved)
-        note = "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
-        lost = "THE GPU FAULTED: the remaining cases of this process are judged in a child process.\n"
-        return (note if outcome.flaky else "") + (lost if outcome.lost else "") + text
+        command = self.replay_command(outcome, specs)
+        return outcome.remark + explain(outcome.failure, outcome.saved, command, outcome.unsaved)
 
     def replay_command(self, outcome: Exploration, specs: Specs) -> str:
         """The command that replays the case of an outcome on the same backend and layer."""
@@ -201,7 +200,7 @@ class Session:
         saved = outcome.saved or Path("CASE.json")
         is_timeout = outcome.failure is not None and outcome.failure.finding.kind is Kind.TIMEOUT
         timeout = self.case_timeout if is_timeout else None
-        return replay_command(saved, backend, self.device.type, layer, timeout=timeout)
+        return replay_command((*outcome.before, saved), backend, self.device.type, layer, timeout=timeout)
 
     def show_progress(self) -> None:
         """Say from now on how far the run is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.table import Table
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.story import story
 
 
@@ -39,6 +41,12 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
     return "\n\n".join(parts)
 
 
+def explain_death(death: str, scenario: Scenario, saved: Path, command: str) -> str:
+    """The report of a case that ended the process that judged it. death: how, in one line."""
+    parts = [f"ORACLE FAILURE  {death} while it judged {saved}", story(scenario), f"saved:  {saved}\nreplay: {command}"]
+    return "\n\n".join(parts)
+
+
 def python_command() -> str:
     """The command that runs this process's Python in a shell in the current folder: ``python``, or its path."""
     running = Path(sys.executable)
@@ -48,15 +56,15 @@ def python_command() -> str:
 
 
 def replay_command(
-    saved: Path,
+    files: Sequence[Path],
     backend: str | None,
     device: str,
     layer: str | None = None,
     graphs: bool = True,
     timeout: float | None = None,
 ) -> str:
-    """The command line that replays a saved case as it was found, on the same device and with the same Python."""
-    words = [python_command(), "-m", "nsa_oracle", "replay", str(saved), "--device", device]
+    """The command line that replays saved cases as they were found, on the same device and with the same Python."""
+    words = [python_command(), "-m", "nsa_oracle", "replay", *map(str, files), "--device", device]
     if backend is not None:
         words += ["--backend", backend]
     if layer is not None:

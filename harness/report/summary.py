@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.protocol import STAGES, Strictness
-from nsa_oracle.harness.report.records import FailureRecord, grouped
+from nsa_oracle.harness.report.records import FailureRecord, grouped, methods_not_judged
 from nsa_oracle.harness.report.text import not_judged, render, wrapped
 from nsa_oracle.harness.scenarios.coverage import all_classes, switch_classes
 from nsa_oracle.harness.scenarios.switches import Switches
@@ -66,14 +67,16 @@ def summary(
     if left_out:
         parts.append(not_judged(left_out))
     parts += _listed_failures(failures)
-    outcome = f"{len(failures)} cases FAILED" if failures else how_exact(verdict) if verdict.cases else "NOTHING JUDGED"
-    parts.append(f"oracle: {verdict.cases:,} cases passed, {verdict.replays:,} replays, {outcome}")
+    judged = how_exact(verdict) if verdict.cases else "NOTHING JUDGED"
+    outcome = f"{counted(len(failures), 'case')} FAILED" if failures else judged
+    all_passed = f"{counted(verdict.cases, 'case')} passed, {counted(verdict.replays, 'replay')}"
+    parts.append(f"oracle: {all_passed}, {outcome}")
     return "\n".join(parts)
 
 
 def bugs_line(killed: int, planted: int) -> str:
     """How many bugs of the zoo were killed, each judged on its saved case."""
-    return f"bugs: {killed} of {planted} planted bugs killed by a check that is meant to find them"
+    return f"bugs: {killed} of {counted(planted, 'planted bug')} killed by a check that is meant to find them"
 
 
 def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:
@@ -90,7 +93,7 @@ def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:
 
 def _relations(layers: LayerTally) -> str:
     tried = [f"{name} {count:,}" for name, count in sorted(layers.relations.items())]
-    text = wrapped(f"layer: {layers.replays:,} replays; no bit changed when: ", tried or ["nothing was tried"])
+    text = wrapped(f"layer: {counted(layers.replays, 'replay')}; no bit changed when: ", tried or ["nothing was tried"])
     if layers.calls:
         text += "\n" + methods_judged(layers)
     if layers.keys:
@@ -106,7 +109,8 @@ def how_exact(verdict: Verdict) -> str:
     """How what passed was compared: bit for bit, but for numbers that only have a bound or are declared weaker."""
     stages = verdict.layers.stages.values()
     bounded, weaker = sum(stage.bounded for stage in stages), sum(stage.weaker for stage in stages)
-    exceptions = [f"{bounded:,} numbers within their error bound"] if bounded else []
+    theirs = "its" if bounded == 1 else "their"
+    exceptions = [f"{counted(bounded, 'number')} within {theirs} error bound"] if bounded else []
     exceptions += [f"{weaker:,} compared as declared"] if weaker else []
     return f"bit-exact but for {' and '.join(exceptions)}" if exceptions else "all bit-exact"
 
@@ -119,6 +123,12 @@ def methods_judged(layers: LayerTally) -> str:
         if any(by_run.values())
     ]
     return wrapped("methods of the layer, calls judged: ", calls or ["none"])
+
+
+def methods_report(layers: LayerTally) -> str:
+    """``methods_judged``, and a line on methods that nothing called."""
+    missed = [methods_not_judged(layers.never_called)] if layers.never_called else []
+    return "\n".join([methods_judged(layers), *missed])
 
 
 def _audited(audit: AuditTally) -> str:
@@ -144,7 +154,7 @@ def stories(failures: Sequence[FailureRecord], verbose: bool = False) -> str:
     for group in grouped(failures):
         parts.append(group[0].report)
         if others := [failure.command for failure in group[1:]]:
-            alike = f"{len(others)} more {'case fails' if len(others) == 1 else 'cases fail'} alike"
+            alike = f"{counted(len(others), 'more case')} {'fails' if len(others) == 1 else 'fail'} alike"
             parts.append(f"{alike}:\n  " + "\n  ".join(others) if verbose else f"{alike} (-v lists them)")
     return "\n\n".join(parts)
 

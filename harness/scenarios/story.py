@@ -85,9 +85,9 @@ def _layer(layer: Layer) -> str:
 def _schedules(setup: Setup) -> str:
     text = ""
     if setup.paged_mqa_num_sms:
-        text += f", paged-MQA schedule over {setup.paged_mqa_num_sms} SMs"
+        text += f", paged-MQA schedule over {_count(setup.paged_mqa_num_sms, 'SM')}"
     if setup.flashmla_num_sm_parts:
-        text += f", FlashMLA schedule over {setup.flashmla_num_sm_parts} parts"
+        text += f", FlashMLA schedule over {_count(setup.flashmla_num_sm_parts, 'part')}"
     return text
 
 

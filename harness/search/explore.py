@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge_subject
-from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged
+from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.search.drawing import NotReproducible, draw
@@ -39,24 +39,54 @@ class DeviceLost(BaseException):
 
 def has_lost_the_device(finding: Finding, device: torch.device) -> bool:
     """Whether ``finding`` means that this process can judge nothing more on ``device``."""
-    return device.type == "cuda" and finding.kind is Kind.CRASH and "CUDA error" in finding.got
+    return device.type == "cuda" and finding.kind in (Kind.CRASH, Kind.LAYER_CRASH) and "CUDA error" in finding.got
 
 
 @dataclass
 class Exploration:
     """Outcome of one search.
 
-    failure: of the smallest failing case found; saved: the file of that case. unsaved: why the case could not be
-    saved; empty if it was. flaky: whether the failure did not occur again. lost: whether the failure made the device
-    unusable for the process that judged it.
+    failure: of the smallest failing case found; saved: the file of that case. first: of the case as it was found.
+    unsaved: why the case could not be saved; empty if it was. flaky: whether the failure did not occur again. lost:
+    whether the failure made the device unusable for the process that judged it. passed: the cases that passed before a
+    failure, as JSON. depends: whether the case passes in a fresh process; before: files of the cases behind which it
+    fails there as well, if such were found.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
     failure: OracleFailure | None = None
     saved: Path | None = None
     unsaved: str = ""
+    first: OracleFailure | None = None
     flaky: bool = False
     lost: bool = False
+    passed: list[str] = field(default_factory=list)
+    depends: bool = False
+    before: tuple[Path, ...] = ()
+
+    def take_first(self) -> None:
+        """Tell of the case as it was found. The smaller one is no case by itself, and its file is removed."""
+        self.failure = self.first
+        if self.saved is not None and ".min." in self.saved.name:
+            self.saved.unlink(missing_ok=True)
+            self.saved = self.saved.with_name(self.saved.name.replace(".min.", ".raw."))
+
+    @property
+    def remark(self) -> str:
+        """Lines on how the failure showed, to print above its report; empty if there is nothing to say."""
+        if self.lost:
+            return "THE GPU FAULTED: the remaining cases of this process are judged in a child process.\n"
+        if self.before:
+            cases = counted(len(self.before), "earlier case")
+            return f"DEPENDS ON EARLIER CASES: it passes in a fresh process, and fails there behind {cases}.\n"
+        if self.flaky:
+            return "NOT REPRODUCIBLE: the case failed once and passed when repeated (a race?); this is the raw case.\n"
+        if self.depends:
+            return (
+                "DEPENDS ON ITS PROCESS: it passes in a fresh one, and behind the cases before it as far as there was "
+                "time to try.\n"
+            )
+        return ""
 
 
 def explore(
@@ -122,6 +152,8 @@ class _Search:
                 verdict = outcome.verdict if outcome.failure is None else None
                 judge_subject(self._subject, scenario, self._device, verdict)
             self._count()
+            if outcome.failure is None:
+                outcome.passed.append(to_json(scenario))
         except OracleFailure as failure:
             self._shrinking_ends = min(self._shrinking_ends, time.monotonic() + SHRINKING_SECONDS)
             self._keep(failure)
@@ -170,6 +202,7 @@ class _Search:
     def _keep(self, failure: OracleFailure) -> None:
         outcome = self.outcome
         outcome.failure = failure
+        outcome.first = outcome.first or failure
         try:
             self._files.record(failure.scenario, failure.finding.sentence())
             outcome.saved = self._files.minimal

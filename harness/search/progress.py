@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nsa_oracle.harness.errors import counted
+
 
 @dataclass(frozen=True)
 class Count:
@@ -58,17 +60,12 @@ def progress_line(counts: Sequence[Count], seconds: float) -> str:
     """How far a run is after ``seconds``."""
     cases, replays, expected = (sum(getattr(c, name) for c in counts) for name in ("cases", "replays", "expected"))
     findings = sum(bool(count.saved) for count in counts)
-    of_all = f"{cases:,} of {expected:,} cases" if expected else plural(cases, "case")
-    found = plural(findings, "finding") if findings else "no finding"
-    line = f"oracle: {of_all}, {plural(replays, 'replay')}, {found} after {duration(seconds)}"
+    of_all = f"{cases:,} of {expected:,} cases" if expected else counted(cases, "case")
+    found = counted(findings, "finding") if findings else "no finding"
+    line = f"oracle: {of_all}, {counted(replays, 'replay')}, {found} after {duration(seconds)}"
     if 0 < cases < expected:
         line += f", about {duration(seconds * (expected - cases) / cases)} left"
     return line
-
-
-def plural(number: int, noun: str) -> str:
-    """The number with its noun: "1 case", "2,000 cases"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

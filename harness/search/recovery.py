@@ -7,8 +7,9 @@ costs a process there, otherwise with few trials on the GPU.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,32 +17,22 @@ import torch
 
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied
-from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.scenarios.files import digest, save, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.search.confirmation import Confirmation
 from nsa_oracle.harness.search.drawing import Profile
 from nsa_oracle.harness.search.explore import DeviceLost, Exploration, explore, has_lost_the_device, minimised
 from nsa_oracle.harness.search.quota import unvisited
+from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
 
 _T = TypeVar("_T")
 MOST_TRIALS_ON_CPU = 100
 MOST_TRIALS_ON_GPU = 40
 MOST_LOSSES = 8  # of those trials that may fault: after each, a new process has to be started
+MOST_REMEMBERED = 4096  # cases judged before a failure that it may depend on
 SECONDS_ON_CPU = 60.0  # for one case of a GPU's sizes, in the interpreter
-
-
-@dataclass(frozen=True)
-class SubjectSpec:
-    """The subject as named on the command line, from which another process can build it, and its time limit a case."""
-
-    backend: str | None = None
-    layer: str | None = None
-    case_timeout: float | None = None
-
-    def build(self, device: torch.device) -> Subject:
-        """Load the subject. Raises BackendError if there is no such backend or layer."""
-        return Subject.load(self.backend, self.layer, device, self.case_timeout)
 
 
 class Recovery:
@@ -56,17 +47,29 @@ class Recovery:
         self.device = device
         self.lost = False
         self._child = Child(device.type)
+        self._confirmation = Confirmation(spec, device)
+        self._judged: deque[str] = deque(maxlen=MOST_REMEMBERED)  # cases that the judging process has judged, as JSON
 
     def explore(self, *arguments: Any, **options: Any) -> Exploration:
         """Call ``search.explore.explore`` on the subject. A failure that costs the device is marked ``lost``.
 
-        Only the first such failure is shrunk.
+        Only the first such failure is shrunk. Any other is confirmed in a fresh process.
         """
-        return self._run(_explore, arguments, options)
+        outcome = self._run(_explore, arguments, options)
+        self._judged.extend(outcome.passed)
+        outcome.passed = []
+        self._confirm(outcome, None if outcome.saved is None else outcome.saved.parent)
+        return outcome
 
-    def judge(self, scenario: Scenario) -> Exploration:
-        """Judge one case, without shrinking it."""
-        return self._run(_judge, (scenario,), {})
+    def judge(self, scenario: Scenario, save_dir: Path | None = None) -> Exploration:
+        """Judge one case, without shrinking it. save_dir: where to save earlier cases that a failure depends on.
+
+        Without ``save_dir`` a failure is not confirmed.
+        """
+        outcome = self._run(_judge, (scenario,), {})
+        self._confirm(outcome, save_dir)
+        self._remember(scenario)
+        return outcome
 
     def check(self, scenario: Scenario, file: Path) -> None:
         """Raises BackendError or ScenarioError, in one line, if the case of ``file`` cannot be judged."""
@@ -92,6 +95,26 @@ class Recovery:
 
     def close(self) -> None:
         self._child.close()
+        self._confirmation.close()
+
+    def _remember(self, scenario: Scenario) -> None:
+        self._judged.append(to_json(scenario))
+
+    def _confirm(self, outcome: Exploration, save_dir: Path | None) -> None:
+        """Have ``outcome`` tell of a failure that a fresh process shows, and of the cases that it depends on."""
+        found, first = outcome.failure, outcome.first or outcome.failure
+        if found is None or first is None or outcome.lost or save_dir is None:
+            return
+        candidates = [first] if outcome.flaky or found is first else [found, first]
+        confirmed = self._confirmation.confirmed(candidates, self._judged)
+        outcome.depends = confirmed is None or bool(confirmed.before)
+        if confirmed is not None:
+            outcome.flaky = False
+            with suppress(OSError):
+                outcome.before = _saved_chain(confirmed.before, digest(first.scenario), save_dir)
+        if (confirmed is None or confirmed.failure is first) and found is not first:
+            outcome.take_first()
+        self._remember(first.scenario)
 
     def _ask(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """The result of ``function(subject, device, *arguments)``, which judges nothing."""
@@ -104,14 +127,19 @@ class Recovery:
         self, function: Callable[..., Exploration], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Exploration:
         if self.lost or self.subject is None:
-            outcome: Exploration = self._child.call(
-                _in_child, self.spec, self.device.type, function, arguments, options
-            )
+            try:
+                outcome: Exploration = self._child.call(
+                    _in_child, self.spec, self.device.type, function, arguments, options
+                )
+            except ChildDied:
+                self._judged.clear()  # by a process that is no more
+                raise
         else:
             outcome = function(self.subject, self.device, *arguments, **options)
         if outcome.lost:
             is_first, self.lost = not self.lost, True
             self._child.close()  # in case it was the child that lost the device
+            self._judged.clear()
             # Shrinking a loss costs processes, and later losses are often the same bug: their raw cases are kept.
             if is_first and function is _explore and outcome.failure is not None and outcome.saved is not None:
                 outcome.failure = self._shrunk(outcome.failure)
@@ -162,6 +190,14 @@ class Recovery:
         if failure is not None and has_lost_the_device(failure.finding, self.device):
             self._child.close()
         return failure
+
+
+def _saved_chain(cases: Sequence[Scenario], stem: str, folder: Path) -> tuple[Path, ...]:
+    """Save cases that another one, of digest ``stem``, has to be judged behind. Returns their files."""
+    files = tuple(folder / f"{stem}.{number}.json" for number in range(1, len(cases) + 1))
+    for scenario, file in zip(cases, files, strict=True):
+        save(scenario, file)
+    return files
 
 
 def _explore(subject: Subject, device: torch.device, *arguments: Any, **options: Any) -> Exploration:

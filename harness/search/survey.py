@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
@@ -18,6 +20,7 @@ from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObserv
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
@@ -48,26 +51,52 @@ class Record:
         self.example = self.example or fault
 
 
-class Survey:
-    """Draws scenarios within the layer's limits and keeps a record of each property. Metadata is not judged.
+@dataclass
+class SurveyFound:
+    """What a survey has found, to send to another process, and to go on from. cases: number of cases finished."""
 
-    However ``run`` ends, ``records`` holds what was found so far, and ``cases`` the number of cases finished.
-    """
+    records: defaultdict[str, Record] = field(default_factory=functools.partial(defaultdict, Record))
+    layers: LayerTally = field(default_factory=LayerTally)
+    cases: int = 0
 
-    def __init__(self, subject: Subject, device: torch.device) -> None:
-        """Raises ValueError if the limits of the subject leave nothing to draw."""
-        self.subject = subject
-        self.device = device
-        self.scale = subject.scale(device, with_layer=True)
-        self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
-        self.records: defaultdict[str, Record] = defaultdict(Record)
-        self.layers = LayerTally()  # calls of the layer's own methods
-        self.cases = 0
+    def add_lost(self, how: str) -> None:
+        """Count the next case as one that ended its process, as ``how`` says."""
+        self.records[RUNS].add(how)
+        self.cases += 1
 
     @property
     def holds(self) -> bool:
         """Whether nothing was broken."""
         return not any(record.broken for record in self.records.values())
+
+
+class Survey:
+    """Draws scenarios within the layer's limits and keeps a record of each property. Metadata is not judged.
+
+    However ``run`` ends, ``records`` holds what was found so far, and ``cases`` the number of cases finished. found: of
+    an earlier part of the same survey, after which ``run`` goes on.
+    """
+
+    def __init__(self, subject: Subject, device: torch.device, found: SurveyFound | None = None) -> None:
+        """Raises ValueError if the limits of the subject leave nothing to draw."""
+        found = found or SurveyFound()
+        self.subject = subject
+        self.device = device
+        self.scale = subject.scale(device, with_layer=True)
+        self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
+        self.records = found.records
+        self.layers = found.layers  # calls of the layer's own methods
+        self.cases = found.cases
+
+    @property
+    def found(self) -> SurveyFound:
+        """What was found so far."""
+        return SurveyFound(self.records, self.layers, self.cases)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was broken."""
+        return self.found.holds
 
     def run(
         self,
@@ -82,8 +111,13 @@ class Survey:
         deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case.
         Raises BackendError if the layer cannot be judged at all.
         """
+        known = self.cases
 
         def survey_one(scenario: Scenario) -> None:
+            nonlocal known
+            if known:  # surveyed in an earlier part
+                known -= 1
+                return
             self._survey(scenario, deadline)
             self.cases += 1
             report_progress(self.cases)
@@ -100,15 +134,19 @@ class Survey:
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, Conditions(sentinel, poison))
 
-        try:
-            with speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
-                self._survey_calls(scenario, build, check_time)
-        except (BackendError, ScenarioError):
-            raise
-        except (Exception, SystemExit) as error:  # the layer's code may raise anything
-            self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
-        else:
-            self.records[RUNS].add("")
+        with interruptions_noted() as interruptions:
+            try:
+                with speed.without_warnings(), memory_for(scenario.setup.is_far, self.device), exits_refused() as exits:
+                    self._survey_calls(scenario, build, check_time)
+                interruptions.check()
+                exits.check()
+            except (BackendError, ScenarioError, OutOfTime):
+                raise
+            except BaseException as error:  # the layer's code may raise anything, which is then not the user's
+                interruptions.check()
+                self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
+            else:
+                self.records[RUNS].add("")
 
     def _survey_calls(
         self, scenario: Scenario, build: Callable[[Scenario], Engine], check_time: Callable[[], None]

@@ -167,7 +167,7 @@ def test_its_broken_twin_fails_as_shown(device: torch.device) -> None:
     with pytest.raises(OracleFailure) as caught:
         judge(scenario, load_backend(BROKEN), device)
     assert scenario.note == caught.value.finding.sentence()
-    assert lines(explain(caught.value, saved, replay_command(saved, BROKEN, "cpu"))) == lines(block)
+    assert lines(explain(caught.value, saved, replay_command((saved,), BROKEN, "cpu"))) == lines(block)
 
 
 def test_broken_twin_fails_among_all_modes(device: torch.device) -> None:
@@ -228,7 +228,7 @@ def test_broken_layer_fails_as_shown(device: torch.device) -> None:
     with pytest.raises(OracleFailure) as caught:
         judge(BROKEN_LAYER_CASE, optimized_backend, device, layer_factory=factory)
     block, saved = shown_failure(LAYER_PAGE)
-    assert lines(explain(caught.value, saved, replay_command(saved, None, "cpu", BROKEN_LAYER))) == lines(block)
+    assert lines(explain(caught.value, saved, replay_command((saved,), None, "cpu", BROKEN_LAYER))) == lines(block)
 
     verdict = caught.value.finding.sentence()
     no_gpu = "torch sees no CUDA device here"

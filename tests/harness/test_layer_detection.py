@@ -236,7 +236,7 @@ PLANTS = (
     Plant(whole.AttendsToLastSelection, "out", how=CHAIN),
     Plant(whole.OutInFloat32, "out", Kind.DTYPE),
     Plant(whole.OneRowTooFew, "lse", Kind.SHAPE),
-    Plant(whole.Raises, "RuntimeError", Kind.CRASH, how="", place="~whole.py"),
+    Plant(whole.Raises, "RuntimeError", Kind.LAYER_CRASH, how="", place="~whole.py"),
     Plant(whole.WritesBeyondOutput, "~buffer of shape [4, 2]", Kind.GUARD, how=""),
 )
 

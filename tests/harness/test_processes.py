@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.plugin.session import share_gpus
 from nsa_oracle.harness.processes import Child, ChildDied, prepare_process, time_limit
+from tests.support.command_line import run
 
 
 @pytest.fixture
@@ -60,8 +63,16 @@ def test_a_lost_process_is_replaced(child: Child) -> None:
     assert child.call(process_id) != first
 
 
+def test_a_process_that_is_lost_between_calls_is_replaced(child: Child) -> None:
+    first = child.call(process_id)
+    os.kill(first, signal.SIGKILL)
+    assert child._process is not None
+    child._process.join()
+    assert child.call(process_id) != first
+
+
 def test_a_slow_process_is_ended(child: Child) -> None:
-    with pytest.raises(ChildDied, match="took longer than 1 seconds"):
+    with pytest.raises(ChildDied, match="took longer than 1 second and"):
         child.call(time.sleep, 60, timeout=1)
     assert child.call(process_id)
 
@@ -152,6 +163,46 @@ def test_time_limit_leaves_nothing_behind() -> None:
     assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     time.sleep(0.3)
+
+
+def swallowing() -> None:
+    while True:
+        with suppress(BaseException):
+            time.sleep(60)
+
+
+def test_time_limit_ends_what_swallows_it() -> None:
+    trace = sys.gettrace()
+    said = r"^still running after 0\.5 seconds and ignores interruption$"
+    with pytest.raises(CaseTimeout, match=said) as caught, time_limit(0.5):
+        swallowing()
+    assert caught.value.stack[-1].name == "swallowing"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert sys.gettrace() is trace
+
+
+def test_what_swallows_everything_ends_its_process_with_a_verdict() -> None:
+    code = """
+import time
+from nsa_oracle.harness.processes import time_limit
+
+with time_limit(0.5):
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            try:
+                time.sleep(60)
+            except BaseException:
+                continue
+        finally:
+            continue
+"""
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ORACLE FAILURE  does not end: still running after 0.5 seconds and ignores ") or (
+        "Timeout (0:00:01.500000)!" in done.stderr
+    )
 
 
 def test_limit_of_none_and_another_thread_have_no_limit() -> None:

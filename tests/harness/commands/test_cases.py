@@ -236,6 +236,91 @@ def test_constructor_without_an_end_is_a_failure(tmp_path: Path) -> None:
     assert "still running after 2 seconds" in done.stdout
 
 
+CRASHES = "tests.support.backends.crashes"
+
+
+@pytest.mark.parametrize(
+    ("backend", "verdict"),
+    [
+        (
+            "Exits",
+            r"backend raised: ProcessExit at .*crashes.py:\d+ in refresh: got os\._exit\(0\), ",
+        ),
+        ("ReallyExits", r"the process ended \(exit code 0\) while it judged .*case\.json$"),
+        ("EndsTheProcess", r"the process ended \(signal SIGKILL\) while it judged .*case\.json$"),
+        ("InterruptsItself", r"backend raised: KeyboardInterrupt at .*crashes.py:\d+ in refresh: "),
+    ],
+)
+def test_case_that_ends_its_process_is_a_failure_and_costs_that_case_only(
+    backend: str, verdict: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path, CASE)
+    done = replay(path, path, "--backend", f"{CRASHES}:{backend}")
+    assert done.returncode == FAILS, done.stderr
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith("ORACLE FAILURE")]
+    assert len(verdicts) == 2, done.stdout
+    assert re.match(rf"ORACLE FAILURE  {verdict}", verdicts[0])
+    assert story(CASE) in done.stdout.replace("  <- fails here", "")
+    assert done.stdout.splitlines()[-1] == f"{REPLAY} {path} --device cpu --backend {CRASHES}:{backend}"
+
+
+def test_case_that_cannot_be_interrupted_is_a_failure(tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE)
+    done = replay(path, "--backend", f"{CRASHES}:CannotBeInterrupted", "--timeout", "8")
+    assert done.returncode == FAILS
+    first = done.stdout.splitlines()[0]
+    assert re.match(r"ORACLE FAILURE  does not end: case at .*crashes.py:\d+ in refresh: ", first), done.stdout
+    assert "still running after 8 seconds and ignores interruption" in first
+    assert Path(path).exists()
+    assert done.stderr == ""
+
+
+def test_ctrl_c_stops_a_replay(tmp_path: Path) -> None:
+    """Though the backend swallows it."""
+    done = replay(saved(tmp_path, CASE), "--backend", f"{CRASHES}:IsInterrupted")
+    assert (done.returncode, done.stdout) == (INTERRUPTED, "")
+
+
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])
+def test_module_that_ends_the_process_is_unusable(ending: str, tmp_path: Path) -> None:
+    (tmp_path / "ending.py").write_text(f"import os\n{ending}\n")
+    path = saved(tmp_path, CASE)
+    for command in ("replay", "tiers"):
+        assert_one_line_error(harness(command, path, "--backend", "ending:X", cwd=tmp_path), "ending")
+
+
+def test_replay_in_the_process_itself(tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE)
+    done = replay(path, "--backend", CLEAN, "--in-process")
+    assert (done.returncode, done.stdout) == (PASSES, f"{path}: bit-exact (2 replays, 0 eager calls on cpu)\n")
+    assert replay(path, "--backend", f"{CRASHES}:EndsTheProcess", "--in-process").returncode == -9
+
+
+def test_show_says_that_a_case_is_not_for_optimized(tmp_path: Path) -> None:
+    done = harness("show", saved(tmp_path, CASE.model_copy(update={"optimizations": ("warp_speed",)})))
+    assert done.returncode == PASSES, done.stderr
+    assert re.search(r"^not a case for optimized/, only for a backend of your own: .*warp_speed", done.stdout, re.M)
+
+
+DIES = """
+import os
+from nsa_oracle.optimized.layer import SparseAttention
+
+class Dies(SparseAttention):
+    def sparse_mla(self, *inputs):
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_survey_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    done = harness("survey", "--layer", "dies:Dies", "--cases", "2", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stderr
+    assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) +│", done.stdout), (
+        done.stdout
+    )
+
+
 def test_show_describes_the_case_and_its_note(tmp_path: Path) -> None:
     done = harness("show", saved(tmp_path, CASE.model_copy(update={"note": "found on a rainy day"})))
     assert done.returncode == PASSES, done.stderr

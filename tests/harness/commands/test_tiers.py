@@ -15,6 +15,7 @@ from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.report import text
 from tests.support.command_line import FAILS, assert_one_line_error, harness, saved
 from tests.support.layer_cases import WITH_LAYER
+from tests.support.metadata_cases import DECODE, one_replay
 from tests.support.project import PROJECT
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -49,6 +50,25 @@ def test_layer_that_is_wrong_in_graphs_alone_fails_first_there(tmp_path: Path) -
     assert finding.startswith("  wrong value: logits at step 0, row 0 ")
 
 
+def test_tier_that_hangs_fails(tmp_path: Path) -> None:
+    done = harness(
+        *("tiers", saved(tmp_path, one_replay(DECODE)), "--timeout", "8"),
+        *("--backend", "tests.support.backends.crashes:CannotBeInterrupted"),
+    )
+    assert done.returncode == FAILS, done.stderr
+    assert "first to fail: simulated graph, so look at the capture\n  does not end: case at " in done.stdout
+
+
+def test_case_of_unknown_switches_is_refused_at_once(tmp_path: Path) -> None:
+    path = saved(tmp_path, one_replay(DECODE).model_copy(update={"optimizations": ("warp_speed",)}))
+    assert_one_line_error(harness("tiers", path), path, "warp_speed")
+
+
+def test_time_limit_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, commands = outcomes(monkeypatch, lambda _: (0, "", ""), timeout=2.5)
+    assert all(command[-2:] == ["--timeout", "2.5"] for command in commands)
+
+
 def test_unusable_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert_one_line_error(harness("tiers", str(tmp_path / "absent.json")), "absent.json", "No such file")
 
@@ -57,7 +77,10 @@ Finished = subprocess.CompletedProcess[str]
 
 
 def outcomes(
-    monkeypatch: pytest.MonkeyPatch, replay: Callable[[Sequence[str]], tuple[int, str, str]], **specs: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    replay: Callable[[Sequence[str]], tuple[int, str, str]],
+    timeout: float | None = None,
+    **specs: str | None,
 ) -> tuple[list[TierOutcome], list[list[str]]]:
     """Of tiers whose processes end as ``replay`` says; and their commands behind ``replay FILE``."""
     commands: list[list[str]] = []
@@ -70,7 +93,7 @@ def outcomes(
 
     monkeypatch.setattr(tiers.subprocess, "run", run)
     options = {"backend": None, "layer": None, **specs}
-    return list(run_tiers(Path("case.json"), options["backend"], options["layer"])), commands
+    return list(run_tiers(Path("case.json"), options["backend"], options["layer"], timeout)), commands
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import STAGES
 from nsa_oracle.harness.report.records import ItemRecord, RunRecord
@@ -149,7 +150,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
 
     count = len(done.failures)
     assert count in (1, 2)
-    assert done.summary.endswith(f"{count} cases FAILED")
+    assert done.summary.endswith(f"{counted(count, 'case')} FAILED")
     minimal = sorted((folder / "kept").glob("*.min.json"))
     raw = sorted((folder / "kept").glob("*.raw.json"))
     assert [p.name[:12] for p in minimal] == [p.name[:12] for p in raw]
@@ -171,7 +172,7 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
 
     mended = run(folder, f"--oracle-backend={CLEAN}", f"--oracle-replay={path}")
     assert mended.exit_code == pytest.ExitCode.OK
-    assert mended.summary.startswith("oracle: 1 cases passed, ")
+    assert mended.summary.startswith("oracle: 1 case passed, ")
 
 
 def test_replay_takes_several_files_and_runs_nothing_else(folder: Path) -> None:
@@ -366,6 +367,29 @@ def test_case_that_takes_the_process_down_is_kept_and_reported(folder: Path) -> 
     (left, *_) = (folder / "failures").glob("*.running.json")
     assert "the process died while it judged a case" in worked.output
     assert f"nsa_oracle replay failures/{left.name} --device cpu --backend limited:Dies" in worked.output
+
+
+@pytest.mark.parametrize("processes", [("-p", "no:xdist"), ("-n", "1")])
+def test_backend_that_would_end_pytest_with_success_fails(folder: Path, processes: tuple[str, ...]) -> None:
+    words = ["--oracle-backend=tests.support.backends.crashes:Exits", "--oracle-profile=dev", *shards(0)]
+    done = run(folder, *words, *processes)
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    (failure,) = done.failures
+    assert "got os._exit(0), which ends the process" in failure
+
+
+def test_failure_that_depends_on_earlier_cases_is_replayed_behind_them(folder: Path) -> None:
+    save(one_replay(ForwardMode.DECODE, page_size=2, max_context_len=8), folder / "one.json")
+    save(one_replay(ForwardMode.DECODE), folder / "other.json")
+    words = ["--oracle-backend=tests.support.backends.crashes:RemembersThePageSize", "-p", "no:xdist"]
+    done = run(folder, *words, "--oracle-replay=one.json", "--oracle-replay=other.json")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert (
+        "DEPENDS ON EARLIER CASES: it passes in a fresh process, and fails there behind 1 earlier case." in done.output
+    )
+    (chained,) = (folder / "failures").iterdir()
+    assert load(chained) == load(folder / "one.json")
+    assert f"nsa_oracle replay failures/{chained.name} other.json --device cpu" in done.output
 
 
 def test_backend_that_cannot_be_judged_after_all_is_one_line(folder: Path) -> None:

@@ -16,7 +16,10 @@ from nsa_oracle.harness.scenarios.files import load, save
 from nsa_oracle.harness.scenarios.scenario import Join
 from nsa_oracle.harness.search import recovery
 from nsa_oracle.harness.search.explore import DeviceLost, has_lost_the_device
-from nsa_oracle.harness.search.recovery import Recovery, SubjectSpec
+from nsa_oracle.harness.search.recovery import Recovery
+from nsa_oracle.harness.search.spec import SubjectSpec
+from tests.support.backends import crashes
+from tests.support.command_line import FAILS, PASSES, replay
 from tests.support.metadata_cases import CROWDED, DECODE, FAULT, case, one_replay
 
 CPU = torch.device("cpu")
@@ -74,11 +77,66 @@ def test_a_loss_is_shrunk_and_judging_goes_on(stale: Recovery, tmp_path: Path, m
     assert judged.failure is not None
 
 
+def remembering() -> Recovery:
+    return recovery_of("tests.support.backends.crashes:RemembersThePageSize")
+
+
+def test_a_failure_that_depends_on_earlier_cases_is_reported_behind_them(tmp_path: Path) -> None:
+    """One of four earlier cases is at fault."""
+    at_fault, harmless = one_replay(DECODE, page_size=2, max_context_len=8), case(Join(seq_len=3))
+    made = remembering()
+    crashes.RemembersThePageSize.step.first = None  # type: ignore[attr-defined]
+    try:
+        for earlier in (harmless, at_fault, harmless, harmless):
+            assert made.judge(earlier, tmp_path).failure is None
+        outcome = made.judge(one_replay(DECODE), tmp_path)
+        assert outcome.failure is not None
+        assert outcome.depends
+        (before,) = outcome.before
+        assert load(before) == at_fault
+        assert before.parent == tmp_path
+        assert outcome.remark.startswith("DEPENDS ON EARLIER CASES: it passes in a fresh process, and fails there ")
+        assert outcome.remark.endswith("behind 1 earlier case.\n")
+        save(one_replay(DECODE), tmp_path / "failing.json")
+        named = ["--backend", made.spec.backend or ""]
+        together = replay(str(before), str(tmp_path / "failing.json"), *named)
+        assert together.returncode == FAILS, "files are judged in order, in one process"
+        assert together.stdout.splitlines()[1] == f"ORACLE FAILURE  {outcome.failure.finding.sentence()}"
+        assert replay(str(tmp_path / "failing.json"), *named).returncode == PASSES
+    finally:
+        crashes.RemembersThePageSize.step.first = None  # type: ignore[attr-defined]
+        made.close()
+
+
+def test_a_failure_that_nothing_in_a_fresh_process_shows_says_so(tmp_path: Path) -> None:
+    made = remembering()
+    crashes.RemembersThePageSize.step.first = 64  # type: ignore[attr-defined]
+    try:
+        outcome = made.judge(one_replay(DECODE), tmp_path)
+        assert outcome.failure is not None
+        assert (outcome.depends, outcome.before) == (True, ())
+        assert outcome.remark.startswith("DEPENDS ON ITS PROCESS: it passes in a fresh one")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        crashes.RemembersThePageSize.step.first = None  # type: ignore[attr-defined]
+        made.close()
+
+
+def test_a_failure_of_a_fresh_process_has_no_remark(stale: Recovery, tmp_path: Path) -> None:
+    outcome = stale.judge(one_replay(DECODE), tmp_path)
+    assert outcome.failure is not None
+    assert (outcome.depends, outcome.before, outcome.remark) == (False, (), "")
+    explored = stale.explore(24, 0, tmp_path)
+    assert explored.saved is not None
+    assert explored.saved.name.endswith(".min.json")
+    assert (explored.depends, explored.before, explored.remark) == (False, (), "")
+
+
 def test_a_child_that_dies_is_replaced() -> None:
     made = recovery_of("tests.support.backends.crashes:EndsTheProcess")
     made.lost = True
     try:
-        with pytest.raises(ChildDied, match="its process ended with 9"):
+        with pytest.raises(ChildDied, match="its process ended with -9"):
             made.judge(one_replay(DECODE))
         assert made.judge(case(Join(seq_len=3))).failure is None
     finally:

@@ -66,8 +66,8 @@ STRANGE_LAYERS = {
     "TupleOfOutputs": (Kind.RESULT, "forward", "a tuple of 4", "AttentionOutputs: logits, indices, out, lse", CHAIN),
     "OutputsWithoutOut": (Kind.RESULT, "out", "None", "a tensor", CHAIN),
     "OutputsOfTooFewRows": (Kind.SHAPE, "out", "[2, 2, 64]", "[3, 2, 64]", CHAIN),
-    "ExitsInAttention": (Kind.CRASH, "SystemExit", "0", "no exception", ""),
-    "ExitsAtOnce": (Kind.CRASH, "SystemExit", "0", "no exception", ""),
+    "ExitsInAttention": (Kind.LAYER_CRASH, "SystemExit", "0", "no exception", ""),
+    "ExitsAtOnce": (Kind.LAYER_CRASH, "SystemExit", "0", "no exception", ""),
 }
 IN_NO_GRAPH = {"NoPositions", "ScalarPositions", "NoPlaces"}  # by themselves they are no part of ``forward``
 
@@ -118,7 +118,7 @@ def test_layer_is_found_out_in_a_graph(name: str, device: torch.device) -> None:
     finding = caught.value.finding
     kind, field, *_ = STRANGE_LAYERS[name]
     assert (finding.kind, finding.field) == (kind, field), finding.sentence()
-    assert finding.how == (GRAPH if kind is not Kind.CRASH else "")
+    assert finding.how == (GRAPH if kind is not Kind.LAYER_CRASH else "")
 
 
 @pytest.mark.parametrize("name", ["WithGradient", "InAList"])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import time
+from contextlib import suppress
+from typing import ClassVar
 
 import torch
 
@@ -41,7 +46,86 @@ class EndsTheProcess(Step):
     """Takes its process down, as a fault in native code does."""
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
-        os._exit(9)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@backend_of
+class Exits(Step):
+    """Ends its process with success, and without a word."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os._exit(0)
+
+
+@backend_of
+class ReallyExits(Step):
+    """As ``Exits``, by a function of C that nothing can refuse."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        ctypes.CDLL(None)._exit(0)
+
+
+@backend_of
+class ExitsAndGoesOn(Step):
+    """Swallows that it could not end its process."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        with suppress(BaseException):
+            os._exit(0)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class ForksAChild(Step):
+    """Clean: a child of its own ends in the way that such children do."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class InterruptsItself(Step):
+    """Raises what a user's Ctrl-C raises."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        raise KeyboardInterrupt
+
+
+@backend_of
+class IsInterrupted(Step):
+    """Swallows that a user presses Ctrl-C."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class CannotBeInterrupted(Step):
+    """Never ends, whatever is raised in it."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        while True:
+            with suppress(BaseException):
+                time.sleep(60)
+
+
+@backend_of
+class RemembersThePageSize(Step):
+    """State between cases: prepares nothing unless the page size is that of the first case of its process."""
+
+    first: ClassVar[int | None] = None
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        cls, page_size = type(self), self.config.page_size
+        cls.first = cls.first or page_size
+        if cls.first == page_size:
+            super().refresh(buffers, batch)
 
 
 class LacksMethod:

@@ -1,0 +1,186 @@
+"""Commands that judge saved cases: replay, tiers. In a fork, so that a case that ends its process is reported too."""
+
+from __future__ import annotations
+
+import faulthandler
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.commands.app import (
+    BackendOption,
+    Device,
+    DeviceOption,
+    Files,
+    LayerOption,
+    app,
+    torch_device,
+    unusable,
+)
+from nsa_oracle.harness.commands.tiers import FAILED, run_tiers, tiers_table
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
+from nsa_oracle.harness.forks import Tell, forked
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
+from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
+from nsa_oracle.harness.report.summary import how_exact, methods_report
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.search.spec import SubjectSpec
+from nsa_oracle.harness.subjects.subject import Subject
+
+PASSED = 0  # exit code
+TimeoutOption = Annotated[
+    float | None, typer.Option(min=0, help="A case that runs longer in judged code has failed.", metavar="SECONDS")
+]
+
+
+@dataclass(frozen=True)
+class Replaying:
+    """Saved cases and what to judge on them; as the options of ``replay``."""
+
+    files: tuple[Path, ...]
+    device: Device = Device.AUTO
+    backend: str | None = None
+    layer: str | None = None
+    graphs: bool = True
+    timeout: float | None = None
+
+    def watched(self) -> int:
+        """As ``run``, in a fork. A case that ends it is reported, and the cases behind it get a new fork."""
+        code, first = PASSED, 0
+        while first < len(self.files):
+            begun: tuple[int, str] | None = None
+
+            def hear(message: tuple[int, str]) -> None:
+                nonlocal begun
+                begun = message
+
+            try:
+                return forked(lambda tell, first=first: self.run(first, tell), hear) or code  # type: ignore[misc]
+            except ChildDied as died:
+                if begun is None:
+                    return _unusable(f"{died} while it loaded {self._judged()}")
+                number, device = begun
+                file = self.files[number]
+                typer.echo(explain_death(str(died), load(file), file, self.command(file, device)))
+                code, first = FAILED, number + 1
+        return code
+
+    def run(self, first: int = 0, tell: Tell | None = None) -> int:
+        """Judge the files from number ``first`` on, in this process, and print the verdicts. Returns the exit code.
+
+        tell: is called with the number of each file and the device before it is judged.
+        """
+        if tell is not None:
+            faulthandler.enable()  # a fault of native code then prints the lines that led to it
+        where = torch_device(self.device)
+        try:
+            cases, subject = self.checked(where)
+        except (ScenarioError, BackendError) as error:
+            return _unusable(str(error))
+        failed = False
+        layers = LayerTally()
+        for number, (file, scenario) in enumerate(cases[first:], first):
+            if tell is not None:
+                tell((number, where.type))
+            try:
+                verdict = judge_subject(subject, scenario, where, graphs=self.graphs)
+                layers.add(verdict.layers)
+            except OracleFailure as failure:
+                typer.echo(explain(failure, file, self.command(file, where.type)))
+                failed = True
+            except (BackendError, ScenarioError) as error:
+                return _unusable(str(error))
+            else:
+                calls = f"{counted(verdict.replays, 'replay')}, {counted(verdict.eager_calls, 'eager call')}"
+                typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
+        if layers.calls and not failed:
+            typer.echo(methods_report(layers))
+        return FAILED if failed or layers.never_called else PASSED
+
+    def checked(self, where: torch.device) -> tuple[list[tuple[Path, Scenario]], Subject]:
+        """The cases, and the subject to judge on them. Raises ScenarioError or BackendError if they do not fit."""
+        cases = [(file, load(file)) for file in self.files]
+        subject = SubjectSpec(self.backend, self.layer, self.timeout).build(where)
+        for file, scenario in cases:
+            subject.check(scenario, file)
+        if self.layer is not None and self.backend is None and all(case.setup.layer is None for _, case in cases):
+            raise BackendError(f"layer '{self.layer}': no case here has a layer, so it would not be judged")
+        return cases, subject
+
+    def command(self, file: Path, device: str) -> str:
+        return replay_command((file,), self.backend, device, self.layer, self.graphs, self.timeout)
+
+    def _judged(self) -> str:
+        return " and ".join(spec for spec in (self.backend, self.layer) if spec) or "optimized/"
+
+
+def _unusable(message: str) -> int:
+    return unusable(message).exit_code
+
+
+def check_at_once(replaying: Replaying) -> None:
+    """Raises BackendError or ScenarioError if ``replaying`` cannot be judged. Loads the subject in a fork."""
+
+    def check(tell: Tell) -> None:
+        replaying.checked(torch_device(Device.CPU))
+
+    try:
+        forked(check)
+    except ChildDied as died:
+        raise BackendError(f"{died} while it loaded {replaying._judged()}") from None
+
+
+@app.command()
+def replay(
+    files: Files,
+    device: DeviceOption = Device.AUTO,
+    backend: BackendOption = None,
+    layer: LayerOption = None,
+    graphs: Annotated[bool, typer.Option(help="Replay captured graphs, or run each replay as an eager call.")] = True,
+    timeout: TimeoutOption = None,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process",
+            help="Judge in this process, for profilers and debuggers of native code, not in a fork of it.",
+        ),
+    ] = False,
+) -> None:
+    """Judge saved cases, in the given order and in one process, and explain those that fail.
+
+    Prints one line for each case that passes and a full report for each that fails. If judged code ends the process,
+    that case has failed, and the rest is judged in a new process.
+    """
+    judging = Replaying(tuple(files), device, backend, layer, graphs, timeout or None)
+    raise typer.Exit(judging.run() if in_process else judging.watched())
+
+
+@app.command()
+def tiers(
+    file: Annotated[Path, typer.Argument(help="A saved case (JSON).", show_default=False)],
+    backend: BackendOption = None,
+    layer: LayerOption = None,
+    timeout: TimeoutOption = None,
+) -> None:
+    """Judge one case on every tier and name the first that fails.
+
+    Tiers go from the reference on the CPU to the captured graph on the GPU. The first tier that fails shows where the
+    cause is: in the case itself, the logic, the compilation or the capture.
+    """
+    try:
+        check_at_once(Replaying((file,), Device.CPU, backend, layer, timeout=timeout or None))
+        outcomes = list(run_tiers(file, backend, layer, timeout or None))
+    except (ScenarioError, BackendError) as error:
+        raise unusable(str(error)) from None
+    typer.echo(render(tiers_table(outcomes)))
+    failed = next((outcome for outcome in outcomes if outcome.passed is False), None)
+    if failed is not None:
+        typer.echo(f"first to fail: {failed.tier.value}, so look at the {failed.tier.blames}\n  {failed.message}")
+        raise typer.Exit(1)

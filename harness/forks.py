@@ -1,0 +1,179 @@
+"""Work in a fork of this process: what judged code does to the fork does not concern this process.
+
+A fork has everything imported, and costs milliseconds. It shares the terminal, so that debuggers work in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied
+
+_T = TypeVar("_T")
+_SECONDS_BETWEEN_LOOKS = 0.1  # at a fork that may have ended: processes that it started can keep its pipe open
+_SECONDS_TO_INTERRUPT = 1.0  # a fork gets a Ctrl-C from the terminal by itself, but not from elsewhere
+_end_process = os._exit  # while a case is judged, ``os._exit`` is another function
+
+Tell = Callable[[object], None]
+"""Passes a message to the process that waits for a fork."""
+
+
+def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None, timeout: float | None = None) -> _T:
+    """Call ``work`` in a fork of this process and return its result. This process must not have used CUDA.
+
+    hear: is called in this process with each message of ``work``. Raises what ``work`` raises, and ChildDied if the
+    fork ends without a result or takes longer than ``timeout`` seconds. Signals that ask this process to stop are for
+    the fork.
+    """
+    fork, pipe = _Fork.start(work)
+    ends = math.inf if timeout is None else time.monotonic() + timeout
+    with pipe, fork.signals():
+        while time.monotonic() < ends:
+            has_ended = fork.has_ended()  # first: what it said before is then in the pipe
+            while pipe.poll(0 if has_ended else _SECONDS_BETWEEN_LOOKS):
+                try:
+                    is_result, answer, error = pipe.recv()
+                except EOFError:
+                    break
+                if is_result:
+                    fork.end(SECONDS_TO_END)
+                    if error is not None:
+                        raise error
+                    result: _T = answer
+                    return result
+                if hear is not None:
+                    hear(answer)
+            if has_ended:
+                break
+    if not fork.has_ended():
+        fork.end()
+        raise ChildDied(f"it took longer than {timeout:.0f} s and was ended")
+    if fork.interrupts:
+        raise KeyboardInterrupt
+    if fork.terminated:
+        signal.raise_signal(signal.SIGTERM)
+    raise ChildDied(f"the process ended ({fork.how_it_ended()})")
+
+
+class _Fork:
+    """A fork that works, as its parent sees it.
+
+    interrupts: how often a user has pressed Ctrl-C; what swallows the first is killed at the second. terminated:
+    whether the parent was told to end, by SIGTERM.
+    """
+
+    def __init__(self, process: int) -> None:
+        self.interrupts = 0
+        self.terminated = False
+        self._process = process
+        self._code: int | None = None
+        self._interrupted_at = math.inf
+
+    @staticmethod
+    def start(work: Callable[[Tell], Any]) -> tuple[_Fork, Connection]:
+        """The fork that does ``work``, and the pipe that its messages come from."""
+        sys.stdout.flush()  # otherwise the fork would print it again
+        sys.stderr.flush()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: numpy has idle ones
+            process = os.fork()
+        if process == 0:
+            receiver.close()
+            _carry_out(work, sender)
+        sender.close()
+        return _Fork(process), receiver
+
+    def has_ended(self) -> bool:
+        if time.monotonic() > self._interrupted_at + _SECONDS_TO_INTERRUPT:
+            self._interrupted_at = math.inf
+            self._send(signal.SIGINT if self.interrupts == 1 else signal.SIGKILL)
+        if self._code is None:
+            ended, status = os.waitpid(self._process, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code is not None
+
+    def end(self, seconds: float = 0) -> None:
+        """Kill the fork unless it ends within ``seconds``."""
+        ends = time.monotonic() + seconds
+        while not self.has_ended():
+            if time.monotonic() > ends:
+                self._send(signal.SIGKILL)
+            time.sleep(0.002)
+
+    def how_it_ended(self) -> str:
+        assert self._code is not None
+        if self._code >= 0:
+            return f"exit code {self._code}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"signal {known.get(-self._code, -self._code)}"
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """In the body, signals that ask this process to stop are passed on. Only a main thread gets any."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self.interrupts += 1
+            self._interrupted_at = time.monotonic()
+
+        def terminate(number: int, frame: FrameType | None) -> None:
+            self.terminated = True
+            self._send(signal.SIGTERM)
+
+        handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+        before = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) is not signal.SIG_IGN  # as it is behind nohup
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process, number)
+
+
+def _carry_out(work: Callable[[Tell], Any], sender: Connection) -> NoReturn:
+    """Do ``work`` in the fork, send its result, and end the fork."""
+    code = 1
+    try:
+        with suppress(OSError, AttributeError):  # Linux only
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends if its parent is killed
+        atexit._clear()  # what this process registered before is for the parent to do
+        answer: Any = None
+        error: BaseException | None = None
+        try:
+            answer = work(lambda message: sender.send((False, message, None)))
+        except (Exception, KeyboardInterrupt) as raised:
+            raised.add_note("".join(traceback.format_tb(raised.__traceback__)))  # which pickling would lose
+            error = raised
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sender.send((True, answer, error))
+        atexit._run_exitfuncs()  # last: they may be those of judged code
+        code = 0
+    finally:
+        _end_process(code)

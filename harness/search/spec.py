@@ -1,0 +1,37 @@
+"""The subject of a run by its names, from which any process can build it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
+from nsa_oracle.harness.subjects.subject import Subject
+
+
+@dataclass(frozen=True)
+class SubjectSpec:
+    """The subject as named on the command line, from which another process can build it, and its time limit a case."""
+
+    backend: str | None = None
+    layer: str | None = None
+    case_timeout: float | None = None
+
+    def build(self, device: torch.device) -> Subject:
+        """Load the subject. Raises BackendError if it cannot be judged, or if its code ends the import in any way."""
+        try:
+            with interruptions_noted() as interruptions, exits_refused():
+                return Subject.load(self.backend, self.layer, device, self.case_timeout)
+        except KeyboardInterrupt:
+            interruptions.check()
+            named = " or ".join(name for name in (self.backend, self.layer) if name) or "optimized/"
+            raise BackendError(f"{named}: loading it raised KeyboardInterrupt") from None
+
+
+@functools.cache
+def built(spec: SubjectSpec, device: str) -> Subject:
+    """``spec.build`` for a child process: once, as a process that replays a case builds its subject."""
+    return spec.build(torch.device(device))

@@ -1,0 +1,88 @@
+"""What judged code does to its process is a finding; what a user does to it ends the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness.findings import Kind
+from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interruptions_noted
+from nsa_oracle.harness.judge import OracleFailure, judge
+from tests.support.backends import crashes
+from tests.support.metadata_cases import DECODE, factory_of, one_replay
+
+CPU = torch.device("cpu")
+
+
+def failure_of(backend: Any) -> OracleFailure:
+    with pytest.raises(OracleFailure) as caught:
+        judge(one_replay(DECODE), factory_of(backend), CPU)
+    return caught.value
+
+
+@pytest.mark.parametrize("backend", [crashes.Exits, crashes.ExitsAndGoesOn])
+def test_an_end_of_the_process_is_a_finding(backend: Any) -> None:
+    finding = failure_of(backend).finding
+    assert (finding.kind, finding.field) == (Kind.CRASH, "ProcessExit")
+    assert finding.got == "os._exit(0), which ends the process"
+    assert "crashes.py" in finding.place
+    assert "in refresh" in finding.place
+
+
+def test_children_of_judged_code_end_as_they_like() -> None:
+    judge(one_replay(DECODE), factory_of(crashes.ForksAChild), CPU)
+
+
+def swallow_the_end() -> None:
+    with suppress(ProcessExit):
+        os._exit(3)
+
+
+def test_an_end_by_a_thread_is_noted() -> None:
+    with exits_refused() as exits:
+        thread = threading.Thread(target=swallow_the_end)
+        thread.start()
+        thread.join()
+    with pytest.raises(ProcessExit, match=r"^os\._exit\(3\), which ends the process$"):
+        exits.check()
+
+
+def test_other_programs_are_refused_and_everything_is_as_before() -> None:
+    before = os._exit, os.execv, os.execve
+    with exits_refused(), pytest.raises(ProcessExit, match=r"^os\.execv\('/bin/true', \('true',\)\), which ends"):
+        os.execl("/bin/true", "true")
+    with exits_refused():
+        assert subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True, check=True).stdout == b"3\n"
+    assert before == (os._exit, os.execv, os.execve)
+
+
+def test_an_interruption_that_judged_code_raises_is_a_finding() -> None:
+    finding = failure_of(crashes.InterruptsItself).finding
+    assert (finding.kind, finding.field) == (Kind.CRASH, "KeyboardInterrupt")
+    assert "in refresh" in finding.place
+
+
+def test_an_interruption_by_the_user_ends_the_run_though_it_is_swallowed() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        judge(one_replay(DECODE), factory_of(crashes.IsInterrupted), CPU)
+
+
+def test_handlers_are_called_and_put_back() -> None:
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda *_: called.append(None))
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with interruptions_noted() as noted:
+            signal.raise_signal(signal.SIGTERM)
+        assert (called, noted.received) == ([None], True)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
