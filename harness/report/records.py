@@ -128,7 +128,7 @@ class RunRecord:
         if item.seed is not None:
             self.seeds.add(item.seed)
         self.missing[item.with_layer] += item.missing
-        if item.unfit:
+        if item.unfit and item.unfit not in self.unfit:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]
 
