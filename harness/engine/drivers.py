@@ -53,7 +53,7 @@ class Driver(Protocol):
 class MultiStepDriver:
     """Drives the multi-step backend as SGLang's draft worker drives ``NativeSparseAttnMultiStepBackend``."""
 
-    names = _OLDER_NAMES
+    names: ClassVar[Mapping[Act, str]] = _OLDER_NAMES
 
     def __init__(self, backend: MultiStepBackend) -> None:
         self.backend = backend
@@ -78,7 +78,7 @@ class MultiStepDriver:
 class SingleStepDriver:
     """Drives each step's backend in turn, as SGLang's graph runners drive one ``NativeSparseAttnBackend``."""
 
-    names = _OLDER_NAMES
+    names: ClassVar[Mapping[Act, str]] = _OLDER_NAMES
 
     def __init__(self, backends: Sequence[SingleStepBackend], config: BackendConfig) -> None:
         self.backends = backends
@@ -127,7 +127,7 @@ class SingleStepDriver:
 class OutOfGraphDriver:
     """Calls the backend by today's names: the multi-step backend alone, or each single-step backend in turn."""
 
-    names = _TODAYS_NAMES
+    names: ClassVar[Mapping[Act, str]] = _TODAYS_NAMES
 
     def __init__(self, backends: Sequence[PreparesOutOfGraph]) -> None:
         self.backends = backends

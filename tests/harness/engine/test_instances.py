@@ -43,7 +43,7 @@ def test_the_number_of_steps_is_as_declared() -> None:
     verdict = judge(ALL, load_backend(f"{DECLARED}:OneStepLess"), CPU)
     assert verdict.replays == 6
     less: Any = type("Less", (MultiStepBackend,), {"step_backends": "N-1"})
-    with pytest.raises(OracleFailure, match="attn_backends: got 3 steps, expected 2 steps"):
+    with pytest.raises(OracleFailure, match="got 3 steps, expected 2 steps"):
         judge(ALL, load_less(less), CPU)
 
 
@@ -56,7 +56,7 @@ def load_less(build: Any) -> Any:
 
 def test_undeclared_steps_are_missed() -> None:
     build = type("Undeclared", (load_backend(f"{DECLARED}:OneStepLess").build,), {"step_backends": "N"})  # type: ignore[misc]
-    with pytest.raises(OracleFailure, match="attn_backends: got 2 steps, expected 3 steps"):
+    with pytest.raises(OracleFailure, match="got 2 steps, expected 3 steps"):
         judge(ALL, factory_of(build), CPU)
 
 

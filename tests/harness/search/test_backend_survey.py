@@ -158,7 +158,7 @@ def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
 
 def test_the_table_begins_with_what_is_broken() -> None:
     rows = {Property("eager", "DECODE", "a"): Row(2), Property("graph", "IDLE", "b"): Row(3, 1, {1}, "wrong")}
-    lines = render(backend_table(rows)).splitlines()
+    lines = render(backend_table(rows), 160).splitlines()
     assert "b" in lines[3]
     assert "wrong" in lines[3]
     assert "a" in lines[4]
