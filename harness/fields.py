@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +58,18 @@ FIELDS = (
 HOST_SCALARS = ("page_size", "max_seq_len_q", "max_seq_len_k")
 
 
-def held(metadata: Metadata) -> dict[str, object]:
-    """The value of each field of ``metadata``, by field name. A backend may give values of any type."""
+def held(metadata: Metadata, own: Sequence[str] = ()) -> dict[str, object]:
+    """The value of each field of ``metadata``, by field name. A backend may give values of any type.
+
+    own: names of fields that the contract does not have.
+    """
     start_end: object = getattr(metadata, "indexer_k_start_end", None)
     pair = start_end if isinstance(start_end, tuple | list) and len(start_end) == 2 else (start_end, start_end)
     halves = dict(zip(("indexer_k_start", "indexer_k_end"), pair, strict=True))
-    return {field.name: halves.get(field.name, getattr(metadata, field.name, None)) for field in FIELDS}
+    names = (*(field.name for field in FIELDS), *own)
+    return {name: halves.get(name, getattr(metadata, name, None)) for name in names}
 
 
-def tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
+def tensors(metadata: Metadata, own: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """The fields of ``metadata`` that are tensors, by field name."""
-    return {name: value for name, value in held(metadata).items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in held(metadata, own).items() if isinstance(value, torch.Tensor)}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nsa_oracle.harness.checks.declared import Declared, DeclaredTally
 from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
@@ -81,6 +82,7 @@ class Verdict:
     layers: LayerTally = field(default_factory=LayerTally)
     audit: AuditTally = field(default_factory=AuditTally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
+    declared: DeclaredTally = field(default_factory=DeclaredTally)
 
     def add(self, other: Verdict) -> None:
         self.cases += other.cases
@@ -91,6 +93,7 @@ class Verdict:
         self.layers.add(other.layers)
         self.audit.add(other.audit)
         self.boundary_classes.update(other.boundary_classes)
+        self.declared.add(other.declared)
 
 
 @speed.deep_stack
@@ -211,6 +214,7 @@ class _Run:
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             self.verdict.audit.add(engine.audit)
+            self.verdict.declared.count_stand_ins(engine.declarations)
             if engine.layer is not None:
                 self.verdict.layers.count_calls(engine.layer.method_calls.counts)
             if finding is not None:
@@ -243,8 +247,11 @@ class _Run:
         for seen in observations:
             batch = seen.batch
             if isinstance(seen, Observation):
-                metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                finding = diagnosed(compare_metadata(seen, metadata, self.device, self.verdict.tally), engine.setup)
+                table, steps = engine.world.req_to_token, engine.num_steps(seen.batch.mode)
+                metadata = expected_metadata(engine.config, table, seen.batch, seen.in_graph, steps)
+                declared = Declared(engine.config, engine.declarations, self.verdict.declared)
+                found = compare_metadata(seen, metadata, self.device, self.verdict.tally, declared)
+                finding = diagnosed(found, engine.setup)
                 if seen.in_graph:
                     self.verdict.replays += 1
                 else:

@@ -27,6 +27,7 @@ import torch
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import promises
+from nsa_oracle.harness.interpreter.masks import accept_integer_masks
 from nsa_oracle.harness.interpreter.speed import speed_up
 
 _T = TypeVar("_T")
@@ -257,6 +258,7 @@ def prepare_process(device: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device == "cpu":
         speed_up()
+        accept_integer_masks()
         promises.install()
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 

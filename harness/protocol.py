@@ -1,8 +1,12 @@
 """The methods that the harness calls on a backend and on a layer.
 
-Those of a backend have the names that a serving engine calls on SGLang's NSA backend. A third-party backend needs a
-thin adapter that renames its metadata fields to those of ``reference.types.Metadata``. Every field is required, except
-schedules that the configuration does not ask for.
+An engine does five things with a backend: it builds it, allocates for graphs, prepares a forward pass eagerly, binds
+the metadata to a graph at capture, and prepares a replay, before the graph or inside it. SGLang has had two sets of
+names for them, and a backend may have either. Those of ``SingleStepBackend`` and ``MultiStepBackend`` are the older
+ones (up to 0.5.8); ``PreparesOutOfGraph`` are today's. If a backend has both, the older ones are called.
+
+A third-party backend needs a thin adapter that renames its metadata fields to those of ``reference.types.Metadata``.
+Every field is required, except schedules that the configuration does not ask for.
 """
 
 from __future__ import annotations
@@ -94,6 +98,26 @@ class PreparesInGraph(Protocol):
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
         """Run the preparation. Called during capture, before anything reads the metadata."""
+
+
+@runtime_checkable
+class PreparesOutOfGraph(Protocol):
+    """Today's names, the same for one step and for N. ``attn_backends`` and ``forward_metadata`` are as before."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare ``forward_metadata`` for a forward pass outside any graph."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate what all graphs share. Called once, before any other method for graphs."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Bind the metadata to the graph of this mode and bucket if ``in_capture``, else refresh it before a replay.
+
+        The batch's tensors are the engine's static inputs, which it refreshes in place before each replay.
+        """
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """The part of the preparation that the graph records. Called during capture, before anything reads it."""
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """The backend as a serving engine drives it: eager calls, and buffers that a captured graph reads.
 
-Methods and arguments are those of ``reference.multi_step``, plus ``init_forward_metadata_in_graph``.
+Methods and arguments are those of ``reference.multi_step``. ``init_forward_metadata_in_graph`` works with either set.
 """
 
 from __future__ import annotations
@@ -90,8 +90,19 @@ class SingleStepBackend:
         if not self.optimizations.in_graph:
             self._refresh(ForwardBatch(forward_mode, bs, req_pool_indices, seq_lens, spec_info=spec_info))
 
-    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Today's name for both: bind at capture, refresh before a replay unless the graph does so itself."""
+        mode, bs = forward_batch.forward_mode, forward_batch.batch_size
+        if in_capture:
+            self.bind(mode, bs)
+        else:
+            self.select(mode, bs)
+        if in_capture or not self.optimizations.in_graph:
+            self._refresh(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int | None = None) -> None:
         """Record the preparation. Called inside capture, before anything reads the metadata."""
+        bs = forward_batch.batch_size if bs is None else bs
         if self.optimizations.in_graph:
             target = self.select(forward_batch.forward_mode, bs)
             metadata.fill(self.config, self.req_to_token, forward_batch, self.speculative_step_id, target)
@@ -195,8 +206,16 @@ class MultiStepBackend:
         if not self.optimizations.in_graph:
             self._refresh(forward_batch, bs)
 
-    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Today's name for both: bind at capture, refresh before a replay unless the graph does so itself."""
+        if in_capture:
+            self.init_forward_metadata_capture_cuda_graph(forward_batch)
+        else:
+            self.init_forward_metadata_replay_cuda_graph(forward_batch, forward_batch.batch_size)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int | None = None) -> None:
         """Record the preparation. Called inside capture, before anything reads the metadata."""
+        bs = forward_batch.batch_size if bs is None else bs
         if self.optimizations.in_graph:
             self._refresh(forward_batch, bs)
 

@@ -1,6 +1,7 @@
 """The backend as a serving engine drives it: eager calls, and buffers that a captured graph reads.
 
-Method names and arguments are those with which an engine calls SGLang's NSA backend and its multi-step wrapper.
+Method names and arguments are those with which an engine calls SGLang's NSA backend and its multi-step wrapper: the
+older ones, and today's, ``init_forward_metadata_out_graph`` and ``init_forward_metadata_in_graph``.
 """
 
 from __future__ import annotations
@@ -74,6 +75,24 @@ class SingleStepBackend:
         copy_into(buffers, self._compute_in_graph(batch))
         self.forward_metadata = buffers
 
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Today's name for both: bind at capture, refresh before a replay."""
+        batch, bs = forward_batch, forward_batch.batch_size
+        if in_capture:
+            rows = bs * self.config.rows_per_request(batch.forward_mode)
+            self.init_forward_metadata_capture_cuda_graph(
+                bs, rows, batch.req_pool_indices, batch.seq_lens, batch.encoder_lens, batch.forward_mode,
+                batch.spec_info,
+            )  # fmt: skip
+        else:
+            self.init_forward_metadata_replay_cuda_graph(
+                bs, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, batch.encoder_lens,
+                batch.forward_mode, batch.spec_info, batch.seq_lens_cpu, batch.out_cache_loc,
+            )  # fmt: skip
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int | None = None) -> None:
+        """Nothing is prepared inside the graph."""
+
     def _compute_in_graph(self, batch: ForwardBatch) -> Metadata:
         return compute_metadata(self.config, self.req_to_token, batch, self.speculative_step_id, in_graph=True)
 
@@ -120,6 +139,16 @@ class MultiStepBackend:
                 forward_batch.seq_lens_cpu,
                 forward_batch.out_cache_loc,
             )
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Today's name for both: bind at capture, refresh before a replay."""
+        if in_capture:
+            self.init_forward_metadata_capture_cuda_graph(forward_batch)
+        else:
+            self.init_forward_metadata_replay_cuda_graph(forward_batch, forward_batch.batch_size)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch, bs: int | None = None) -> None:
+        """Nothing is prepared inside the graph."""
 
 
 def _graph_key(mode: ForwardMode, bs: int) -> tuple[ForwardMode, int]:

@@ -82,6 +82,11 @@ class SpecInfo:
 
     accept_length: torch.Tensor
 
+    @property
+    def num_accept_tokens(self) -> torch.Tensor:
+        """Today's name of ``accept_length``."""
+        return self.accept_length
+
 
 @dataclass(frozen=True)
 class ForwardBatch:
@@ -92,8 +97,13 @@ class ForwardBatch:
     seq_lens_cpu [bs] or None: host mirror of ``seq_lens``, which may lag behind it.
     req_pool_indices [bs]: row of ``req_to_token`` of each request.
     spec_info: set in DRAFT_EXTEND (and DRAFT_EXTEND_V2, where it is not needed).
-    extend_seq_lens, extend_prefix_lens [bs]: new and cached tokens of each request, EXTEND only;
+    extend_seq_lens, extend_prefix_lens [bs]: new and cached tokens of each request, in every mode but DECODE and IDLE.
+        The new ones are the rows of the request: num_draft_tokens in TARGET_VERIFY and DRAFT_EXTEND_V2, accept_length
+        in DRAFT_EXTEND. The cached ones of TARGET_VERIFY are all of seq_lens. Never negative.
     extend_seq_lens_cpu, extend_prefix_lens_cpu: the same numbers on the host, never stale.
+    extend_num_tokens: sum(extend_seq_lens), the number of rows; bs in DECODE and IDLE.
+    positions [rows] int64: position in its request of each row's token; in DECODE, of draft step 0's: seq_lens. 0 in a
+        row of padding that stands before the first token.
     """
 
     forward_mode: ForwardMode
@@ -109,6 +119,8 @@ class ForwardBatch:
     extend_prefix_lens: torch.Tensor | None = None
     extend_seq_lens_cpu: tuple[int, ...] | None = None
     extend_prefix_lens_cpu: tuple[int, ...] | None = None
+    extend_num_tokens: int | None = None
+    positions: torch.Tensor | None = None
 
 
 @dataclass(eq=False)

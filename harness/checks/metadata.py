@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
+from nsa_oracle.harness.checks.declared import Declared, DeclaredStep
 from nsa_oracle.harness.checks.places import RowLabels
 from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
@@ -21,36 +22,54 @@ from nsa_oracle.reference.types import Metadata
 
 
 def compare_metadata(
-    seen: Observation, expected: Sequence[Metadata], device: torch.device, tally: Tally
+    seen: Observation,
+    expected: Sequence[Metadata],
+    device: torch.device,
+    tally: Tally,
+    declared: Declared | None = None,
 ) -> Finding | None:
-    """The first disagreement in step and field order, or None."""
+    """The first disagreement in step and field order, or None. declared: what the backend declares."""
+    return next(differing_fields(seen, expected, device, tally, declared), None)
+
+
+def differing_fields(
+    seen: Observation,
+    expected: Sequence[Metadata],
+    device: torch.device,
+    tally: Tally,
+    declared: Declared | None = None,
+) -> Iterator[Finding]:
+    """Yields the first disagreement of each field and host scalar of each step, in step and field order."""
     if len(seen.steps) != len(expected):
-        return Finding(Kind.SHAPE, "attn_backends", counted(len(seen.steps), "step"), counted(len(expected), "step"))
+        steps = counted(len(seen.steps), "step"), counted(len(expected), "step")
+        yield Finding(Kind.SHAPE, "attn_backends", *steps)
+        return
     labels = RowLabels(seen)
+    declared = declared or Declared()
     for step, (got, want) in enumerate(zip(seen.steps, expected, strict=True)):
-        finding = _compare_step(got, want, device, labels, tally)
-        if finding is not None:
-            return dataclasses.replace(finding, step=step)
-    return None
+        for finding in _compare_step(got, want, device, labels, tally, declared.at(seen, step)):
+            yield dataclasses.replace(finding, step=step)
 
 
 def _compare_step(
-    got: StepObservation, want: Metadata, device: torch.device, labels: RowLabels, tally: Tally
-) -> Finding | None:
+    got: StepObservation, want: Metadata, device: torch.device, labels: RowLabels, tally: Tally, declared: DeclaredStep
+) -> Iterator[Finding]:
     for name in fields.HOST_SCALARS:
         scalar = got.host_scalars[name]
         # A tensor would synchronise at every use; a bool is not a size.
-        if not isinstance(scalar, int) or isinstance(scalar, bool):
-            return Finding(Kind.HOST_SCALAR, name, shown_value(scalar), f"{getattr(want, name)}, an int of Python")
-        if scalar != getattr(want, name):
-            return Finding(Kind.HOST_SCALAR, name, str(scalar), str(getattr(want, name)))
-    expected = fields.tensors(want)
+        value = getattr(want, name)
+        is_int = isinstance(scalar, int) and not isinstance(scalar, bool)
+        wrong = not is_int or scalar != value
+        if declared.waives_scalar(name, wrong) or not wrong:
+            continue
+        if is_int:
+            yield Finding(Kind.HOST_SCALAR, name, str(scalar), str(value))
+        else:
+            yield Finding(Kind.HOST_SCALAR, name, shown_value(scalar), f"{value}, an int of Python")
+    expected = declared.expected(fields.tensors(want), want)
     lengths = expected["seqlens_expanded"].numpy()
-    for field in fields.FIELDS:
-        finding = _compare_field(field, got, expected.get(field.name), want, lengths, device, labels, tally)
-        if finding is not None:
-            return finding
-    return None
+    for field in declared.fields():
+        yield from _compare_field(field, got, expected.get(field.name), want, lengths, device, labels, tally, declared)
 
 
 def _compare_field(
@@ -62,34 +81,45 @@ def _compare_field(
     device: torch.device,
     labels: RowLabels,
     tally: Tally,
-) -> Finding | None:
+    declared: DeclaredStep,
+) -> Iterator[Finding]:
+    """Yields what is wrong with the field; its content even if the field is no longer where the graph reads it."""
     name = field.name
     seen = got.tensors.get(name)
+    if declared.leaves_out(name, seen, expected):
+        return
     if expected is None or seen is None:
         if expected is None and seen is None and name not in got.odd:
-            return None
+            return
         kind = Kind.UNEXPECTED if expected is None else Kind.MISSING
-        return Finding(kind, name, got.odd.get(name) or described(seen), described(expected))
+        yield Finding(kind, name, got.odd.get(name) or described(seen), described(expected))
+        return
     if name in got.moved:
-        return Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
+        yield Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
+    if name not in got.dtypes:
+        return
     if got.devices[name].type != device.type:
-        return Finding(Kind.DEVICE, name, str(got.devices[name]), str(device))
+        yield Finding(Kind.DEVICE, name, str(got.devices[name]), str(device))
+        return
     if got.dtypes[name] != expected.dtype:
-        return Finding(Kind.DTYPE, name, str(got.dtypes[name]), str(expected.dtype))
+        yield Finding(Kind.DTYPE, name, str(got.dtypes[name]), str(expected.dtype))
+        return
     if seen.shape != expected.shape:
-        return Finding(Kind.SHAPE, name, str(list(seen.shape)), str(list(expected.shape)))
+        yield Finding(Kind.SHAPE, name, str(list(seen.shape)), str(list(expected.shape)))
+        return
 
     got_cells, want_cells = seen.numpy(), expected.numpy()
     tally.fields += 1
     tally.cells += want_cells.size
-    if np.array_equal(got_cells, want_cells):
-        return None
-    live = _live_cells(field, want_cells, want, lengths)
-    wrong = (got_cells != want_cells) & live
+    equal = np.array_equal(got_cells, want_cells)
+    if equal and not declared.has_waivers:
+        return
+    live = _live_cells(field, want_cells, want, lengths) & declared.specified(field, want_cells.shape)
+    wrong = declared.unwaived(field, (got_cells != want_cells) & live)
     if not wrong.any():
-        return None
+        return
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
-    return Finding(
+    yield Finding(
         Kind.VALUE,
         name,
         str(got_cells[first]),

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from nsa_oracle.harness.checks.declared import DeclaredTally
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.commands.app import (
     BackendOption,
@@ -26,6 +27,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.summary import how_exact, methods_report
 from nsa_oracle.harness.report.text import render
@@ -85,13 +87,14 @@ class Replaying:
         except (ScenarioError, BackendError) as error:
             return _unusable(str(error))
         failed = False
-        layers = LayerTally()
+        layers, declared = LayerTally(), DeclaredTally()
         for number, (file, scenario) in enumerate(cases[first:], first):
             if tell is not None:
                 tell((number, where.type))
             try:
                 verdict = judge_subject(subject, scenario, where, graphs=self.graphs)
                 layers.add(verdict.layers)
+                declared.add(verdict.declared)
             except OracleFailure as failure:
                 typer.echo(explain(failure, file, self.command(file, where.type)))
                 failed = True
@@ -102,7 +105,10 @@ class Replaying:
                 typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
         if layers.calls and not failed:
             typer.echo(methods_report(layers))
-        return FAILED if failed or layers.never_called else PASSED
+        gaps = [] if failed else unneeded_waivers(declared)
+        for line in [*declared_lines(declared), *gaps]:
+            typer.echo(line)
+        return FAILED if failed or gaps or layers.never_called else PASSED
 
     def checked(self, where: torch.device) -> tuple[list[tuple[Path, Scenario]], Subject]:
         """The cases, and the subject to judge on them. Raises ScenarioError or BackendError if they do not fit."""

@@ -64,10 +64,13 @@ class CacheState:
             self._store(keys, index_keys, where)
             self._written[missing] = True
 
-    def passes(self, world: World, batch: Batch, config: BackendConfig) -> list[Pass]:
-        """One forward pass per step, for a replay or eager call of ``batch`` (not padded). Each call makes new keys."""
+    def passes(self, world: World, batch: Batch, config: BackendConfig, num_steps: int | None = None) -> list[Pass]:
+        """One forward pass per step, for a replay or eager call of ``batch`` (not padded). Each call makes new keys.
+
+        num_steps: None for all steps.
+        """
         passes = []
-        for step in range(config.speculative_num_steps):
+        for step in range(config.speculative_num_steps if num_steps is None else num_steps):
             self._version += 1
             passes.append(self._pass(world, batch, config, step))
         return passes

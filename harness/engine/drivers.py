@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import enum
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, cast
 
-from nsa_oracle.harness.protocol import MultiStepBackend, PreparesInGraph, SingleStepBackend
+from nsa_oracle.harness.protocol import MultiStepBackend, PreparesInGraph, PreparesOutOfGraph, SingleStepBackend
 from nsa_oracle.harness.scenarios.scenario import Drive
+from nsa_oracle.harness.subjects.names import BuiltBackend, attn_backends_of, has_older_names
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
 
+class Act(enum.Enum):
+    """What an engine has just asked for, after which ``forward_metadata`` must be current."""
+
+    EAGER = "eager call"
+    CAPTURE = "capture"
+    REPLAY = "replay"
+
+
+_OLDER_NAMES = {
+    Act.EAGER: "init_forward_metadata",
+    Act.CAPTURE: "init_forward_metadata_capture_cuda_graph",
+    Act.REPLAY: "init_forward_metadata_replay_cuda_graph",
+}
+_TODAYS_NAMES = {
+    Act.EAGER: "init_forward_metadata",
+    Act.CAPTURE: "init_forward_metadata_out_graph",
+    Act.REPLAY: "init_forward_metadata_out_graph",
+}
+
+
 class Driver(Protocol):
-    """One method per operation of the engine, whichever methods of the backend it takes."""
+    """One method per operation of the engine. names: the backend's method for each act, for reports."""
+
+    names: ClassVar[Mapping[Act, str]]
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None: ...
 
@@ -28,6 +52,8 @@ class Driver(Protocol):
 
 class MultiStepDriver:
     """Drives the multi-step backend as SGLang's draft worker drives ``NativeSparseAttnMultiStepBackend``."""
+
+    names: ClassVar[Mapping[Act, str]] = _OLDER_NAMES
 
     def __init__(self, backend: MultiStepBackend) -> None:
         self.backend = backend
@@ -51,6 +77,8 @@ class MultiStepDriver:
 
 class SingleStepDriver:
     """Drives each step's backend in turn, as SGLang's graph runners drive one ``NativeSparseAttnBackend``."""
+
+    names: ClassVar[Mapping[Act, str]] = _OLDER_NAMES
 
     def __init__(self, backends: Sequence[SingleStepBackend], config: BackendConfig) -> None:
         self.backends = backends
@@ -96,7 +124,47 @@ class SingleStepDriver:
             )
 
 
-def driver_for(drive: Drive, backend: MultiStepBackend, config: BackendConfig) -> Driver:
-    if drive is Drive.SINGLE_STEP:
-        return SingleStepDriver(backend.attn_backends, config)
-    return MultiStepDriver(backend)
+class OutOfGraphDriver:
+    """Calls the backend by today's names: the multi-step backend alone, or each single-step backend in turn."""
+
+    names: ClassVar[Mapping[Act, str]] = _TODAYS_NAMES
+
+    def __init__(self, backends: Sequence[PreparesOutOfGraph]) -> None:
+        self.backends = backends
+
+    def allocate(self, max_bs: int, max_num_tokens: int) -> None:
+        for backend in self.backends:
+            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def prepare_eagerly(self, batch: ForwardBatch) -> None:
+        for backend in self.backends:
+            backend.init_forward_metadata(batch)
+
+    def bind(self, batch: ForwardBatch) -> None:
+        for backend in self.backends:
+            backend.init_forward_metadata_out_graph(batch, in_capture=True)
+
+    def prepare_in_graph(self, batch: ForwardBatch) -> None:
+        for backend in self.backends:
+            backend.init_forward_metadata_in_graph(batch)
+
+    def prepare_replay(self, batch: ForwardBatch) -> None:
+        for backend in self.backends:
+            backend.init_forward_metadata_out_graph(batch)
+
+
+def driver_for(drive: Drive, backend: BuiltBackend, config: BackendConfig) -> Driver:
+    """The driver that calls ``backend`` by the set of names that it has; the older one if it has both.
+
+    drive: whose methods are called, if ``backend`` is a multi-step backend.
+    """
+    steps = attn_backends_of(backend)
+    if steps is None:
+        steps = (cast(SingleStepBackend, backend),)
+    elif drive is Drive.MULTI_STEP:
+        if has_older_names(backend):
+            return MultiStepDriver(cast(MultiStepBackend, backend))
+        return OutOfGraphDriver([cast(PreparesOutOfGraph, backend)])
+    if all(map(has_older_names, steps)):
+        return SingleStepDriver(cast("Sequence[SingleStepBackend]", steps), config)
+    return OutOfGraphDriver(cast("Sequence[PreparesOutOfGraph]", steps))

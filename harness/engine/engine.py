@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.engine.drivers import driver_for
+from nsa_oracle.harness.engine.drivers import Act
 from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
+from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
-from nsa_oracle.harness.engine.shown_metadata import check_steps, shown_metadata
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
@@ -29,7 +29,8 @@ from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocat
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
-from nsa_oracle.reference.types import ForwardMode, Metadata
+from nsa_oracle.harness.subjects.declarations import declarations_of
+from nsa_oracle.reference.types import ForwardMode
 
 
 class Engine:
@@ -48,6 +49,7 @@ class Engine:
         self.device = device
         self.conditions = conditions
         self.config = setup.backend_config()
+        self.declarations = declarations_of(factory)
         self.world = World(scenario, sentinel)
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
@@ -58,7 +60,8 @@ class Engine:
         buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
         max_bs = max(buckets, default=1)
         self._delivery = Delivery(device, late=conditions.stress)
-        self.inputs = StaticInputs(setup.inputs, max(max_bs, setup.pool_size), sentinel, self._delivery)
+        capacity = max(max_bs, setup.pool_size)
+        self.inputs = StaticInputs(setup.inputs, capacity, sentinel, self._delivery, setup.num_draft_tokens)
         self._pool = PoolInput(setup, sentinel, self._delivery)
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
@@ -66,17 +69,23 @@ class Engine:
         # 2. The backend. Each of its allocations lies between guard bands.
         self.guards = GuardWatch()
         with GuardedAllocations(sentinel, device) as guard:
-            self.backend = factory(self.config, self._pool.tensor, scenario.optimizations)
-            self.driver = driver_for(setup.drive, self.backend, self.config)
-            check_steps(self.backend, self.config.speculative_num_steps)
-            self.driver.allocate(max_bs, max_bs * setup.num_draft_tokens)
+            self.instances = Instances(
+                factory, self.declarations, setup, self.config, self._pool.tensor, scenario.optimizations
+            )
+            self.instances.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self.guards.keep(guard.buffers)
 
         # 3. The layer, and the expected content of its caches.
         self.layer: LayerEngine | None = None
         if setup.layer is not None:
             max_rows = max_bs * setup.num_draft_tokens
-            self.layer = LayerEngine(scenario, setup.layer, layer_factory, self.world, device, conditions, max_rows)
+            self.layer = LayerEngine(
+                scenario, setup.layer, layer_factory, self.world, device, conditions, max_rows, self.num_steps
+            )
+
+    def num_steps(self, mode: ForwardMode) -> int:
+        """Number of single-step backends, and of passes of the layer, in ``mode``."""
+        return self.instances.serving(mode).num_steps
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
         """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
@@ -105,7 +114,7 @@ class Engine:
             yield from self.replay(bucket, batch, load)
             yield from self._replay_again(bucket, batch, load)
             if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
-                padded = batch.padded(bucket, self.config.speculative_num_draft_tokens)
+                padded = self._padded(batch, bucket)
                 yield self.layer.run_stages(padded, batch.size, load, True, self.guards)
 
     def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
@@ -114,7 +123,7 @@ class Engine:
         if load is None or self.conditions.stress or bound in self._replayed:
             return
         self._replayed.append(bound)
-        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        padded = self._padded(batch, bs)
         bound.spoil_outputs()
         bound.graph.replay()
         yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, bound.shown_steps(), again=True)
@@ -126,7 +135,7 @@ class Engine:
         if dangling := bound.graph.dangling_bytes():
             reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
             raise CaptureError("capture", f"{batch.mode.value}, bucket {bs}", reason)
-        padded = batch.padded(bs, self.config.speculative_num_draft_tokens)
+        padded, serving = self._padded(batch, bs), self.instances.serving(batch.mode)
         forward_batch = self.inputs.load(padded)
         bound.poison(sentinel, self.setup.page_size)
         if self.layer is not None:
@@ -135,14 +144,14 @@ class Engine:
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
-                self.driver.prepare_replay(forward_batch)
+                serving.driver.prepare_replay(forward_batch)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
-        shown = self._shown_metadata("init_forward_metadata_replay_cuda_graph")
-        yield Observation(padded, batch.size, True, bound.observe(shown, self.conditions.stress))
+        shown, stress = serving.shown_metadata(Act.REPLAY), self.conditions.stress
+        yield Observation(padded, batch.size, True, bound.observe(shown, stress))
         if self.layer is None:
             if bound.changes_when_replayed_again(sentinel, spoilt):
-                yield Observation(padded, batch.size, True, bound.observe(shown, self.conditions.stress))
+                yield Observation(padded, batch.size, True, bound.observe(shown, stress))
         else:
             assert load is not None
             steps = bound.shown_steps()
@@ -153,15 +162,16 @@ class Engine:
         self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
-        forward_batch = self.inputs.load(batch)
+        forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
+        own = self.declarations.own_names
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-                self.driver.prepare_eagerly(forward_batch)
-            metadata = self._shown_metadata("init_forward_metadata")
-            seen = [{name: tensor.clone() for name, tensor in fields.tensors(m).items()} for m in metadata]
+                serving.driver.prepare_eagerly(forward_batch)
+            metadata = serving.shown_metadata(Act.EAGER)
+            seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
         steps = tuple(
-            observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {})
+            observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {}, own)
             for m, tensors in zip(metadata, seen, strict=True)
         )
         yield Observation(batch, batch.size, False, steps)
@@ -180,19 +190,20 @@ class Engine:
         for an operation that the capture refuses and for a fault that the audit of the graph finds.
         """
         if batch is None:
-            batch = Batch(mode, (), (), (), ()).padded(bs, self.config.speculative_num_draft_tokens)
-        forward_batch = self.inputs.load(batch)
+            batch = self._padded(Batch(mode, (), (), (), ()), bs)
+        forward_batch, serving = self.inputs.load(batch), self.instances.serving(mode)
         self._delivery.deliver()
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-            self.driver.bind(forward_batch)
-        metadata = tuple(self._shown_metadata("init_forward_metadata_capture_cuda_graph"))
+            serving.driver.bind(forward_batch)
+        metadata = tuple(serving.shown_metadata(Act.CAPTURE))
         self.guards.check_and_keep(guard.buffers, metadata)
 
-        arena = ProbeArena(metadata, self.device, with_layer=self.layer is not None)
+        own = self.declarations.own_names
+        arena = ProbeArena(metadata, self.device, with_layer=self.layer is not None, own=own)
         layer = None if self.layer is None else self.layer.prepare_capture(bs * self.config.rows_per_request(mode))
 
         def forward() -> None:
-            self.driver.prepare_in_graph(forward_batch)
+            serving.driver.prepare_in_graph(forward_batch)
             arena.copy_metadata()  # what attention would read, from the addresses that it uses
             if layer is not None:
                 layer.forward(metadata)
@@ -205,7 +216,7 @@ class Engine:
         if audit.fault is not None:
             raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
         steps = () if layer is None else layer.steps
-        self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps)
+        self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps, own)
 
     def place(self, req_to_token: NDArray[np.int32]) -> None:
         """Use the page mapping ``req_to_token`` of another engine's requests."""
@@ -220,6 +231,5 @@ class Engine:
         written = None if self.layer is None else self.layer.driver.modified_input()  # a capture can write, too
         return self.inputs.modified() or (None if written is None else written.name)
 
-    def _shown_metadata(self, after: str) -> list[Metadata]:
-        """The metadata that each single-step backend exposes, after a call of ``after``. Raises WrongResult."""
-        return shown_metadata(self.backend, self.config.speculative_num_steps, after)
+    def _padded(self, batch: Batch, bs: int) -> Batch:
+        return self.declarations.padded(batch, bs, self.config.speculative_num_draft_tokens)

@@ -26,14 +26,22 @@ from nsa_oracle.reference.types import (
 
 
 def expected_metadata(
-    config: BackendConfig, req_to_token: NDArray[np.int32], batch: Batch, in_graph: bool
+    config: BackendConfig,
+    req_to_token: NDArray[np.int32],
+    batch: Batch,
+    in_graph: bool,
+    num_steps: int | None = None,
 ) -> list[Metadata]:
-    """The metadata of each step, computed on the host from the numbers of ``batch``."""
+    """The metadata of each of the first ``num_steps`` steps, computed on the host from the numbers of ``batch``.
+
+    num_steps: None for all.
+    """
+    num_steps = config.speculative_num_steps if num_steps is None else num_steps
     forward_batch = _as_forward_batch(batch)
     pool = torch.from_numpy(req_to_token)
-    distinct = 1 if config.step_semantics is StepSemantics.SHARED else config.speculative_num_steps
+    distinct = 1 if config.step_semantics is StepSemantics.SHARED else num_steps
     steps = [compute_metadata(config, pool, forward_batch, step, in_graph) for step in range(distinct)]
-    return steps if len(steps) == config.speculative_num_steps else steps * config.speculative_num_steps
+    return steps if len(steps) == num_steps else steps * num_steps
 
 
 def _as_forward_batch(batch: Batch) -> ForwardBatch:

@@ -46,9 +46,14 @@ class StaticInputs:
     Loaded values reach the device when ``delivery`` delivers them.
     """
 
-    def __init__(self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery) -> None:
+    def __init__(
+        self, inputs: Inputs, capacity: int, sentinel: int, delivery: Delivery, num_draft_tokens: int = 1
+    ) -> None:
         def static(name: str, dtype: IntDtype, columns: int) -> StaticInput:
             return StaticInput(name, dtype, capacity, columns if inputs.strided else 1, sentinel, delivery)
+
+        def positions(rows: int) -> StaticInput:
+            return StaticInput("positions", IntDtype.INT64, rows, 1, sentinel, delivery)
 
         # A strided input is one column of a wider tensor. The widths differ, so that no stride passes for another.
         self.seq_lens = static("seq_lens", inputs.seq_lens, 3)
@@ -56,6 +61,10 @@ class StaticInputs:
         self.accept_length = static("accept_length", inputs.accept_length, 4)
         self.extend_seq_lens = static("extend_seq_lens", inputs.accept_length, 5)
         self.extend_prefix_lens = static("extend_prefix_lens", inputs.accept_length, 6)
+        self.num_draft_tokens = num_draft_tokens
+        self.positions = positions(capacity * num_draft_tokens)
+        self.prefill_positions = self.positions  # a prefill has any number of rows, and no graph
+        self._new_positions = positions
 
     def load(self, batch: Batch) -> ForwardBatch:
         """Write ``batch`` into the static tensors. Returns it as a backend receives it."""
@@ -71,15 +80,25 @@ class StaticInputs:
             seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
             spec_info=SpecInfo(accept_length) if drafts else None,
         )
-        if batch.mode is not ForwardMode.EXTEND:
-            return forward_batch
-        prefix_lens = tuple(s - e for s, e in zip(batch.seq_lens, batch.extend_lens, strict=True))
+        if batch.mode.is_decode_or_idle:
+            positions = self.positions.write(batch.seq_lens)
+            return dataclasses.replace(forward_batch, extend_num_tokens=batch.size, positions=positions)
+        new = _new_tokens(batch, self.num_draft_tokens)
+        verifies = batch.mode is ForwardMode.TARGET_VERIFY
+        before = [length if verifies else length - n for length, n in zip(batch.seq_lens, new, strict=True)]
+        cached = tuple(max(0, length) for length in before)
+        rows = [max(0, length + i) for length, n in zip(before, new, strict=True) for i in range(n)]
+        if batch.mode is ForwardMode.EXTEND:
+            self.prefill_positions = self._new_positions(max(1, len(rows)))
+        positions = (self.prefill_positions if batch.mode is ForwardMode.EXTEND else self.positions).write(rows)
         return dataclasses.replace(
             forward_batch,
-            extend_seq_lens=self.extend_seq_lens.write(batch.extend_lens),
-            extend_prefix_lens=self.extend_prefix_lens.write(prefix_lens),
-            extend_seq_lens_cpu=batch.extend_lens,
-            extend_prefix_lens_cpu=prefix_lens,
+            extend_seq_lens=self.extend_seq_lens.write(new),
+            extend_prefix_lens=self.extend_prefix_lens.write(cached),
+            extend_seq_lens_cpu=new,
+            extend_prefix_lens_cpu=cached,
+            extend_num_tokens=sum(new),
+            positions=positions,
         )
 
     def modified(self) -> str | None:
@@ -108,3 +127,14 @@ class PoolInput:
 
     def is_modified(self) -> bool:
         return self._banded.is_modified()
+
+
+def _new_tokens(batch: Batch, num_draft_tokens: int) -> tuple[int, ...]:
+    """The number of rows of each request, in a mode other than DECODE and IDLE."""
+    match batch.mode:
+        case ForwardMode.EXTEND:
+            return batch.extend_lens
+        case ForwardMode.DRAFT_EXTEND:
+            return batch.accept_lengths
+        case _:
+            return (num_draft_tokens,) * batch.size

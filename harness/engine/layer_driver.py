@@ -77,7 +77,7 @@ class LayerDriver:
                     tensor.zero_()
                 else:
                     as_bytes(tensor).fill_(NAN_BYTE)
-                if load.passes:  # empty for a capture, which runs on padding alone
+                if number < len(load.passes):  # none for a capture, which runs on padding alone
                     a_pass = load.passes[number]
                     tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))
                 getattr(loaded, name).copy_(tensor)

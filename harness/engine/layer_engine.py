@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -32,7 +32,10 @@ from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class LayerEngine:
-    """Serves the batches of one scenario with one layer. max_rows: largest number of rows of a graph."""
+    """Serves the batches of one scenario with one layer.
+
+    max_rows: largest number of rows of a graph. num_steps: number of passes in a mode.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class LayerEngine:
         device: torch.device,
         conditions: Conditions,
         max_rows: int,
+        num_steps: Callable[[ForwardMode], int],
     ) -> None:
         setup, attention = scenario.setup, layer.attention_config()
         self.setup = setup
@@ -55,6 +59,7 @@ class LayerEngine:
         self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)
+        self.num_steps = num_steps
         self._edge_sets = 0  # number of sets of edge-case rows used so far
 
     def judged(self) -> JudgedLayer:
@@ -83,7 +88,7 @@ class LayerEngine:
     def load(self, batch: Batch) -> LayerLoad:
         """The passes of one call of ``batch`` (not padded), with new keys, and the caches before the first pass."""
         self.cache_state.settle(self.world)
-        passes = tuple(self.cache_state.passes(self.world, batch, self.config))
+        passes = tuple(self.cache_state.passes(self.world, batch, self.config, self.num_steps(batch.mode)))
         load = LayerLoad(passes, dense_copy(self.cache_state.truth))
         self.cache_state.apply(passes)
         return load
@@ -100,7 +105,8 @@ class LayerEngine:
         self._edge_sets += 1
         sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
         stages = IsolatedStages(self.driver, self.expected, sentinel)
-        steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph))
+        count = self.num_steps(batch.mode)
+        steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph, count))
         stored = stages.store(edge_keys(self.setup, self.driver.config, self.seed, poison, call))
         is_ragged = batch.mode is ForwardMode.EXTEND
         brings_ragged = "topk_transform_ragged" in self.method_calls.names

@@ -32,21 +32,23 @@ class ProbeArena:
     """Memory for the probes of one graph, in one piece, so that one transfer brings all probes to the host.
 
     probes: by step and field. arena, arena_behind: int32, on the device. ``arena_behind`` holds the same fields after
-    the layer has run, and is empty without a layer.
+    the layer has run, and is empty without a layer. own: the backend's own fields, by name.
     """
 
-    def __init__(self, metadata: Sequence[Metadata], device: torch.device, with_layer: bool) -> None:
+    def __init__(
+        self, metadata: Sequence[Metadata], device: torch.device, with_layer: bool, own: Sequence[str] = ()
+    ) -> None:
         steps, words = [], 0
         for step_metadata in metadata:
             step_probes = {}
-            for name, tensor in fields.tensors(step_metadata).items():
+            for name, tensor in fields.tensors(step_metadata, own).items():
                 step_probes[name] = Probe(words, tensor.shape, tensor.data_ptr())
                 words += tensor.numel()
             steps.append(step_probes)
         self.probes = tuple(steps)
         self.arena = torch.empty(words, dtype=torch.int32, device=device)
         self.arena_behind = torch.empty(words if with_layer else 0, dtype=torch.int32, device=device)
-        self._fields = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata).values()]
+        self._fields = [tensor for step_metadata in metadata for tensor in fields.tensors(step_metadata, own).values()]
         probes = [probe for step_probes in self.probes for probe in step_probes.values()]
         self._copies = [probe.view(self.arena) for probe in probes]
         self._copies_behind = [probe.view(self.arena_behind) for probe in probes if with_layer]
@@ -71,6 +73,7 @@ class BoundGraph:
     arena: torch.Tensor  # int32, on the device; memory of all probes
     arena_behind: torch.Tensor  # the same fields after the layer has run; empty without a layer
     layer_steps: tuple[LayerStep, ...]  # the graph's copies of the results of each pass
+    own: tuple[str, ...] = ()  # the backend's own fields
 
     def modified_field(self) -> Modified | None:
         """A metadata field that the layer has modified, or None."""
@@ -129,7 +132,7 @@ class BoundGraph:
         if wait and arena.device != self.arena.device:
             torch.cuda.synchronize(self.arena.device)
         return tuple(
-            observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes)
+            observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes, self.own)
             for metadata, probes in zip(shown, self.probes, strict=True)
         )
 
@@ -139,10 +142,12 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
 
 
-def observe(metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe]) -> StepObservation:
+def observe(
+    metadata: Metadata, seen: dict[str, torch.Tensor], probes: dict[str, Probe], own: Sequence[str] = ()
+) -> StepObservation:
     """The metadata of one step. seen: host copies of its fields. probes: those of a graph, to detect moved fields."""
-    held = fields.tensors(metadata)
-    others = {name: value for name, value in fields.held(metadata).items() if name not in held}
+    held = fields.tensors(metadata, own)
+    others = {name: value for name, value in fields.held(metadata, own).items() if name not in held}
     return StepObservation(
         tensors=seen,
         dtypes={name: tensor.dtype for name, tensor in held.items()},

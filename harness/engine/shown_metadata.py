@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nsa_oracle.harness.errors import meant
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.protocol import MultiStepBackend
+from nsa_oracle.harness.subjects.names import BuiltBackend, attn_backends_of
 from nsa_oracle.harness.subjects.result_checks import WrongResult, described
 from nsa_oracle.reference.types import Metadata
 
@@ -15,26 +16,29 @@ _REQUIRED = [field.name for field in dataclasses.fields(Metadata) if field.defau
 _FIELDS = "an object with the fields of Metadata (nsa_oracle.reference.types)"
 
 
-def check_steps(backend: MultiStepBackend, count: int) -> None:
-    """Raises WrongResult unless there is one single-step backend for each of ``count`` steps."""
-    seen = len(backend.attn_backends)
-    if seen != count:
-        got, expected = (f"{number} step{'' if number == 1 else 's'}" for number in (seen, count))
+def steps_of(backend: BuiltBackend, count: int) -> Sequence[object]:
+    """The single-step backends of ``backend``; itself, if it is one. Raises WrongResult unless there are ``count``."""
+    steps = attn_backends_of(backend)
+    steps = (backend,) if steps is None else steps
+    if len(steps) != count:
+        got, expected = (f"{number} step{'' if number == 1 else 's'}" for number in (len(steps), count))
         raise WrongResult(Finding(Kind.SHAPE, "attn_backends", got, expected, place=f"of {type(backend).__name__}"))
+    return steps
 
 
-def shown_metadata(backend: MultiStepBackend, count: int, after: str) -> list[Metadata]:
+def shown_metadata(backend: BuiltBackend, count: int, after: str) -> list[Metadata]:
     """The metadata that each of ``count`` single-step backends exposes, ``after`` a call of the method of that name.
 
     Raises WrongResult if there is none or if a required field does not exist.
     """
-    check_steps(backend, count)
-    return [_shown(backend, step, after) for step in range(count)]
+    alone = attn_backends_of(backend) is None
+    places = [type(backend).__name__ + ("" if alone else f".attn_backends[{step}]") for step in range(count)]
+    steps = steps_of(backend, count)
+    return [_shown(holder, places[step], step, after) for step, holder in enumerate(steps)]
 
 
-def _shown(backend: MultiStepBackend, step: int, after: str) -> Metadata:
-    holder = backend.attn_backends[step]
-    place = f"{type(backend).__name__}.attn_backends[{step}].forward_metadata"
+def _shown(holder: Any, owner: str, step: int, after: str) -> Metadata:
+    place = f"{owner}.forward_metadata"
     if not hasattr(type(holder), "forward_metadata") and not hasattr(holder, "forward_metadata"):
         metadata: object = None
         got = f"no such attribute: it was not set by {after}"

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsa_oracle.harness.checks.declared import DeclaredTally, WaiverTally
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import OracleFailure, Verdict
+from nsa_oracle.harness.report.declared import unneeded_waivers
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ class ItemRecord:
             FailureRecord(**{**failure, "optimizations": tuple(failure["optimizations"])})
             for failure in data["failures"]
         )
+        declared = dict(verdict.pop("declared"))
+        waivers = {name: WaiverTally(**tally) for name, tally in declared.pop("waivers").items()}
         covered = Verdict(
+            declared=DeclaredTally(waivers=waivers, **declared),
             tally=Tally(**verdict.pop("tally")),
             layers=LayerTally(stages=stages, **layers),
             audit=AuditTally(**verdict.pop("audit")),
@@ -151,7 +156,7 @@ class RunRecord:
                 gaps.append(not_visited(unseen, with_layer))
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
-        return gaps
+        return gaps + unneeded_waivers(self.verdict.declared)
 
 
 def methods_not_judged(methods: Sequence[str]) -> str:

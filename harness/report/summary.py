@@ -12,6 +12,7 @@ from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
 from nsa_oracle.harness.protocol import STAGES, Strictness
+from nsa_oracle.harness.report.declared import declared_lines
 from nsa_oracle.harness.report.records import FailureRecord, grouped, methods_not_judged
 from nsa_oracle.harness.report.text import not_judged, render, wrapped
 from nsa_oracle.harness.scenarios.coverage import all_classes, switch_classes
@@ -58,6 +59,7 @@ def summary(
     if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
         parts.append(_audited(audit))
 
+    parts += declared_lines(verdict.declared)
     unvisited = [name for name in classes if name not in covered]
     if verbose:
         visits = [f"{name} {verdict.boundary_classes[name]}" for name in classes if name not in of_switches]
@@ -106,12 +108,14 @@ def _relations(layers: LayerTally) -> str:
 
 
 def how_exact(verdict: Verdict) -> str:
-    """How what passed was compared: bit for bit, but for numbers that only have a bound or are declared weaker."""
+    """How what passed was compared: bit for bit, but for what only has a bound, is declared weaker, or waived."""
     stages = verdict.layers.stages.values()
     bounded, weaker = sum(stage.bounded for stage in stages), sum(stage.weaker for stage in stages)
     theirs = "its" if bounded == 1 else "their"
     exceptions = [f"{counted(bounded, 'number')} within {theirs} error bound"] if bounded else []
     exceptions += [f"{weaker:,} compared as declared"] if weaker else []
+    waived = sum(waiver.cells for waiver in verdict.declared.waivers.values())
+    exceptions += [f"{waived:,} cells waived as declared"] if waived else []
     return f"bit-exact but for {' and '.join(exceptions)}" if exceptions else "all bit-exact"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 
 from nsa_oracle.harness.errors import meant, one_line
 from nsa_oracle.harness.scenarios.complaints import complaint_about_value
-from nsa_oracle.harness.scenarios.scenario import Capture, Inputs, Layer, Scenario, Setup
-from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Inputs, Layer, Mirror, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.reference.types import ForwardMode
 
 Sizes = Mapping[str, Sequence[Any]]
@@ -30,11 +30,15 @@ LAYER_FIELDS: dict[str, FieldInfo] = {**BACKEND_FIELDS, **Layer.model_fields}
 class Limits:
     """Allowed values by field, and allowed modes of captures, replays and eager calls.
 
-    A field that ``sizes`` does not name may have any value.
+    A field that ``sizes`` does not name may have any value. mirrors: allowed states of the host mirror, by mode, or
+    else by "graph" and "eager"; any state where nothing is named. empty_batches: whether calls without a request, not
+    even one that pads the batch, are allowed.
     """
 
     sizes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     modes: tuple[ForwardMode, ...] = tuple(ForwardMode)
+    mirrors: Mapping[str, tuple[Mirror, ...]] = field(default_factory=dict)
+    empty_batches: bool = True
 
     def of(self, name: str, choices: Iterable[Any]) -> tuple[Any, ...]:
         """The elements of ``choices`` that are allowed for the field ``name``."""
@@ -44,7 +48,28 @@ class Limits:
     def __and__(self, other: Limits) -> Limits:
         """Limits that allow what both operands allow."""
         sizes = {**self.sizes, **{name: self.of(name, values) for name, values in other.sizes.items()}}
-        return Limits(sizes, tuple(mode for mode in self.modes if mode in other.modes))
+        modes = tuple(mode for mode in self.modes if mode in other.modes)
+        return Limits(sizes, modes, {**self.mirrors, **other.mirrors}, self.empty_batches and other.empty_batches)
+
+    def allowed_mirrors(self, call: EngineCall) -> tuple[Mirror, ...]:
+        """The states that the host mirror may have in ``call``."""
+        kind = "graph" if call.in_graph else "eager"
+        return self.mirrors.get(call.batch.mode.value) or self.mirrors.get(kind) or tuple(Mirror)
+
+    @property
+    def restrict_calls(self) -> bool:
+        """Whether a call may be refused for anything but the setup."""
+        return bool(self.mirrors) or not self.empty_batches or self.modes != tuple(ForwardMode)
+
+    def refused(self, call: EngineCall) -> str | None:
+        """What is not allowed in ``call``, or None."""
+        if call.batch.mode not in self.modes:
+            return f"mode {call.batch.mode.value}"
+        if not call.batch.size and not call.in_graph and not self.empty_batches:
+            return "an empty batch"
+        if call.event.mirror not in self.allowed_mirrors(call):
+            return f"mirror {call.event.mirror.value}"
+        return None
 
     def misfit(self, scenario: Scenario) -> str | None:
         """The first thing in ``scenario`` that is not allowed, such as "page_size 1", or None.
@@ -56,8 +81,15 @@ class Limits:
         for name, allowed in self.sizes.items():
             if name in known and known[name] not in allowed:
                 return f"{name} {shown(known[name])}"
-        modes = () if self.modes == tuple(ForwardMode) else modes_of(scenario)
-        return next((f"mode {mode.value}" for mode in modes if mode not in self.modes), None)
+        if not self.restrict_calls:
+            return None
+        for event, calls in calls_of(scenario):
+            if isinstance(event, Capture) and event.mode not in self.modes:
+                return f"mode {event.mode.value}"
+            for call in calls:
+                if (refusal := self.refused(call)) is not None:
+                    return refusal
+        return None
 
     def excluded(self, drawn: Mapping[str, Sequence[Any]]) -> list[str]:
         """The values among those ``drawn`` and the modes that are not allowed, such as "page_size 1, 16"."""
@@ -67,35 +99,68 @@ class Limits:
                 lines.append(f"{name} {', '.join(refused)}")
         if refused := [mode.value for mode in ForwardMode if mode not in self.modes]:
             lines.append(f"modes {', '.join(refused)}")
-        return lines
+        for where, mirrors in self.mirrors.items():
+            if refused := [mirror.value for mirror in Mirror if mirror not in mirrors]:
+                lines.append(f"mirror {', '.join(refused)} ({where})")
+        return [*lines, "empty batches"] if not self.empty_batches else lines
 
 
 EVERYTHING = Limits()
 
 
-def modes_of(scenario: Scenario) -> list[ForwardMode]:
-    """The modes of a scenario's captures, replays and eager calls, in order. An empty DECODE batch counts as IDLE."""
-    world = World(scenario, poison=0)
-    modes = []
+@dataclass(frozen=True)
+class EngineCall:
+    """One replay (``in_graph``) or eager call that an engine makes for ``event``, with its batch before padding."""
+
+    event: Replay | Eager
+    batch: Batch
+    in_graph: bool
+
+
+def calls_of(scenario: Scenario) -> Iterator[tuple[Event, tuple[EngineCall, ...]]]:
+    """Yields each event, and the call that it makes, if it makes one."""
+    world, captured = World(scenario, poison=0), set[tuple[ForwardMode, int]]()
     for event in scenario.events:
         batch = world.apply(event)
         if isinstance(event, Capture):
-            modes.append(event.mode)
-        if batch is not None:
-            modes.append(batch.mode)
+            captured |= {(event.mode, bucket) for bucket in event.buckets}
+        if batch is None or not isinstance(event, Replay | Eager):
+            yield event, ()
+            continue
+        in_graph = False
+        if isinstance(event, Replay):
+            fitting = [bucket for mode, bucket in captured if mode is event.mode]
+            in_graph = choose_bucket(event.bucket, batch.size, fitting) is not None
+        yield event, (EngineCall(event, batch, in_graph),)
+
+
+def modes_of(scenario: Scenario) -> list[ForwardMode]:
+    """The modes of a scenario's captures, replays and eager calls, in order. An empty DECODE batch counts as IDLE."""
+    modes = []
+    for event, calls in calls_of(scenario):
+        modes += [event.mode] if isinstance(event, Capture) else [call.batch.mode for call in calls]
     return modes
 
 
 def within(scenario: Scenario, limits: Limits) -> Scenario:
-    """``scenario`` without the captures and calls whose modes ``limits`` does not allow."""
-    if limits.modes == tuple(ForwardMode):
+    """``scenario`` with allowed mirrors, and without the captures and calls that ``limits`` does not allow."""
+    if not limits.restrict_calls:
         return scenario
     kept = scenario.model_copy(update={"events": ()})
     for event in scenario.events:
-        more = kept.model_copy(update={"events": (*kept.events, event)})
-        if set(modes_of(more)) <= set(limits.modes):
-            kept = more
+        for allowed in _variants(event, limits):
+            more = kept.model_copy(update={"events": (*kept.events, allowed)})
+            if limits.misfit(more) is None:
+                kept = more
+                break
     return kept
+
+
+def _variants(event: Event, limits: Limits) -> list[Event]:
+    """The event, and the same with each other mirror."""
+    if not isinstance(event, Replay | Eager) or not limits.mirrors:
+        return [event]
+    return [event, *(event.model_copy(update={"mirror": mirror}) for mirror in Mirror if mirror is not event.mirror)]
 
 
 def shown(value: object) -> str:
@@ -104,7 +169,9 @@ def shown(value: object) -> str:
 
 
 def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
-    """The limits that ``owner`` declares in its attributes ``sizes`` and ``modes``. Both are optional.
+    """The limits that ``owner`` declares in its attributes ``sizes``, ``modes``, ``mirrors`` and ``empty_batches``.
+
+    All are optional.
 
     fields: the fields that ``sizes`` may name. no_owner: subject of the message about any other field, such as "no
     backend". Raises ValueError, in one line that names the cause and the remedy, if the declaration is malformed.
@@ -113,6 +180,8 @@ def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> L
     return Limits(
         {} if sizes is None else _checked_sizes(sizes, fields, no_owner),
         tuple(ForwardMode) if modes is None else _checked_modes(modes),
+        _checked_mirrors(getattr(owner, "mirrors", {})),
+        bool(getattr(owner, "empty_batches", True)),
     )
 
 
@@ -167,6 +236,19 @@ def _checked_modes(modes: object) -> tuple[ForwardMode, ...]:
     if not modes:
         raise ValueError("modes allows no mode at all")
     return tuple(mode for mode in ForwardMode if mode in modes or mode.value in modes)
+
+
+def _checked_mirrors(mirrors: object) -> dict[str, tuple[Mirror, ...]]:
+    if not isinstance(mirrors, Mapping):
+        raise ValueError(f"mirrors must map modes, 'graph' or 'eager' to states of the mirror; it is {_kind(mirrors)}")
+    known = {mirror.value: mirror for mirror in Mirror}
+    places = ("graph", "eager", *(mode.value for mode in ForwardMode))
+    for place, states in mirrors.items():
+        if place not in places:
+            raise ValueError(f"mirrors: there is no '{_brief(place)}'; choose from {', '.join(places)}")
+        if isinstance(states, str) or not isinstance(states, Sequence) or not states or set(states) - set(known):
+            raise ValueError(f"mirrors: '{place}' must list some of {', '.join(known)}, not {_brief(states)}")
+    return {str(place): tuple(known[state] for state in states) for place, states in mirrors.items()}
 
 
 def _kind(value: object) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,19 @@ from nsa_oracle.reference.types import ForwardMode
 
 PAD_SEQ_LEN = 1  # the length that engines give to padding requests
 PAD_REQ_POOL_INDEX = 0
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What an engine gives a request that only pads a batch.
+
+    accept_length: None for as many as the mode has rows for such a request: 1, or all draft tokens in DRAFT_EXTEND_V2.
+    "all" for all draft tokens. seq_len: a number, or "all" for the number of draft tokens.
+    """
+
+    seq_len: int | Literal["all"] = PAD_SEQ_LEN
+    pool_row: int = PAD_REQ_POOL_INDEX
+    accept_length: int | Literal["all"] | None = None
 
 
 @dataclass
@@ -81,16 +95,19 @@ class Batch:
             pick(self.extend_lens),
         )
 
-    def padded(self, bs: int, num_draft_tokens: int) -> Batch:
+    def padded(self, bs: int, num_draft_tokens: int, padding: Padding | None = None) -> Batch:
         """The batch filled up to the bucket ``bs`` with the values that engines use for padding requests."""
-        missing = bs - self.size
+        missing, padding = bs - self.size, padding or Padding()
         accept = num_draft_tokens if self.mode is ForwardMode.DRAFT_EXTEND_V2 else 1
+        if padding.accept_length is not None:
+            accept = num_draft_tokens if padding.accept_length == "all" else padding.accept_length
+        seq_len = num_draft_tokens if padding.seq_len == "all" else padding.seq_len
         mirror = self.seq_lens_cpu
         return Batch(
             self.mode,
-            self.pool_rows + (PAD_REQ_POOL_INDEX,) * missing,
-            self.seq_lens + (PAD_SEQ_LEN,) * missing,
-            None if mirror is None else mirror + (PAD_SEQ_LEN,) * missing,
+            self.pool_rows + (padding.pool_row,) * missing,
+            self.seq_lens + (seq_len,) * missing,
+            None if mirror is None else mirror + (seq_len,) * missing,
             self.accept_lengths + (accept,) * missing,
         )
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -25,23 +26,43 @@ from nsa_oracle.harness.protocol import (
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
 from nsa_oracle.harness.scenarios.scenario import Layer, Setup
 from nsa_oracle.harness.subjects.calls import MethodCalls
+from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
+from nsa_oracle.harness.subjects.names import protocol_meant
 from nsa_oracle.harness.subjects.result_checks import checked_stages
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
-def load_backend(spec: str) -> BackendFactory:
+def load_backend(spec: str) -> LoadedBackend:
     """A factory that calls ``module:attribute`` with (config, req_to_token) and checks the methods of the result.
 
     Raises BackendError if ``spec`` does not name such a callable. The factory raises it if a method is missing.
     """
-    build = cast("Callable[[BackendConfig, torch.Tensor], object]", _load(spec, "backend", "config, req_to_token"))
+    found = _load(spec, "backend", "config, req_to_token")
+    try:
+        declarations = read_declarations(found)
+    except ValueError as error:
+        raise BackendError(f"backend '{spec}': {error}") from None
+    return LoadedBackend(found, spec, declarations)
 
-    def factory(config: BackendConfig, req_to_token: torch.Tensor, _: tuple[str, ...]) -> MultiStepBackend:
-        return checked(build(config, req_to_token), spec)
 
-    return factory
+@dataclass(frozen=True)
+class LoadedBackend:
+    """A factory for the backend that ``build`` makes, and its declarations."""
+
+    build: Callable[..., object]
+    spec: str
+    declarations: Declarations
+
+    def __call__(
+        self, config: BackendConfig, req_to_token: torch.Tensor, _: tuple[str, ...], role: str | None = None
+    ) -> MultiStepBackend:
+        """The backend, or its instance for ``role``."""
+        if role is None and self.declarations.roles[0].name is not None:
+            role = self.declarations.roles[0].name  # any will do to try it out
+        built = self.build(config, req_to_token) if role is None else self.build(config, req_to_token, role)
+        return checked(built, self.spec, single=self.declarations.roles != ASKS_THE_MOST.roles)
 
 
 def limits_of_backend(spec: str) -> Limits:
@@ -146,6 +167,8 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
         kind = type(found).__name__
         mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
         raise BackendError(f"{shown} is not callable; {mend}")
+    if what == "backend" and getattr(found, "roles", None) is not None:
+        arguments += ", role"
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
@@ -185,14 +208,18 @@ def _article(noun: str) -> str:
     return "an" if noun[:1].lower() in "aeiou" else "a"
 
 
-def checked(backend: object, spec: str) -> MultiStepBackend:
-    """``backend``, if it has every method that the engine calls. Raises BackendError that names the first missing one.
+def checked(backend: object, spec: str, single: bool = False) -> MultiStepBackend:
+    """``backend``, if it has one set of names completely. Raises BackendError that names the first missing method.
 
-    ``attn_backends`` must be a sequence whose elements have the methods of ``SingleStepBackend``.
+    ``attn_backends`` must be a sequence whose elements have all methods, too. single: whether a backend without it,
+    of a single step, will do.
     """
     shown = f"backend '{spec}'"
     _check_instance(backend, shown, "returned {kind}", "return the backend")
-    _check_methods(backend, MultiStepBackend, shown)
+    alone = single and not hasattr(backend, "attn_backends")
+    _check_methods(backend, protocol_meant(backend, SingleStepBackend if alone else MultiStepBackend), shown)
+    if alone:
+        return cast(MultiStepBackend, backend)
     steps: object = getattr(backend, "attn_backends", None)
     if not isinstance(steps, Sequence):
         kind = type(steps).__name__
@@ -201,7 +228,7 @@ def checked(backend: object, spec: str) -> MultiStepBackend:
         _check_instance(
             step, shown, f"{type(backend).__name__}.attn_backends[{number}] is {{kind}}", "put a backend there"
         )
-        _check_methods(step, SingleStepBackend, shown)
+        _check_methods(step, protocol_meant(step, SingleStepBackend), shown)
     return cast(MultiStepBackend, backend)
 
 

@@ -383,3 +383,42 @@ def test_survey_ends_with_its_budget() -> None:
     assert done.returncode == PASSES, done.stderr
     assert done.stdout.splitlines()[-2:] == ["not judged: kv_cache_dtype fp8", "out of time: 0 of 50 cases"]
     assert harness(*words, "--budget", "-1").returncode == UNUSABLE
+
+
+def test_survey_needs_one_subject() -> None:
+    for words in ((), ("--backend", CLEAN, "--layer", f"{LAYERS}.clean:SharesOutputs")):
+        assert_one_line_error(harness("survey", "--device", "cpu", *words), "name one of --layer and --backend")
+
+
+def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:
+    words = ("survey", "--device", "cpu", "--cases", "6", "--save", str(tmp_path / "cases"))
+    done = harness(*words, "--backend", "tests.support.backends.declared:StaleTable", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert re.search(r"^\d+ rows, [\d,]+ checks$", done.stdout, re.MULTILINE)
+    command = next(line for line in done.stdout.splitlines() if line.startswith("  replay: "))
+    file = Path(shlex.split(command)[5])
+    assert file.parent == tmp_path / "cases"
+    again = replay(str(file), "--backend", "tests.support.backends.declared:StaleTable")
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    clean = harness(*words, "--backend", CLEAN, cwd=tmp_path)
+    assert clean.returncode == PASSES, clean.stdout + clean.stderr
+    assert "no row is broken" in clean.stdout
+
+
+def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
+    words = (
+        "survey",
+        "--device",
+        "cpu",
+        "--cases",
+        "1",
+        "--backend",
+        CLEAN,
+        "--json",
+        str(tmp_path / "no" / "rows.json"),
+    )
+    done = harness(*words, cwd=tmp_path)
+    assert done.returncode == UNUSABLE
+    assert "no row is broken" in done.stdout, "the results are printed all the same"
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("rows.json: cannot be written: No such file or directory; choose another --json")

@@ -48,7 +48,7 @@ def engine(case: Scenario) -> Engine:
 
 def pool_of(served: Engine) -> torch.Tensor:
     """``req_to_token`` as the backend was given it."""
-    pool: torch.Tensor = served.backend.attn_backends[0].req_to_token  # type: ignore[attr-defined]
+    pool: torch.Tensor = served.instances.all[0].steps()[0].req_to_token  # type: ignore[attr-defined]
     return pool
 
 

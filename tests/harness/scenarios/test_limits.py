@@ -6,12 +6,31 @@ from types import SimpleNamespace
 
 import pytest
 
-from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared, modes_of
+from nsa_oracle.harness.scenarios.limits import (
+    BACKEND_FIELDS,
+    EVERYTHING,
+    LAYER_FIELDS,
+    Limits,
+    declared,
+    modes_of,
+    within,
+)
 from nsa_oracle.harness.scenarios.scales import SMALL
-from nsa_oracle.harness.scenarios.scenario import Drive, Inputs, IntDtype, Layer, Replay, Setup
+from nsa_oracle.harness.scenarios.scenario import (
+    Capture,
+    Drive,
+    Eager,
+    Inputs,
+    IntDtype,
+    Join,
+    Layer,
+    Mirror,
+    Replay,
+    Setup,
+)
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 from tests.support.limits import CASE, limits, only
-from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY
+from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY, case
 
 
 def test_nothing_declared_is_everything() -> None:
@@ -107,3 +126,56 @@ def test_enumerations_are_reported_by_their_values() -> None:
         CASE.model_copy(update={"setup": CASE.setup.model_copy(update={"step_semantics": StepSemantics.ADVANCING})})
     ) == ("step_semantics advancing")
     assert limits(seq_lens=(IntDtype.INT64,)).excluded(SMALL.drawn()) == ["seq_lens int32"]
+
+
+EMPTY = case(Capture(mode=DECODE, buckets=(1,)), Replay(mode=DECODE), Eager(mode=VERIFY))
+MIRRORS = case(
+    Capture(mode=DECODE, buckets=(1,)),
+    Join(seq_len=3),
+    Replay(mode=DECODE, mirror=Mirror.STALE),
+    Eager(mode=DECODE, mirror=Mirror.ABSENT),
+    Eager(mode=EXTEND, mirror=Mirror.ABSENT),
+)
+
+
+def test_empty_batches_are_refused_and_left_out() -> None:
+    found = declared(SimpleNamespace(empty_batches=False), BACKEND_FIELDS, "nobody")
+    assert found.misfit(EMPTY) == "an empty batch"
+    assert within(EMPTY, found).events == EMPTY.events[:2], "a replay of an empty batch has padding"
+    assert EVERYTHING.misfit(EMPTY) is None
+    assert "empty batches" in found.excluded({})
+
+
+def test_mirrors_are_by_call_or_mode() -> None:
+    found = declared(
+        SimpleNamespace(mirrors={"eager": ("equal",), "EXTEND": ("equal", "absent")}), BACKEND_FIELDS, "nobody"
+    )
+    assert found.misfit(MIRRORS) == "mirror absent"
+    *_, replay, eager, extend = within(MIRRORS, found).events
+    assert (replay, extend) == (MIRRORS.events[2], MIRRORS.events[4])
+    assert eager == Eager(mode=DECODE, mirror=Mirror.EQUAL)
+    assert found.misfit(within(MIRRORS, found)) is None
+    assert found.excluded({}) == ["mirror stale, ahead, absent (eager)", "mirror stale, ahead (EXTEND)"]
+
+
+def test_a_replay_that_no_bucket_holds_is_an_eager_call() -> None:
+    found = declared(SimpleNamespace(mirrors={"eager": ("equal",)}), BACKEND_FIELDS, "nobody")
+    held = case(Capture(mode=DECODE, buckets=(1,)), Join(seq_len=3), Replay(mode=DECODE, mirror=Mirror.STALE))
+    assert found.misfit(held) is None
+    crowd = held.model_copy(update={"events": (held.events[0], held.events[1], *held.events[1:])})
+    assert found.misfit(crowd) == "mirror stale"
+
+
+@pytest.mark.parametrize(
+    ("mirrors", "message"),
+    [
+        (("equal",), "mirrors must map modes, 'graph' or 'eager' to states of the mirror; it is of type tuple"),
+        ({"replay": ("equal",)}, "mirrors: there is no 'replay'; choose from graph, eager, EXTEND"),
+        ({"graph": ("wrong",)}, "mirrors: 'graph' must list some of equal, stale, ahead, absent"),
+        ({"graph": ()}, "mirrors: 'graph' must list some of"),
+    ],
+)
+def test_malformed_mirrors_are_refused(mirrors: object, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        declared(SimpleNamespace(mirrors=mirrors), BACKEND_FIELDS, "nobody")
+    assert message in str(caught.value)

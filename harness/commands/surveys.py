@@ -1,0 +1,123 @@
+"""The survey command, for a layer (see ``surveying``) or a backend, and what it saves and writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, torch_device, unusable
+from nsa_oracle.harness.commands.surveying import surveyed
+from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.failure import replay_command
+from nsa_oracle.harness.report.summary import methods_report
+from nsa_oracle.harness.report.text import not_judged, render
+from nsa_oracle.harness.search.backend_survey import BackendSurvey, backend_table, rows_as_json
+from nsa_oracle.harness.search.spec import SubjectSpec
+from nsa_oracle.harness.search.survey import SurveyFound, survey_table
+from nsa_oracle.harness.signals import INTERRUPTED
+
+
+@app.command()
+def survey(
+    layer: Annotated[
+        str | None, typer.Option(metavar=SPEC, help=f"Layer to survey: {LAYER_HELP}", show_default=False)
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar=SPEC, help="Backend to survey instead of a layer.", show_default=False)
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Number of cases to draw.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
+    device: DeviceOption = Device.AUTO,
+    budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows to this file, too.", metavar="FILE")
+    ] = None,
+    save: Annotated[Path, typer.Option(help="Folder for a case of each broken row of a backend.")] = Path("failures"),
+) -> None:
+    """Count how often each property of a backend or a layer is checked and broken.
+
+    Unlike replay, a survey does not stop at the first failure. If interrupted or out of time, it prints the results so
+    far; it exits with 130 if interrupted before any property was broken.
+    """
+    if (layer is None) == (backend is None):
+        raise unusable("survey: name one of --layer and --backend")
+    deadline = None if budget is None else time.monotonic() + budget
+    found: SurveyFound | BackendSurvey
+    try:
+        with progress_of("surveying", cases) as show_progress:
+            if layer is not None:
+                found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress)
+            else:
+                where = torch_device(device)
+                found = BackendSurvey(SubjectSpec(backend, None).build(where), where)
+                left_out, interrupted = found.left_out, False
+                try:
+                    with ended_by_a_signal():
+                        found.run(cases, seed, deadline, show_progress)
+                        found.shrink(deadline)
+                except KeyboardInterrupt:
+                    interrupted = True
+        gaps = _layer_report(found) if isinstance(found, SurveyFound) else _backend_report(found, backend, save)
+        if json_file is not None:
+            _write(json_file, found, left_out)
+    except (BackendError, ScenarioError, ValueError) as error:
+        raise unusable(str(error)) from None
+    for gap in gaps:
+        typer.echo(gap)
+    if left_out:
+        typer.echo(not_judged(left_out))
+    if found.cases < cases:
+        typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {counted(cases, 'case')}")
+    if interrupted and found.holds:
+        raise typer.Exit(INTERRUPTED)
+    unjudged = isinstance(found, SurveyFound) and found.layers.never_called
+    raise typer.Exit(0 if found.holds and not gaps and not unjudged else 1)
+
+
+def _layer_report(found: SurveyFound) -> list[str]:
+    typer.echo(render(survey_table(found.records)))
+    if found.layers.calls:
+        typer.echo(methods_report(found.layers))
+    return []
+
+
+def _backend_report(found: BackendSurvey, backend: str | None, save: Path) -> list[str]:
+    """Print the broken rows, and save the case of each. Returns why the survey proves less than it seems to.
+
+    Raises ScenarioError if the cases cannot be saved; the table has been printed then.
+    """
+    typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
+    typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
+    try:
+        found.save_cases(save, lambda file: replay_command((file,), backend, found.device.type))
+    except OSError as error:
+        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
+    for replay in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
+        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == replay]
+        typer.echo(f"{'; '.join(shown)}\n  replay: {replay}")
+    for line in declared_lines(found.declared):
+        typer.echo(line)
+    return unneeded_waivers(found.declared)
+
+
+def _write(file: Path, found: SurveyFound | BackendSurvey, left_out: Sequence[str]) -> None:
+    rows: list[dict[str, Any]]
+    if isinstance(found, BackendSurvey):
+        rows = rows_as_json(found.rows)
+    else:
+        rows = [
+            {"property": name, "checked": record.checked, "broken": record.broken, "finding": record.example}
+            for name, record in sorted(found.records.items())
+        ]
+    text = json.dumps({"cases": found.cases, "rows": rows, "not judged": list(left_out)}, indent=1)
+    try:
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ScenarioError(f"{file}: cannot be written: {error.strerror or error}; choose another --json") from None

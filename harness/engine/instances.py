@@ -1,0 +1,62 @@
+"""The instances of a backend that one engine drives: one per declared role, and each with its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for
+from nsa_oracle.harness.engine.shown_metadata import shown_metadata, steps_of
+from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.subjects.declarations import Declarations, Role
+from nsa_oracle.harness.subjects.names import BuiltBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance. num_steps: the number of single-step backends that it must have."""
+
+    role: Role
+    backend: BuiltBackend
+    driver: Driver
+    num_steps: int
+
+    def steps(self) -> Sequence[object]:
+        """The single-step backends. Raises WrongResult unless there are ``num_steps``."""
+        return steps_of(self.backend, self.num_steps)
+
+    def shown_metadata(self, after: Act) -> list[Metadata]:
+        """The metadata that each single-step backend exposes after an act of its driver. Raises WrongResult."""
+        return shown_metadata(self.backend, self.num_steps, self.driver.names[after])
+
+
+class Instances:
+    """All instances of the backend. Each has the right number of steps when it has been built."""
+
+    def __init__(
+        self,
+        factory: BackendFactory,
+        declarations: Declarations,
+        setup: Setup,
+        config: BackendConfig,
+        pool: torch.Tensor,
+        switches: tuple[str, ...],
+    ) -> None:
+        self.all: list[Instance] = []
+        for role in declarations.roles:
+            backend = declarations.build(factory, role, config, pool, switches)
+            driver, count = driver_for(setup.drive, backend, config), role.count(config.speculative_num_steps)
+            self.all.append(Instance(role, backend, driver, count))
+            self.all[-1].steps()
+
+    def allocate(self, max_bs: int, max_num_tokens: int) -> None:
+        for instance in self.all:
+            instance.driver.allocate(max_bs, max_num_tokens)
+
+    def serving(self, mode: ForwardMode) -> Instance:
+        """The instance that serves ``mode``. An idle rank replays the graph of DECODE, so both have one instance."""
+        return next(instance for instance in self.all if mode in instance.role.modes)

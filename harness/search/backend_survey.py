@@ -1,0 +1,320 @@
+"""Surveys a backend's metadata: judges every field of every call and goes on after a failure.
+
+There is one row for each combination of graph or eager call, mode, and field or property. A row counts calls, and a
+call is broken however many steps and cells of it differ. After an exception the case continues on a new backend, which
+captures the same graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from nsa_oracle.harness.checks.declared import Declared, DeclaredTally
+from nsa_oracle.harness.checks.frozen import frozen_value
+from nsa_oracle.harness.checks.metadata import differing_fields
+from nsa_oracle.harness.checks.tally import Tally
+from nsa_oracle.harness.engine.engine import Engine
+from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
+from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
+from nsa_oracle.harness.fields import HOST_SCALARS
+from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.graphs.capture import CaptureError
+from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.judge import sentinels
+from nsa_oracle.harness.memory.far_apart import memory_for
+from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.scenarios.files import digest, save
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
+from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.scenarios.strategies import scenarios
+from nsa_oracle.harness.search.drawing import OutOfTime, draw
+from nsa_oracle.harness.subjects.result_checks import WrongResult
+from nsa_oracle.harness.subjects.subject import Subject, scale_of
+from nsa_oracle.harness.subjects.warning_filters import shown_warnings
+
+SHRINKING_BUDGET = 60.0
+BUILDS, NO_EXCEPTION, CAPTURES = "is built", "runs", "can be captured"
+UNMODIFIED, WITHIN, FREEZES_NOTHING = "leaves inputs alone", "writes within its buffers", "freezes no host value"
+SHOWN = "shows what the graph reads"  # addresses; one defect moves many fields, whose content is judged all the same
+
+
+class Property(NamedTuple):
+    """What a row counts. call: "graph", "eager" or "-"; mode: a forward mode or "-"; name: a field or a property."""
+
+    call: str
+    mode: str
+    name: str
+
+
+@dataclasses.dataclass
+class Row:
+    """Calls in which a property was checked, and broken; the smallest case known that breaks it, and its finding.
+
+    steps: of the draft, in which it was broken. saved: file of that case; replay: the command that replays it.
+    """
+
+    checked: int = 0
+    broken: int = 0
+    steps: set[int] = dataclasses.field(default_factory=set)
+    finding: str = ""
+    case: Scenario | None = None
+    saved: Path | None = None
+    replay: str = ""
+
+    def note(self, findings: list[Finding], case: Scenario) -> None:
+        """Count one call with what was found in it; ``case`` ends with that call."""
+        self.checked += 1
+        self.broken += bool(findings)
+        self.steps |= {finding.step for finding in findings if finding.step is not None}
+        if findings and self.case is None:
+            self.finding, self.case = findings[0].sentence(), case
+
+
+class BackendSurvey:
+    """Draws scenarios within the backend's limits and keeps a row for each property.
+
+    However ``run`` ends, ``rows`` holds what was found so far, and ``cases`` the number of cases finished.
+    """
+
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        """Raises ValueError if the limits of the subject leave nothing to draw."""
+        self.subject = subject
+        self.device = device
+        self.scale = subject.scale(device, with_layer=False)
+        self.left_out = subject.limits.excluded(scale_of(device, with_layer=False).drawn())
+        self.rows: dict[Property, Row] = {}
+        self.declared = DeclaredTally()
+        self.cases = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was broken."""
+        return not self.broken
+
+    @property
+    def broken(self) -> dict[Property, Row]:
+        """The rows that were broken."""
+        return {key: row for key, row in self.rows.items() if row.broken}
+
+    def run(
+        self,
+        cases: int,
+        seed: int,
+        deadline: float | None = None,
+        report_progress: Callable[[int], None] = lambda cases: None,
+    ) -> None:
+        """Survey ``cases`` scenarios drawn from ``seed``, and pass the number finished to ``report_progress``.
+
+        deadline: value of ``time.monotonic()`` after which no further case begins. Raises BackendError if the backend
+        cannot be judged at all.
+        """
+
+        def survey_one(scenario: Scenario) -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise OutOfTime
+            self.survey(scenario)
+            self.cases += 1
+            report_progress(self.cases)
+
+        draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
+
+    def survey(self, scenario: Scenario) -> None:
+        """Judge every call of one scenario."""
+        surveyed = _Case(scenario, self.subject, self.device, self.rows, self.declared)
+        with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
+            surveyed.run()
+
+    def shrink(self, deadline: float | None = None, most_trials: int = 150) -> None:
+        """Replace the case of each broken row by a smaller one that breaks it, with up to ``most_trials`` trials each.
+
+        deadline: value of ``time.monotonic()`` after which no trial begins; SHRINKING_BUDGET from now at the latest.
+        """
+        latest = time.monotonic() + SHRINKING_BUDGET
+        deadline = latest if deadline is None else min(deadline, latest)
+        for key, row in self.broken.items():
+            assert row.case is not None
+
+            def breaks(case: Scenario, key: Property = key, row: Row = row) -> bool:
+                if time.monotonic() > deadline or not case.events or self.subject.misfit(case) is not None:
+                    return False
+                trial = BackendSurvey(self.subject, self.device)
+                try:
+                    trial.survey(case)
+                except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
+                    return False
+                found = trial.rows.get(key, Row())
+                if found.case != case:
+                    return False
+                row.case, row.finding = found.case, found.finding
+                return True
+
+            simplify(row.case, breaks, most_trials)
+
+    def save_cases(self, folder: Path, command: Callable[[Path], str]) -> None:
+        """Save the case of each broken row in ``folder``. command: the command line that replays a file."""
+        for row in self.broken.values():
+            assert row.case is not None
+            row.saved = folder / f"{digest(row.case)}.json"
+            save(row.case.model_copy(update={"note": row.finding}), row.saved)
+            row.replay = command(row.saved)
+
+
+class _SpoiltMemory(Exception):
+    """Memory that is compared after every event is not as it should be; the case needs a new engine."""
+
+
+class _Case:
+    """The survey of one scenario."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        subject: Subject,
+        device: torch.device,
+        rows: dict[Property, Row],
+        declared: DeclaredTally,
+    ) -> None:
+        self.scenario = scenario
+        self.subject = subject
+        self.device = device
+        self.rows = rows
+        self.declared = declared
+        self._uncapturable: set[int] = set()  # indices of captures that failed
+
+    @speed.deep_stack
+    def run(self) -> None:
+        """Judge all events."""
+        engine = self._engine()
+        if engine is None:
+            return
+        for number in range(len(self.scenario.events)):
+            try:
+                self._judge_event(engine, number)
+            except (BackendError, ScenarioError, OutOfTime):
+                raise
+            except (Exception, SystemExit) as error:  # the backend's code may raise anything
+                if not isinstance(error, _SpoiltMemory):
+                    self._note(self._property_of(number), [_finding_of(error)], number)
+                if isinstance(self.scenario.events[number], Capture):
+                    self._uncapturable.add(number)
+                rebuilt = self._rebuilt(number)
+                if rebuilt is None:
+                    return
+                engine = rebuilt
+        self.declared.count_stand_ins(engine.declarations)
+        frozen = frozen_value(engine, self.scenario, self._build)
+        self._note(Property("graph", "-", FREEZES_NOTHING), [frozen] if frozen else [], len(self.scenario.events) - 1)
+
+    def _build(self, scenario: Scenario) -> Engine:
+        conditions = Conditions(sentinels(scenario.setup)[0], POISON_BYTES[0])
+        return Engine(scenario, self.subject.backend, self.subject.layer, self.device, conditions)
+
+    def _engine(self) -> Engine | None:
+        try:
+            engine = self._build(self.scenario)
+        except (BackendError, ScenarioError):
+            raise
+        except (Exception, SystemExit) as error:
+            self._note(Property("-", "-", BUILDS), [_finding_of(error)], -1)
+            return None
+        self._note(Property("-", "-", BUILDS), [], -1)
+        return engine
+
+    def _rebuilt(self, number: int) -> Engine | None:
+        """A new engine in the state behind event ``number``, with the captures that succeed and without any call."""
+        try:
+            engine = self._build(self.scenario)
+            for index, event in enumerate(self.scenario.events[: number + 1]):
+                if isinstance(event, Replay | Eager):
+                    engine.world.apply(event)  # it may finish requests
+                elif index not in self._uncapturable:
+                    list(engine.run(event))
+        except (Exception, SystemExit):
+            return None
+        return engine
+
+    def _judge_event(self, engine: Engine, number: int) -> None:
+        event = self.scenario.events[number]
+        for seen in engine.run(event):
+            assert not isinstance(seen, LayerObservation)
+            self._judge_call(engine, seen, number)
+        if isinstance(event, Capture):
+            self._note(Property("graph", event.mode.value, CAPTURES), [], number)
+        overrun, modified = engine.guards.overrun(), engine.modified_input()
+        written = (
+            [] if overrun is None else [Finding(Kind.GUARD, str(list(overrun.shape)), overrun.operation, "no write")]
+        )
+        changed = [] if modified is None else [Finding(Kind.INPUT, modified, "changed content", "the engine's content")]
+        self._note(Property("-", "-", WITHIN), written, number)
+        self._note(Property("-", "-", UNMODIFIED), changed, number)
+        if written or changed:  # it would be found again after every later event
+            raise _SpoiltMemory
+
+    def _judge_call(self, engine: Engine, seen: Observation, number: int) -> None:
+        mode, table = seen.batch.mode, engine.world.req_to_token
+        reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(mode))
+        declared = Declared(engine.config, engine.declarations, self.declared)
+        found = list(differing_fields(seen, reference, self.device, Tally(), declared))
+        call = "graph" if seen.in_graph else "eager"
+        self._note(Property(call, mode.value, NO_EXCEPTION), [], number)
+        if seen.in_graph:
+            moved = [finding for finding in found if finding.kind is Kind.ADDRESS]
+            self._note(Property(call, mode.value, SHOWN), moved, number)
+        found = [finding for finding in found if finding.kind is not Kind.ADDRESS]
+        for name in dict.fromkeys([*HOST_SCALARS, *declared.compared(seen, reference), *(f.field for f in found)]):
+            self._note(Property(call, mode.value, name), [f for f in found if f.field == name], number)
+
+    def _property_of(self, number: int) -> Property:
+        """The property that an exception in event ``number`` breaks."""
+        event = self.scenario.events[number]
+        if isinstance(event, Capture):
+            return Property("graph", event.mode.value, CAPTURES)
+        call = "eager" if isinstance(event, Eager) else "graph"
+        return Property(call, event.mode.value if isinstance(event, Replay | Eager) else "-", NO_EXCEPTION)
+
+    def _note(self, key: Property, findings: list[Finding], number: int) -> None:
+        case = self.scenario
+        if findings:
+            case = case.model_copy(update={"events": case.events[: number + 1]})
+        self.rows.setdefault(key, Row()).note(findings, case)
+
+
+def _finding_of(error: BaseException) -> Finding:
+    if isinstance(error, WrongResult):
+        return error.finding
+    if isinstance(error, CaptureError):
+        return Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
+    return Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception")
+
+
+def backend_table(rows: Mapping[Property, Row]) -> Table:
+    """One line per property, those that were broken first."""
+    table = Table("call", "mode", "field or property", "checked", "broken", "steps", "first violation")
+    for key, row in sorted(rows.items(), key=lambda item: (not item[1].broken, item[0])):
+        steps = ", ".join(map(str, sorted(row.steps)))
+        table.add_row(*key, f"{row.checked:,}", f"{row.broken:,}", steps, row.finding)
+    return table
+
+
+def rows_as_json(rows: Mapping[Property, Row]) -> list[dict[str, Any]]:
+    """The rows, each as one JSON object."""
+    return [
+        {
+            **key._asdict(),
+            "checked": row.checked,
+            "broken": row.broken,
+            "steps": sorted(row.steps),
+            "finding": row.finding,
+            "case": None if row.saved is None else str(row.saved),
+            "replay": row.replay,
+        }
+        for key, row in sorted(rows.items())
+    ]

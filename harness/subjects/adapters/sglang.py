@@ -1,0 +1,413 @@
+"""SGLang's NSA and DSA backends of three versions, from an installed package or an unpacked wheel.
+
+``NSA_ORACLE_SGLANG`` names the folder that contains ``sglang/``; without it an installed package is taken. The
+attribute ``installed`` is the version found there; ``v0_5_8``, ``v0_5_15`` and ``v0_5_23`` insist on one. The backend,
+its precomputation and its Triton kernels are SGLang's own; the rest of the engine is a stand-in, whether or not it
+could be imported, so that the same is judged on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.fields import Axis
+from nsa_oracle.harness.scenarios.world import Padding
+from nsa_oracle.harness.subjects.adapters import sglang_stand_ins as stand_ins
+from nsa_oracle.harness.subjects.adapters.stand_ins import Partial
+from nsa_oracle.harness.subjects.declarations import Call, OwnField, Waiver, behind_last_token, of_negative_lengths
+from nsa_oracle.reference import schedules
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
+
+FOLDER = "NSA_ORACLE_SGLANG"
+MISSING = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "aiter")
+_ATTENTION = "sglang.srt.layers.attention."
+_hooks: list[Partial] = []
+
+
+@dataclass(frozen=True)
+class WheelLayout:
+    """Where one version of SGLang has its backend. names: "nsa" or "dsa", the prefix of its fields.
+
+    real: modules that are SGLang's own, below its attention package unless they are full names. kernels: those of them
+    that launch Triton kernels; their assertions that tensors are on a GPU are left out.
+    """
+
+    version: str
+    names: str
+    module: str
+    multi_step: str
+    single_step: str
+    real: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
+
+    def load(self) -> ModuleType:
+        """The module of the backend. Raises BackendError, in one line, if it is not the version that was found."""
+        folder, found = located()
+        if found != self.version:
+            raise BackendError(
+                f"sglang {found} in {folder}, not {self.version}; known versions are {', '.join(known())}"
+            )
+        if not _hooks:
+            full = [name if name.startswith("sglang.") else _ATTENTION + name for name in self.real + self.kernels]
+            kernels = full[len(self.real) :]
+            hook = Partial("sglang", folder, full, stand_ins.values(), MISSING, kernels)
+            try:
+                hook.install()
+            except ImportError as error:
+                raise BackendError(f"sglang: {error}; judge it in a process of its own") from None
+            _hooks.append(hook)
+        try:
+            return importlib.import_module(_ATTENTION + self.module)
+        except (ImportError, OSError) as error:
+            raise BackendError(f"sglang {found} in {folder} has another layout: {error}") from None
+
+
+def located() -> tuple[Path, str]:
+    """The folder that contains ``sglang/``, and its version. Raises BackendError, in one line, if there is none."""
+    named = os.environ.get(FOLDER) or (str(_hooks[0].folder) if _hooks else None)
+    if named is None:
+        spec = importlib.util.find_spec("sglang")
+        if spec is None or not spec.submodule_search_locations:
+            raise BackendError(f"sglang is not installed; set {FOLDER} to the folder of an unpacked wheel")
+        folder = Path(next(iter(spec.submodule_search_locations))).parent
+    else:
+        folder = Path(named)
+    file = folder / "sglang" / "_version.py"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise BackendError(f"{folder} contains no sglang/_version.py; set {FOLDER} to an unpacked wheel") from None
+    version = re.search(r"^__version__ = (?:version = )?['\"](.+?)['\"]", text, re.MULTILINE)
+    if version is None:
+        raise BackendError(f"{file} names no version; known versions are {', '.join(known())}")
+    return folder, version[1]
+
+
+class Adapter:
+    """SGLang's instance for one role. ``draft`` is the multi-step backend, the other roles have one step."""
+
+    def __init__(self, layout: WheelLayout, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        self.layout = layout
+        self.config = config
+        self.server = stand_ins.Server(config, req_to_token)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Calls inside are of this instance: stand-ins answer for its configuration, on a GPU that they name."""
+        stand_ins.Current.config = self.config
+        kept, torch.cuda.get_device_capability = torch.cuda.get_device_capability, lambda *_: stand_ins.CAPABILITY
+        utils = sys.modules.get(f"{_ATTENTION}dsa.utils")
+        if hasattr(utils, "resolve_num_sms"):
+            utils.resolve_num_sms.cache_clear()  # type: ignore[union-attr]  # it is the server's, once per process
+        try:
+            yield
+        finally:
+            torch.cuda.get_device_capability = kept
+
+    def batch(self, batch: ForwardBatch) -> SimpleNamespace:
+        """The batch as SGLang's engine hands it over: one that a backend may write to, with numbers as lists."""
+        runner, mode = self.server.runner, batch.forward_mode
+        numbers = {name: list(value) for name, value in vars(batch).items() if isinstance(value, tuple)}
+        given = {
+            **vars(batch),
+            **numbers,
+            "forward_mode": stand_ins.Mode[mode.value],
+            "spec_info": self.spec_info(mode, batch.spec_info, batch.extend_seq_lens),
+            "req_to_token_pool": runner.req_to_token_pool,
+            "token_to_kv_pool": runner.token_to_kv_pool,
+            "get_max_chunk_capacity": lambda: 1 << 30,
+            "global_num_tokens_cpu": None,
+            "attn_cp_metadata": None,
+        }
+        return SimpleNamespace(**given)
+
+    def spec_info(
+        self, mode: ForwardMode, given: SpecInfo | None, new: torch.Tensor | None
+    ) -> SimpleNamespace | SpecInfo | None:
+        """In DRAFT_EXTEND_V2 the engine extends every request by all draft tokens, and its accept lengths say so."""
+        if mode is ForwardMode.DRAFT_EXTEND_V2 and new is not None:
+            return SimpleNamespace(accept_length=new, num_accept_tokens=new)
+        return given
+
+    def metadata(self, theirs: Any) -> Any:
+        """SGLang's metadata by the contract's names: the same tensors. Fields of its own keep theirs."""
+        if theirs is None:
+            return None
+        prefix = self.layout.names
+        flashmla = theirs.flashmla_metadata
+        renamed = {
+            "seqlens_expanded": getattr(theirs, f"{prefix}_seqlens_expanded"),
+            **{f"nsa_{name}": getattr(theirs, f"{prefix}_{name}")
+               for name in ("cache_seqlens_int32", "cu_seqlens_q", "cu_seqlens_k")},
+            "flashmla_metadata": None if flashmla is None else flashmla.flashmla_metadata,
+            "flashmla_num_splits": None if flashmla is None else flashmla.num_splits,
+        }  # fmt: skip
+        return SimpleNamespace(**{**vars(theirs), **renamed})
+
+
+class Step:
+    """One backend of SGLang, or its multi-step backend, with the methods that both versions of the protocol have."""
+
+    def __init__(self, inner: Any, adapter: Adapter) -> None:
+        self.inner = inner
+        self.adapter = adapter
+
+    @property
+    def forward_metadata(self) -> Any:
+        return self.adapter.metadata(getattr(self.inner, "forward_metadata", None))
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        with self.adapter.current():
+            self.inner.init_forward_metadata(self.adapter.batch(forward_batch))
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        with self.adapter.current():
+            self.inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+
+class OlderStep(Step):
+    """By the older names."""
+
+    def init_forward_metadata_capture_cuda_graph(
+        self, bs: int, num_tokens: int, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None, forward_mode: ForwardMode, spec_info: SpecInfo | None,
+    ) -> None:  # fmt: skip
+        mode = stand_ins.Mode[forward_mode.value]
+        with self.adapter.current():
+            self.inner.init_forward_metadata_capture_cuda_graph(
+                bs, num_tokens, req_pool_indices, seq_lens, encoder_lens, mode, spec_info
+            )
+
+    def init_forward_metadata_replay_cuda_graph(
+        self, bs: int, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor, seq_lens_sum: int | None,
+        encoder_lens: torch.Tensor | None, forward_mode: ForwardMode, spec_info: SpecInfo | None,
+        seq_lens_cpu: torch.Tensor | None, out_cache_loc: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        every = torch.full((bs,), self.adapter.config.speculative_num_draft_tokens, device=seq_lens.device)
+        info = self.adapter.spec_info(forward_mode, spec_info, every)
+        mode = stand_ins.Mode[forward_mode.value]
+        with self.adapter.current():
+            self.inner.init_forward_metadata_replay_cuda_graph(
+                bs, req_pool_indices, seq_lens, seq_lens_sum, encoder_lens, mode, info, seq_lens_cpu, out_cache_loc
+            )
+
+
+class OlderSteps(Step):
+    """The multi-step backend, by the older names. Its last step is never prepared eagerly, so it is left out."""
+
+    def __init__(self, inner: Any, adapter: Adapter) -> None:
+        super().__init__(inner, adapter)
+        self.attn_backends = [OlderStep(step, adapter) for step in inner.attn_backends[:-1]]
+
+    def init_forward_metadata_capture_cuda_graph(self, forward_batch: ForwardBatch) -> None:
+        with self.adapter.current():
+            self.inner.init_forward_metadata_capture_cuda_graph(self.adapter.batch(forward_batch))
+
+    def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        with self.adapter.current():
+            self.inner.init_forward_metadata_replay_cuda_graph(self.adapter.batch(forward_batch), bs)
+
+
+class TodaysStep(Step):
+    """By today's names, for one step."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        with self.adapter.current():
+            self.inner.init_forward_metadata_out_graph(self.adapter.batch(forward_batch), in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        with self.adapter.current():
+            self.inner.init_forward_metadata_in_graph(self.adapter.batch(forward_batch))
+
+
+class TodaysSteps(TodaysStep):
+    """The multi-step backend, by today's names."""
+
+    def __init__(self, inner: Any, adapter: Adapter) -> None:
+        super().__init__(inner, adapter)
+        self.attn_backends = [TodaysStep(step, adapter) for step in inner.attn_backends]
+
+
+def _live(lengths: torch.Tensor, call: Call) -> torch.Tensor:
+    """The lengths of the rows that a batch of DRAFT_EXTEND has, without the tail of its graph."""
+    return lengths[: sum(call.rows_of_requests)]
+
+
+def mqa_schedule_of_live_rows(expected: Metadata, call: Call) -> torch.Tensor:
+    """In DRAFT_EXTEND the paged MQA schedule is made for the live rows alone."""
+    return schedules.paged_mqa_schedule(_live(expected.seqlens_expanded, call), call.config.paged_mqa_num_sms)
+
+
+def flashmla_of_live_rows(expected: Metadata, call: Call) -> torch.Tensor | None:
+    """FlashMLA's schedule too; 0.5.8 makes one in EXTEND as well."""
+    parts = call.config.flashmla_num_sm_parts
+    return schedules.flashmla_schedule(_live(expected.nsa_cache_seqlens_int32, call), parts)[0] if parts else None
+
+
+def flashmla_splits_of_live_rows(expected: Metadata, call: Call) -> torch.Tensor | None:
+    """The splits of that schedule; bounds behind them are dead."""
+    parts, rows = call.config.flashmla_num_sm_parts, len(expected.nsa_cache_seqlens_int32)
+    if not parts:
+        return None
+    splits = schedules.flashmla_schedule(_live(expected.nsa_cache_seqlens_int32, call), parts)[1]
+    return torch.nn.functional.pad(splits, (0, rows + 1 - len(splits)))
+
+
+def lengths_in_a_column(expected: Metadata, call: Call) -> torch.Tensor:
+    """The lengths that the paged MQA schedule is made for, as the indexer's kernel takes them: [rows, 1]."""
+    return expected.seqlens_expanded[:, None]
+
+
+def lengths_of_plan(expected: Metadata, call: Call) -> torch.Tensor:
+    """The stand-in's plan for top-k is a copy of the lengths."""
+    return expected.seqlens_expanded
+
+
+TAIL = "rows behind the last token keep what an earlier batch left there; the engine throws their results away"
+
+NEGATIVE = "lengths are not clamped at 0 in this version (sgl-project/sglang#30378); later ones do"
+_LENGTHS = ("seqlens_expanded", "nsa_cache_seqlens_int32", "nsa_cu_seqlens_k")
+
+
+class Sglang:
+    """What all versions declare. The constructor raises BackendError unless the version of the class is there."""
+
+    layout: ClassVar[WheelLayout]
+    steps: ClassVar[type[Step]]
+    one_step: ClassVar[type[Step]]
+    sizes: ClassVar[dict[str, Sequence[Any]]] = {
+        "step_semantics": ("shared",),
+        "max_context_len": (67, 520, 2300, 4100, 9001),  # some are longer than a segment of the schedule
+        "drive": ("multi_step",),
+        "num_steps": (2, 3, 4, 8),
+        "paged_mqa_num_sms": (1, 3, 6, 7, 132),
+        "seq_lens": ("int64",),
+        "req_pool_indices": ("int64",),
+        "accept_length": ("int32",),
+        "strided": (False,),
+    }
+    modes: ClassVar[tuple[str, ...]] = ("EXTEND", "DECODE", "IDLE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
+    roles: ClassVar[dict[str, tuple[str, ...]]] = {
+        "draft": ("DECODE", "IDLE"),
+        "target": ("EXTEND", "TARGET_VERIFY"),
+        "draft_extend_v2": ("DRAFT_EXTEND_V2",),
+    }
+    step_backends: ClassVar[dict[str, str]] = {
+        "draft": "N-1", "target": "1", "draft_extend": "1", "draft_extend_v2": "1",
+    }  # fmt: skip
+    empty_batches = False
+
+    def __new__(cls, config: BackendConfig, req_to_token: torch.Tensor, role: str) -> Any:
+        """SGLang's instance for ``role`` behind the adapter."""
+        module, adapter = cls.layout.load(), Adapter(cls.layout, config, req_to_token)
+        count = config.speculative_num_steps
+        with adapter.current():
+            if role == "draft":
+                return cls.steps(getattr(module, cls.layout.multi_step)(adapter.server.runner, 1, count), adapter)
+            single = getattr(module, cls.layout.single_step)
+            return cls.one_step(single(adapter.server.runner, topk=1, speculative_num_steps=count), adapter)
+
+    @staticmethod
+    def stand_ins() -> list[str]:
+        """Which parts are not SGLang's."""
+        return sorted(name for hook in _hooks for name in hook.used)
+
+
+class v0_5_8(Sglang):  # noqa: N801
+    """The NSA backend of 0.5.8, which trusts its host mirror."""
+
+    layout = WheelLayout(
+        "0.5.8", "nsa", "nsa_backend", "NativeSparseAttnMultiStepBackend", "NativeSparseAttnBackend",
+        ("nsa_backend", "nsa.nsa_backend_mtp_precompute", "nsa.utils", "sglang.srt.environ"),
+    )  # fmt: skip
+    steps, one_step = OlderSteps, OlderStep
+    modes = (*Sglang.modes, "DRAFT_EXTEND")
+    roles: ClassVar = {**Sglang.roles, "draft_extend": ("DRAFT_EXTEND",)}
+    mirrors: ClassVar = {"graph": ("equal",), "eager": ("equal",)}
+    padding: ClassVar = {"DRAFT_EXTEND": Padding(accept_length="all")}
+    absent: ClassVar = {"DRAFT_EXTEND_V2": ("paged_mqa_schedule_metadata",)}  # left to the indexer
+    own_fields = (
+        OwnField("paged_mqa_schedule_metadata", mqa_schedule_of_live_rows, ("DRAFT_EXTEND",)),
+        OwnField("flashmla_metadata", flashmla_of_live_rows, ("EXTEND", "DRAFT_EXTEND")),
+        OwnField(
+            "flashmla_num_splits", flashmla_splits_of_live_rows, ("EXTEND", "DRAFT_EXTEND"), dead=behind_last_token
+        ),
+    )
+    waivers = (
+        *(Waiver("DRAFT_EXTEND", name, TAIL, behind_last_token, in_graph=True) for name in _LENGTHS),
+        *(Waiver(mode, name, NEGATIVE, of_negative_lengths)
+          for mode in ("DRAFT_EXTEND", "DRAFT_EXTEND_V2") for name in _LENGTHS),
+    )  # fmt: skip
+
+
+class _Dsa(Sglang):
+    """What the DSA backends declare: the mirror may lie in graphs, and two more fields."""
+
+    steps, one_step = TodaysSteps, TodaysStep
+    mirrors: ClassVar = {"eager": ("equal", "absent"), "EXTEND": ("equal",)}
+    own_fields = (
+        OwnField(
+            "paged_mqa_ctx_lens_2d",
+            lengths_in_a_column,
+            ("DECODE", "IDLE", "TARGET_VERIFY", "DRAFT_EXTEND_V2"),
+            (Axis.ROW, Axis.ENTRY),
+        ),
+        OwnField("topk_v2_plan", lengths_of_plan, axes=(Axis.ROW,)),
+    )
+
+
+class v0_5_15(_Dsa):  # noqa: N801
+    """The DSA backend of 0.5.15."""
+
+    layout = WheelLayout(
+        "0.5.15", "dsa", "dsa_backend", "DeepseekSparseAttnMultiStepBackend", "DeepseekSparseAttnBackend",
+        (
+            "dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_topk_backend", "dsa.utils", "utils",
+            "sglang.srt.environ",
+        ),
+        ("triton_ops.dsa_metadata", "triton_ops.pad"),
+    )  # fmt: skip
+
+
+class v0_5_23(_Dsa):  # noqa: N801
+    """The DSA backend of 0.5.23."""
+
+    layout = WheelLayout(
+        "0.5.23", "dsa", "dsa_backend", "DeepseekSparseAttnMultiStepBackend", "DeepseekSparseAttnBackend",
+        (
+            "dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_metadata_manager", "dsa.dsa_backend_kpool",
+            "dsa.utils", "dsa.dsa_topk_backend", "sglang.srt.environ",
+        ),
+        ("sglang.kernels.ops.attention.dsa.metadata", "sglang.kernels.ops.attention.pad"),
+    )  # fmt: skip
+
+
+ADAPTERS: Mapping[str, type[Sglang]] = {version.layout.version: version for version in (v0_5_8, v0_5_15, v0_5_23)}
+
+
+def known() -> list[str]:
+    """The versions that have an adapter."""
+    return list(ADAPTERS)
+
+
+def __getattr__(name: str) -> type[Sglang]:
+    """``installed``: the adapter of the version that is found. Raises BackendError if there is none for it."""
+    if name != "installed":
+        raise AttributeError(name)
+    folder, found = located()
+    if found not in ADAPTERS:
+        raise BackendError(f"sglang {found} in {folder}; known versions are {', '.join(known())}")
+    return ADAPTERS[found]

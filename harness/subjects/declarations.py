@@ -1,0 +1,306 @@
+"""What a backend declares about itself beyond ``sizes`` and ``modes``. Every default asks the most of the backend.
+
+Declarations are attributes of the callable that builds the backend. They say how an engine drives it (``roles``,
+``step_backends``, ``padding``, ``mirrors``, ``empty_batches``) and what its metadata holds (``absent``, ``unjudged``,
+``own_fields``, ``waivers``). A difference that is declared is counted and printed in every report, and so is what is
+not the backend's own (``stand_ins``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
+from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.scenarios.scenario import graph_mode
+from nsa_oracle.harness.scenarios.world import Batch, Padding
+from nsa_oracle.harness.subjects.names import BuiltBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
+
+ANY_MODE = "*"
+STEP_COUNTS = ("N", "N-1", "1")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One replay (``in_graph``) or eager call whose metadata is compared, at draft step ``step``.
+
+    batch: padded to the graph's bucket; its first ``raw_bs`` requests are real.
+    """
+
+    config: BackendConfig
+    batch: Batch
+    raw_bs: int
+    in_graph: bool
+    step: int
+
+    @property
+    def rows_of_requests(self) -> tuple[int, ...]:
+        """Rows of each request, padding included."""
+        match self.batch.mode:
+            case ForwardMode.EXTEND:
+                return self.batch.extend_lens
+            case ForwardMode.DRAFT_EXTEND:
+                return self.batch.accept_lengths
+            case mode:
+                return (self.config.rows_per_request(mode),) * self.batch.size
+
+
+Cells = Callable[[Call, Field, tuple[int, ...]], NDArray[np.bool_]]
+"""(call, field, shape of the field) -> mask of cells, which broadcasts to that shape."""
+
+
+def everywhere(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """All cells of the field."""
+    return np.ones(shape, dtype=np.bool_)
+
+
+def behind_last_token(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Rows behind the last token of the batch, which only a graph of DRAFT_EXTEND has, and bounds behind them."""
+    return _from_row(sum(call.rows_of_requests), field, shape)
+
+
+def of_padding(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Requests that only pad the batch, their rows, and bounds behind them."""
+    if field.axes[0] in (Axis.REQUEST, Axis.REQUEST_BOUND):
+        return _from(call.raw_bs + (field.axes[0] is Axis.REQUEST_BOUND), shape)
+    return _from_row(sum(call.rows_of_requests[: call.raw_bs]), field, shape)
+
+
+def of_negative_lengths(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Rows that stand before the first token of their request, whose length is 0 and would be negative without the
+    rule, and all bounds behind the first of them. Only a request with more rows than tokens has any.
+    """
+    mask, row = np.zeros(shape, dtype=np.bool_), 0
+    is_bound = field.axes[0] is Axis.ROW_BOUND
+    for length, rows in zip(call.batch.seq_lens, call.rows_of_requests, strict=True):
+        negative = max(0, rows - length - 1)  # the row behind them has length 0 either way
+        if is_bound and negative:
+            mask[row + 1 :] = True
+        elif field.axes[0] is Axis.ROW:
+            mask[row : row + negative] = True
+        row += rows
+    return mask
+
+
+def _from_row(row: int, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    if field.axes[0] not in (Axis.ROW, Axis.ROW_BOUND):
+        return np.zeros(shape, dtype=np.bool_)
+    return _from(row + (field.axes[0] is Axis.ROW_BOUND), shape)
+
+
+def _from(first: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    mask = np.zeros(shape, dtype=np.bool_)
+    mask[first:] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """Cells of a field that may differ in a mode, and why. A run that reaches such cells and needs no waiver fails.
+
+    mode: the name of a forward mode. field: a tensor of the metadata, or a host scalar, which is one cell. cells: by
+    default all of them, the field's shape, dtype and presence not included. in_graph: only in replays (True) or eager
+    calls (False); None: in both.
+    """
+
+    mode: str
+    field: str
+    reason: str
+    cells: Cells = everywhere
+    in_graph: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The waiver in words, without its reason."""
+        where = {None: "", True: " in graphs", False: " eagerly"}[self.in_graph]
+        return f"{self.field} in {self.mode}{where}, {self.cells.__name__.strip('_').replace('_', ' ')}"
+
+    def covers(self, field: str, call: Call) -> bool:
+        """Whether it is about ``field`` in ``call``."""
+        return self.field == field and self.mode == call.batch.mode.value and self.in_graph in (None, call.in_graph)
+
+
+@dataclass(frozen=True)
+class OwnField:
+    """A field with a reference function of the author's own, judged like any other; it may replace a known field's.
+
+    name: an attribute of the backend's metadata, an int32 tensor. reference: gives the right content from the
+    reference's metadata of the step, or None if the field must be absent. modes: where it applies. axes: what its
+    dimensions mean, for reports and for cells of waivers; those of a known field if it replaces one. dead: cells
+    whose content is unspecified, because nothing reads them.
+    """
+
+    name: str
+    reference: Callable[[Metadata, Call], torch.Tensor | None]
+    modes: tuple[str, ...] = (ANY_MODE,)
+    axes: tuple[Axis, ...] = (Axis.FLAT,)
+    dead: Cells | None = None
+
+    @property
+    def field(self) -> Field:
+        known = {field.name: field for field in FIELDS}
+        return known.get(self.name, Field(self.name, self.axes))
+
+
+@dataclass(frozen=True)
+class Role:
+    """One instance of the backend and the modes that it serves. name: None if it is the only instance.
+
+    steps: its number of single-step backends: "N", "N-1" or "1".
+    """
+
+    name: str | None
+    modes: tuple[ForwardMode, ...]
+    steps: str = "N"
+
+    def count(self, num_steps: int) -> int:
+        return {"N": num_steps, "N-1": num_steps - 1, "1": 1}[self.steps]
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """See the module. stand_ins: gives the dotted names of parts that are not the backend's own, so not judged."""
+
+    roles: tuple[Role, ...] = (Role(None, tuple(ForwardMode)),)
+    padding: Mapping[ForwardMode, Padding] = field(default_factory=dict)
+    absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unjudged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_fields: tuple[OwnField, ...] = ()
+    waivers: tuple[Waiver, ...] = ()
+    stand_ins: Callable[[], Sequence[str]] = tuple
+
+    def role_of(self, mode: ForwardMode) -> Role:
+        return next(role for role in self.roles if mode in role.modes)
+
+    def padded(self, batch: Batch, bs: int, num_draft_tokens: int) -> Batch:
+        """``batch`` filled up to the bucket ``bs`` with this backend's padding."""
+        return batch.padded(bs, num_draft_tokens, self.padding.get(graph_mode(batch.mode)))
+
+    def own(self, mode: ForwardMode) -> list[OwnField]:
+        """The author's fields that apply in ``mode``."""
+        return [own for own in self.own_fields if ANY_MODE in own.modes or mode.value in own.modes]
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Names of the author's fields that the contract does not have."""
+        known = {known.name for known in FIELDS}
+        return tuple(dict.fromkeys(own.name for own in self.own_fields if own.name not in known))
+
+    def lists(self, what: Mapping[str, tuple[str, ...]], mode: ForwardMode, name: str) -> bool:
+        """Whether ``what``, ``absent`` or ``unjudged``, names the field in ``mode``."""
+        return name in what.get(mode.value, ()) or name in what.get(ANY_MODE, ())
+
+    def build(
+        self, factory: BackendFactory, role: Role, config: BackendConfig, pool: torch.Tensor, switches: tuple[str, ...]
+    ) -> BuiltBackend:
+        """The instance for ``role``: ``factory`` gets the role's name if it has one."""
+        build: Callable[..., BuiltBackend] = factory
+        return build(config, pool, switches) if role.name is None else build(config, pool, switches, role.name)
+
+
+ASKS_THE_MOST = Declarations()
+
+
+def declarations_of(factory: object) -> Declarations:
+    """The declarations that travel with a loaded backend; of any other factory, those that ask the most."""
+    found: Declarations = getattr(factory, "declarations", ASKS_THE_MOST)
+    return found
+
+
+def read_declarations(owner: object) -> Declarations:
+    """What ``owner`` declares in its attributes. Raises ValueError, in one line, if a declaration is malformed."""
+    get: Callable[[str, Any], Any] = lambda name, default: getattr(owner, name, default)  # noqa: E731
+    own_fields, waivers = tuple(get("own_fields", ())), tuple(get("waivers", ()))
+    for what, kind in (("own_fields", OwnField), ("waivers", Waiver)):
+        for one in tuple(get(what, ())):
+            if not isinstance(one, kind):
+                raise ValueError(f"{what} must be a list of {kind.__module__}.{kind.__name__}, not of {_kind(one)}")
+    for own in own_fields:
+        _known_modes("own_fields", [mode for mode in own.modes if mode != ANY_MODE])
+    own_names = {own.name for own in own_fields}
+    names = {*HOST_SCALARS, *own_names, *(known.name for known in FIELDS)}
+    for waiver in waivers:
+        _known_modes("waivers", [waiver.mode])
+        _known_fields("waivers", [waiver.field], names)
+        if not waiver.reason.strip():
+            raise ValueError(f"waivers: '{waiver.name}' has no reason; say why the cells may differ")
+    return Declarations(
+        _roles(get("roles", None), get("step_backends", "N"), get("modes", None)),
+        _padding(get("padding", {})),
+        _fields_by_mode("absent", get("absent", {}), names),
+        _fields_by_mode("unjudged", get("unjudged", {}), names),
+        own_fields,
+        waivers,
+        get("stand_ins", tuple),
+    )
+
+
+def _roles(roles: object, step_backends: object, modes: Any) -> tuple[Role, ...]:
+    def count(name: str | None) -> str:
+        steps = step_backends.get(name, "N") if isinstance(step_backends, Mapping) else step_backends
+        if steps not in STEP_COUNTS:
+            raise ValueError(f"step_backends cannot be {steps!r}; choose from {', '.join(STEP_COUNTS)}")
+        return str(steps)
+
+    if roles is None:
+        return (Role(None, tuple(ForwardMode), count(None)),)
+    if not isinstance(roles, Mapping) or not roles:
+        raise ValueError(
+            f"roles must map names to modes, as {{'verify': ('TARGET_VERIFY',)}} does; it is {_kind(roles)}"
+        )
+    found = tuple(Role(str(name), _known_modes("roles", served), count(name)) for name, served in roles.items())
+    asked = tuple(ForwardMode) if modes is None else _known_modes("modes", modes)
+    for mode in asked:
+        serving = [role.name for role in found if mode in role.modes]
+        if len(serving) != 1:
+            raise ValueError(f"roles: {mode.value} must have one role, not {len(serving)}")
+    return found
+
+
+def _padding(padding: object) -> dict[ForwardMode, Padding]:
+    if not isinstance(padding, Mapping):
+        raise ValueError(f"padding must map modes to {Padding.__module__}.Padding; it is {_kind(padding)}")
+    for value in padding.values():
+        if not isinstance(value, Padding):
+            raise ValueError(f"padding must map modes to {Padding.__module__}.Padding, not to {_kind(value)}")
+    return {_known_modes("padding", [mode])[0]: value for mode, value in padding.items()}
+
+
+def _fields_by_mode(what: str, given: object, names: set[str]) -> dict[str, tuple[str, ...]]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} must map modes to fields; it is {_kind(given)}")
+    found = {}
+    for mode, listed in given.items():
+        key = ANY_MODE if mode == ANY_MODE else _known_modes(what, [mode])[0].value
+        found[key] = _known_fields(what, listed, names)
+    return found
+
+
+def _known_modes(what: str, modes: Any) -> tuple[ForwardMode, ...]:
+    if isinstance(modes, str) or not isinstance(modes, Sequence | set | frozenset):
+        raise ValueError(f"{what}: modes must be a list or tuple, not {_kind(modes)}")
+    known = {mode.value: mode for mode in ForwardMode}
+    for mode in modes:
+        if mode not in known and mode not in known.values():
+            raise ValueError(f"{what}: there is no mode {mode!r}; choose from {', '.join(known)}")
+    return tuple(mode if isinstance(mode, ForwardMode) else known[mode] for mode in modes)
+
+
+def _known_fields(what: str, listed: Any, names: set[str]) -> tuple[str, ...]:
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise ValueError(f"{what}: fields must be a list or tuple, not {_kind(listed)}")
+    for name in listed:
+        if name not in names:
+            raise ValueError(f"{what}: there is no field '{name}'; name one of harness/fields.py or of own_fields")
+    return tuple(listed)
+
+
+def _kind(value: object) -> str:
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,182 @@
+"""The survey of a backend: a row for each field of each mode, and no failure ends it or hides another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.search import backend_survey
+from nsa_oracle.harness.search.backend_survey import (
+    BUILDS,
+    CAPTURES,
+    FREEZES_NOTHING,
+    NO_EXCEPTION,
+    SHOWN,
+    UNMODIFIED,
+    WITHIN,
+    BackendSurvey,
+    Property,
+    Row,
+    backend_table,
+    rows_as_json,
+)
+from nsa_oracle.harness.subjects.loading import load_backend
+from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.reference.multi_step import MultiStepBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch
+from tests.support.backends import clean, declared, in_graph, memory
+from tests.support.metadata_cases import DECODE, VERIFY, case, factory_of, one_replay
+
+CPU = torch.device("cpu")
+HISTORY = case(
+    Capture(mode=DECODE, buckets=(2,)),
+    Capture(mode=VERIFY, buckets=(2,)),
+    Join(seq_len=3),
+    Replay(mode=VERIFY),
+    Join(seq_len=6),
+    Replay(mode=DECODE),
+    Eager(mode=DECODE),
+    Accept(accept_lengths=(1,)),
+    Replay(mode=VERIFY),
+    Finish(request=0),
+    Replay(mode=DECODE, times=2),
+    num_steps=3,
+)
+
+
+def surveyed(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendSurvey:
+    found = BackendSurvey(Subject(factory), CPU)
+    found.survey(scenario)
+    return found
+
+
+def test_a_clean_backend_has_a_row_for_everything_and_none_is_broken() -> None:
+    found = surveyed(factory_of(clean.Clean))
+    assert found.holds
+    assert {key.name for key in found.rows} >= {
+        BUILDS,
+        NO_EXCEPTION,
+        CAPTURES,
+        FREEZES_NOTHING,
+        SHOWN,
+        UNMODIFIED,
+        WITHIN,
+        "page_table_1",
+    }
+    assert found.rows[Property("graph", "DECODE", "page_table_1")].checked == 3
+    assert found.rows[Property("eager", "DECODE", "max_seq_len_k")].checked == 1
+    assert found.rows[Property("graph", "TARGET_VERIFY", NO_EXCEPTION)].checked == 2
+    assert found.rows[Property("graph", "TARGET_VERIFY", CAPTURES)].checked == 1
+    assert Property("graph", "DECODE", "paged_mqa_schedule_metadata") not in found.rows, "this setup has no schedule"
+
+
+def test_all_wrong_fields_of_a_call_are_found_and_all_their_steps() -> None:
+    found = surveyed(factory_of(declared.StaleTable))
+    assert {(key.mode, key.name): row.broken for key, row in found.broken.items()} == {
+        ("DECODE", "cu_seqlens_k"): 3,
+        ("DECODE", "real_page_table"): 3,
+        ("TARGET_VERIFY", "cu_seqlens_k"): 2,
+        ("TARGET_VERIFY", "real_page_table"): 2,
+    }
+    row = found.rows[Property("graph", "DECODE", "cu_seqlens_k")]
+    assert row.steps == {0, 1, 2}
+    assert row.finding.startswith("wrong value: cu_seqlens_k at step 0, ")
+    assert row.case is not None
+    assert row.case.events == HISTORY.events[:6], "nothing behind the call that shows it"
+
+
+def test_an_exception_ends_nothing() -> None:
+    found = surveyed(factory_of(declared.FailsToVerify))
+    rows = {(key.call, key.mode, key.name): (row.checked, row.broken) for key, row in found.rows.items()}
+    assert rows["graph", "TARGET_VERIFY", NO_EXCEPTION] == (2, 2)
+    assert rows["graph", "DECODE", "cu_seqlens_k"] == (3, 3), "on a new backend, which has captured the same graphs"
+    assert rows["graph", "DECODE", "page_table_1"] == (3, 0)
+    assert rows["eager", "DECODE", "page_table_1"] == (1, 0)
+    assert "AssertionError: got cannot verify" in found.rows[Property("graph", "TARGET_VERIFY", NO_EXCEPTION)].finding
+
+
+def test_a_graph_that_cannot_be_captured_is_not_replayed() -> None:
+    found = surveyed(factory_of(in_graph.SyncsInCapture))
+    assert found.rows[Property("graph", "DECODE", CAPTURES)].broken == 1
+    assert found.rows[Property("eager", "DECODE", "page_table_1")].checked == 4, "a server then calls eagerly"
+    assert Property("graph", "DECODE", "page_table_1") not in found.rows
+
+
+def test_a_backend_that_cannot_be_built_has_one_row() -> None:
+    class NeverBuilt(MultiStepBackend):
+        def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+            raise RuntimeError("no")
+
+    assert list(surveyed(factory_of(NeverBuilt)).rows) == [Property("-", "-", BUILDS)]
+
+
+def test_moved_buffers_are_one_row_and_their_content_is_judged_all_the_same() -> None:
+    class Moves(declared.StaleTable):  # type: ignore[misc, valid-type]
+        def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+            super().init_forward_metadata_replay_cuda_graph(forward_batch, bs)
+            for step in self.attn_backends:
+                shown = step.forward_metadata
+                step.forward_metadata = type(shown)(**{**vars(shown), "cu_seqlens_k": shown.cu_seqlens_k.clone()})
+
+    found = surveyed(factory_of(Moves), one_replay(DECODE, seq_len=6))
+    assert {key.name for key in found.broken} == {SHOWN, "cu_seqlens_k", "real_page_table"}
+
+
+def test_stray_writes_and_modified_inputs_have_rows() -> None:
+    found = surveyed(factory_of(memory.WritesSeqLens), one_replay(DECODE))
+    assert {key.name for key in found.broken} == {UNMODIFIED}
+    found = surveyed(factory_of(memory.WritesOneRowBeyond), HISTORY)
+    assert {key.name for key in found.broken} == {WITHIN}
+
+
+def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
+    found = surveyed(load_backend("tests.support.backends.declared:StaleTable"))
+    found.shrink()
+    found.save_cases(tmp_path, lambda file: f"replay {file.name}")
+    row = found.rows[Property("graph", "DECODE", "real_page_table")]
+    assert row.saved is not None
+    assert row.case is not None
+    assert len(row.case.events) == 3
+    assert row.replay == f"replay {row.saved.name}"
+    again = surveyed(factory_of(declared.StaleTable), load(row.saved))
+    assert Property("graph", "DECODE", "real_page_table") in again.broken
+    assert load(row.saved).note == row.finding
+    as_json = json.loads(json.dumps(rows_as_json(found.rows)))
+    (entry,) = (e for e in as_json if (e["call"], e["mode"], e["name"]) == ("graph", "DECODE", "real_page_table"))
+    assert (entry["checked"], entry["broken"], entry["steps"]) == (3, 3, [0, 1, 2])
+    assert entry["case"] == str(row.saved)
+
+
+def test_the_table_begins_with_what_is_broken() -> None:
+    rows = {Property("eager", "DECODE", "a"): Row(2), Property("graph", "IDLE", "b"): Row(3, 1, {1}, "wrong")}
+    lines = render(backend_table(rows), 160).splitlines()
+    assert "b" in lines[3]
+    assert "wrong" in lines[3]
+    assert "a" in lines[4]
+
+
+def test_drawn_cases_are_surveyed_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(float(n) for n in range(1000))
+    monkeypatch.setattr(backend_survey.time, "monotonic", lambda: next(times))
+    found = BackendSurvey(Subject(factory_of(clean.Clean)), CPU)
+    seen: list[int] = []
+    found.run(5, 0, 2.5, seen.append)
+    assert seen == [1, 2, 3]
+    assert found.cases == 3
+
+
+def test_what_cannot_be_surveyed_is_refused() -> None:
+    def refuses(config: BackendConfig, pool: torch.Tensor, _: tuple[str, ...]) -> Any:
+        raise BackendError("not here")
+
+    with pytest.raises(BackendError, match="not here"):
+        surveyed(refuses)
