@@ -93,7 +93,7 @@ class ForThreeHeads(SparseAttention):
         ([f"--oracle-layer={LAYERS}.refused:WithoutStages", *LAYER_CASE], "has none of the methods store_cache, "),
         ([f"--oracle-layer={LAYERS}.refused:WithoutStages"], "has none of the methods store_cache, "),
         (["--oracle-replay=absent.json"], "absent.json: cannot be read: No such file or directory"),
-        (["--oracle-replay=malformed.json"], "malformed.json: setup: Field required"),
+        (["--oracle-replay=malformed.json"], "malformed.json: schema_version is missing"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
         (["--oracle-save=pytest.ini/deep/down", *CHEAP], "pytest.ini is a file; name a directory"),
         ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
@@ -406,7 +406,7 @@ def test_malformed_case_of_the_corpus_is_reported_in_one_line(folder: Path) -> N
     (folder / "kept" / "broken.json").write_text("{}")
     done = run(folder, "--oracle-cases=kept", "-k", "saved_case")
     assert done.exit_code == pytest.ExitCode.TESTS_FAILED
-    assert re.search(r"^\S*kept/broken\.json: setup: ", done.output, re.MULTILINE), done.output
+    assert re.search(r"^\S*kept/broken\.json: schema_version is missing", done.output, re.MULTILINE), done.output
     assert "Traceback" not in done.output
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
-from nsa_oracle.harness.commands import cases
-from nsa_oracle.harness.commands.app import Device
+from nsa_oracle.harness.commands import replaying
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
 from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay
 from nsa_oracle.harness.subjects.calls import MethodCalls, calls_counted_as
@@ -65,11 +63,12 @@ def test_method_that_nothing_calls_fails_a_replay(
 ) -> None:
     idle = Verdict(cases=1, eager_calls=1)
     idle.layers.count_calls({"topk_indices": {}})
-    monkeypatch.setattr(cases, "judge_subject", lambda *_, **__: idle)
-    monkeypatch.setattr(cases, "torch_device", lambda _: device)  # the real one chooses how this process runs kernels
-    with pytest.raises(typer.Exit) as ended:
-        cases.replay([Path(saved(tmp_path, ONE_REPLAY))], Device.AUTO, layer=f"{LAYERS}:Right")
-    assert ended.value.exit_code == FAILS
+    monkeypatch.setattr(replaying, "judge_subject", lambda *_, **__: idle)
+    monkeypatch.setattr(
+        replaying, "torch_device", lambda _: device
+    )  # the real one chooses how this process runs kernels
+    judged = replaying.Replaying((Path(saved(tmp_path, ONE_REPLAY)),), layer=f"{LAYERS}:Right")
+    assert judged.run() == FAILS
     assert "NOT JUDGED: topk_indices: no call in this run" in capsys.readouterr().out
 
 
