@@ -60,9 +60,9 @@ def test_undeclared_steps_are_missed() -> None:
         judge(ALL, factory_of(build), CPU)
 
 
-def test_a_layer_runs_as_many_passes_as_there_are_steps() -> None:
+def test_a_layer_runs_as_many_passes_as_there_are_steps(device: torch.device) -> None:
     scenario = WITH_LAYER.model_copy(update={"setup": WITH_LAYER.setup.model_copy(update={"num_steps": 3})})
-    verdict = judge(scenario, load_backend(f"{DECLARED}:OneStepLess"), CPU)
+    verdict = judge(scenario, load_backend(f"{DECLARED}:OneStepLess"), device)
     assert verdict.layers.stages
 
 

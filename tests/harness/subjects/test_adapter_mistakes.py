@@ -38,13 +38,13 @@ def test_there_are_many() -> None:
     assert len(MISTAKES) == len(mistakes()) >= 140
 
 
-def verdict(spec: str, is_layer: bool) -> str | None:
+def verdict(spec: str, is_layer: bool, device: torch.device) -> str | None:
     """The line that the author sees, or None if everything passes."""
     scenario: Scenario = LAYER if is_layer else METADATA
     try:
-        subject = Subject.load(*((REFERENCE, spec) if is_layer else (spec, None)), CPU)
+        subject = Subject.load(*((REFERENCE, spec) if is_layer else (spec, None)), device)
         subject.check(scenario, Path("case.json"))
-        judge_subject(subject, scenario, CPU)
+        judge_subject(subject, scenario, device)
     except (BackendError, ScenarioError, OracleFailure) as error:
         return str(error)
     return None
@@ -52,13 +52,17 @@ def verdict(spec: str, is_layer: bool) -> str | None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.filterwarnings("default:slow")
-def test_mistake_is_told_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_is_told_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     mistake: Mistake = MISTAKES[name]
     module = f"adapter_{list(MISTAKES).index(name)}"
     (tmp_path / f"{module}.py").write_text(HEADER + mistake.source.replace("{module}", module))
     monkeypatch.syspath_prepend(str(tmp_path))
     before = {what: state() for what, state in STATE.items()}
-    line = verdict(mistake.spec.replace("{module}", module), mistake.is_layer)
+    # Kernels run where this session's do; a backend in plain torch is judged on the CPU everywhere.
+    where = device if mistake.is_layer else CPU
+    line = verdict(mistake.spec.replace("{module}", module), mistake.is_layer, where)
     assert {what: state() for what, state in STATE.items()} == before
     if mistake.passes:
         assert line is None
