@@ -93,7 +93,7 @@ def test_commands_refuse_in_one_line_with_exit_code_2(tmp_path: Path) -> None:
     given = [
         [command, *options, path]
         for path in paths
-        for command, *options in (("show",), ("replay", "--device", "cpu"), ("tiers",))
+        for command, *options in (("show",), ("replay", "--device", "cpu", "--in-process"), ("tiers",))
     ]
     wrong = []
     for words, found in zip(given, outcomes(given), strict=True):
@@ -122,7 +122,7 @@ def test_commands_refuse_in_one_line_with_exit_code_2(tmp_path: Path) -> None:
 def test_what_can_be_shown_but_not_judged_is_refused_by_replay(content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "case.json"
     path.write_bytes(content)
-    shown, judged = outcomes([["show", str(path)], ["replay", "--device", "cpu", str(path)]])
+    shown, judged = outcomes([["show", str(path)], ["replay", "--device", "cpu", "--in-process", str(path)]])
     assert shown["code"] == 0
     assert is_plain(shown["out"])
     assert (judged["code"], judged["out"]) == (UNUSABLE, "")
