@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -42,12 +43,14 @@ class ChildDied(Exception):
 class Child:
     """A child process in which kernels run on ``device``. The first call starts it.
 
-    number: of this child among those that run in parallel; it selects the GPU if there are several.
+    number: of this child among those that run in parallel; it selects the GPU if there are several. output: file that
+    what it prints is appended to; None: it prints where this process does.
     """
 
-    def __init__(self, device: str, number: int = 0) -> None:
+    def __init__(self, device: str, number: int = 0, output: Path | None = None) -> None:
         self.device = device
         self.number = number
+        self.output = output
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -98,13 +101,19 @@ class Child:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, childs_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(childs_end, self.device, self.number), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(childs_end, self.device, self.number, self.output), daemon=True
+        )
         self._process.start()
         childs_end.close()  # otherwise recv would not raise EOFError when the child dies
 
 
-def _serve(pipe: Connection, device: str, number: int) -> None:
+def _serve(pipe: Connection, device: str, number: int, output: Path | None) -> None:
     """Execute calls until the other end of the pipe is closed, or the parent has died: its children die with it."""
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
@@ -121,7 +130,10 @@ def _serve(pipe: Connection, device: str, number: int) -> None:
             error = raised
         except KeyboardInterrupt:  # Ctrl-C reaches the parent too, which reports
             return
-        pipe.send((answer, error))
+        try:
+            pipe.send((answer, error))
+        except OSError:  # nobody waits for the answer any more, or the judged code has closed the pipe
+            return
 
 
 def _die_with_the_parent() -> None:

@@ -52,7 +52,7 @@ def write_report(terminalreporter: pytest.TerminalReporter, session: Session) ->
     """Print the closing report, one part for each backend and layer that was judged."""
     if session.config.stash[INTERRUPTION].arrived:
         session.end_children()  # which were judging when the signal came
-        terminalreporter.section("oracle: interrupted")
+        terminalreporter.section("oracle: interrupted (the tables below count tests that had ended)")
         terminalreporter.write_line(progress_line(counts_in(session.counts), time.time() - session.started))
     runs, bugs = reported(terminalreporter)
     for specs, failure in _unreported(runs, session):
@@ -98,10 +98,13 @@ def _gaps(run: RunRecord, specs: Specs) -> list[str]:
 
 def _unreported(runs: Runs, session: Session) -> Iterator[tuple[Specs, FailureRecord]]:
     """Failures that no item has reported, because the process that judged died or was interrupted."""
+    reported = {failure.saved for run in runs.values() for failure in run.failures}
     counts = counts_in(session.counts)
     by_process = {count.process: count for count in counts}
     if not session.config.stash[INTERRUPTION].arrived:
         for file in cases_of_dead_processes(session.save_dir, session.started):
+            if str(file) in reported:
+                continue
             count = by_process.get(process_of(file), Count(backend=session.specs[0], layer=session.specs[1]))
             sentence = "the process died while it judged a case"
             specs = count.backend, count.layer
@@ -110,7 +113,6 @@ def _unreported(runs: Runs, session: Session) -> Iterator[tuple[Specs, FailureRe
     for file in session.save_dir.glob(f"*{RUNNING}"):
         if process_of(file) in by_process:
             file.unlink(missing_ok=True)  # its case was interrupted, not failed
-    reported = {failure.saved for run in runs.values() for failure in run.failures}
     for count in counts:
         if count.saved and count.saved not in reported:
             specs = count.backend, count.layer

@@ -83,6 +83,7 @@ class Oracle:
         specs = part.backend, part.layer
         name = hashlib.sha256(f"{self._node.nodeid} {part}".encode()).hexdigest()[:16]
         drawn_by = getattr(self._node, "originalname", self._node.name) if part.file is None else ""
+        death: FailureRecord | None = None
         try:
             outcome = self._session.judge(part, name)
             left_out = self._session.judge_of(specs).left_out()
@@ -92,7 +93,12 @@ class Oracle:
             self._record(ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
             pytest.skip(str(unfit))
         except ChildDied as died:
-            pytest.fail(f"{part.backend or part.layer or 'optimized/'}: {died} while it judged a case", pytrace=False)
+            death = self._session.death(died, part)
+        finally:
+            self._session.output.show()
+        if death is not None:
+            self._record(ItemRecord(failures=(death,), backend=part.backend, layer=part.layer))
+            pytest.fail(f"{death.sentence}\nreplay: {death.command}", pytrace=False)
         failures: tuple[FailureRecord, ...] = ()
         report = self._session.report_of(outcome, specs)
         if outcome.failure is not None and report is not None:
@@ -104,6 +110,8 @@ class Oracle:
                 outcome.verdict, failures, *specs, drawn_by, seed, part.with_layer, tuple(missing), tuple(left_out)
             )
         )
+        if part.file is None and not outcome.verdict.cases and not failures:
+            pytest.skip("no case was judged: time was up")
         for failure in failures:  # the report of each different failure is printed once, at the end
             pytest.fail(f"{failure.sentence}\nreplay: {failure.command}", pytrace=False)
 

@@ -18,9 +18,11 @@ from nsa_oracle.harness import processes
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.live import Live
+from nsa_oracle.harness.plugin.output import Output
 from nsa_oracle.harness.plugin.parts import Part
-from nsa_oracle.harness.report.failure import explain, replay_command
-from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
+from nsa_oracle.harness.report.records import FailureRecord
+from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.progress import Counter
@@ -64,8 +66,10 @@ class Session:
     random_seed: int
     counts: Path
     _judges: dict[Specs, Recovery] = field(default_factory=dict)
+    _deaths: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.output = Output(self.counts / f"{os.getpid()}.output")  # of children
         self.termination = None if self.is_worker else Termination()
         self.live = None if self.is_worker else Live(self.config, self.counts)
 
@@ -144,8 +148,22 @@ class Session:
         if specs not in self._judges:
             spec = SubjectSpec(*specs, self.case_timeout)
             subject = spec.build(self.device) if self.in_process else None
-            self._judges[specs] = Recovery(spec, subject, self.device)
+            output = None if self.in_process else self.output.file
+            self._judges[specs] = Recovery(spec, subject, self.device, output)
         return self._judges[specs]
+
+    def death(self, died: processes.ChildDied, part: Part) -> FailureRecord:
+        """The record of a case that ended the process which judged it. Its file is kept."""
+        specs = part.backend, part.layer
+        left = [file for file in cases_of_dead_processes(self.save_dir, self.started) if file not in self._deaths]
+        file = part.file or next(iter(left), None)
+        if file is None:
+            sentence = f"{died} between two cases"
+            return FailureRecord("died", "process", sentence, "", f"ORACLE FAILURE  {sentence}")
+        self._deaths.append(file)
+        command = self.replay_command(Exploration(saved=file), specs)
+        report = explain_death(str(died), load(file), file, command)
+        return FailureRecord("died", "process", f"{died} while it judged a case", command, report, saved=str(file))
 
     def expect(self, parts: Sequence[Part]) -> None:
         """Note how many cases the run will judge, and say from now on how far it is."""

@@ -15,7 +15,7 @@ from nsa_oracle.harness.protocol import STAGES, Strictness
 from nsa_oracle.harness.report.declared import declared_lines
 from nsa_oracle.harness.report.records import FailureRecord, grouped, methods_not_judged
 from nsa_oracle.harness.report.text import not_judged, render, wrapped
-from nsa_oracle.harness.scenarios.coverage import all_classes, switch_classes
+from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, switch_classes
 from nsa_oracle.harness.scenarios.switches import Switches
 
 MOST_UNVISITED = 20  # boundary classes: a run that leaves out more is a short one, and the count says so
@@ -33,7 +33,9 @@ def summary(
 
     switches: of the backend. left_out: what the limits of backend and layer exclude. verbose: list all classes.
     """
-    classes, of_switches = all_classes(switches), switch_classes(switches)
+    with_layer = bool(verdict.layers.stages)
+    classes = [name for name in all_classes(switches) if with_layer or name not in LAYER_CLASSES]
+    of_switches = switch_classes(switches)
     covered = [name for name in classes if verdict.boundary_classes[name]]
     totals = Table("cases", "replays", "eager calls", "fields compared", "cells compared", "classes", "seconds")
     totals.add_row(

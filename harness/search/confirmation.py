@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,10 +36,10 @@ class Confirmed:
 class Confirmation:
     """Judges cases of ``spec`` on ``device`` in fresh processes. close() ends the process that these are forks of."""
 
-    def __init__(self, spec: SubjectSpec, device: torch.device) -> None:
+    def __init__(self, spec: SubjectSpec, device: torch.device, output: Path | None = None) -> None:
         self._spec = spec
         self._device = device
-        self._child = Child(device.type)
+        self._child = Child(device.type, output=output)
         self._seconds_left = SECONDS  # to look for chains
 
     def close(self) -> None:

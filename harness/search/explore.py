@@ -108,7 +108,7 @@ def explore(
     most_shrinking: largest number of trials, all on finished records. If None, Hypothesis shrinks first, with as many
         trials as it likes; with a layer that would take many minutes, so the limit is then ``MOST_TRIALS // 4``.
         Either way no trial begins later than SHRINKING_SECONDS after the failure.
-    counter: counts each case that has been judged.
+    counter: counts each case that has been judged. A failure like that of another part of the run is not shrunk.
     Raises DeviceLost, with the raw case saved, if the GPU faults, and BackendError or ScenarioError if a case cannot be
     judged.
     """
@@ -121,8 +121,10 @@ def explore(
             break
         try:
             search.judge(drawn.scenario)
-        except OracleFailure:
-            search.shrink(drawn, most_shrinking)
+        except OracleFailure as failure:
+            finding = failure.finding
+            is_first = counter is None or counter.claim(f"{finding.kind.value} {finding.field}")
+            search.shrink(drawn, most_shrinking if is_first else 0)  # one bug is shrunk once
             break
     return search.outcome
 
@@ -176,7 +178,8 @@ class _Search:
                 self.judge(drawn.scenario)
             raise NotReproducible
         except OracleFailure as failure:
-            self._keep(minimised(failure, self._subject, self._device, most or MOST_TRIALS, self._shrinking_ends))
+            trials = MOST_TRIALS if most is None else most
+            self._keep(minimised(failure, self._subject, self._device, trials, self._shrinking_ends))
         except NotReproducible:
             self.outcome.flaky = True
             self.outcome.saved = None if self.outcome.unsaved else self._files.raw

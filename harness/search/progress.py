@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -45,6 +46,17 @@ class Counter:
         with suppress(OSError):
             temporary.write_text(json.dumps(asdict(count)), encoding="utf-8")
             temporary.replace(path)
+
+    def claim(self, finding: str) -> bool:
+        """Whether no other part of the run, of the same backend and layer, has claimed ``finding`` before."""
+        named = hashlib.sha256(f"{self.backend} {self.layer} {finding}".encode()).hexdigest()[:16]
+        try:
+            (self.folder / f"{named}.found").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+        return True
 
 
 def counts_in(folder: Path) -> list[Count]:

@@ -39,15 +39,18 @@ class Recovery:
     """Runs explorations and saved cases: in this process until it loses the device, then in a child process.
 
     subject: None: in a child process from the start. Its methods then raise ChildDied if judged code ends that process.
+    output: file that what a child prints is appended to; None: it prints where this process does.
     """
 
-    def __init__(self, spec: SubjectSpec, subject: Subject | None, device: torch.device) -> None:
+    def __init__(
+        self, spec: SubjectSpec, subject: Subject | None, device: torch.device, output: Path | None = None
+    ) -> None:
         self.spec = spec
         self.subject = subject
         self.device = device
         self.lost = False
-        self._child = Child(device.type)
-        self._confirmation = Confirmation(spec, device)
+        self._child = Child(device.type, output=output)
+        self._confirmation = Confirmation(spec, device, output)
         self._judged: deque[str] = deque(maxlen=MOST_REMEMBERED)  # cases that the judging process has judged, as JSON
 
     def explore(self, *arguments: Any, **options: Any) -> Exploration:
