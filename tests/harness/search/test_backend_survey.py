@@ -23,6 +23,7 @@ from nsa_oracle.harness.search.backend_survey import (
     SHOWN,
     UNMODIFIED,
     WITHIN,
+    BackendFound,
     BackendSurvey,
     Property,
     Row,
@@ -53,10 +54,14 @@ HISTORY = case(
 )
 
 
-def surveyed(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendSurvey:
-    found = BackendSurvey(Subject(factory), CPU)
-    found.survey(scenario)
-    return found
+def survey_of(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendSurvey:
+    survey = BackendSurvey(Subject(factory), CPU)
+    survey.survey(scenario)
+    return survey
+
+
+def surveyed(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendFound:
+    return survey_of(factory, scenario).found
 
 
 def test_a_clean_backend_has_a_row_for_everything_and_none_is_broken() -> None:
@@ -139,8 +144,9 @@ def test_stray_writes_and_modified_inputs_have_rows() -> None:
 
 
 def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
-    found = surveyed(load_backend("tests.support.backends.declared:StaleTable"))
-    found.shrink()
+    survey = survey_of(load_backend("tests.support.backends.declared:StaleTable"))
+    survey.shrink()
+    found = survey.found
     found.save_cases(tmp_path, lambda file: f"replay {file.name}")
     row = found.rows[Property("graph", "DECODE", "real_page_table")]
     assert row.saved is not None
@@ -171,7 +177,7 @@ def test_drawn_cases_are_surveyed_until_the_deadline(monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     found.run(5, 0, 2.5, seen.append)
     assert seen == [1, 2, 3]
-    assert found.cases == 3
+    assert found.found.cases == 3
 
 
 def test_what_cannot_be_surveyed_is_refused() -> None:
