@@ -1,17 +1,22 @@
-"""Surveys a layer or a backend in a fork, so that a case that ends its process costs that case only."""
+"""Surveys a layer or a backend in a fork, so that a case that ends its process costs that case only; what it prints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
 
 from nsa_oracle.harness.commands.app import Device, torch_device
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property
+from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound
 
@@ -114,3 +119,22 @@ def surveyed_backend(
                 last.found.note_survival(str(died), last.began)
             else:
                 raise BackendError(f"backend '{backend}': {died} while it was loaded") from None
+
+
+def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str]) -> list[str]:
+    """Print the broken rows, and save the case of each. Returns why the survey proves less than it seems to.
+
+    Raises ScenarioError if the cases cannot be saved; the table has been printed then.
+    """
+    typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
+    typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
+    try:
+        found.save_cases(save, replay)
+    except OSError as error:
+        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
+    for command in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
+        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == command]
+        typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
+    for line in declared_lines(found.declared):
+        typer.echo(line)
+    return unneeded_waivers(found.declared)

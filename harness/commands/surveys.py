@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, unusable
-from nsa_oracle.harness.commands.surveying import surveyed, surveyed_backend
+from nsa_oracle.harness.commands.surveying import backend_report, surveyed, surveyed_backend
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
-from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
-from nsa_oracle.harness.search.backend_survey import BackendFound, backend_table, rows_as_json
+from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
 from nsa_oracle.harness.signals import INTERRUPTED
 
@@ -82,25 +81,6 @@ def _layer_report(found: SurveyFound) -> list[str]:
     if found.layers.calls:
         typer.echo(methods_report(found.layers))
     return []
-
-
-def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str]) -> list[str]:
-    """Print the broken rows, and save the case of each. Returns why the survey proves less than it seems to.
-
-    Raises ScenarioError if the cases cannot be saved; the table has been printed then.
-    """
-    typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
-    typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
-    try:
-        found.save_cases(save, replay)
-    except OSError as error:
-        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
-    for command in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
-        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == command]
-        typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
-    for line in declared_lines(found.declared):
-        typer.echo(line)
-    return unneeded_waivers(found.declared)
 
 
 def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str]) -> None:

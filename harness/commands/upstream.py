@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from nsa_oracle.harness.commands.app import Device, app, unusable
-from nsa_oracle.harness.commands.surveying import SurveyedBackend, surveyed_backend
-from nsa_oracle.harness.commands.surveys import backend_report
+from nsa_oracle.harness.commands.surveying import SurveyedBackend, backend_report, surveyed_backend
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command

@@ -356,6 +356,32 @@ def test_survey_of_a_backend_goes_on_behind_a_case_that_ends_its_process(tmp_pat
     assert "SIGKILL" in again.stdout
 
 
+DIES_LATER = """
+import os, signal
+from tests.support.backends.declared import StaleTable
+
+class DiesLater(StaleTable):
+    modes = ("DECODE",)
+    built = 0
+
+    def __init__(self, config, req_to_token):
+        super().__init__(config, req_to_token)
+        DiesLater.built += 1
+        if DiesLater.built == 12:  # while a case is being made smaller
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_backend_that_ends_the_process_while_a_case_is_made_smaller_keeps_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "later.py").write_text(DIES_LATER)
+    words = ("--backend", "later:DiesLater", "--cases", "2", "--device", "cpu", "--json", "rows.json")
+    done = harness("survey", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]}
+    assert set(rows) == {"cu_seqlens_k", "real_page_table"}
+    assert all((tmp_path / row["case"]).exists() for row in rows.values())
+
+
 def test_a_backend_that_ends_the_process_that_loads_it_is_not_surveyed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

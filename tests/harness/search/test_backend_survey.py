@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,25 @@ def test_a_backend_that_cannot_be_built_has_one_row() -> None:
             raise RuntimeError("no")
 
     assert list(surveyed(factory_of(NeverBuilt)).rows) == [Property("-", "-", BUILDS)]
+
+
+def _exits() -> None:
+    os._exit(3)
+
+
+def _interrupts() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "name"), [(_exits, "ProcessExit"), (_interrupts, "KeyboardInterrupt")])
+def test_a_backend_that_would_end_the_survey_has_a_row(end: Callable[[], None], name: str) -> None:
+    class Ends(MultiStepBackend):
+        def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+            end()
+
+    (row,) = surveyed(factory_of(Ends), one_replay(DECODE)).broken.items()
+    assert row[0].name == NO_EXCEPTION
+    assert name in row[1].finding
 
 
 def test_moved_buffers_are_one_row_and_their_content_is_judged_all_the_same() -> None:
