@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check test setup oracle lint structure format bench sanitize clean
+.PHONY: check test setup oracle upstream lint structure format bench sanitize clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
 	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
@@ -17,6 +17,9 @@ setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other t
 
 oracle: $(VENV)/ready  ## the command-line tool: make oracle ARGS='replay FILE'
 	@$(RUN) nsa_oracle $(ARGS)
+
+upstream: $(VENV)/ready  ## surveys SGLang's own backend, the newest or VERSION=0.5.23, and compares with what is recorded
+	@$(RUN) nsa_oracle upstream $(if $(VERSION),--version $(VERSION)) $(ARGS)
 
 lint: $(VENV)/ready
 	$(RUN) ruff check .
@@ -46,4 +49,4 @@ sanitize:  ## a few saved cases under compute-sanitizer; uses your own environme
 	$(PYTHON) -m nsa_oracle sanitize $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reports
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .upstream reports

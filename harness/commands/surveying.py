@@ -1,14 +1,22 @@
-"""Surveys a layer in a fork, so that a case that ends its process costs that case only."""
+"""Surveys a layer or a backend in a fork, so that a case that ends its process costs that case only; what it prints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
 
 from nsa_oracle.harness.commands.app import Device, torch_device
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound
 
@@ -49,3 +57,84 @@ def surveyed(
         else:
             return found, left_out, interrupted
     return found, left_out, False
+
+
+@dataclass
+class SurveyedBackend:
+    """What a survey of a backend finds, and how far it is.
+
+    left_out: what the backend's limits exclude. device: where it runs, "cpu" or "cuda". began: the case that is being
+    surveyed. shrinking: the row whose case is being made smaller.
+    """
+
+    found: BackendFound = field(default_factory=BackendFound)
+    left_out: list[str] = field(default_factory=list)
+    device: str = "cpu"
+    interrupted: bool = False
+    began: Scenario | None = None
+    shrinking: Property | None = None
+
+
+def surveyed_backend(
+    backend: str, device: Device, cases: int, seed: int, deadline: float | None, report_progress: Callable[[int], None]
+) -> SurveyedBackend:
+    """Survey ``backend`` and make the case of each broken row small.
+
+    A case that ends its process is a violation of a row of its own. Raises BackendError or ValueError if the backend
+    cannot be surveyed. The other arguments are those of ``BackendSurvey.run``.
+    """
+    last, has_begun = SurveyedBackend(), False
+
+    def hear(message: SurveyedBackend) -> None:
+        nonlocal last, has_begun
+        last, has_begun = message, True
+        report_progress(last.found.cases)
+
+    def work(tell: Tell) -> SurveyedBackend:
+        where = torch_device(device)
+        survey = BackendSurvey(SubjectSpec(backend, None).build(where), where, last.found)
+        now = SurveyedBackend(survey.found, survey.left_out, where.type)
+
+        def begin(case: Scenario | None = None, row: Property | None = None) -> None:
+            now.began, now.shrinking = case, row
+            tell(now)
+
+        begin()
+        try:
+            with ended_by_a_signal():
+                survey.run(cases, seed, deadline, begin=begin)
+                survey.shrink(deadline, begin=lambda row: begin(row=row))
+        except KeyboardInterrupt:
+            now.interrupted = True
+        return now
+
+    while True:
+        has_begun = False
+        try:
+            return forked(work, hear)
+        except ChildDied as died:
+            if has_begun and last.shrinking is not None:
+                last.found.kept.add(last.shrinking)
+            elif has_begun and last.began is not None:
+                last.found.note_survival(str(died), last.began)
+            else:
+                raise BackendError(f"backend '{backend}': {died} while it was loaded") from None
+
+
+def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str]) -> list[str]:
+    """Print the broken rows, and save the case of each. Returns why the survey proves less than it seems to.
+
+    Raises ScenarioError if the cases cannot be saved; the table has been printed then.
+    """
+    typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
+    typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
+    try:
+        found.save_cases(save, replay)
+    except OSError as error:
+        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
+    for command in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
+        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == command]
+        typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
+    for line in declared_lines(found.declared):
+        typer.echo(line)
+    return unneeded_waivers(found.declared)

@@ -1,4 +1,4 @@
-"""The survey command, for a layer (see ``surveying``) or a backend, and what it saves and writes."""
+"""The survey command, for a layer or a backend (see ``surveying``), and what it saves and writes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, torch_device, unusable
-from nsa_oracle.harness.commands.surveying import surveyed
-from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
+from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, unusable
+from nsa_oracle.harness.commands.surveying import backend_report, surveyed, surveyed_backend
+from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
-from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
-from nsa_oracle.harness.search.backend_survey import BackendSurvey, backend_table, rows_as_json
-from nsa_oracle.harness.search.spec import SubjectSpec
+from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
 from nsa_oracle.harness.signals import INTERRUPTED
 
@@ -49,22 +47,19 @@ def survey(
     if (layer is None) == (backend is None):
         raise unusable("survey: name one of --layer and --backend")
     deadline = None if budget is None else time.monotonic() + budget
-    found: SurveyFound | BackendSurvey
+    found: SurveyFound | BackendFound
     try:
         with progress_of("surveying", cases) as show_progress:
             if layer is not None:
                 found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress)
             else:
-                where = torch_device(device)
-                found = BackendSurvey(SubjectSpec(backend, None).build(where), where)
-                left_out, interrupted = found.left_out, False
-                try:
-                    with ended_by_a_signal():
-                        found.run(cases, seed, deadline, show_progress)
-                        found.shrink(deadline)
-                except KeyboardInterrupt:
-                    interrupted = True
-        gaps = _layer_report(found) if isinstance(found, SurveyFound) else _backend_report(found, backend, save)
+                assert backend is not None
+                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress)
+                found, left_out, interrupted = done.found, done.left_out, done.interrupted
+        if isinstance(found, SurveyFound):
+            gaps = _layer_report(found)
+        else:
+            gaps = backend_report(found, save, lambda file: replay_command((file,), backend, done.device))
         if json_file is not None:
             _write(json_file, found, left_out)
     except (BackendError, ScenarioError, ValueError) as error:
@@ -88,28 +83,9 @@ def _layer_report(found: SurveyFound) -> list[str]:
     return []
 
 
-def _backend_report(found: BackendSurvey, backend: str | None, save: Path) -> list[str]:
-    """Print the broken rows, and save the case of each. Returns why the survey proves less than it seems to.
-
-    Raises ScenarioError if the cases cannot be saved; the table has been printed then.
-    """
-    typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
-    typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
-    try:
-        found.save_cases(save, lambda file: replay_command((file,), backend, found.device.type))
-    except OSError as error:
-        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
-    for replay in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
-        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == replay]
-        typer.echo(f"{'; '.join(shown)}\n  replay: {replay}")
-    for line in declared_lines(found.declared):
-        typer.echo(line)
-    return unneeded_waivers(found.declared)
-
-
-def _write(file: Path, found: SurveyFound | BackendSurvey, left_out: Sequence[str]) -> None:
+def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str]) -> None:
     rows: list[dict[str, Any]]
-    if isinstance(found, BackendSurvey):
+    if isinstance(found, BackendFound):
         rows = rows_as_json(found.rows)
     else:
         rows = [

@@ -2,7 +2,7 @@
 
 There is one row for each combination of graph or eager call, mode, and field or property. A row counts calls, and a
 call is broken however many steps and cells of it differ. After an exception the case continues on a new backend, which
-captures the same graphs.
+captures the same graphs. What a survey has found can be sent to another process, which goes on from there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nsa_oracle.harness.fields import HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.interruptions import Interruptions, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
@@ -43,6 +44,7 @@ from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 SHRINKING_BUDGET = 60.0
 BUILDS, NO_EXCEPTION, CAPTURES = "is built", "runs", "can be captured"
 UNMODIFIED, WITHIN, FREEZES_NOTHING = "leaves inputs alone", "writes within its buffers", "freezes no host value"
+SURVIVES = "keeps its process alive"
 SHOWN = "shows what the graph reads"  # addresses; one defect moves many fields, whose content is judged all the same
 
 
@@ -78,21 +80,14 @@ class Row:
             self.finding, self.case = findings[0].sentence(), case
 
 
-class BackendSurvey:
-    """Draws scenarios within the backend's limits and keeps a row for each property.
+@dataclasses.dataclass
+class BackendFound:
+    """What a survey has found. cases: number of cases finished; kept: broken rows whose case stays as it is."""
 
-    However ``run`` ends, ``rows`` holds what was found so far, and ``cases`` the number of cases finished.
-    """
-
-    def __init__(self, subject: Subject, device: torch.device) -> None:
-        """Raises ValueError if the limits of the subject leave nothing to draw."""
-        self.subject = subject
-        self.device = device
-        self.scale = subject.scale(device, with_layer=False)
-        self.left_out = subject.limits.excluded(scale_of(device, with_layer=False).drawn())
-        self.rows: dict[Property, Row] = {}
-        self.declared = DeclaredTally()
-        self.cases = 0
+    rows: dict[Property, Row] = dataclasses.field(default_factory=dict)
+    declared: DeclaredTally = dataclasses.field(default_factory=DeclaredTally)
+    cases: int = 0
+    kept: set[Property] = dataclasses.field(default_factory=set)
 
     @property
     def holds(self) -> bool:
@@ -104,43 +99,93 @@ class BackendSurvey:
         """The rows that were broken."""
         return {key: row for key, row in self.rows.items() if row.broken}
 
+    def note_survival(self, fault: str, case: Scenario) -> None:
+        """Count a case that left its process alive, or ended it as ``fault`` says."""
+        key = Property("-", "-", SURVIVES)
+        found = [Finding(Kind.CRASH, "process", fault, "a process that goes on")] if fault else []
+        self.rows.setdefault(key, Row()).note(found, case)
+        self.kept.add(key)  # a smaller case would have to end as many processes
+        self.cases += 1
+
+    def save_cases(self, folder: Path, command: Callable[[Path], str]) -> None:
+        """Save the case of each broken row in ``folder``. command: the command line that replays a file."""
+        for row in self.broken.values():
+            assert row.case is not None
+            row.saved = folder / f"{digest(row.case)}.json"
+            save(row.case.model_copy(update={"note": row.finding}), row.saved)
+            row.replay = command(row.saved)
+
+
+class BackendSurvey:
+    """Draws scenarios within the backend's limits and keeps a row for each property.
+
+    However ``run`` ends, ``found`` holds what was found so far. found: of an earlier part of the same survey, after
+    which ``run`` goes on.
+    """
+
+    def __init__(self, subject: Subject, device: torch.device, found: BackendFound | None = None) -> None:
+        """Raises ValueError if the limits of the subject leave nothing to draw."""
+        self.subject = subject
+        self.device = device
+        self.scale = subject.scale(device, with_layer=False)
+        self.left_out = subject.limits.excluded(scale_of(device, with_layer=False).drawn())
+        self.found = found or BackendFound()
+
     def run(
         self,
         cases: int,
         seed: int,
         deadline: float | None = None,
         report_progress: Callable[[int], None] = lambda cases: None,
+        begin: Callable[[Scenario], None] = lambda case: None,
     ) -> None:
         """Survey ``cases`` scenarios drawn from ``seed``, and pass the number finished to ``report_progress``.
 
-        deadline: value of ``time.monotonic()`` after which no further case begins. Raises BackendError if the backend
-        cannot be judged at all.
+        deadline: value of ``time.monotonic()`` after which no further case begins. begin: is called with each case
+        before it begins. Raises BackendError if the backend cannot be judged at all.
         """
+        known = self.found.cases
 
         def survey_one(scenario: Scenario) -> None:
+            nonlocal known
+            if known:  # surveyed in an earlier part
+                known -= 1
+                return
             if deadline is not None and time.monotonic() > deadline:
                 raise OutOfTime
+            begin(scenario)
             self.survey(scenario)
-            self.cases += 1
-            report_progress(self.cases)
+            self.found.note_survival("", scenario)
+            report_progress(self.found.cases)
 
         draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
 
     def survey(self, scenario: Scenario) -> None:
         """Judge every call of one scenario."""
-        surveyed = _Case(scenario, self.subject, self.device, self.rows, self.declared)
-        with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
-            surveyed.run()
+        with interruptions_noted() as interruptions, exits_refused():
+            surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions)
+            with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
+                surveyed.run()
+            interruptions.check()
 
-    def shrink(self, deadline: float | None = None, most_trials: int = 150) -> None:
+    def shrink(
+        self,
+        deadline: float | None = None,
+        most_trials: int = 150,
+        begin: Callable[[Property], None] = lambda key: None,
+    ) -> None:
         """Replace the case of each broken row by a smaller one that breaks it, with up to ``most_trials`` trials each.
 
         deadline: value of ``time.monotonic()`` after which no trial begins; SHRINKING_BUDGET from now at the latest.
+        begin: is called with each row before its trials. Rows that are ``kept`` already stay as they are.
         """
         latest = time.monotonic() + SHRINKING_BUDGET
         deadline = latest if deadline is None else min(deadline, latest)
-        for key, row in self.broken.items():
+        for key, row in self.found.broken.items():
             assert row.case is not None
+            if key in self.found.kept:
+                continue
+            begin(key)
 
             def breaks(case: Scenario, key: Property = key, row: Row = row) -> bool:
                 if time.monotonic() > deadline or not case.events or self.subject.misfit(case) is not None:
@@ -150,21 +195,14 @@ class BackendSurvey:
                     trial.survey(case)
                 except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
                     return False
-                found = trial.rows.get(key, Row())
+                found = trial.found.rows.get(key, Row())
                 if found.case != case:
                     return False
                 row.case, row.finding = found.case, found.finding
                 return True
 
             simplify(row.case, breaks, most_trials)
-
-    def save_cases(self, folder: Path, command: Callable[[Path], str]) -> None:
-        """Save the case of each broken row in ``folder``. command: the command line that replays a file."""
-        for row in self.broken.values():
-            assert row.case is not None
-            row.saved = folder / f"{digest(row.case)}.json"
-            save(row.case.model_copy(update={"note": row.finding}), row.saved)
-            row.replay = command(row.saved)
+            self.found.kept.add(key)
 
 
 class _SpoiltMemory(Exception):
@@ -179,14 +217,14 @@ class _Case:
         scenario: Scenario,
         subject: Subject,
         device: torch.device,
-        rows: dict[Property, Row],
-        declared: DeclaredTally,
+        found: BackendFound,
+        interruptions: Interruptions,
     ) -> None:
         self.scenario = scenario
         self.subject = subject
         self.device = device
-        self.rows = rows
-        self.declared = declared
+        self.found = found
+        self.interruptions = interruptions
         self._uncapturable: set[int] = set()  # indices of captures that failed
 
     @speed.deep_stack
@@ -200,7 +238,8 @@ class _Case:
                 self._judge_event(engine, number)
             except (BackendError, ScenarioError, OutOfTime):
                 raise
-            except (Exception, SystemExit) as error:  # the backend's code may raise anything
+            except (Exception, SystemExit, KeyboardInterrupt) as error:  # the backend's code may raise anything
+                self.interruptions.check()
                 if not isinstance(error, _SpoiltMemory):
                     self._note(self._property_of(number), [_finding_of(error)], number)
                 if isinstance(self.scenario.events[number], Capture):
@@ -209,7 +248,7 @@ class _Case:
                 if rebuilt is None:
                     return
                 engine = rebuilt
-        self.declared.count_stand_ins(engine.declarations)
+        self.found.declared.count_stand_ins(engine.declarations)
         frozen = frozen_value(engine, self.scenario, self._build)
         self._note(Property("graph", "-", FREEZES_NOTHING), [frozen] if frozen else [], len(self.scenario.events) - 1)
 
@@ -222,7 +261,8 @@ class _Case:
             engine = self._build(self.scenario)
         except (BackendError, ScenarioError):
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            self.interruptions.check()
             self._note(Property("-", "-", BUILDS), [_finding_of(error)], -1)
             return None
         self._note(Property("-", "-", BUILDS), [], -1)
@@ -237,7 +277,8 @@ class _Case:
                     engine.world.apply(event)  # it may finish requests
                 elif index not in self._uncapturable:
                     list(engine.run(event))
-        except (Exception, SystemExit):
+        except (Exception, SystemExit, KeyboardInterrupt):
+            self.interruptions.check()
             return None
         return engine
 
@@ -261,7 +302,7 @@ class _Case:
     def _judge_call(self, engine: Engine, seen: Observation, number: int) -> None:
         mode, table = seen.batch.mode, engine.world.req_to_token
         reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(mode))
-        declared = Declared(engine.config, engine.declarations, self.declared)
+        declared = Declared(engine.config, engine.declarations, self.found.declared)
         found = list(differing_fields(seen, reference, self.device, Tally(), declared))
         call = "graph" if seen.in_graph else "eager"
         self._note(Property(call, mode.value, NO_EXCEPTION), [], number)
@@ -284,7 +325,7 @@ class _Case:
         case = self.scenario
         if findings:
             case = case.model_copy(update={"events": case.events[: number + 1]})
-        self.rows.setdefault(key, Row()).note(findings, case)
+        self.found.rows.setdefault(key, Row()).note(findings, case)
 
 
 def _finding_of(error: BaseException) -> Finding:

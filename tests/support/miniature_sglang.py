@@ -1,11 +1,14 @@
 """A miniature of SGLang's package with the layout, names and habits of one version, in which nothing else is theirs.
 
-``write`` makes the folder of an unpacked wheel. Its backend computes with the reference, under SGLang's names; like the
-real ones it fails at whatever it would be given wrongly, and its multi-step backend forgets the schedule.
+``write`` makes the folder of an unpacked wheel, ``wheel`` the wheel. Its backend computes with the reference, under
+SGLang's names; like the real ones it fails at whatever it would be given wrongly, and its multi-step backend forgets
+the schedule.
 """
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 OLDER = """
@@ -158,3 +161,28 @@ def write(folder: Path, version: str = "0.5.8") -> Path:
         (folder / name).write_text(text)
     (folder / "sglang" / "_version.py").write_text(f"version: str\n__version__ = version = '{version}'\n")
     return folder
+
+
+BACKEND = "sglang/srt/layers/attention/nsa_backend.py"
+MENDED = OLDER.replace("stale=True", "stale=False")
+
+
+def wheel(folder: Path, version: str = "0.5.8", changed: Mapping[str, str | None] = {}) -> Path:
+    """Write the wheel to ``folder``. changed: texts of other files; None leaves one out. Returns its path."""
+    info = f"sglang-{version}.dist-info"
+    files: dict[str, str | None] = {
+        **FILES,
+        "sglang/_version.py": f"__version__ = version = '{version}'\n",
+        "sglang/never_needed.py": "raise RuntimeError('not run')\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+        **changed,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"sglang-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            if text is not None:
+                archive.writestr(name, text)
+    return path

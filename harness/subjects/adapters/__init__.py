@@ -1,1 +1,1 @@
-"""Adapters for backends that people ship. Nothing here is imported unless an adapter is named."""
+"""Adapters for backends that people ship, and their wheels. No adapter is imported unless it is named."""

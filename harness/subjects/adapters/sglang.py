@@ -1,7 +1,8 @@
 """SGLang's NSA and DSA backends of three versions, from an installed package or an unpacked wheel.
 
 ``NSA_ORACLE_SGLANG`` names the folder that contains ``sglang/``; without it an installed package is taken. The
-attribute ``installed`` is the version found there; ``v0_5_8``, ``v0_5_15`` and ``v0_5_23`` insist on one. The backend,
+attribute ``installed`` is the version found there; ``v0_5_8``, ``v0_5_15`` and ``v0_5_23`` insist on one, and
+``nearest`` tries any version with the adapter of the nearest known one. The backend,
 its precomputation and its Triton kernels are SGLang's own; the rest of the engine is a stand-in, whether or not it
 could be imported, so that the same is judged on every machine.
 """
@@ -15,12 +16,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import Axis
@@ -32,6 +34,7 @@ from nsa_oracle.reference import schedules
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
 FOLDER = "NSA_ORACLE_SGLANG"
+REFUSED = " (called, and nothing stands for it)"
 MISSING = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "aiter")
 _ATTENTION = "sglang.srt.layers.attention."
 _hooks: list[Partial] = []
@@ -53,6 +56,16 @@ class WheelLayout:
     real: tuple[str, ...]
     kernels: tuple[str, ...] = ()
 
+    @property
+    def full_names(self) -> list[str]:
+        """Names of all modules that are SGLang's own, those of ``kernels`` last."""
+        return [name if name.startswith("sglang.") else _ATTENTION + name for name in self.real + self.kernels]
+
+    @property
+    def files(self) -> list[str]:
+        """What is needed of a wheel, as it names its files."""
+        return ["sglang/_version.py", *(name.replace(".", "/") + ".py" for name in self.full_names)]
+
     def load(self) -> ModuleType:
         """The module of the backend. Raises BackendError, in one line, if it is not the version that was found."""
         folder, found = located()
@@ -61,7 +74,7 @@ class WheelLayout:
                 f"sglang {found} in {folder}, not {self.version}; known versions are {', '.join(known())}"
             )
         if not _hooks:
-            full = [name if name.startswith("sglang.") else _ATTENTION + name for name in self.real + self.kernels]
+            full = self.full_names
             kernels = full[len(self.real) :]
             hook = Partial("sglang", folder, full, stand_ins.values(), MISSING, kernels)
             try:
@@ -322,8 +335,9 @@ class Sglang:
 
     @staticmethod
     def stand_ins() -> list[str]:
-        """Which parts are not SGLang's."""
-        return sorted(name for hook in _hooks for name in hook.used)
+        """Which parts are not SGLang's, and what was called that nothing stands for."""
+        refused = [name + REFUSED for hook in _hooks for name in sorted(hook.refused)]
+        return [*sorted(name for hook in _hooks for name in hook.used), *refused]
 
 
 class v0_5_8(Sglang):  # noqa: N801
@@ -403,11 +417,29 @@ def known() -> list[str]:
     return list(ADAPTERS)
 
 
+def nearest_to(version: str) -> str | None:
+    """The known version that is nearest to ``version`` in its series, as 0.5 is one; None if it has no known one."""
+    try:
+        wanted = Version(version)
+    except InvalidVersion:
+        return None
+    series = [one for one in map(Version, ADAPTERS) if one.release[:2] == wanted.release[:2]]
+    found = min(series, key=lambda one: (abs(one.micro - wanted.micro), -one.micro), default=None)
+    return None if found is None else str(found)
+
+
 def __getattr__(name: str) -> type[Sglang]:
-    """``installed``: the adapter of the version that is found. Raises BackendError if there is none for it."""
-    if name != "installed":
+    """``installed``: the adapter of the version that is found. ``nearest``: of the nearest known version.
+
+    Raises BackendError if there is none for it.
+    """
+    if name not in ("installed", "nearest"):
         raise AttributeError(name)
     folder, found = located()
-    if found not in ADAPTERS:
+    near = nearest_to(found) if name == "nearest" else None
+    if found not in ADAPTERS and near is None:
         raise BackendError(f"sglang {found} in {folder}; known versions are {', '.join(known())}")
-    return ADAPTERS[found]
+    if found in ADAPTERS or near is None:
+        return ADAPTERS[found]
+    adapter = ADAPTERS[near]
+    return type(adapter.__name__, (adapter,), {"layout": replace(adapter.layout, version=found)})

@@ -26,7 +26,8 @@ class Partial(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     real: full names of the modules that are run; their assertions are left out if they are in ``without_asserts``.
     values: attributes of stand-in modules, by module name. missing: other top-level packages that get a stand-in if
-    they cannot be imported. used: full names of the given values that judged code has imported or called.
+    they cannot be imported. used: full names of the given values that judged code has imported or called. refused: full
+    names of what it called without being given; it may have swallowed the NotStoodIn.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Partial(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.missing = frozenset(missing)
         self.without_asserts = frozenset(without_asserts)
         self.used: set[str] = set()
+        self.refused: set[str] = set()
 
     def install(self) -> None:
         """Take part in imports from now on. Raises ImportError if the package has been imported otherwise."""
@@ -91,17 +93,18 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         full = f"{self.__name__}.{name}"
         given = self._hook.values.get(self.__name__, {})
-        value = given[name] if name in given else _unavailable(full)
+        value = given[name] if name in given else _unavailable(full, self._hook.refused)
         if name in given:
             self._hook.used.add(full)
         self.__dict__[name] = value
         return value
 
 
-def _unavailable(full: str) -> type:
+def _unavailable(full: str, refused: set[str]) -> type:
     """A class that can be named, inherited from and annotated with, but not called."""
 
     def refuse(cls: type, *_: object, **__: object) -> Any:
+        refused.add(full)
         raise NotStoodIn(f"{full} is only a stand-in here: it cannot be called")
 
     return type(full.rpartition(".")[2], (), {"__new__": refuse})

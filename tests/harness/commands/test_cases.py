@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -319,6 +320,75 @@ def test_survey_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> N
     assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) +│", done.stdout), (
         done.stdout
     )
+
+
+BACKEND_DIES = """
+import os, signal
+from nsa_oracle.reference.multi_step import MultiStepBackend
+
+class Dies(MultiStepBackend):
+    modes = ("DECODE",)
+
+    def init_forward_metadata_capture_cuda_graph(self, forward_batch):
+        super().init_forward_metadata_capture_cuda_graph(forward_batch)
+        if forward_batch.batch_size > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class DiesAtOnce(MultiStepBackend):
+    os.kill(os.getpid(), signal.SIGKILL) if os.environ.get("DIE") else None
+"""
+
+
+def test_survey_of_a_backend_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(BACKEND_DIES)
+    words = ("--backend", "dies:Dies", "--cases", "4", "--device", "cpu", "--json", "rows.json")
+    done = harness("survey", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    died = rows["keeps its process alive"]
+    assert died["checked"] == 4, "the cases behind it are surveyed"
+    assert 0 < died["broken"] < 4
+    assert "the process ended (signal SIGKILL)" in died["finding"]
+    assert rows["page_table_1"]["checked"] > 0
+    assert [name for name, row in rows.items() if row["broken"]] == ["keeps its process alive"]
+    again = replay(died["case"], "--backend", "dies:Dies", cwd=tmp_path)
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    assert "SIGKILL" in again.stdout
+
+
+DIES_LATER = """
+import os, signal
+from tests.support.backends.declared import StaleTable
+
+class DiesLater(StaleTable):
+    modes = ("DECODE",)
+    built = 0
+
+    def __init__(self, config, req_to_token):
+        super().__init__(config, req_to_token)
+        DiesLater.built += 1
+        if DiesLater.built == 12:  # while a case is being made smaller
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_backend_that_ends_the_process_while_a_case_is_made_smaller_keeps_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "later.py").write_text(DIES_LATER)
+    words = ("--backend", "later:DiesLater", "--cases", "2", "--device", "cpu", "--json", "rows.json")
+    done = harness("survey", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]}
+    assert set(rows) == {"cu_seqlens_k", "real_page_table"}
+    assert all((tmp_path / row["case"]).exists() for row in rows.values())
+
+
+def test_a_backend_that_ends_the_process_that_loads_it_is_not_surveyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dies.py").write_text(BACKEND_DIES)
+    monkeypatch.setenv("DIE", "1")
+    done = harness("survey", "--backend", "dies:DiesAtOnce", "--cases", "4", "--device", "cpu", cwd=tmp_path)
+    assert_one_line_error(done, "backend 'dies:DiesAtOnce': the process ended (signal SIGKILL) while it was loaded")
 
 
 def test_show_describes_the_case_and_its_note(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nsa_oracle.harness.search.backend_survey import (
     SHOWN,
     UNMODIFIED,
     WITHIN,
+    BackendFound,
     BackendSurvey,
     Property,
     Row,
@@ -53,10 +56,14 @@ HISTORY = case(
 )
 
 
-def surveyed(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendSurvey:
-    found = BackendSurvey(Subject(factory), CPU)
-    found.survey(scenario)
-    return found
+def survey_of(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendSurvey:
+    survey = BackendSurvey(Subject(factory), CPU)
+    survey.survey(scenario)
+    return survey
+
+
+def surveyed(factory: BackendFactory, scenario: Scenario = HISTORY) -> BackendFound:
+    return survey_of(factory, scenario).found
 
 
 def test_a_clean_backend_has_a_row_for_everything_and_none_is_broken() -> None:
@@ -119,6 +126,25 @@ def test_a_backend_that_cannot_be_built_has_one_row() -> None:
     assert list(surveyed(factory_of(NeverBuilt)).rows) == [Property("-", "-", BUILDS)]
 
 
+def _exits() -> None:
+    os._exit(3)
+
+
+def _interrupts() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "name"), [(_exits, "ProcessExit"), (_interrupts, "KeyboardInterrupt")])
+def test_a_backend_that_would_end_the_survey_has_a_row(end: Callable[[], None], name: str) -> None:
+    class Ends(MultiStepBackend):
+        def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+            end()
+
+    (row,) = surveyed(factory_of(Ends), one_replay(DECODE)).broken.items()
+    assert row[0].name == NO_EXCEPTION
+    assert name in row[1].finding
+
+
 def test_moved_buffers_are_one_row_and_their_content_is_judged_all_the_same() -> None:
     class Moves(declared.StaleTable):  # type: ignore[misc, valid-type]
         def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
@@ -139,8 +165,9 @@ def test_stray_writes_and_modified_inputs_have_rows() -> None:
 
 
 def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
-    found = surveyed(load_backend("tests.support.backends.declared:StaleTable"))
-    found.shrink()
+    survey = survey_of(load_backend("tests.support.backends.declared:StaleTable"))
+    survey.shrink()
+    found = survey.found
     found.save_cases(tmp_path, lambda file: f"replay {file.name}")
     row = found.rows[Property("graph", "DECODE", "real_page_table")]
     assert row.saved is not None
@@ -171,7 +198,7 @@ def test_drawn_cases_are_surveyed_until_the_deadline(monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     found.run(5, 0, 2.5, seen.append)
     assert seen == [1, 2, 3]
-    assert found.cases == 3
+    assert found.found.cases == 3
 
 
 def test_what_cannot_be_surveyed_is_refused() -> None:
