@@ -297,9 +297,11 @@ class Replay(_Record):
     """The graph of ``mode`` runs on the running requests: ``times`` preparations, each followed by a replay.
 
     bucket: the captured graph to use; if it is None, not captured or too small, the smallest that holds the batch. If
-    no graph holds it, the engine calls the backend eagerly, as a server does. pool_rows: the rows of the requests that
-    take part, in order; empty for all. Rows without a running request are left out. seq_lens_cpu: the numbers of a stale
-    mirror, or of one ahead, for the requests of the batch; they repeat for more. Empty for those that follow.
+    no graph holds it, the engine calls the backend eagerly, as a server does.
+
+    pool_rows: rows of the requests that take part, in order; those without a running request are left out. Empty: all
+    requests. seq_lens_cpu: the numbers of a stale mirror, or of one ahead, for the requests of the batch; they repeat
+    for more. Empty: those that follow from the events.
     """
 
     event: Literal["replay"] = "replay"
