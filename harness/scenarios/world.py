@@ -286,7 +286,8 @@ class World:
         missing = -(-covered // setup.page_size) - len(request.pages)
         named = request.named_pages[len(request.pages) :][: max(0, missing)]
         if named:
-            self.free_pages = array("i", [page for page in self.free_pages if page not in set(named)])
+            free = _numbers(self.free_pages)
+            self.free_pages = array("i", free[~np.isin(free, named)].tobytes())
             request.pages.extend(named)
             self._owners[list(named)] += 1
             missing -= len(named)
