@@ -48,9 +48,7 @@ def import_(
         cases, notes = imported(read_record(record), Import(sizes, last, per_case, compact, skip))
         for case in cases:
             if len(to_json(case).encode()) > MAX_FILE_BYTES:
-                raise ScenarioError(
-                    f"{case.note}: more than {MAX_FILE_BYTES:,} bytes; import with a smaller --per-case"
-                )
+                raise ScenarioError(f"{case.note}: more than {MAX_FILE_BYTES:,} bytes; choose a smaller --per-case")
         first = 0
         for case in cases:
             file = output / f"{record.name.partition('.')[0] or 'record'}.{first:06}-{first + case.calls - 1:06}.json"

@@ -47,7 +47,7 @@ class Staging:
 
 def _new_slot() -> tuple[torch.Tensor, torch.cuda.Event]:
     """Pinning is slow, but soon there are as many slots as calls are on their way."""
-    return torch.empty(SLOT, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+    return torch.empty(SLOT, dtype=torch.int32, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _done() -> bool:

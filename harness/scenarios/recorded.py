@@ -20,10 +20,17 @@ MAX_LINE_BYTES = 1 << 24
 MAX_RECORDED_CALLS = 1 << 20
 BEGINS = b'{"nsa_oracle_record":'
 
+
+class _StopAtFirst(FailFast):
+    """One mistake of a list is enough. FailFast itself has no hash, which the union with None needs."""
+
+    __hash__ = object.__hash__
+
+
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
-Counts = Annotated[tuple[Count, ...], FailFast()]
+Counts = Annotated[tuple[Count, ...], _StopAtFirst()]
 Slot = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
-Runs = Annotated[tuple[tuple[Slot, Count], ...], FailFast()]
+Runs = Annotated[tuple[tuple[Slot, Count], ...], _StopAtFirst()]
 
 
 Parsed = TypeVar("Parsed", bound="_Line")
@@ -66,7 +73,7 @@ class Call(_Line):
     dtypes: dict[str, str] = Field(default_factory=dict)
     strided: bool = False
     digest: tuple[int, ...] | None = None
-    table: Annotated[tuple[Runs, ...], FailFast()] | None = None
+    table: Annotated[tuple[Runs, ...], _StopAtFirst()] | None = None
     dropped: Count = 0
 
     @property

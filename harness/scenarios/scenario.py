@@ -396,22 +396,16 @@ class Scenario(_Record):
 
     def _check_places(self, number: int, event: Event) -> None:
         """Raises FieldError if ``event`` names a row, a length or a page that the pool does not have."""
-        setup = self.setup
+        setup, most = self.setup, self.setup.pages_per_request
+        last = setup.pool_size * most
         if isinstance(event, SetLengths) and max(event.seq_lens) > setup.max_context_len:
-            reason = f"must be at most max_context_len: {setup.max_context_len}"
-            raise FieldError(f"events[{number}].seq_lens", reason)
+            raise FieldError(f"events[{number}].seq_lens", f"must be at most {setup.max_context_len}")
         if not isinstance(event, Join):
             return
         if event.pool_row is not None and event.pool_row >= setup.pool_size:
-            reason = f"must be below pool_size, {setup.pool_size}, not {event.pool_row}"
-            raise FieldError(f"events[{number}].pool_row", reason)
-        last, most = setup.pool_size * setup.pages_per_request, setup.pages_per_request
-        if event.pages and (
-            setup.layer is not None
-            or len(event.pages) > most
-            or max(event.pages) > last
-            or len(set(event.pages)) < len(event.pages)
-        ):
+            raise FieldError(f"events[{number}].pool_row", f"must be below {setup.pool_size}, not {event.pool_row}")
+        fit = len(set(event.pages)) == len(event.pages) <= most and max(event.pages, default=0) <= last
+        if event.pages and (setup.layer is not None or not fit):
             reason = f"must be at most {most:,} different pages of 1..{last:,}, in a case without a layer"
             raise FieldError(f"events[{number}].pages", reason)
 

@@ -178,7 +178,7 @@ class World:
         shared: array[int] = array("i")
         if event.prefix_of is not None and self.running:
             source = self.running[event.prefix_of % len(self.running)]
-            shared = self._full_pages(source, seq_len, event.prefix_pages)
+            shared = _full_pages(source, seq_len, event.prefix_pages, self.scenario.setup)
         request = Request(self.free_rows.pop(), seq_len, shared, previous_seq_len=seq_len, named_pages=event.pages)
         self._owners[_numbers(shared)] += 1
         self.running.append(request)
@@ -217,7 +217,7 @@ class World:
             return
         request = self.running[event.request % len(self.running)]
         source = self.running[event.prefix_of % len(self.running)]
-        shared = self._full_pages(source, request.seq_len, event.prefix_pages)
+        shared = _full_pages(source, request.seq_len, event.prefix_pages, self.scenario.setup)
         replaced, behind = request.pages, request.pages[len(shared) :]
         # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
         for place in np.flatnonzero(self._owners[_numbers(behind)] > 1):
@@ -302,14 +302,6 @@ class World:
         row[:covered] = slots.reshape(-1)[:covered]
         row[covered:] = self.poison
 
-    def _full_pages(self, source: Request, seq_len: int, count: int) -> array[int]:
-        """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
-
-        A page that is still being written is never shared: two requests would write different tokens to it.
-        """
-        filled = min(source.seq_len, seq_len) // self.scenario.setup.page_size
-        return source.pages[: min(count, filled)]
-
     def _release(self, pages: array[int]) -> None:
         """Take one owner from each of ``pages``. Those without another are free at once, as ``Reuse`` says."""
         numbers = _numbers(pages)
@@ -334,6 +326,14 @@ def _ahead(request: Request, setup: Setup) -> int:
     rejected = setup.num_draft_tokens - request.accept_length
     ahead = request.seq_len + (rejected if rejected > 0 else setup.num_draft_tokens)
     return ahead if ahead <= setup.max_context_len else max(1, request.seq_len - 1)
+
+
+def _full_pages(source: Request, seq_len: int, count: int, setup: Setup) -> array[int]:
+    """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
+
+    A page that is still being written is never shared: two requests would write different tokens to it.
+    """
+    return source.pages[: min(count, min(source.seq_len, seq_len) // setup.page_size)]
 
 
 def _pages_in_order(setup: Setup, seed: int) -> array[int]:
