@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -79,6 +80,7 @@ class Recorder:
         self.tables = tables
         self.calls = 0
         self._staging = Staging()
+        weakref.finalize(self, writer.close).atexit = False
 
     def note(self, name: str, step: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note one call. Never raises an Exception."""

@@ -30,15 +30,16 @@ _LOG = logging.getLogger("nsa_oracle.record")
 class Writer:
     """Appends to ``file``, and moves it to ``file`` + ".1" when it has half of ``max_bytes``.
 
-    The head and the captures are repeated in the new file. ended: nothing is recorded any more.
+    The head and the captures are repeated in the new file. ended: nothing is recorded any more. closing: nothing more
+    will come, because the backend is gone; what waits is still written.
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
         self.file = file
         self.max_bytes = max_bytes
         self.process = os.getpid()
-        self.ended = False
-        self._waiting: deque[tuple[dict[str, Any], Copies | None]] = deque()
+        self.ended = self.closing = False
+        self.waiting: deque[tuple[dict[str, Any], Copies | None]] = deque()
         self._repeated: dict[tuple[Any, ...], bytes] = {}
         self._head = b""
         self._written = self._put = self._dropped = 0
@@ -50,7 +51,7 @@ class Writer:
         self._head = _line(head)
         self._open()
         self._write(self._head)
-        threading.Thread(target=_run, args=(weakref.ref(self),), name="nsa-oracle-record", daemon=True).start()
+        threading.Thread(target=_run, args=(self,), name="nsa-oracle-record", daemon=True).start()
         atexit.register(_flush_at_exit, weakref.ref(self))
 
     def put(self, line: dict[str, Any], copies: Copies | None = None) -> None:
@@ -58,11 +59,11 @@ class Writer:
         if self._dropped:
             line["dropped"], self._dropped = self._dropped, 0
         self._put += 1
-        self._waiting.append((line, copies))
+        self.waiting.append((line, copies))
 
     def has_room(self) -> bool:
         """Whether another call may wait for its copies."""
-        return len(self._waiting) < MOST_WAITING
+        return len(self.waiting) < MOST_WAITING
 
     def drop(self) -> None:
         """Count a call that is left out."""
@@ -79,18 +80,26 @@ class Writer:
         """End the recording, with one warning."""
         if not self.ended:
             self.ended = True
-            self._waiting.clear()
+            self.waiting.clear()
             _LOG.warning("%s: the recording has ended: %s: %s", self.file, type(error).__name__, error)
+
+    def close(self) -> None:
+        """Let the thread write what waits, and end."""
+        self.closing = True
+
+    def close_file(self) -> None:
+        """Called by the thread at its end."""
+        os.close(self._descriptor)
 
     def work(self) -> None:
         """Write what waits and is ready. Never raises an Exception."""
         try:
-            while self._waiting and not self.ended:
-                line, copies = self._waiting[0]
+            while self.waiting and not self.ended:
+                line, copies = self.waiting[0]
                 ready, numbers = copies or (_done, dict)
                 if not ready():
                     return
-                self._waiting.popleft()
+                self.waiting.popleft()
                 found: dict[str, Any] = numbers()
                 if "table" in found:
                     ends = (found["seq_lens"] + BEHIND).tolist()
@@ -123,11 +132,11 @@ class Writer:
             self._head = head
 
 
-def _run(reference: weakref.ref[Writer]) -> None:
-    while (writer := reference()) is not None and not writer.ended:
+def _run(writer: Writer) -> None:
+    while not writer.ended and not (writer.closing and not writer.waiting):
         writer.work()
-        del writer
         time.sleep(PAUSE)
+    writer.close_file()
 
 
 def _flush_at_exit(reference: weakref.ref[Writer]) -> None:
