@@ -39,7 +39,7 @@ def record(
 
     The wrapper passes everything on unchanged, attributes too, and is an instance of the backend's class. It never
     synchronises with the device, and never raises: what goes wrong ends the recording with one warning of the logger
-    "nsa_oracle.record".
+    "nsa_oracle.harness.recorder".
 
     config: the sizes of the backend, all or some fields of ``BackendConfig``; by default its attribute ``config``.
     req_to_token: by default the attribute of that name of the backend or of its first step. tables: of

@@ -24,7 +24,7 @@ MAX_BYTES = 256 << 20
 MOST_WAITING = 1 << 12  # calls whose numbers are not in the file yet; more are counted and left out
 BEHIND = 16  # cells of a row of the table that are written behind its length: room for drafts
 PAUSE = 0.005  # seconds between two looks: to wake the thread at each call would hand it Python's lock in the call
-_LOG = logging.getLogger("nsa_oracle.record")
+_LOG = logging.getLogger("nsa_oracle.harness.recorder")
 
 
 class Writer:

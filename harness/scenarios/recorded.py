@@ -27,10 +27,10 @@ class _StopAtFirst(FailFast):
     __hash__ = object.__hash__
 
 
-Count = Annotated[int, Field(ge=0, lt=1 << 31)]
-Counts = Annotated[tuple[Count, ...], _StopAtFirst()]
+Natural = Annotated[int, Field(ge=0, lt=1 << 31)]
+Counts = Annotated[tuple[Natural, ...], _StopAtFirst()]
 Slot = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
-Runs = Annotated[tuple[tuple[Slot, Count], ...], _StopAtFirst()]
+SlotRuns = Annotated[tuple[tuple[Slot, Natural], ...], _StopAtFirst()]
 
 
 Parsed = TypeVar("Parsed", bound="_Line")
@@ -51,19 +51,19 @@ class Head(_Line):
     tables: str = "none"
 
 
-class Call(_Line):
+class RecordedCall(_Line):
     """One call of the engine. Lengths have one entry for each request, those that pad the batch included.
 
     table: the row of ``req_to_token`` of each, as runs of neighbouring slots. dropped: calls before it that are
     missing.
     """
 
-    n: Count
+    n: Natural
     call: str
     act: str = ""
-    step: Count | None = None
+    step: Natural | None = None
     mode: str = ""
-    bs: Count | None = None
+    bs: Natural | None = None
     pool_rows: Counts | None = None
     seq_lens: Counts | None = None
     seq_lens_cpu: Counts | None = None
@@ -73,8 +73,8 @@ class Call(_Line):
     dtypes: dict[str, str] = Field(default_factory=dict)
     strided: bool = False
     digest: tuple[int, ...] | None = None
-    table: Annotated[tuple[Runs, ...], _StopAtFirst()] | None = None
-    dropped: Count = 0
+    table: Annotated[tuple[SlotRuns, ...], _StopAtFirst()] | None = None
+    dropped: Natural = 0
 
     @property
     def name(self) -> str:
@@ -83,16 +83,16 @@ class Call(_Line):
 
 
 @dataclass(frozen=True)
-class Record:
+class ServerRecord:
     """One session. notes: what a reader should know about what is missing, in a line each."""
 
     source: str
     head: Head
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
     notes: tuple[str, ...] = ()
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> ServerRecord:
     """The last session of the record ``path``, the older file beside it (``.1``) included.
 
     A last line that is cut short is left out. Raises ScenarioError, in one line, if there is anything else.
@@ -100,7 +100,7 @@ def read_record(path: Path) -> Record:
     source = one_line(str(path), MAX_PATH)
     older = path.with_name(path.name + ".1")
     head: Head | None = None
-    calls: dict[int, Call] = {}
+    calls: dict[int, RecordedCall] = {}
     sessions = 0
     for file in (older, path) if older.exists() else (path,):
         shown = one_line(str(file), MAX_PATH)
@@ -113,7 +113,7 @@ def read_record(path: Path) -> Record:
                 continue
             if head is None:
                 raise ScenarioError(f"{place}: is no record of nsa-oracle: its first line must name nsa_oracle_record")
-            call = _parsed(Call, line, place)
+            call = _parsed(RecordedCall, line, place)
             calls.setdefault(call.n, call)  # captures are repeated in a new file
             if len(calls) > MAX_RECORDED_CALLS:
                 raise ScenarioError(f"{place}: has more than {MAX_RECORDED_CALLS:,} calls; split the record")
@@ -122,7 +122,7 @@ def read_record(path: Path) -> Record:
     notes = [] if sessions < 2 else [f"{source} has {sessions} sessions; the last one is imported"]
     if dropped := sum(call.dropped for call in calls.values()):
         notes.append(f"{counted(dropped, 'call')} could not be recorded in time")
-    return Record(source, head, tuple(calls[n] for n in sorted(calls)), tuple(notes))
+    return ServerRecord(source, head, tuple(calls[n] for n in sorted(calls)), tuple(notes))
 
 
 def _lines(path: Path, shown: str) -> Iterator[tuple[str, bytes]]:

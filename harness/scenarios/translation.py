@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
 from nsa_oracle.harness.scenarios.complaints import complaint
-from nsa_oracle.harness.scenarios.recorded import Call, Record
-from nsa_oracle.harness.scenarios.recorded_batches import ACTS, Asked, Held, Requests, Unfit
+from nsa_oracle.harness.scenarios.recorded import RecordedCall, ServerRecord
+from nsa_oracle.harness.scenarios.recorded_batches import ACTS, Asked, Held, NotACase, Requests
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -52,7 +52,7 @@ class Import:
     skip: bool = False
 
 
-def imported(record: Record, how: Import) -> tuple[list[Scenario], list[str]]:
+def imported(record: ServerRecord, how: Import) -> tuple[list[Scenario], list[str]]:
     """The cases of ``record``, in order, and notes for the reader, in a line each.
 
     Raises ScenarioError, in one line, if there is no call to import, a call that no event makes, or a case of more
@@ -67,7 +67,7 @@ def imported(record: Record, how: Import) -> tuple[list[Scenario], list[str]]:
     for call in calls:
         try:
             asked.append(requests.asked(len(asked), call))
-        except Unfit as unfit:
+        except NotACase as unfit:
             if not how.skip:
                 raise ScenarioError(f"{record.source}: {call.name} cannot be a case's: {unfit}") from None
             notes[f"left out: {call.name}: {unfit}"] = None
@@ -90,7 +90,7 @@ def imported(record: Record, how: Import) -> tuple[list[Scenario], list[str]]:
     return cases, list(notes)
 
 
-def _setup(record: Record, calls: Sequence[Call], how: Import) -> Setup:
+def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> Setup:
     """The setup that the record tells of. Raises ScenarioError if sizes are missing or impossible."""
     head = record.head
     known = {_RENAMED.get(name, name): value for name, value in head.config.items()}
@@ -121,7 +121,7 @@ def _setup(record: Record, calls: Sequence[Call], how: Import) -> Setup:
 
 
 def _case(
-    record: Record, setup: Setup, how: Import, captures: Sequence[Asked], calls: Sequence[Asked]
+    record: ServerRecord, setup: Setup, how: Import, captures: Sequence[Asked], calls: Sequence[Asked]
 ) -> tuple[Scenario, list[str]]:
     notes = []
     rows = {request.row for one in calls for request in one.requests}
@@ -147,7 +147,7 @@ def _case(
         for one in sorted([*captures, *calls], key=lambda one: one.number):
             try:
                 playing.add(one)
-            except Unfit as unfit:
+            except NotACase as unfit:
                 raise ScenarioError(f"{record.source}: {one.call.name} cannot be a case's: {unfit}") from None
         case = Scenario.model_validate({**empty, "events": tuple(playing.all_events())})
     except ValidationError as error:
@@ -159,7 +159,7 @@ def _case(
     return case, notes
 
 
-def _page_numbers(record: Record, setup: Setup, calls: Sequence[Asked]) -> dict[int, int]:
+def _page_numbers(record: ServerRecord, setup: Setup, calls: Sequence[Asked]) -> dict[int, int]:
     """The number in the case of each page: its own if the case has so many, else in the same order."""
     pages = sorted({page for one in calls for request in one.requests for page in request.pages})
     most = setup.pool_size * setup.pages_per_request
@@ -192,7 +192,7 @@ class _Playing:
         yield from self.events
 
     def add(self, asked: Asked) -> None:
-        """Add the events of one call. Raises Unfit if the world does not send its batch."""
+        """Add the events of one call. Raises NotACase if the world does not send its batch."""
         if asked.call.act == "capture":
             assert asked.bucket is not None
             self._capture(asked.mode, asked.bucket)
@@ -211,7 +211,7 @@ class _Playing:
         sent = self._apply(event)
         assert sent is not None
         if _numbers(sent, asked) != _numbers(batch, asked):
-            raise Unfit("the world would send other numbers")
+            raise NotACase("the world would send other numbers")
         self._merge()
 
     def _apply(self, event: Event) -> Batch | None:
@@ -297,7 +297,7 @@ class _Playing:
         if batch.pool_rows:
             return {"pool_rows": batch.pool_rows}
         if not (free := self.world.free_rows):
-            raise Unfit("it has no request while every row of the pool has one")
+            raise NotACase("it has no request while every row of the pool has one")
         return {"pool_rows": (min(free),)}
 
     def _mirror(self, batch: Batch) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, c
 from tests.support.project import PROJECT
 from tests.support.recordings import Spy, batch, lines, recorded_run
 
-LOGGER = "nsa_oracle.record"
+LOGGER = "nsa_oracle.harness.recorder"
 POOL = torch.arange(48, dtype=torch.int32).view(3, 16)
 CONFIG = BackendConfig(4, 16, 8, 1, 2)
 ALL_ACTS = case(
