@@ -2,8 +2,8 @@
 
 ``judge`` runs one ``Scenario`` against a backend and a layer. At the first disagreement with the reference it raises
 ``OracleFailure``, which has a ``Finding``. ``MultiStepBackend``, ``SingleStepBackend``, ``PreparesInGraph`` and
-``SparseAttention`` define what a backend and a layer must provide. ``judged`` makes a pytest test of one. Importing
-this package loads neither Triton nor pytest nor Hypothesis.
+``SparseAttention`` define what a backend and a layer must provide. ``judged`` makes a pytest test of one. ``record``
+writes down what a server gives to a backend. Importing this package loads neither Triton nor pytest nor Hypothesis.
 """
 
 from nsa_oracle.harness.decorator import judged
@@ -19,6 +19,7 @@ from nsa_oracle.harness.protocol import (
     SparseAttention,
     Strictness,
 )
+from nsa_oracle.harness.recorder.wrapper import record
 from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.limits import Sizes
 from nsa_oracle.harness.scenarios.scenario import Scenario
@@ -42,4 +43,5 @@ __all__ = [
     "judge",
     "judged",
     "load",
+    "record",
 ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from nsa_oracle.harness.commands import bugs, cases, mutants, replaying, surveys, upstream  # each adds commands
+from nsa_oracle.harness.commands import bugs, cases, importing, mutants, replaying, surveys, upstream  # each adds some
 from nsa_oracle.harness.commands.app import app
 
-__all__ = ["app", "bugs", "cases", "main", "mutants", "replaying", "surveys", "upstream"]
+__all__ = ["app", "bugs", "cases", "importing", "main", "mutants", "replaying", "surveys", "upstream"]
 
 
 def main() -> None:

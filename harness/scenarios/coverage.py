@@ -25,6 +25,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Reuse,
     Scenario,
+    SetLengths,
     Setup,
 )
 from nsa_oracle.harness.scenarios.switches import Switches
@@ -164,7 +165,7 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 source = world.running[event.prefix_of % len(world.running)]
                 if target is not source and target.pages[0] == source.pages[0]:
                     yield "prefix re-mapped"
-            case Accept() if world.running:
+            case Accept() | SetLengths() if world.running:
                 yield from _accept_classes([r.accept_length for r in world.running], setup.num_draft_tokens)
             case Replay() | Eager():
                 assert batch is not None

@@ -212,6 +212,9 @@ def _has_a_graph(mode: ForwardMode) -> ForwardMode:
 
 
 GraphMode = Annotated[ForwardMode, AfterValidator(_has_a_graph)]
+PoolRow = Annotated[int, Field(ge=0, lt=MAX_BATCH)]
+PoolRows = Annotated[tuple[PoolRow, ...], FailFast()]
+MirrorLens = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], FailFast()]
 
 
 class Capture(_Record):
@@ -228,6 +231,10 @@ class Join(_Record):
     With ``prefix_of`` it shares up to its first ``prefix_pages`` pages with that running request (an index modulo the
     number of running requests). ``count`` such requests join, each one token longer than the previous one; a length
     over the limit wraps to 1. Requests that find the pool full do not join.
+
+    Records of servers name places. pool_row: the row of the first request; the next ones follow it, and one whose row
+    is taken does not join. pages: the pages that each takes, in order and whoever else holds them, now and as it grows;
+    free ones follow. Without a layer only: others may write to them.
     """
 
     event: Literal["join"] = "join"
@@ -235,6 +242,8 @@ class Join(_Record):
     count: int = Field(default=1, ge=1, le=MAX_BATCH)
     prefix_of: int | None = Field(default=None, ge=0)
     prefix_pages: int = Field(default=1, ge=1)
+    pool_row: PoolRow | None = None
+    pages: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = ()
 
 
 class Finish(_Record):
@@ -255,6 +264,26 @@ class Accept(_Record):
     accept_lengths: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...], FailFast()] = Field(min_length=1)
 
 
+class SetLengths(_Record):
+    """The requests on ``pool_rows`` have ``seq_lens`` tokens now, and ``accept_lengths`` of them were accepted last.
+
+    For what no Accept says: records of servers, prefill in chunks, growth of some requests alone. A request never
+    shrinks, and rows without a running request are left out.
+    """
+
+    event: Literal["set"] = "set"
+    pool_rows: PoolRows = Field(min_length=1)
+    seq_lens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()]
+    accept_lengths: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...], FailFast()]
+
+    @model_validator(mode="after")
+    def _says_all_of_each(self) -> SetLengths:
+        for name in ("seq_lens", "accept_lengths"):
+            if len(getattr(self, name)) != len(self.pool_rows):
+                raise FieldError(name, f"must have as many numbers as pool_rows: {len(self.pool_rows):,}")
+        return self
+
+
 class Remap(_Record):
     """The first ``prefix_pages`` pages of running request ``request`` are replaced by those of ``prefix_of``."""
 
@@ -269,6 +298,10 @@ class Replay(_Record):
 
     bucket: the captured graph to use; if it is None, not captured or too small, the smallest that holds the batch. If
     no graph holds it, the engine calls the backend eagerly, as a server does.
+
+    pool_rows: rows of the requests that take part, in order; those without a running request are left out. Empty: all
+    requests. seq_lens_cpu: the numbers of a stale mirror, or of one ahead, for the requests of the batch; they repeat
+    for more. Empty: those that follow from the events.
     """
 
     event: Literal["replay"] = "replay"
@@ -277,13 +310,15 @@ class Replay(_Record):
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
     times: int = Field(default=1, ge=1, le=16)
+    pool_rows: PoolRows = ()
+    seq_lens_cpu: MirrorLens = ()
 
 
 class Eager(_Record):
     """The running requests go through ``mode`` without a graph.
 
     extend_lens: in EXTEND, ``extend_lens[i]`` of request i's tokens are new, the others a cached prefix; the tuple
-    repeats for more requests.
+    repeats for more requests. pool_rows, seq_lens_cpu: as in a replay.
     """
 
     event: Literal["eager"] = "eager"
@@ -291,6 +326,8 @@ class Eager(_Record):
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
     extend_lens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = (1,)
+    pool_rows: PoolRows = ()
+    seq_lens_cpu: MirrorLens = ()
 
     @model_validator(mode="after")
     def _extends_something(self) -> Eager:
@@ -299,7 +336,7 @@ class Eager(_Record):
         return self
 
 
-Event = Annotated[Capture | Join | Finish | Accept | Remap | Replay | Eager, Field(discriminator="event")]
+Event = Annotated[Capture | Join | Finish | Accept | SetLengths | Remap | Replay | Eager, Field(discriminator="event")]
 
 
 def _an_int(version: object) -> object:
@@ -338,6 +375,7 @@ class Scenario(_Record):
                 raise FieldError(
                     f"events[{number}].seq_len", f"{length} leaves no room to draft; at most {longest} fit"
                 )
+            self._check_places(number, event)
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
         per_request = setup.num_draft_tokens * setup.num_steps
         largest = max(buckets, default=setup.pool_size)
@@ -356,6 +394,21 @@ class Scenario(_Record):
                 raise FieldError(place, f"the case would have {count:,} {what}; at most {most:,}: make it smaller")
         return self
 
+    def _check_places(self, number: int, event: Event) -> None:
+        """Raises FieldError if ``event`` names a row, a length or a page that the pool does not have."""
+        setup, most = self.setup, self.setup.pages_per_request
+        last = setup.pool_size * most
+        if isinstance(event, SetLengths) and max(event.seq_lens) > setup.max_context_len:
+            raise FieldError(f"events[{number}].seq_lens", f"must be at most {setup.max_context_len}")
+        if not isinstance(event, Join):
+            return
+        if event.pool_row is not None and event.pool_row >= setup.pool_size:
+            raise FieldError(f"events[{number}].pool_row", f"must be below {setup.pool_size}, not {event.pool_row}")
+        fit = len(set(event.pages)) == len(event.pages) <= most and max(event.pages, default=0) <= last
+        if event.pages and (setup.layer is not None or not fit):
+            reason = f"must be at most {most:,} different pages of 1..{last:,}, in a case without a layer"
+            raise FieldError(f"events[{number}].pages", reason)
+
     def _host_work(self) -> int:
         """An upper bound of the cells of the pool that events map on the host. A page costs as much as 32 cells."""
         rows = 0
@@ -365,6 +418,8 @@ class Scenario(_Record):
                     rows += self.setup.pool_size
                 case Join() | Finish():
                     rows += min(event.count, self.setup.pool_size)
+                case SetLengths():
+                    rows += len(event.pool_rows)
                 case Remap():
                     rows += 1
         return rows * (self.setup.max_context_len + 32 * self.setup.pages_per_request)

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from nsa_oracle.harness.scenarios.scenario import (
     Capture,
+    Eager,
+    Event,
     Finish,
     Inputs,
     Join,
@@ -20,6 +22,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Order,
     Replay,
     Scenario,
+    SetLengths,
     Setup,
 )
 
@@ -40,6 +43,7 @@ SIMPLEST_LAYER: dict[str, Any] = {
     "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }
 MOST_TRIALS = 400
+MANY_EVENTS = 64  # more than cases are drawn with
 
 
 def simplify(scenario: Scenario, still_fails: Callable[[Scenario], bool], most_trials: int = MOST_TRIALS) -> Scenario:
@@ -75,6 +79,7 @@ def _changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario | None:
 def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
     yield from _simpler_layers(scenario.setup)  # first, since it makes all later trials cheaper
     events = scenario.events
+    yield from _shorter(events)
     for number in reversed(range(len(events))):
         yield {"events": events[:number] + events[number + 1 :]}
     for number, event in enumerate(events):
@@ -88,6 +93,15 @@ def _changes(scenario: Scenario) -> Iterator[dict[str, Any]]:
         inputs = scenario.setup.inputs.model_copy(update={name: field.default})
         yield {"setup": scenario.setup.model_copy(update={"inputs": inputs})}
     yield {"seed": 0}
+
+
+def _shorter(events: tuple[Event, ...]) -> Iterator[dict[str, Any]]:
+    """The events without a stretch of them: first halves, then smaller ones. Only for records of servers."""
+    size = len(events) // 2 if len(events) > MANY_EVENTS else 0
+    while size > 1:
+        for start in reversed(range(0, len(events), size)):
+            yield {"events": events[:start] + events[start + size :]}
+        size //= 2
 
 
 def _simpler_layers(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -117,12 +131,27 @@ def _simpler_events(event: object) -> Iterator[object]:
             yield event.model_copy(update={"buckets": tuple(other for other in event.buckets if other != bucket)})
     if isinstance(event, Join):
         yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"prefix_of": None})
+        yield from _with(event, {"pages": ()}, {"pool_row": None})
     if isinstance(event, Finish):
         yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"request": 0})
+    if isinstance(event, SetLengths):
+        yield from _fewer_set(event)
     if isinstance(event, Replay):
         yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
+    if isinstance(event, Replay | Eager):
+        yield from _with(event, {"pool_rows": ()}, {"mirror": Mirror.EQUAL, "seq_lens_cpu": ()}, {"seq_lens_cpu": ()})
 
 
 def _with(event: BaseModel, *changes: dict[str, Any]) -> Iterator[object]:
     for change in changes:
         yield event.model_copy(update=change)
+
+
+def _fewer_set(event: SetLengths) -> Iterator[SetLengths]:
+    """The event without each of its requests."""
+    for left_out in range(len(event.pool_rows) if len(event.pool_rows) > 1 else 0):
+        numbers = {
+            name: tuple(number for place, number in enumerate(getattr(event, name)) if place != left_out)
+            for name in ("pool_rows", "seq_lens", "accept_lengths")
+        }
+        yield event.model_copy(update=numbers)

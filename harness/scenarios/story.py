@@ -19,6 +19,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Reuse,
     Scenario,
+    SetLengths,
     Setup,
 )
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
@@ -97,6 +98,10 @@ def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[Fo
             return f"Capture {event.mode.value} graphs, buckets {_listed(event.buckets)}."
         case Join():
             prefix = "" if event.prefix_of is None else f", sharing up to {_count(event.prefix_pages, 'prefix page')}"
+            if event.pool_row is not None:
+                prefix += f", on pool row {event.pool_row}"
+            if event.pages:
+                prefix += f", on pages {_listed(event.pages)}"
             if event.count > 1:
                 return (
                     f"{event.count} requests of {event.seq_len}, {event.seq_len + 1}, ... tokens join{prefix}; "
@@ -112,6 +117,11 @@ def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[Fo
             lengths = [request.seq_len for request in world.running]
             accepted = [request.accept_length for request in world.running]
             return f"Verification accepts {_listed(accepted)} tokens; lengths are now {_listed(lengths)}."
+        case SetLengths():
+            return (
+                f"Requests on pool rows {_listed(event.pool_rows)} have {_listed(event.seq_lens)} tokens now, "
+                f"accepted {_listed(event.accept_lengths)}."
+            )
         case Remap():
             return f"Request {event.request} gets its first pages re-mapped to those of request {event.prefix_of}."
         case Replay():

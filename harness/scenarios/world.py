@@ -29,6 +29,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Reuse,
     Scenario,
+    SetLengths,
     Setup,
 )
 from nsa_oracle.reference.types import ForwardMode
@@ -52,13 +53,17 @@ class Padding:
 
 @dataclass
 class Request:
-    """One running request. ``pages`` may be shared with other requests in a common prefix."""
+    """One running request. ``pages`` may be shared with other requests in a common prefix.
+
+    named_pages: those that the record names, of which ``pages`` has as many as the length needs.
+    """
 
     pool_row: int
     seq_len: int
     pages: array[int]
     accept_length: int = 1
     previous_seq_len: int = 0  # before the last accept; a stale host mirror still has it
+    named_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class World:
         self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: its last row is used next
         if setup.inputs.far_req_to_token:  # only its last rows lie far, and few scenarios would use them otherwise
             self.free_rows.reverse()
-        self.free_pages = self._pages_in_order(setup)  # a stack as well
+        self.free_pages = _pages_in_order(setup, self.scenario.seed)  # a stack as well
         self._owners: NDArray[np.int32] = np.zeros(setup.num_pages, dtype=np.int32)  # requests that hold each page
         self._random = Stream(self.scenario.seed, "world")
         self._reuse_order = Stream(self.scenario.seed, "reuse")
@@ -144,28 +149,37 @@ class World:
         match event:
             case Join():
                 for number in range(min(event.count, len(self.free_rows))):
-                    self._join(event, (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1)
+                    self._join(event, number)
             case Finish():
                 for _ in range(min(event.count, len(self.running))):
                     self._finish(self.running[event.request % len(self.running)])
             case Accept():
                 self._accept(event)
+            case SetLengths():
+                self._set(event)
             case Remap():
                 self._remap(event)
             case Replay():
-                return self._batch(event.mode, event.mirror, event.order)
+                return self._batch(event, ())
             case Eager():
-                return self._batch(event.mode, event.mirror, event.order, event.extend_lens)
+                return self._batch(event, event.extend_lens)
             case Capture():
                 pass
         return None
 
-    def _join(self, event: Join, seq_len: int) -> None:
+    def _join(self, event: Join, number: int) -> None:
+        seq_len = (event.seq_len - 1 + number) % self.scenario.setup.max_seq_len + 1
+        if event.pool_row is not None:
+            row = event.pool_row + number
+            if row not in self.free_rows:
+                return
+            self.free_rows.remove(row)
+            self.free_rows.append(row)
         shared: array[int] = array("i")
         if event.prefix_of is not None and self.running:
             source = self.running[event.prefix_of % len(self.running)]
-            shared = self._full_pages(source, seq_len, event.prefix_pages)
-        request = Request(self.free_rows.pop(), seq_len, shared, previous_seq_len=seq_len)
+            shared = _full_pages(source, seq_len, event.prefix_pages, self.scenario.setup)
+        request = Request(self.free_rows.pop(), seq_len, shared, previous_seq_len=seq_len, named_pages=event.pages)
         self._owners[_numbers(shared)] += 1
         self.running.append(request)
         self._map(request)
@@ -188,12 +202,22 @@ class World:
             request.seq_len += accepted
             self._map(request)
 
+    def _set(self, event: SetLengths) -> None:
+        on_row = {request.pool_row: request for request in self.running}
+        for row, seq_len, accepted in zip(event.pool_rows, event.seq_lens, event.accept_lengths, strict=True):
+            if (request := on_row.get(row)) is None:
+                continue
+            request.accept_length = min(accepted, self.scenario.setup.num_draft_tokens)
+            if seq_len > request.seq_len:
+                request.previous_seq_len, request.seq_len = request.seq_len, seq_len
+                self._map(request)
+
     def _remap(self, event: Remap) -> None:
         if not self.running:
             return
         request = self.running[event.request % len(self.running)]
         source = self.running[event.prefix_of % len(self.running)]
-        shared = self._full_pages(source, request.seq_len, event.prefix_pages)
+        shared = _full_pages(source, request.seq_len, event.prefix_pages, self.scenario.setup)
         replaced, behind = request.pages, request.pages[len(shared) :]
         # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
         for place in np.flatnonzero(self._owners[_numbers(behind)] > 1):
@@ -203,33 +227,42 @@ class World:
         self._release(replaced)
         self._map(request)
 
-    def _batch(self, mode: ForwardMode, mirror: Mirror, order: Order, extend_lens: tuple[int, ...] = ()) -> Batch:
+    def _batch(self, event: Replay | Eager, extend_lens: tuple[int, ...]) -> Batch:
+        mode, taking_part = event.mode, self.running
+        if event.pool_rows:
+            on_row = {request.pool_row: request for request in self.running}
+            taking_part = [on_row[row] for row in dict.fromkeys(event.pool_rows) if row in on_row]
         drafts = mode.is_decode_or_idle or mode is ForwardMode.TARGET_VERIFY
         if drafts:  # a server first finishes the requests that have no room for another draft
-            for request in [r for r in self.running if r.seq_len > self.scenario.setup.max_seq_len]:
+            for request in [r for r in taking_part if r.seq_len > self.scenario.setup.max_seq_len]:
                 self._finish(request)
-        requests = [] if mode is ForwardMode.IDLE else self._in_order(order)
+                if event.pool_rows:
+                    taking_part.remove(request)
+        requests = [] if mode is ForwardMode.IDLE else self._in_order(taking_part, event.order)
         extends = mode is ForwardMode.EXTEND
         return Batch(
             ForwardMode.IDLE if mode is ForwardMode.DECODE and not requests else mode,
             tuple(r.pool_row for r in requests),
             tuple(r.seq_len for r in requests),
-            self._mirror(mirror, requests),
+            self._mirror(event, requests),
             tuple(r.accept_length for r in requests),
             tuple(min(extend_lens[i % len(extend_lens)], r.seq_len) for i, r in enumerate(requests)) if extends else (),
         )
 
-    def _in_order(self, order: Order) -> list[Request]:
+    def _in_order(self, requests: list[Request], order: Order) -> list[Request]:
         match order:
             case Order.JOINED:
-                return list(self.running)
+                return list(requests)
             case Order.REVERSED:
-                return self.running[::-1]
+                return requests[::-1]
             case Order.SHUFFLED:
-                return [self.running[i] for i in self._random.permutation(len(self.running))]
+                return [requests[i] for i in self._random.permutation(len(requests))]
 
-    def _mirror(self, mirror: Mirror, requests: list[Request]) -> tuple[int, ...] | None:
-        match mirror:
+    def _mirror(self, event: Replay | Eager, requests: list[Request]) -> tuple[int, ...] | None:
+        numbers = event.seq_lens_cpu
+        if numbers and event.mirror in (Mirror.STALE, Mirror.AHEAD):
+            return tuple(numbers[i % len(numbers)] for i in range(len(requests)))
+        match event.mirror:
             case Mirror.EQUAL:
                 return tuple(r.seq_len for r in requests)
             case Mirror.ABSENT:
@@ -237,7 +270,7 @@ class World:
             case Mirror.STALE:
                 return tuple(self._stale(r) for r in requests)
             case Mirror.AHEAD:
-                return tuple(self._ahead(r) for r in requests)
+                return tuple(_ahead(r, self.scenario.setup) for r in requests)
 
     def _stale(self, request: Request) -> int:
         """A stale length: the one before the last accept, or any wrong length if that one is right."""
@@ -246,18 +279,18 @@ class World:
         wrong = self._random.integers(1, self.scenario.setup.max_seq_len)[0]
         return wrong if wrong < request.seq_len else wrong + 1
 
-    def _ahead(self, request: Request) -> int:
-        """The length if every draft token had been accepted; at the context's end, one token less than the length."""
-        setup = self.scenario.setup
-        rejected = setup.num_draft_tokens - request.accept_length
-        ahead = request.seq_len + (rejected if rejected > 0 else setup.num_draft_tokens)
-        return ahead if ahead <= setup.max_context_len else max(1, request.seq_len - 1)
-
     def _map(self, request: Request) -> None:
         """Give the request pages for its tokens and the draft's overshoot, and write their slots to its pool row."""
         setup = self.scenario.setup
         covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
         missing = -(-covered // setup.page_size) - len(request.pages)
+        named = request.named_pages[len(request.pages) :][: max(0, missing)]
+        if named:
+            free = _numbers(self.free_pages)
+            self.free_pages = array("i", free[~np.isin(free, named)].tobytes())
+            request.pages.extend(named)
+            self._owners[list(named)] += 1
+            missing -= len(named)
         if missing > 0:
             taken = self.free_pages[-missing:][::-1]
             del self.free_pages[-missing:]
@@ -268,14 +301,6 @@ class World:
         row = self.req_to_token[request.pool_row]
         row[:covered] = slots.reshape(-1)[:covered]
         row[covered:] = self.poison
-
-    def _full_pages(self, source: Request, seq_len: int, count: int) -> array[int]:
-        """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
-
-        A page that is still being written is never shared: two requests would write different tokens to it.
-        """
-        filled = min(source.seq_len, seq_len) // self.scenario.setup.page_size
-        return source.pages[: min(count, filled)]
 
     def _release(self, pages: array[int]) -> None:
         """Take one owner from each of ``pages``. Those without another are free at once, as ``Reuse`` says."""
@@ -295,20 +320,36 @@ class World:
     def _shuffled(self, numbers: Sequence[int]) -> list[int]:
         return [numbers[i] for i in self._reuse_order.permutation(len(numbers))]
 
-    def _pages_in_order(self, setup: Setup) -> array[int]:
-        """All pages except the dummy page 0, as a stack: the last one is used first."""
-        count = setup.pool_size * setup.pages_per_request
-        pages = np.arange(1, count + 1, dtype=np.int32)
-        match setup.page_layout:
-            case PageLayout.CONTIGUOUS:
-                ordered = pages
-            case PageLayout.DESCENDING:
-                ordered = pages[::-1]
-            case PageLayout.INTERLEAVED:
-                ordered = np.concatenate([pages[start::3] for start in range(3)])
-            case PageLayout.SHUFFLED:
-                ordered = pages[Stream(self.scenario.seed, "pages").order(count)]
-        return array("i", ordered[::-1].tobytes())
+
+def _ahead(request: Request, setup: Setup) -> int:
+    """The length if every draft token had been accepted; at the context's end, one token less than the length."""
+    rejected = setup.num_draft_tokens - request.accept_length
+    ahead = request.seq_len + (rejected if rejected > 0 else setup.num_draft_tokens)
+    return ahead if ahead <= setup.max_context_len else max(1, request.seq_len - 1)
+
+
+def _full_pages(source: Request, seq_len: int, count: int, setup: Setup) -> array[int]:
+    """Up to ``count`` leading pages that are full in both ``source`` and a request of ``seq_len`` tokens.
+
+    A page that is still being written is never shared: two requests would write different tokens to it.
+    """
+    return source.pages[: min(count, min(source.seq_len, seq_len) // setup.page_size)]
+
+
+def _pages_in_order(setup: Setup, seed: int) -> array[int]:
+    """All pages except the dummy page 0, as a stack: the last one is used first."""
+    count = setup.pool_size * setup.pages_per_request
+    pages = np.arange(1, count + 1, dtype=np.int32)
+    match setup.page_layout:
+        case PageLayout.CONTIGUOUS:
+            ordered = pages
+        case PageLayout.DESCENDING:
+            ordered = pages[::-1]
+        case PageLayout.INTERLEAVED:
+            ordered = np.concatenate([pages[start::3] for start in range(3)])
+        case PageLayout.SHUFFLED:
+            ordered = pages[Stream(seed, "pages").order(count)]
+    return array("i", ordered[::-1].tobytes())
 
 
 def _numbers(pages: array[int]) -> NDArray[np.int32]:
