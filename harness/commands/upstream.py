@@ -16,7 +16,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.search.backend_survey import BUILDS, BackendFound, Property
 from nsa_oracle.harness.search.upstream import (
-    Record,
+    VersionRecord,
     changes,
     load_record,
     record_file,
@@ -104,7 +104,7 @@ def _check_layout(found: BackendFound, refused: str) -> None:
             raise BackendError(name)
 
 
-def _compare(old: Record | None, file: Path, new: Record, done: SurveyedBackend) -> bool:
+def _compare(old: VersionRecord | None, file: Path, new: VersionRecord, done: SurveyedBackend) -> bool:
     """Print what changed. Returns whether anything broke that is not on record."""
     found = changes(old, new)
     if old is None:

@@ -31,7 +31,7 @@ class RecordedRow(BaseModel):
         return Property(self.call, self.mode, self.name)
 
 
-class Record(BaseModel):
+class VersionRecord(BaseModel):
     """The verdict on one version. adapter: the known version whose adapter judged it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -61,7 +61,7 @@ class Changes:
     newly_checked: list[Property]
 
 
-def record_of(found: BackendFound, version: str, adapter: str, cases: int, seed: int) -> Record:
+def record_of(found: BackendFound, version: str, adapter: str, cases: int, seed: int) -> VersionRecord:
     """The verdict of a survey. A broken property names the case that ``save_record`` writes."""
     rows = []
     for key, row in sorted(found.rows.items()):
@@ -75,10 +75,10 @@ def record_of(found: BackendFound, version: str, adapter: str, cases: int, seed:
                 case=case if row.broken else None,
             )
         )
-    return Record(version=version, adapter=adapter, cases=cases, seed=seed, rows=rows)
+    return VersionRecord(version=version, adapter=adapter, cases=cases, seed=seed, rows=rows)
 
 
-def changes(old: Record | None, new: Record) -> Changes:
+def changes(old: VersionRecord | None, new: VersionRecord) -> Changes:
     """What changed from ``old`` to ``new``; without ``old`` every break is new. A break that was not checked is new."""
     before, broken = (set(), set()) if old is None else (old.checked, old.broken)
     return Changes(
@@ -94,10 +94,10 @@ def record_file(folder: Path, version: str) -> Path:
     return folder / f"sglang-{version}.json"
 
 
-def load_record(file: Path) -> Record | None:
+def load_record(file: Path) -> VersionRecord | None:
     """The verdict in ``file``, or None if there is none. Raises ScenarioError, in one line, if it is malformed."""
     try:
-        return Record.model_validate_json(file.read_text(encoding="utf-8"))
+        return VersionRecord.model_validate_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -110,7 +110,7 @@ def load_record(file: Path) -> Record | None:
         raise ScenarioError(f"{file}: cannot be read: {one_line(str(error))}") from None
 
 
-def save_record(record: Record, found: BackendFound, folder: Path) -> Path:
+def save_record(record: VersionRecord, found: BackendFound, folder: Path) -> Path:
     """Write ``record`` and the case of each broken property to ``folder``. Returns the record's file.
 
     A case that is there already stays: what is published under a version does not change.
