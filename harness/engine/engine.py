@@ -19,6 +19,7 @@ from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
+from nsa_oracle.harness.engine.neighbour import Neighbour
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
@@ -66,7 +67,14 @@ class Engine:
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
 
-        # 2. The backend. Each of its allocations lies between guard bands.
+        # 2. The backend. Each of its allocations lies between guard bands. A second one is built before it: of what both
+        # share, the judged one then finds what the other has left.
+        self.neighbour: Neighbour | None = None
+        if setup.neighbour_context_len:
+            switches = scenario.optimizations
+            self.neighbour = Neighbour(
+                factory, self.declarations, setup, switches, capacity, max_bs, sentinel, device
+            )
         self.guards = GuardWatch()
         with GuardedAllocations(sentinel, device) as guard:
             self.instances = Instances(
@@ -100,18 +108,18 @@ class Engine:
                 captured = [bs for mode, bs in self.graphs if mode is event.mode]
                 bucket = choose_bucket(event.bucket, batch.size, captured)
                 for _ in range(event.times):
-                    yield from self._call(batch, bucket)
+                    yield from self._call(batch, bucket, event.preparations)
             case Eager():
                 assert batch is not None
-                yield from self._call(batch, None)
+                yield from self._call(batch, None, event.preparations)
 
-    def _call(self, batch: Batch, bucket: int | None) -> Iterator[Observation | LayerObservation]:
+    def _call(self, batch: Batch, bucket: int | None, preparations: int) -> Iterator[Observation | LayerObservation]:
         """Make one replay or eager call, with new keys for the layer."""
         load = None if self.layer is None else self.layer.load(batch)
         if bucket is None:
-            yield from self.call_eagerly(batch, load)
+            yield from self.call_eagerly(batch, load, preparations=preparations)
         else:
-            yield from self.replay(bucket, batch, load)
+            yield from self.replay(bucket, batch, load, preparations)
             yield from self._replay_again(bucket, batch, load)
             if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
                 padded = self._padded(batch, bucket)
@@ -128,7 +136,9 @@ class Engine:
         bound.graph.replay()
         yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, bound.shown_steps(), again=True)
 
-    def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
+    def replay(
+        self, bs: int, batch: Batch, load: LayerLoad | None, preparations: int = 1
+    ) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``. Raises CaptureError if it uses released memory."""
         sentinel, spoilt = self.conditions.sentinel, self.conditions.spoilt
         bound = self.graphs[graph_mode(batch.mode), bs]
@@ -144,7 +154,9 @@ class Engine:
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
-                serving.driver.prepare_replay(forward_batch)
+                for _ in range(preparations):
+                    serving.driver.prepare_replay(forward_batch)
+            self._prepare_neighbour(padded, in_graph=True)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
         shown, stress = serving.shown_metadata(Act.REPLAY), self.conditions.stress
@@ -159,14 +171,20 @@ class Engine:
             yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, steps, modified)
 
     def call_eagerly(
-        self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
+        self,
+        batch: Batch,
+        load: LayerLoad | None,
+        feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN),
+        preparations: int = 1,
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
         own = self.declarations.own_names
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-                serving.driver.prepare_eagerly(forward_batch)
+                for _ in range(preparations):
+                    serving.driver.prepare_eagerly(forward_batch)
+            self._prepare_neighbour(batch, in_graph=False)
             metadata = serving.shown_metadata(Act.EAGER)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
@@ -193,6 +211,8 @@ class Engine:
             batch = self._padded(Batch(mode, (), (), (), ()), bs)
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(mode)
         self._delivery.deliver()
+        if self.neighbour is not None:
+            self.neighbour.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             serving.driver.bind(forward_batch)
         metadata = tuple(serving.shown_metadata(Act.CAPTURE))
@@ -217,6 +237,11 @@ class Engine:
             raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
         steps = () if layer is None else layer.steps
         self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps, own)
+
+    def _prepare_neighbour(self, batch: Batch, in_graph: bool) -> None:
+        """Let the second backend, if there is one, prepare a batch. Not under stress, which is for one backend."""
+        if self.neighbour is not None and not (self.conditions.stress and self.device.type == "cuda"):
+            self.neighbour.prepare(batch, in_graph)
 
     def place(self, req_to_token: NDArray[np.int32]) -> None:
         """Use the page mapping ``req_to_token`` of another engine's requests."""

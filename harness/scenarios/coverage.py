@@ -49,13 +49,15 @@ ROWS_OF_STEPS = (
     *(f"replay {mode.value}, N > 1" for mode in GRAPH_MODES),
     *(f"eager {mode.value}, N > 1" for mode in ForwardMode if mode is not ForwardMode.IDLE),
 )
+CYCLES = ("drafts behind a verification", "prefill between replays")
+COMPANY = ("second backend", "prepared twice")
 SEGMENTS = (
     *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
     *("N >= 4 steps cross a paged-MQA segment", "N >= 4 steps cross a FlashMLA block"),
     "N >= 4 multi-step replay of several paged-MQA segments",
 )
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
-ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4])
+ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY)
 
 LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
@@ -85,6 +87,8 @@ METADATA_CLASSES: tuple[str, ...] = (
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
     *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
     *(f"reuse {reuse.value}" for reuse in Reuse),
+    *COMPANY,
+    *CYCLES,
 )
 
 
@@ -178,6 +182,10 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     elif (event.mode, bucket) in served:
                         yield "graph empty after requests"
                 in_graph = bucket is not None
+                if batch.size and setup.neighbour_context_len not in (0, setup.max_context_len):
+                    yield "second backend"
+                if batch.size and event.preparations > 1:
+                    yield "prepared twice"
                 yield from _batch_classes(batch, setup, event)
                 name = f"{'replay' if in_graph else 'eager'} {event.mode.value}"
                 yield name
@@ -333,10 +341,16 @@ def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]
     for (mode, size), (next_mode, next_size) in pairwise(replays):
         if mode is not next_mode:
             yield "mode change"
+            if (mode, next_mode) == (ForwardMode.TARGET_VERIFY, ForwardMode.DECODE) and size and next_size:
+                yield "drafts behind a verification"
         elif next_size < size:
             yield "small after large"
     for mode in GRAPH_MODES:
         sizes = [size for m, size in replays if m is mode]
+        in_mode = [number for number, (m, _, in_graph) in enumerate(ran) if m is mode and in_graph]
+        between = {m for a, b in pairwise(in_mode) for m, size, in_graph in ran[a + 1 : b] if size and not in_graph}
+        if ForwardMode.EXTEND in between:
+            yield "prefill between replays"
         if any(a < b > c for a, b, c in zip(sizes, sizes[1:], sizes[2:], strict=False)):
             yield "small, large, small"
     kinds = [in_graph for _, _, in_graph in ran]

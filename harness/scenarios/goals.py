@@ -20,9 +20,11 @@ from nsa_oracle.harness.scenarios.goal import (
     ANYTHING,
     LENGTH,
     MIRROR,
+    NEIGHBOUR,
     NOT_OF_THE_SETUP,
     ORDER,
     OWN,
+    PREPARATIONS,
     SITUATION,
     SWITCH,
     Goal,
@@ -128,6 +130,7 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
     yield Want("rows without a key", pins, (v2,))
+    yield from _company(prefix)
 
 
 def _segments(scale: Scale) -> Iterator[Want]:
@@ -284,6 +287,17 @@ def _of_calls(scale: Scale) -> Iterator[Want]:
         *((f"K{sign}", _around(scale, "index_topk", off)) for sign, off in (("-1", -1), ("", 0), ("+1", 1))),
     ):
         yield Want(f"length {name}", {LENGTH: (name,), **sizes})
+    yield from _company("")
+
+
+def _company(prefix: str) -> Iterator[Want]:
+    """What else happens around the calls of a case."""
+    cycle = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND)
+    if not prefix:
+        yield Want("drafts behind a verification", {SITUATION: ("serving cycle",)}, cycle[:2])
+        yield Want("prefill between replays", {SITUATION: ("serving cycle",)}, cycle)
+    yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
+    yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
 
 
 def _around(scale: Scale, name: str, off: int) -> dict[str, tuple[int, ...]]:

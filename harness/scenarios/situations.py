@@ -7,7 +7,7 @@ from functools import partial
 
 from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Order, Remap, Replay
-from nsa_oracle.harness.scenarios.script import Script
+from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
 from nsa_oracle.reference.types import ForwardMode
 
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
@@ -202,6 +202,21 @@ def _two_modes(script: Script) -> None:
     script.replay(first)
 
 
+def _serving_cycle(script: Script) -> None:
+    """Draft, verify, extend and draft again, behind each other in graphs; a prefill comes before the last draft."""
+    modes = [mode for mode in (DECODE, ForwardMode.TARGET_VERIFY, script.pick(OF_ACCEPTED)) if mode in script.graph_modes]
+    if not modes:
+        return
+    script.fill()
+    for mode in modes:
+        if mode in OF_ACCEPTED:
+            script.accept()
+        script.replay(mode)
+    if EXTEND in script.scale.limits.modes:
+        script.eager(EXTEND)
+    script.replay(modes[0])
+
+
 def _recycled(script: Script) -> None:
     script.fill()
     _call(script)
@@ -277,6 +292,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "small, large, small": _small_large_small,
     "mode change": _two_modes,
     "recycled": _recycled,
+    "serving cycle": _serving_cycle,
     "shared prefix": _shared_prefix,
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
