@@ -72,9 +72,7 @@ class Engine:
         self.neighbour: Neighbour | None = None
         if setup.neighbour_context_len:
             switches = scenario.optimizations
-            self.neighbour = Neighbour(
-                factory, self.declarations, setup, switches, capacity, max_bs, sentinel, device
-            )
+            self.neighbour = Neighbour(factory, self.declarations, setup, switches, capacity, max_bs, sentinel, device)
         self.guards = GuardWatch()
         with GuardedAllocations(sentinel, device) as guard:
             self.instances = Instances(

@@ -35,6 +35,7 @@ COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
 MQA_SEGMENT = 256  # tokens that the paged-MQA schedule deals at once
 FLASHMLA_BLOCK = 64  # tokens that the FlashMLA schedule deals at once
 MANY_STEPS = 4
+WIDE = 16_384  # tokens; top-k kernels sort what is wider in several passes
 
 PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
 AROUND_K = ("prefill beyond K", "prefill within K", "K between the lengths")
@@ -63,6 +64,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
+    "rows of more than 16,384 tokens",
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -328,6 +330,8 @@ def _units(length: int, size: int) -> Sequence[int]:
 
 
 def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
+    if setup.max_context_len > WIDE:
+        yield "rows of more than 16,384 tokens"
     if max(batch.seq_lens) > setup.index_topk:
         yield "more keys than K"
     if min(batch.seq_lens) < setup.index_topk:

@@ -131,6 +131,9 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
     yield Want("rows without a key", pins, (v2,))
     yield from _company(prefix)
+    few = {"num_steps": (1,), "num_draft_tokens": (1,), "pool_size": (1,), "num_heads": (1,), "kv_lora_rank": (64,)}
+    wide = {"max_context_len": scale.wide_context_lens, "index_topk": tuple(k for k in scale.index_topks if k < 100)}
+    yield Want("rows of more than 16,384 tokens", {SITUATION: ("wide rows",), **wide, **few, LENGTH: OWN})
 
 
 def _segments(scale: Scale) -> Iterator[Want]:

@@ -204,7 +204,9 @@ def _two_modes(script: Script) -> None:
 
 def _serving_cycle(script: Script) -> None:
     """Draft, verify, extend and draft again, behind each other in graphs; a prefill comes before the last draft."""
-    modes = [mode for mode in (DECODE, ForwardMode.TARGET_VERIFY, script.pick(OF_ACCEPTED)) if mode in script.graph_modes]
+    modes = [
+        mode for mode in (DECODE, ForwardMode.TARGET_VERIFY, script.pick(OF_ACCEPTED)) if mode in script.graph_modes
+    ]
     if not modes:
         return
     script.fill()
@@ -248,6 +250,13 @@ def _long(script: Script) -> None:
     limit = script.setup.max_seq_len
     script.join(script.pick((COPY_CHUNK + 1, limit, (COPY_CHUNK + limit) // 2)))
     _call(script)
+
+
+def _wide(script: Script) -> None:
+    """A short request in a wide table: what is wide are the rows that top-k gets by itself."""
+    topk = script.setup.index_topk
+    script.join(script.pick((topk + 1, topk, max(1, topk // 2))))
+    script.eager(script.pick([mode for mode in script.scale.limits.modes if mode is not ForwardMode.IDLE] or [DECODE]))
 
 
 def _several_segments(script: Script) -> None:
@@ -296,6 +305,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "shared prefix": _shared_prefix,
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
+    "wide rows": _wide,
 }
 HAPPENINGS = (  # those that can occur in any history
     _same_batch_on_other_pages,

@@ -93,7 +93,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
             return draw(freely)
         return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
 
-    max_context_len = pick("max_context_len")
+    max_context_len = pick("max_context_len", scale.max_context_lens)
     num_steps = pick("num_steps")
     # Every step writes every row, and the interpreter executes one store at a time, so there must be few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
