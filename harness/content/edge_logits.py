@@ -2,8 +2,8 @@
 
 There is one row each with NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than places,
 one number alone, few tokens, numbers in order, the best of them at an end, and numbers of all magnitudes. Garbage that
-top-k must not read follows each row. The contract defines the right answer: ties go to the lower position, zeros of both signs tie, NaN counts as
--inf, and no other two numbers tie.
+top-k must not read follows each row. The contract defines the right answer: ties go to the lower position, zeros of
+both signs tie, NaN counts as -inf, and no other two numbers tie.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Engine:
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
 
-        # 2. The backend. Each of its allocations lies between guard bands. A second one is built before it: of what both
-        # share, the judged one then finds what the other has left.
+        # 2. The backend. Each of its allocations lies between guard bands. A second one is built before it, so that the
+        # judged one finds what the other has left in memory that both use.
         self.neighbour: Neighbour | None = None
         if setup.neighbour_context_len:
             switches = scenario.optimizations

@@ -48,7 +48,7 @@ class Neighbour:
         self._instances.serving(batch.mode).driver.bind(self._inputs.load(self._other(batch)))
 
     def prepare(self, batch: Batch, in_graph: bool) -> None:
-        """Prepare a batch of the mode and the size of ``batch``, for a replay or eagerly, with other lengths and rows."""
+        """Prepare a batch of the mode and size of ``batch``, for a replay or eagerly, with other lengths and rows."""
         driver = self._instances.serving(batch.mode).driver
         given = self._inputs.load(self._other(batch))
         if in_graph:

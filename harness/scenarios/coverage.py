@@ -58,7 +58,7 @@ SEGMENTS = (
     "N >= 4 multi-step replay of several paged-MQA segments",
 )
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
-ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY)
+ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, "prefill without a new token")
 
 LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
@@ -91,6 +91,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *COMPANY,
     *CYCLES,
+    "prefill without a new token",
 )
 
 
@@ -296,6 +297,8 @@ def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
         yield "prefill from the first token"
     if batch.size > 1:
         yield "prefill of several requests"
+        if 0 in batch.extend_lens and any(batch.extend_lens):
+            yield "prefill without a new token"
     if max(batch.seq_lens) > topk:
         yield "prefill beyond K"
     if min(batch.seq_lens) <= topk:

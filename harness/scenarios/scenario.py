@@ -304,7 +304,7 @@ class Eager(_Record):
     mode: ForwardMode
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
-    extend_lens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = (1,)
+    extend_lens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], FailFast()] = (1,)
     preparations: int = Field(default=1, ge=1, le=4)
 
     @model_validator(mode="after")

@@ -41,6 +41,14 @@ def _cached_prefixes(script: Script) -> None:
     script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
 
 
+def _nothing_new(script: Script) -> None:
+    """A prefill in which all tokens of a request are cached already, beside one that has new tokens."""
+    script.join(_full_page(script))
+    script.join()
+    new = min(script.scale.most_new_tokens or 3, 3)
+    script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
+
+
 def _whole_prompts(script: Script) -> None:
     """A prompt within K, prefilled from its first token, beside one beyond K."""
     limit, topk = script.setup.max_seq_len, script.setup.index_topk
@@ -306,6 +314,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
     "wide rows": _wide,
+    "nothing new": _nothing_new,
 }
 HAPPENINGS = (  # those that can occur in any history
     _same_batch_on_other_pages,

@@ -93,7 +93,7 @@ class SharesRowStarts(BackendWrapper):
 
     def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
         rows, columns = req_to_token.shape
-        stride = self.last.get("rows") == rows and self.last["stride"] or req_to_token.stride(0)
+        stride = self.last["stride"] if self.last.get("rows") == rows else req_to_token.stride(0)
         self.last.update(rows=rows, stride=req_to_token.stride(0))
         room = req_to_token.untyped_storage().nbytes() // 4 - req_to_token.storage_offset()
         return req_to_token.as_strided((rows, columns), (min(stride, (room - columns) // max(1, rows - 1)), 1))
@@ -111,7 +111,47 @@ class PrefillsInGraphMemory(KeepsFields):
                 bound.cu_seqlens_q.fill_(len(batch.seq_lens))
 
 
+class LengthsWithGaps(BackendWrapper):
+    """The lengths of query tokens are every second entry of a buffer."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.EAGER:
+            metadata = backend.forward_metadata
+            pairs = torch.stack((metadata.seqlens_expanded,) * 2, 1)
+            backend.forward_metadata = dataclasses.replace(metadata, seqlens_expanded=pairs[:, 0])
+
+
+class LosesCachedPrompts(BackendWrapper):
+    """The flattened table of a prefill lacks the requests without a new token."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        flattened = backend.forward_metadata.page_table_1_flattened
+        if moment is Moment.EAGER and flattened is not None and batch.extend_seq_lens is not None:
+            kept = (batch.extend_seq_lens > 0).repeat_interleave(batch.seq_lens)
+            backend.forward_metadata = dataclasses.replace(
+                backend.forward_metadata, page_table_1_flattened=flattened[kept]
+            )
+
+
 BUGS = (
+    Bug(
+        name="cached-prompt-lost",
+        group=Group.TABLES,
+        sentence="The flattened table of a prefill lacks the KV of a request that has no new token.",
+        reference=REVIEW,
+        trigger="a prefill in which all tokens of a request are cached",
+        caught_by=frozenset({Check.SHAPE}),
+        plant=by_wrapping(LosesCachedPrompts),
+    ),
+    Bug(
+        name="lengths-with-gaps",
+        group=Group.BUFFERS,
+        sentence="The lengths of query tokens are every second entry of a buffer, and kernels read them as if dense.",
+        reference=REVIEW,
+        trigger="an eager call of several rows",
+        caught_by=frozenset({Check.SHAPE}),
+        plant=by_wrapping(LengthsWithGaps),
+    ),
     Bug(
         name="lengthened-by-each-preparation",
         group=Group.PADDING,
