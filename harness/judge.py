@@ -262,7 +262,7 @@ class _Run:
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         launched = self._counter.take()
-        alone = engine.neighbour is None  # another context length may select other variants
+        alone = not self.scenario.setup.neighbour_context_len  # another context length may select other variants
         if batch is not None and alone and isinstance(self.scenario.events[number], Eager):
             self._growth.note_eager(batch, launched)
         else:

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
 from nsa_oracle.harness.engine.drivers import Act
-from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
-from nsa_oracle.harness.engine.neighbour import Neighbour
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
+from nsa_oracle.harness.engine.second_backend import SecondBackend
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
@@ -55,6 +54,7 @@ class Engine:
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
         self.audit = AuditTally()  # of all captured graphs
+        self._preparations = 1  # of each batch
         self._replayed: list[BoundGraph] = []  # graphs whose second replay has been checked
 
         # 1. The engine's inputs. A batch larger than every bucket runs eagerly and uses them too.
@@ -67,13 +67,10 @@ class Engine:
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
 
-        # 2. The backend. Each of its allocations lies between guard bands. A second one is built before it, so that the
-        # judged one finds what the other has left in memory that both use.
-        self.neighbour: Neighbour | None = None
-        if setup.neighbour_context_len:
-            switches = scenario.optimizations
-            self.neighbour = Neighbour(factory, self.declarations, setup, switches, capacity, max_bs, sentinel, device)
-        self.guards = GuardWatch()
+        # 2. The backend. Each of its allocations lies between guard bands. A second one leaves its traces before it.
+        self.second = SecondBackend(
+            factory, self.declarations, setup, scenario.optimizations, capacity, max_bs, sentinel, device
+        )
         with GuardedAllocations(sentinel, device) as guard:
             self.instances = Instances(
                 factory, self.declarations, setup, self.config, self._pool.tensor, scenario.optimizations
@@ -97,6 +94,7 @@ class Engine:
         """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
         batch = self.world.apply(event)
         self._pool.send(self.world.req_to_token)
+        self._preparations = getattr(event, "preparations", 1)
         match event:
             case Capture():
                 for bs in event.buckets if self.conditions.graphs else ():
@@ -106,18 +104,18 @@ class Engine:
                 captured = [bs for mode, bs in self.graphs if mode is event.mode]
                 bucket = choose_bucket(event.bucket, batch.size, captured)
                 for _ in range(event.times):
-                    yield from self._call(batch, bucket, event.preparations)
+                    yield from self._call(batch, bucket)
             case Eager():
                 assert batch is not None
-                yield from self._call(batch, None, event.preparations)
+                yield from self._call(batch, None)
 
-    def _call(self, batch: Batch, bucket: int | None, preparations: int) -> Iterator[Observation | LayerObservation]:
+    def _call(self, batch: Batch, bucket: int | None) -> Iterator[Observation | LayerObservation]:
         """Make one replay or eager call, with new keys for the layer."""
         load = None if self.layer is None else self.layer.load(batch)
         if bucket is None:
-            yield from self.call_eagerly(batch, load, preparations=preparations)
+            yield from self.call_eagerly(batch, load)
         else:
-            yield from self.replay(bucket, batch, load, preparations)
+            yield from self.replay(bucket, batch, load)
             yield from self._replay_again(bucket, batch, load)
             if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
                 padded = self._padded(batch, bucket)
@@ -134,15 +132,11 @@ class Engine:
         bound.graph.replay()
         yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, bound.shown_steps(), again=True)
 
-    def replay(
-        self, bs: int, batch: Batch, load: LayerLoad | None, preparations: int = 1
-    ) -> Iterator[Observation | LayerObservation]:
+    def replay(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[Observation | LayerObservation]:
         """Replay the graph of the batch's mode and bucket ``bs``. Raises CaptureError if it uses released memory."""
         sentinel, spoilt = self.conditions.sentinel, self.conditions.spoilt
         bound = self.graphs[graph_mode(batch.mode), bs]
-        if dangling := bound.graph.dangling_bytes():
-            reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
-            raise CaptureError("capture", f"{batch.mode.value}, bucket {bs}", reason)
+        _refuse_released_memory(bound, f"{batch.mode.value}, bucket {bs}")
         padded, serving = self._padded(batch, bs), self.instances.serving(batch.mode)
         forward_batch = self.inputs.load(padded)
         bound.poison(sentinel, self.setup.page_size)
@@ -152,9 +146,8 @@ class Engine:
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
-                for _ in range(preparations):
-                    serving.driver.prepare_replay(forward_batch)
-            self._prepare_neighbour(padded, in_graph=True)
+                serving.prepare_replay(forward_batch, self._preparations)
+            self.second.prepare(padded, in_graph=True)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
         shown, stress = serving.shown_metadata(Act.REPLAY), self.conditions.stress
@@ -169,20 +162,15 @@ class Engine:
             yield LayerObservation(padded, batch.size, Feed.GRAPH, bs, load, steps, modified)
 
     def call_eagerly(
-        self,
-        batch: Batch,
-        load: LayerLoad | None,
-        feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN),
-        preparations: int = 1,
+        self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
         own = self.declarations.own_names
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-                for _ in range(preparations):
-                    serving.driver.prepare_eagerly(forward_batch)
-            self._prepare_neighbour(batch, in_graph=False)
+                serving.prepare_eagerly(forward_batch, self._preparations)
+            self.second.prepare(batch, in_graph=False)
             metadata = serving.shown_metadata(Act.EAGER)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
@@ -209,8 +197,7 @@ class Engine:
             batch = self._padded(Batch(mode, (), (), (), ()), bs)
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(mode)
         self._delivery.deliver()
-        if self.neighbour is not None:
-            self.neighbour.bind(batch)
+        self.second.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             serving.driver.bind(forward_batch)
         metadata = tuple(serving.shown_metadata(Act.CAPTURE))
@@ -236,11 +223,6 @@ class Engine:
         steps = () if layer is None else layer.steps
         self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps, own)
 
-    def _prepare_neighbour(self, batch: Batch, in_graph: bool) -> None:
-        """Let the second backend, if there is one, prepare a batch. Not under stress, which is for one backend."""
-        if self.neighbour is not None and not (self.conditions.stress and self.device.type == "cuda"):
-            self.neighbour.prepare(batch, in_graph)
-
     def place(self, req_to_token: NDArray[np.int32]) -> None:
         """Use the page mapping ``req_to_token`` of another engine's requests."""
         self.world.req_to_token[:] = req_to_token
@@ -256,3 +238,9 @@ class Engine:
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
         return self.declarations.padded(batch, bs, self.config.speculative_num_draft_tokens)
+
+
+def _refuse_released_memory(bound: BoundGraph, where: str) -> None:
+    if dangling := bound.graph.dangling_bytes():
+        reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
+        raise CaptureError("capture", where, reason)

@@ -26,7 +26,7 @@ class OutOfBounds(RuntimeError):
     """A kernel loads or stores outside the tensors it was given. The message is one line."""
 
 
-class Part(NamedTuple):
+class Extent(NamedTuple):
     """Addresses from the first byte that may be touched to behind the last, and the kernel's name for the tensor."""
 
     begin: int
@@ -34,8 +34,8 @@ class Part(NamedTuple):
     name: str = ""
 
 
-_handed_out: dict[int, tuple[weakref.ref[torch.Tensor], Part]] = {}  # by the address of the memory
-_launches: list[list[Part] | None] = []  # what each running launch may touch; None if it is not checked
+_handed_out: dict[int, tuple[weakref.ref[torch.Tensor], Extent]] = {}  # by the address of the memory
+_launches: list[list[Extent] | None] = []  # what each running launch may touch; None if it is not checked
 
 
 def hand_out(tensor: torch.Tensor, memory: torch.Tensor) -> None:
@@ -53,12 +53,12 @@ def _forget(address: int, gone: weakref.ref[torch.Tensor]) -> None:
         del _handed_out[address]
 
 
-def _part_of(tensor: torch.Tensor) -> Part:
+def _part_of(tensor: torch.Tensor) -> Extent:
     begin = tensor.data_ptr()
     if not tensor.numel():
-        return Part(begin, begin)
+        return Extent(begin, begin)
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return Part(begin, begin + (last + 1) * tensor.element_size())
+    return Extent(begin, begin + (last + 1) * tensor.element_size())
 
 
 def install() -> None:
@@ -97,7 +97,7 @@ def _noting_arguments(to_host: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def _parts(name: str, value: Any) -> Iterable[Part]:
+def _parts(name: str, value: Any) -> Iterable[Extent]:
     """What may be touched of an argument: a tensor, or a tuple or a descriptor of tensors."""
     if isinstance(value, tuple):
         return [part for each in value for part in _parts(name, each)]
@@ -109,7 +109,7 @@ def _parts(name: str, value: Any) -> Iterable[Part]:
     begin = storage.data_ptr()
     memory, part = _handed_out.get(begin, (None, None))
     if memory is None or part is None or memory() is None:
-        return [Part(begin, begin + storage.nbytes(), name)]
+        return [Extent(begin, begin + storage.nbytes(), name)]
     return [part._replace(name=name)]
 
 
@@ -167,7 +167,7 @@ def _check(access: str, pointers: Pointers, mask: npt.NDArray[Any], size: int) -
             raise OutOfBounds(_complaint(access, parts, int(pointer), size))
 
 
-def _are_within_one(parts: list[Part], pointers: Pointers | np.uint64, size: int) -> bool:
+def _are_within_one(parts: list[Extent], pointers: Pointers | np.uint64, size: int) -> bool:
     """Whether one part holds what all of the pointers point to, which has ``size`` bytes. Called at every access."""
     if pointers.size == 1:
         first = last = pointers.item()
@@ -182,7 +182,7 @@ def _are_within_one(parts: list[Part], pointers: Pointers | np.uint64, size: int
 _least, _largest = np.minimum.reduce, np.maximum.reduce  # faster than the methods
 
 
-def _complaint(access: str, parts: list[Part], pointer: int, size: int) -> str:
+def _complaint(access: str, parts: list[Extent], pointer: int, size: int) -> str:
     if not parts:
         return f"a {access} of {size} bytes by a kernel without a tensor argument"
     near = min(parts, key=lambda part: max(part.begin - pointer, pointer - part.end))

@@ -348,10 +348,11 @@ def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]
     for (mode, size), (next_mode, next_size) in pairwise(replays):
         if mode is not next_mode:
             yield "mode change"
-            if (mode, next_mode) == (ForwardMode.TARGET_VERIFY, ForwardMode.DECODE) and size and next_size:
-                yield "drafts behind a verification"
         elif next_size < size:
             yield "small after large"
+    served = [mode for mode, size in replays if size]
+    if ForwardMode.TARGET_VERIFY in served and ForwardMode.DECODE in served[served.index(ForwardMode.TARGET_VERIFY) :]:
+        yield "drafts behind a verification"
     for mode in GRAPH_MODES:
         sizes = [size for m, size in replays if m is mode]
         in_mode = [number for number, (m, _, in_graph) in enumerate(ran) if m is mode and in_graph]

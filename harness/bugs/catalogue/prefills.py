@@ -10,7 +10,7 @@ from nsa_oracle.harness.checks.check import Check
 TOPK_MODULE = "nsa_oracle.optimized.kernels.topk"
 _SELECTED = "indices = self.topk_transform_paged(logits, lengths, page_table_1)"
 
-PREFILLS = (
+PREFILL_BUGS = (
     layer_bug(
         "short-prefill-not-selected",
         "A prefill of at most index_topk tokens selects nothing, for a dense attention that does not follow.",

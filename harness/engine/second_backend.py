@@ -18,8 +18,11 @@ from nsa_oracle.harness.subjects.declarations import Declarations
 from nsa_oracle.reference.types import ForwardMode
 
 
-class Neighbour:
-    """A backend that differs from that of ``setup`` in its context length, its pool and its inputs."""
+class SecondBackend:
+    """A backend that differs from that of ``setup`` in its context length, its pool and its inputs.
+
+    Does nothing if the setup has none.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,9 @@ class Neighbour:
         sentinel: int,
         device: torch.device,
     ) -> None:
+        self._is_there = setup.neighbour_context_len > 0
+        if not self._is_there:
+            return
         self.setup = setup.model_copy(update={"max_context_len": setup.neighbour_context_len})
         config = self.setup.backend_config()
         shape = (setup.pool_size, config.max_context_len)
@@ -45,10 +51,13 @@ class Neighbour:
 
     def bind(self, batch: Batch) -> None:
         """Bind to the bucket of the padded ``batch``, as if to capture a graph of its own."""
-        self._instances.serving(batch.mode).driver.bind(self._inputs.load(self._other(batch)))
+        if self._is_there:
+            self._instances.serving(batch.mode).driver.bind(self._inputs.load(self._other(batch)))
 
     def prepare(self, batch: Batch, in_graph: bool) -> None:
         """Prepare a batch of the mode and size of ``batch``, for a replay or eagerly, with other lengths and rows."""
+        if not self._is_there:
+            return
         driver = self._instances.serving(batch.mode).driver
         given = self._inputs.load(self._other(batch))
         if in_graph:
