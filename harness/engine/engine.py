@@ -15,14 +15,22 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
 from nsa_oracle.harness.engine.drivers import Act
+from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
-from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
+from nsa_oracle.harness.engine.observations import (
+    Conditions,
+    Feed,
+    LayerLoad,
+    LayerObservation,
+    Observation,
+    StepObservation,
+)
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
 from nsa_oracle.harness.engine.second_backend import SecondBackend
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
-from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.graphs.audit import Audit, AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocations
@@ -30,7 +38,7 @@ from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.harness.subjects.declarations import declarations_of
-from nsa_oracle.reference.types import ForwardMode
+from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class Engine:
@@ -68,9 +76,8 @@ class Engine:
         self._delivery.deliver()
 
         # 2. The backend. Each of its allocations lies between guard bands. A second one leaves its traces before it.
-        self.second = SecondBackend(
-            factory, self.declarations, setup, scenario.optimizations, capacity, max_bs, sentinel, device
-        )
+        self.guards = GuardWatch()
+        self.second = SecondBackend(factory, self.declarations, scenario, max_bs, sentinel, device)
         with GuardedAllocations(sentinel, device) as guard:
             self.instances = Instances(
                 factory, self.declarations, setup, self.config, self._pool.tensor, scenario.optimizations
@@ -174,11 +181,7 @@ class Engine:
             metadata = serving.shown_metadata(Act.EAGER)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
-        steps = tuple(
-            observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {}, own)
-            for m, tensors in zip(metadata, seen, strict=True)
-        )
-        yield Observation(batch, batch.size, False, steps)
+        yield Observation(batch, batch.size, False, _observed(metadata, seen, own))
         if self.layer is not None:
             assert load is not None
             for feed in feeds:
@@ -218,8 +221,7 @@ class Engine:
         graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
         audit = graph.audit()
         self.audit.add(audit.tally)
-        if audit.fault is not None:
-            raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
+        _refuse_fault(audit, f"{mode.value}, bucket {bs}")
         steps = () if layer is None else layer.steps
         self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps, own)
 
@@ -244,3 +246,18 @@ def _refuse_released_memory(bound: BoundGraph, where: str) -> None:
     if dangling := bound.graph.dangling_bytes():
         reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
         raise CaptureError("capture", where, reason)
+
+
+def _refuse_fault(audit: Audit, where: str) -> None:
+    if audit.fault is not None:
+        raise CaptureError(audit.fault.part, where, audit.fault.reason)
+
+
+def _observed(
+    metadata: Sequence[Metadata], seen: Sequence[dict[str, torch.Tensor]], own: Sequence[str]
+) -> tuple[StepObservation, ...]:
+    """The metadata of an eager call. seen: copies of its fields, on the device."""
+    return tuple(
+        observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {}, own)
+        for m, tensors in zip(metadata, seen, strict=True)
+    )

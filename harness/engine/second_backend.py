@@ -12,29 +12,29 @@ from nsa_oracle.harness.engine.inputs import StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.declarations import Declarations
 from nsa_oracle.reference.types import ForwardMode
 
 
 class SecondBackend:
-    """A backend that differs from that of ``setup`` in its context length, its pool and its inputs.
+    """A backend that differs from that of ``scenario`` in its context length, its pool and its inputs.
 
-    Does nothing if the setup has none.
+    Does nothing if the scenario has none. max_bs: size of the largest bucket.
     """
 
     def __init__(
         self,
         factory: BackendFactory,
         declarations: Declarations,
-        setup: Setup,
-        switches: tuple[str, ...],
-        capacity: int,
+        scenario: Scenario,
         max_bs: int,
         sentinel: int,
         device: torch.device,
     ) -> None:
+        setup, switches = scenario.setup, scenario.optimizations
+        capacity = max(max_bs, setup.pool_size)
         self._is_there = setup.neighbour_context_len > 0
         if not self._is_there:
             return
