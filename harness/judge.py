@@ -262,7 +262,8 @@ class _Run:
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
         launched = self._counter.take()
-        if batch is not None and isinstance(self.scenario.events[number], Eager):
+        alone = not self.scenario.setup.neighbour_context_len  # another context length may select other variants
+        if batch is not None and alone and isinstance(self.scenario.events[number], Eager):
             self._growth.note_eager(batch, launched)
         else:
             self._growth.note(launched)

@@ -27,7 +27,7 @@ import torch
 
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
-from nsa_oracle.harness.interpreter import promises
+from nsa_oracle.harness.interpreter import bounds, promises
 from nsa_oracle.harness.interpreter.masks import accept_integer_masks
 from nsa_oracle.harness.interpreter.speed import speed_up
 
@@ -272,6 +272,7 @@ def prepare_process(device: str) -> None:
         speed_up()
         accept_integer_masks()
         promises.install()
+        bounds.install()
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         gluon.install()

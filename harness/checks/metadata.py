@@ -72,6 +72,18 @@ def _compare_step(
         yield from _compare_field(field, got, expected.get(field.name), want, lengths, device, labels, tally, declared)
 
 
+def _is_dense(field: Field, shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether neighbouring cells are adjacent. Rows of page tables may lie apart, those of other fields may not."""
+    within = 1
+    for axis, size, stride in reversed(list(zip(field.axes, shape, strides, strict=False))):
+        if size > 1 and stride != within and 0 not in shape:
+            return False
+        if axis in (Axis.TOKEN_COLUMN, Axis.PAGE_COLUMN):
+            return True
+        within *= size
+    return True
+
+
 def _compare_field(
     field: Field,
     got: StepObservation,
@@ -106,6 +118,10 @@ def _compare_field(
         return
     if seen.shape != expected.shape:
         yield Finding(Kind.SHAPE, name, str(list(seen.shape)), str(list(expected.shape)))
+        return
+    strides = got.strides.get(name)
+    if strides is not None and not _is_dense(field, tuple(seen.shape), strides):
+        yield Finding(Kind.SHAPE, name, f"strides {list(strides)}", "adjacent cells")
         return
 
     got_cells, want_cells = seen.numpy(), expected.numpy()

@@ -1,9 +1,9 @@
 """Edge-case logits for top-k called by itself: values that scores rarely contain. Reports: *made-up logits*.
 
 There is one row each with NaN, infinities, zeros of both signs, denormals, neighbouring floats, more ties than places,
-one number alone, few tokens, and numbers in order, the best of them at an end. Garbage that top-k must not read follows
-each row. The contract defines the right answer: ties go to the lower position, zeros of both signs tie, NaN counts as
--inf, and no other two numbers tie.
+one number alone, few tokens, numbers in order, the best of them at an end, and numbers of all magnitudes. Garbage that
+top-k must not read follows each row. The contract defines the right answer: ties go to the lower position, zeros of
+both signs tie, NaN counts as -inf, and no other two numbers tie.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class LogitKind(enum.Enum):
     EQUAL = "one number"
     FEW = "at most K tokens"
     SORTED = "numbers in order"
+    EXPONENTS = "numbers of all magnitudes"
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,18 @@ def _sorted(draw: _LogitDraw) -> FloatBits:
     return (best_last, ascending, ascending[::-1])[draw.choice % 3]
 
 
+def _exponents(draw: _LogitDraw) -> FloatBits:
+    """Numbers of any exponent, or only of those that half precision turns to infinity or to zero; no two are equal."""
+    first, count = ((0, 255), (143, 112), (0, 102))[draw.choice // 2 % 3]
+    exponents = (first + draw.order % count).astype(np.uint32)
+    row = exponents << np.uint32(23) | np.uint32(draw.length) + draw.ranks.astype(np.uint32)  # mantissas that differ
+    if draw.choice % 2:
+        row |= np.where(draw.values % 2, _SIGN, np.uint32(0))
+    # The best number is last: a top-k for which all of them tie leaves it out.
+    row[-1] = np.uint32(first + count - 1) << np.uint32(23) | np.uint32(0x7FFFFF)
+    return row
+
+
 def _few(draw: _LogitDraw) -> FloatBits:
     anything = np.concatenate([_NANS, _ONE_NUMBER, draw.ordinary[:4]])
     return anything[draw.values % len(anything)]
@@ -210,4 +223,5 @@ _ROWS: dict[LogitKind, Callable[[_LogitDraw], FloatBits]] = {
     LogitKind.EQUAL: _equal,
     LogitKind.FEW: _few,
     LogitKind.SORTED: _sorted,
+    LogitKind.EXPONENTS: _exponents,
 }

@@ -19,10 +19,18 @@ from nsa_oracle.harness.engine.guards import GuardWatch
 from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
-from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerLoad, LayerObservation, Observation
+from nsa_oracle.harness.engine.observations import (
+    Conditions,
+    Feed,
+    LayerLoad,
+    LayerObservation,
+    Observation,
+    StepObservation,
+)
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
+from nsa_oracle.harness.engine.second_backend import SecondBackend
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
-from nsa_oracle.harness.graphs.audit import AuditTally
+from nsa_oracle.harness.graphs.audit import Audit, AuditTally
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocations
@@ -30,7 +38,7 @@ from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.harness.subjects.declarations import declarations_of
-from nsa_oracle.reference.types import ForwardMode
+from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class Engine:
@@ -54,6 +62,7 @@ class Engine:
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
         self.audit = AuditTally()  # of all captured graphs
+        self._preparations = 1  # of each batch
         self._replayed: list[BoundGraph] = []  # graphs whose second replay has been checked
 
         # 1. The engine's inputs. A batch larger than every bucket runs eagerly and uses them too.
@@ -66,8 +75,9 @@ class Engine:
         self._pool.send(self.world.req_to_token)
         self._delivery.deliver()
 
-        # 2. The backend. Each of its allocations lies between guard bands.
+        # 2. The backend. Each of its allocations lies between guard bands. A second one leaves its traces before it.
         self.guards = GuardWatch()
+        self.second = SecondBackend(factory, self.declarations, scenario, max_bs, sentinel, device)
         with GuardedAllocations(sentinel, device) as guard:
             self.instances = Instances(
                 factory, self.declarations, setup, self.config, self._pool.tensor, scenario.optimizations
@@ -91,6 +101,7 @@ class Engine:
         """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
         batch = self.world.apply(event)
         self._pool.send(self.world.req_to_token)
+        self._preparations = getattr(event, "preparations", 1)
         match event:
             case Capture():
                 for bs in event.buckets if self.conditions.graphs else ():
@@ -132,9 +143,7 @@ class Engine:
         """Replay the graph of the batch's mode and bucket ``bs``. Raises CaptureError if it uses released memory."""
         sentinel, spoilt = self.conditions.sentinel, self.conditions.spoilt
         bound = self.graphs[graph_mode(batch.mode), bs]
-        if dangling := bound.graph.dangling_bytes():
-            reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
-            raise CaptureError("capture", f"{batch.mode.value}, bucket {bs}", reason)
+        _refuse_released_memory(bound, f"{batch.mode.value}, bucket {bs}")
         padded, serving = self._padded(batch, bs), self.instances.serving(batch.mode)
         forward_batch = self.inputs.load(padded)
         bound.poison(sentinel, self.setup.page_size)
@@ -144,7 +153,8 @@ class Engine:
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
-                serving.driver.prepare_replay(forward_batch)
+                serving.prepare_replay(forward_batch, self._preparations)
+            self.second.prepare(padded, in_graph=True)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
         shown, stress = serving.shown_metadata(Act.REPLAY), self.conditions.stress
@@ -166,15 +176,12 @@ class Engine:
         own = self.declarations.own_names
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-                serving.driver.prepare_eagerly(forward_batch)
+                serving.prepare_eagerly(forward_batch, self._preparations)
+            self.second.prepare(batch, in_graph=False)
             metadata = serving.shown_metadata(Act.EAGER)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
-        steps = tuple(
-            observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {}, own)
-            for m, tensors in zip(metadata, seen, strict=True)
-        )
-        yield Observation(batch, batch.size, False, steps)
+        yield Observation(batch, batch.size, False, _observed(metadata, seen, own))
         if self.layer is not None:
             assert load is not None
             for feed in feeds:
@@ -193,6 +200,7 @@ class Engine:
             batch = self._padded(Batch(mode, (), (), (), ()), bs)
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(mode)
         self._delivery.deliver()
+        self.second.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             serving.driver.bind(forward_batch)
         metadata = tuple(serving.shown_metadata(Act.CAPTURE))
@@ -213,8 +221,7 @@ class Engine:
         graph = self.runner.capture(forward, host_tensors=[forward_batch.seq_lens_cpu])
         audit = graph.audit()
         self.audit.add(audit.tally)
-        if audit.fault is not None:
-            raise CaptureError(audit.fault.part, f"{mode.value}, bucket {bs}", audit.fault.reason)
+        _refuse_fault(audit, f"{mode.value}, bucket {bs}")
         steps = () if layer is None else layer.steps
         self.graphs[mode, bs] = BoundGraph(graph, metadata, arena.probes, arena.arena, arena.arena_behind, steps, own)
 
@@ -233,3 +240,24 @@ class Engine:
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
         return self.declarations.padded(batch, bs, self.config.speculative_num_draft_tokens)
+
+
+def _refuse_released_memory(bound: BoundGraph, where: str) -> None:
+    if dangling := bound.graph.dangling_bytes():
+        reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
+        raise CaptureError("capture", where, reason)
+
+
+def _refuse_fault(audit: Audit, where: str) -> None:
+    if audit.fault is not None:
+        raise CaptureError(audit.fault.part, where, audit.fault.reason)
+
+
+def _observed(
+    metadata: Sequence[Metadata], seen: Sequence[dict[str, torch.Tensor]], own: Sequence[str]
+) -> tuple[StepObservation, ...]:
+    """The metadata of an eager call. seen: copies of its fields, on the device."""
+    return tuple(
+        observe(m, {name: on_host(tensor) for name, tensor in tensors.items()}, {}, own)
+        for m, tensors in zip(metadata, seen, strict=True)
+    )

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.engine.stress import Delivery
+from nsa_oracle.harness.interpreter.bounds import hand_out
 from nsa_oracle.harness.memory.poison import BandedInput
 from nsa_oracle.harness.scenarios.scenario import Inputs, IntDtype, Setup
 from nsa_oracle.harness.scenarios.world import Batch
@@ -34,7 +35,9 @@ class StaticInput:
         count, banded = len(numbers), self._banded
         banded.content[:count, self._column] = torch.tensor(numbers, dtype=banded.content.dtype)
         self._delivery.send(banded.memory, banded.expected)
-        return banded.tensor[:count, self._column]
+        written = banded.tensor[:count, self._column]
+        hand_out(written, banded.memory)
+        return written
 
     def is_modified(self) -> bool:
         return self._banded.is_modified()
@@ -119,6 +122,7 @@ class PoolInput:
         self._columns = slice(margin, margin + width)
         self._delivery = delivery
         self.tensor = self._banded.tensor[:, self._columns]  # [pool_size, max_context_len] int32
+        hand_out(self.tensor, self._banded.memory)
 
     def send(self, req_to_token: NDArray[np.int32]) -> None:
         """Set the content that the table has from the next delivery on."""

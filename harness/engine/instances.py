@@ -13,7 +13,7 @@ from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.harness.subjects.declarations import Declarations, Role
 from nsa_oracle.harness.subjects.names import BuiltBackend
-from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class Instance:
     def steps(self) -> Sequence[object]:
         """The single-step backends. Raises WrongResult unless there are ``num_steps``."""
         return steps_of(self.backend, self.num_steps)
+
+    def prepare_eagerly(self, batch: ForwardBatch, times: int) -> None:
+        """Prepare the same batch ``times`` times."""
+        for _ in range(times):
+            self.driver.prepare_eagerly(batch)
+
+    def prepare_replay(self, batch: ForwardBatch, times: int) -> None:
+        """Prepare the same padded batch ``times`` times."""
+        for _ in range(times):
+            self.driver.prepare_replay(batch)
 
     def shown_metadata(self, after: Act) -> list[Metadata]:
         """The metadata that each single-step backend exposes after an act of its driver. Raises WrongResult."""

@@ -45,7 +45,7 @@ class StepObservation:
     """The metadata of one step as a consumer sees it.
 
     tensors: host copies by field name. moved: fields that are no longer at the address that the graph reads. odd:
-    description of a value that is neither a tensor nor None, by field name.
+    description of a value that is neither a tensor nor None, by field name. strides: of the backend's own tensors.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -54,6 +54,7 @@ class StepObservation:
     host_scalars: dict[str, object]
     moved: tuple[str, ...] = ()
     odd: Mapping[str, str] = field(default_factory=dict)
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -155,4 +155,5 @@ def observe(
         host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
         moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
         odd={name: described(value) for name, value in others.items() if value is not None},
+        strides={name: tensor.stride() for name, tensor in held.items()},
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_oracle.harness.interpreter.bounds import hand_out
 from nsa_oracle.harness.memory.bits import NAN_BYTE
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
 
@@ -147,6 +148,7 @@ class GuardedAllocations(PoisonedAllocations):  # type: ignore[no-untyped-call]
             super()._replacement(body, operation)
         else:
             body.copy_(tensor)
+        hand_out(body, storage)
         self.buffers.append(GuardedBuffer(storage, operation, tuple(tensor.shape)))
         return body
 

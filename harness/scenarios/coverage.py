@@ -36,6 +36,7 @@ COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
 MQA_SEGMENT = 256  # tokens that the paged-MQA schedule deals at once
 FLASHMLA_BLOCK = 64  # tokens that the FlashMLA schedule deals at once
 MANY_STEPS = 4
+WIDE = 16_384  # tokens; top-k kernels sort what is wider in several passes
 
 PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
 AROUND_K = ("prefill beyond K", "prefill within K", "K between the lengths")
@@ -50,18 +51,21 @@ ROWS_OF_STEPS = (
     *(f"replay {mode.value}, N > 1" for mode in GRAPH_MODES),
     *(f"eager {mode.value}, N > 1" for mode in ForwardMode if mode is not ForwardMode.IDLE),
 )
+CYCLES = ("drafts behind a verification", "prefill between replays")
+COMPANY = ("second backend", "prepared twice")
 SEGMENTS = (
     *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
     *("N >= 4 steps cross a paged-MQA segment", "N >= 4 steps cross a FlashMLA block"),
     "N >= 4 multi-step replay of several paged-MQA segments",
 )
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
-ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4])
+ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, "prefill without a new token")
 
 LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
+    "rows of more than 16,384 tokens",
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -86,6 +90,9 @@ METADATA_CLASSES: tuple[str, ...] = (
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
     *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
     *(f"reuse {reuse.value}" for reuse in Reuse),
+    *COMPANY,
+    *CYCLES,
+    "prefill without a new token",
 )
 
 
@@ -179,6 +186,10 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     elif (event.mode, bucket) in served:
                         yield "graph empty after requests"
                 in_graph = bucket is not None
+                if batch.size and setup.neighbour_context_len not in (0, setup.max_context_len):
+                    yield "second backend"
+                if batch.size and event.preparations > 1:
+                    yield "prepared twice"
                 yield from _batch_classes(batch, setup, event)
                 name = f"{'replay' if in_graph else 'eager'} {event.mode.value}"
                 yield name
@@ -287,6 +298,8 @@ def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
         yield "prefill from the first token"
     if batch.size > 1:
         yield "prefill of several requests"
+        if 0 in batch.extend_lens and any(batch.extend_lens):
+            yield "prefill without a new token"
     if max(batch.seq_lens) > topk:
         yield "prefill beyond K"
     if min(batch.seq_lens) <= topk:
@@ -321,6 +334,8 @@ def _units(length: int, size: int) -> Sequence[int]:
 
 
 def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
+    if setup.max_context_len > WIDE:
+        yield "rows of more than 16,384 tokens"
     if max(batch.seq_lens) > setup.index_topk:
         yield "more keys than K"
     if min(batch.seq_lens) < setup.index_topk:
@@ -336,8 +351,15 @@ def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]
             yield "mode change"
         elif next_size < size:
             yield "small after large"
+    served = [mode for mode, size in replays if size]
+    if ForwardMode.TARGET_VERIFY in served and ForwardMode.DECODE in served[served.index(ForwardMode.TARGET_VERIFY) :]:
+        yield "drafts behind a verification"
     for mode in GRAPH_MODES:
         sizes = [size for m, size in replays if m is mode]
+        in_mode = [number for number, (m, _, in_graph) in enumerate(ran) if m is mode and in_graph]
+        between = {m for a, b in pairwise(in_mode) for m, size, in_graph in ran[a + 1 : b] if size and not in_graph}
+        if ForwardMode.EXTEND in between:
+            yield "prefill between replays"
         if any(a < b > c for a, b, c in zip(sizes, sizes[1:], sizes[2:], strict=False)):
             yield "small, large, small"
     kinds = [in_graph for _, _, in_graph in ran]

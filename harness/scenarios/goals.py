@@ -20,9 +20,11 @@ from nsa_oracle.harness.scenarios.goal import (
     ANYTHING,
     LENGTH,
     MIRROR,
+    NEIGHBOUR,
     NOT_OF_THE_SETUP,
     ORDER,
     OWN,
+    PREPARATIONS,
     SITUATION,
     SWITCH,
     Goal,
@@ -128,6 +130,10 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
     yield Want("rows without a key", pins, (v2,))
+    yield from _company(scale, prefix)
+    few = {"num_steps": (1,), "num_draft_tokens": (1,), "pool_size": (1,), "num_heads": (1,), "kv_lora_rank": (64,)}
+    wide = {"max_context_len": scale.wide_context_lens, "index_topk": tuple(k for k in scale.index_topks if k < 100)}
+    yield Want("rows of more than 16,384 tokens", {SITUATION: ("wide rows",), **wide, **few, LENGTH: OWN})
 
 
 def _segments(scale: Scale) -> Iterator[Want]:
@@ -284,6 +290,20 @@ def _of_calls(scale: Scale) -> Iterator[Want]:
         *((f"K{sign}", _around(scale, "index_topk", off)) for sign, off in (("-1", -1), ("", 0), ("+1", 1))),
     ):
         yield Want(f"length {name}", {LENGTH: (name,), **sizes})
+    yield from _company(scale, "")
+
+
+def _company(scale: Scale, prefix: str) -> Iterator[Want]:
+    """What else happens around the calls of a case."""
+    cycle = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND)
+    if not prefix:
+        yield Want("drafts behind a verification", {SITUATION: ("serving cycle",)}, cycle[:2])
+        yield Want("prefill between replays", {SITUATION: ("serving cycle",)}, cycle)
+    pool = _more_than(scale.drawn()["pool_size"], 1)
+    nothing_new: Pins = {SITUATION: ("nothing new",), "pool_size": pool, LENGTH: OWN}
+    yield Want(f"{prefix}prefill without a new token", nothing_new, cycle[2:])
+    yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
+    yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
 
 
 def _around(scale: Scale, name: str, off: int) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,11 @@ Sizes = Mapping[str, Sequence[Any]]
 """Allowed values by name of a field of ``Setup``, ``Inputs`` or ``Layer``."""
 
 BACKEND_FIELDS: dict[str, FieldInfo] = {
-    **{name: info for name, info in Setup.model_fields.items() if name not in ("inputs", "layer")},
+    **{
+        name: info
+        for name, info in Setup.model_fields.items()
+        if name not in ("inputs", "layer", "neighbour_context_len")
+    },
     **Inputs.model_fields,
 }
 LAYER_FIELDS: dict[str, FieldInfo] = {**BACKEND_FIELDS, **Layer.model_fields}

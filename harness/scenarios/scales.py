@@ -31,6 +31,7 @@ class Scale:
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
+    wide_context_lens: tuple[int, ...] = ()  # drawn only if a goal asks for them: the interpreter takes seconds
     most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
     far_slots: tuple[bool, ...] = RARELY
     far_req_to_token: tuple[bool, ...] = RARELY  # not together with far_slots, unless the limits require it
@@ -46,7 +47,7 @@ class Scale:
         both = (False, True)
         sizes: dict[str, tuple[Any, ...]] = {
             "page_size": self.page_sizes,
-            "max_context_len": self.max_context_lens,
+            "max_context_len": (*self.max_context_lens, *self.wide_context_lens),
             "index_topk": self.index_topks,
             "num_steps": self.num_steps,
             "num_draft_tokens": self.num_draft_tokens,
@@ -127,6 +128,7 @@ SMALL_LAYER = Scale(
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),
     num_steps=(1, 2, 3),
+    wide_context_lens=(16_500,),
     most_new_tokens=16,
 )
 LARGE_LAYER = Scale(
@@ -155,6 +157,7 @@ LARGE_LAYER = Scale(
     ),
     index_topks=(4, 64, 200, 512, 2048),
     num_steps=(1, 2, 4),
+    wide_context_lens=(16_500, 40_000),
     most_new_tokens=64,
     far_slots=MORE_RARELY,
     far_req_to_token=MORE_RARELY,

@@ -134,7 +134,11 @@ class Layer(_Record):
 
 
 class Setup(_Record):
-    """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight."""
+    """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight.
+
+    neighbour_context_len: if it is not 0, a second backend of this max_context_len lives in the process, and prepares
+    batches of its own between each preparation and what reads it.
+    """
 
     page_size: int = Field(ge=1, le=1024)
     max_context_len: int = Field(ge=2, le=MAX_CONTEXT)
@@ -150,6 +154,7 @@ class Setup(_Record):
     drive: Drive = Drive.MULTI_STEP
     inputs: Inputs = Inputs()
     layer: Layer | None = None  # None: metadata alone
+    neighbour_context_len: int = Field(default=0, ge=0, le=MAX_CONTEXT)
 
     @property
     def pages_per_request(self) -> int:
@@ -181,6 +186,12 @@ class Setup(_Record):
             raise FieldError(
                 "max_context_len",
                 f"{self.max_context_len} must exceed the {self.draft_overshoot} tokens that a draft may overshoot",
+            )
+        if 0 < self.neighbour_context_len <= self.draft_overshoot:
+            raise FieldError(
+                "neighbour_context_len",
+                f"{self.neighbour_context_len} must be 0 or exceed the {self.draft_overshoot} tokens that a draft may "
+                "overshoot",
             )
         return self
 
@@ -294,8 +305,9 @@ class Remap(_Record):
 
 
 class Replay(_Record):
-    """The graph of ``mode`` runs on the running requests: ``times`` preparations, each followed by a replay.
+    """The graph of ``mode`` runs on the running requests: ``times`` times a preparation, followed by a replay.
 
+    preparations: how often the same batch is prepared before each replay.
     bucket: the captured graph to use; if it is None, not captured or too small, the smallest that holds the batch. If
     no graph holds it, the engine calls the backend eagerly, as a server does.
 
@@ -310,6 +322,7 @@ class Replay(_Record):
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
     times: int = Field(default=1, ge=1, le=16)
+    preparations: int = Field(default=1, ge=1, le=4)
     pool_rows: PoolRows = ()
     seq_lens_cpu: MirrorLens = ()
 
@@ -317,6 +330,7 @@ class Replay(_Record):
 class Eager(_Record):
     """The running requests go through ``mode`` without a graph.
 
+    preparations: how often the same batch is prepared.
     extend_lens: in EXTEND, ``extend_lens[i]`` of request i's tokens are new, the others a cached prefix; the tuple
     repeats for more requests. pool_rows, seq_lens_cpu: as in a replay.
     """
@@ -325,7 +339,8 @@ class Eager(_Record):
     mode: ForwardMode
     mirror: Mirror = Mirror.EQUAL
     order: Order = Order.JOINED
-    extend_lens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = (1,)
+    extend_lens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], FailFast()] = (1,)
+    preparations: int = Field(default=1, ge=1, le=4)
     pool_rows: PoolRows = ()
     seq_lens_cpu: MirrorLens = ()
 
@@ -365,6 +380,15 @@ class Scenario(_Record):
         """Number of replays and eager calls: what is judged."""
         return sum(event.times if isinstance(event, Replay) else isinstance(event, Eager) for event in self.events)
 
+    @property
+    def prepared(self) -> int:
+        """Number of preparations of replays and eager calls."""
+        return sum(
+            event.preparations * (event.times if isinstance(event, Replay) else 1)
+            for event in self.events
+            if isinstance(event, Replay | Eager)
+        )
+
     @model_validator(mode="after")
     def _fits_context_and_memory(self) -> Scenario:
         setup = self.setup
@@ -379,13 +403,14 @@ class Scenario(_Record):
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
         per_request = setup.num_draft_tokens * setup.num_steps
         largest = max(buckets, default=setup.pool_size)
-        tables = (setup.pool_size + largest * per_request) * setup.max_context_len
-        filled = (sum(buckets) + self.calls * largest) * per_request * setup.max_context_len
+        width = setup.max_context_len + setup.neighbour_context_len
+        tables = (setup.pool_size + largest * per_request) * width
+        filled = (sum(buckets) + self.prepared * largest) * per_request * width
         sizes = "setup.max_context_len"
         for place, what, count, most in (
             ("events", "events", len(self.events), MAX_EVENTS),
             ("events", "graphs", len(buckets), MAX_GRAPHS),
-            (sizes, "cells in req_to_token", setup.pool_size * setup.max_context_len, MAX_POOL_CELLS),
+            (sizes, "cells in req_to_token", setup.pool_size * width, MAX_POOL_CELLS),
             (sizes, "cells in page tables", tables, MAX_CELLS),
             ("events", "cells to fill", filled, MAX_WORK),
             ("events", "cells of the pool to map on the host", self._host_work(), MAX_HOST_WORK),

@@ -35,6 +35,7 @@ SIMPLEST_SETUP: dict[str, Any] = {
     **{name: Setup.model_fields[name].default for name in ("step_semantics", "page_layout", "reuse", "drive")},
     "inputs": Inputs(),
     "layer": None,
+    "neighbour_context_len": 0,
 }
 SMALLEST_LAYER = Layer()
 SIMPLEST_LAYER: dict[str, Any] = {
@@ -136,6 +137,8 @@ def _simpler_events(event: object) -> Iterator[object]:
         yield from _with(event, {"count": 1}, {"count": (event.count + 1) // 2}, {"request": 0})
     if isinstance(event, SetLengths):
         yield from _fewer_set(event)
+    if isinstance(event, Replay | Eager):
+        yield from _with(event, {"preparations": 1})
     if isinstance(event, Replay):
         yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
     if isinstance(event, Replay | Eager):

@@ -7,7 +7,7 @@ from functools import partial
 
 from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Order, Remap, Replay
-from nsa_oracle.harness.scenarios.script import Script
+from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
 from nsa_oracle.reference.types import ForwardMode
 
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
@@ -39,6 +39,14 @@ def _cached_prefixes(script: Script) -> None:
     for _ in range(script.pick((2, 1, 3))):
         script.join(script.pick((topk + 1, limit, (topk + limit) // 2)))
     script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
+
+
+def _nothing_new(script: Script) -> None:
+    """A prefill in which all tokens of a request are cached already, beside one that has new tokens."""
+    script.join(_full_page(script))
+    script.join()
+    new = min(script.scale.most_new_tokens or 3, 3)
+    script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
 
 
 def _whole_prompts(script: Script) -> None:
@@ -202,6 +210,23 @@ def _two_modes(script: Script) -> None:
     script.replay(first)
 
 
+def _serving_cycle(script: Script) -> None:
+    """Draft, verify, extend and draft again, behind each other in graphs; a prefill comes before the last draft."""
+    modes = [
+        mode for mode in (DECODE, ForwardMode.TARGET_VERIFY, script.pick(OF_ACCEPTED)) if mode in script.graph_modes
+    ]
+    if not modes:
+        return
+    script.fill()
+    for mode in modes:
+        if mode in OF_ACCEPTED:
+            script.accept()
+        script.replay(mode)
+    if EXTEND in script.scale.limits.modes:
+        script.eager(EXTEND)
+    script.replay(modes[0])
+
+
 def _recycled(script: Script) -> None:
     script.fill()
     _call(script)
@@ -233,6 +258,13 @@ def _long(script: Script) -> None:
     limit = script.setup.max_seq_len
     script.join(script.pick((COPY_CHUNK + 1, limit, (COPY_CHUNK + limit) // 2)))
     _call(script)
+
+
+def _wide(script: Script) -> None:
+    """A short request in a wide table: what is wide are the rows that top-k gets by itself."""
+    topk = script.setup.index_topk
+    script.join(script.pick((topk + 1, topk, max(1, topk // 2))))
+    script.eager(script.pick([mode for mode in script.scale.limits.modes if mode is not ForwardMode.IDLE] or [DECODE]))
 
 
 def _several_segments(script: Script) -> None:
@@ -277,9 +309,12 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "small, large, small": _small_large_small,
     "mode change": _two_modes,
     "recycled": _recycled,
+    "serving cycle": _serving_cycle,
     "shared prefix": _shared_prefix,
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
+    "wide rows": _wide,
+    "nothing new": _nothing_new,
 }
 HAPPENINGS = (  # those that can occur in any history
     _same_batch_on_other_pages,

@@ -69,9 +69,18 @@ def _setup(scenario: Scenario) -> str:
             f"{inputs.seq_lens.value} lengths, {inputs.req_pool_indices.value} indices, "
             f"{inputs.accept_length.value} accepts{''.join(', ' + view for view in views)};",
             *([] if setup.layer is None else [_layer(setup.layer)]),
+            *([] if not setup.neighbour_context_len else [_neighbour(setup)]),
             f"optimisations: {one_line(', '.join(scenario.optimizations), MAX_NAMES) or 'none'}; seed {scenario.seed}.",
         )
     )
+
+
+def _neighbour(setup: Setup) -> str:
+    return f"a second backend, of page tables {setup.neighbour_context_len} wide, prepares batches in between;"
+
+
+def _preparations(event: Replay | Eager) -> str:
+    return "" if event.preparations == 1 else f", prepared {event.preparations} times"
 
 
 def _layer(layer: Layer) -> str:
@@ -126,12 +135,13 @@ def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[Fo
             return f"Request {event.request} gets its first pages re-mapped to those of request {event.prefix_of}."
         case Replay():
             times = "" if event.times == 1 else f", {event.times} times"
+            times += _preparations(event)
             assert batch is not None
             bucket = choose_bucket(event.bucket, batch.size, captured.get(event.mode, set()))
             where = "no bucket fits, so eagerly" if bucket is None else f"bucket {bucket}"
             return f"Replay {event.mode.value} ({where}){times}: {_batch(batch, event.mirror, event.order)}."
         case Eager():
-            return f"Eager {event.mode.value}: {_batch(batch, event.mirror, event.order)}."
+            return f"Eager {event.mode.value}{_preparations(event)}: {_batch(batch, event.mirror, event.order)}."
 
 
 def _batch(batch: Batch | None, mirror: Mirror, order: Order) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from nsa_oracle.harness.scenarios.goal import ANYTHING, SITUATION, SWITCH, Goal
+from nsa_oracle.harness.scenarios.goal import ANYTHING, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
 from nsa_oracle.harness.scenarios.scales import SMALL, Scale, restricted
@@ -39,6 +39,7 @@ from nsa_oracle.harness.scenarios.situations import HAPPENINGS, SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
+_RARELY = (False,) * 39 + (True,)  # what makes a whole case nearly twice as expensive
 _WEIGHTS_OF_REUSE = (Reuse.STACK, Reuse.STACK, Reuse.QUEUE, Reuse.SHUFFLED)
 
 
@@ -92,7 +93,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
             return draw(freely)
         return draw(st.sampled_from(limits.of(name, choices) or limits.of(name, drawn[name])))
 
-    max_context_len = pick("max_context_len")
+    max_context_len = pick("max_context_len", scale.max_context_lens)
     num_steps = pick("num_steps")
     # Every step writes every row, and the interpreter executes one store at a time, so there must be few.
     most_rows = scale.max_rows // (num_steps * (1 + max_context_len // 1000))
@@ -270,7 +271,29 @@ def scenarios(
     chosen = draw(optimizations(switches, setup.step_semantics, goal.of(SWITCH))) if switches.names else ()
     seed = draw(st.integers(0, 2**32 - 1))
     happened = draw(events(setup, seed, scale, goal))
+    if goal.of(NEIGHBOUR) or draw(st.sampled_from(_RARELY)):
+        setup = setup.model_copy(update={"neighbour_context_len": draw(_neighbours(setup, scale))})
+    if goal.of(PREPARATIONS) or draw(st.sampled_from(_RARELY)):
+        happened = draw(_prepared_again(happened))
     return within(Scenario(setup=setup, optimizations=chosen, seed=seed, events=happened), scale.limits)
+
+
+def _neighbours(setup: Setup, scale: Scale) -> st.SearchStrategy[int]:
+    """Context lengths of a second backend: short ones, preferably other than that of the first."""
+    lengths = sorted(n for n in scale.limits.of("max_context_len", scale.max_context_lens) if n > setup.draft_overshoot)
+    others = [n for n in lengths if n != setup.max_context_len]
+    return st.sampled_from((others or lengths or [setup.max_context_len])[:3])
+
+
+@st.composite
+def _prepared_again(draw: st.DrawFn, happened: tuple[Event, ...]) -> tuple[Event, ...]:
+    """The same events, of which one call prepares its batch twice."""
+    calls = [number for number, event in enumerate(happened) if isinstance(event, Replay | Eager)]
+    chosen = draw(st.sampled_from(calls)) if calls else None
+    return tuple(
+        event.model_copy(update={"preparations": 2}) if number == chosen else event
+        for number, event in enumerate(happened)
+    )
 
 
 def narrowed_to(scale: Scale, goal: Goal) -> Scale:

@@ -7,6 +7,7 @@ import torch
 from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_wrapping, layer_bug
 from nsa_oracle.harness.bugs.catalogue.attention import ATTENTIONS
 from nsa_oracle.harness.bugs.catalogue.caches import STORES
+from nsa_oracle.harness.bugs.catalogue.prefills import PREFILL_BUGS
 from nsa_oracle.harness.bugs.catalogue.selection import INDEXERS, SELECTIONS
 from nsa_oracle.harness.bugs.catalogue.targets import FORWARD
 from nsa_oracle.harness.bugs.mutate import Mutation
@@ -109,4 +110,4 @@ _FORWARDS = (
     ),
 )
 
-BUGS: tuple[Bug, ...] = (*STORES, *INDEXERS, *SELECTIONS, *ATTENTIONS, *_FORWARDS)
+BUGS: tuple[Bug, ...] = (*STORES, *INDEXERS, *SELECTIONS, *ATTENTIONS, *_FORWARDS, *PREFILL_BUGS)

@@ -188,7 +188,7 @@ def test_the_same_case_has_the_same_logits_and_no_other_has() -> None:
 
 def test_bytes_are_the_same_on_every_machine() -> None:
     given = made_up(9, 4)
-    assert given.seqlens_expanded.tolist() == [7, 9, 8, 5, 7, 9, 5, 3, 9]
+    assert given.seqlens_expanded.tolist() == [7, 9, 8, 5, 7, 9, 5, 3, 9, 6]
     denormals = [number & 0xFFFFFFFF for number in bits(given.logits[3])]
     assert denormals[:5] == [0x72E5C5, 0x800A2091, 0x807849A8, 0x9278D, 0x7FFFFF]
     assert denormals[5:] == [0x7FC00000, 0x7F800000, 0x7F7FFFFF, 0xFFFFFFFF]
@@ -202,3 +202,16 @@ def test_answer_does_not_depend_on_what_lies_beyond(width: int, topk: int) -> No
         row[length:] = 0
     want = topk_indices(given.logits, given.seqlens_expanded, topk)
     assert torch.equal(topk_indices(other, given.seqlens_expanded, topk), want)
+
+
+@each_size
+def test_numbers_of_all_magnitudes_do_not_tie(width: int, topk: int) -> None:
+    """Half precision, to which some rows are infinite and some zero, would tie numbers that differ."""
+    infinite = zero = 0
+    for row, length in rows_of(width, topk, LogitKind.EXPONENTS):
+        assert bool(row.isfinite().all())
+        assert len(set(bits(row))) == length
+        infinite += bool(row.abs().half().isinf().all())
+        zero += bool((row.abs().half() == 0).all())
+    assert infinite
+    assert zero

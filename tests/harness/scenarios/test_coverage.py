@@ -17,6 +17,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Reuse,
 )
+from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 
 GRAPH = Capture(mode=DECODE, buckets=(2,))
@@ -124,6 +125,32 @@ def test_many_steps_at_once_over_several_segments() -> None:
     for changes in ({"drive": "single_step"}, {"num_steps": 3}, {"paged_mqa_num_sms": 0}):
         assert segments(257, **({"paged_mqa_num_sms": 3} | changes)) == set()
     assert segments(256, paged_mqa_num_sms=3) == set()
+
+
+def test_prefill_without_a_new_token() -> None:
+    joins, name = (Join(seq_len=3), Join(seq_len=9)), "prefill without a new token"
+    assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(0, 2)))
+    assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(1, 2)))
+    assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(0,))), "of no request"
+
+
+def test_serving_cycle() -> None:
+    verify = ForwardMode.TARGET_VERIFY
+    graphs = (GRAPH, Capture(mode=verify, buckets=(2,)), Join(seq_len=5))
+    name = "drafts behind a verification"
+    assert name in visited(*graphs, Replay(mode=verify), REPLAY)
+    assert name not in visited(*graphs, REPLAY, Replay(mode=verify))
+    prefill = Eager(mode=EXTEND)
+    assert "prefill between replays" in visited(*graphs, REPLAY, prefill, REPLAY)
+    assert "prefill between replays" not in visited(*graphs, REPLAY, prefill, Replay(mode=verify))
+
+
+def test_company() -> None:
+    twice = Replay(mode=DECODE, preparations=2)
+    assert "prepared twice" in visited(GRAPH, Join(seq_len=5), twice)
+    assert "prepared twice" not in visited(GRAPH, twice, Join(seq_len=5), REPLAY), "an empty batch"
+    assert "second backend" in visited(GRAPH, Join(seq_len=5), REPLAY, neighbour_context_len=70)
+    assert "second backend" not in visited(GRAPH, Join(seq_len=5), REPLAY)
 
 
 def test_order_of_reuse_counts_once_something_is_reused() -> None:

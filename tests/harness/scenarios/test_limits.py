@@ -39,7 +39,11 @@ def test_nothing_declared_is_everything() -> None:
 
 
 def test_every_field_of_a_case_can_be_named() -> None:
-    assert set(BACKEND_FIELDS) == {*Setup.model_fields, *Inputs.model_fields} - {"inputs", "layer"}
+    assert set(BACKEND_FIELDS) == {*Setup.model_fields, *Inputs.model_fields} - {
+        "inputs",
+        "layer",
+        "neighbour_context_len",
+    }
     assert set(LAYER_FIELDS) == {*BACKEND_FIELDS, *Layer.model_fields}
 
 

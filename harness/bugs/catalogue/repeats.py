@@ -1,0 +1,224 @@
+"""Bugs of what a backend keeps from one call to the next, or shares with another backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import ClassVar
+
+import torch
+
+from nsa_oracle.harness import fields
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.mutate import Mutation
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment, OwnPool
+from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.protocol import SingleStepBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
+
+
+class SkipsTheSameBatch(KeepsFields):
+    """A replay of a batch with the lengths, pool rows and accept lengths of the graph's last one changes nothing."""
+
+    names = tuple(field.name for field in fields.FIELDS)
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.last: dict[object, HostNumbers] = {}
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is Moment.REPLAY:
+            key, numbers = (step, self._key(0, batch)), HostNumbers.of(batch)
+            self.same = self.last.get(key) == numbers
+            self.last[key] = numbers
+        return super().given(batch, moment, step)
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        return self.same
+
+
+class AppendsToRows(OwnPool):
+    """A row of a replay's page table gets the columns behind its last length; shorter rows are copied anew."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def mapped(self, mapping: torch.Tensor, batch: ForwardBatch, moment: Moment) -> None:
+        if moment is Moment.REPLAY:
+            numbers = HostNumbers.of(batch)
+            for row, length in zip(numbers.pool_rows, numbers.seq_lens, strict=True):
+                before = self.rows.get(row)
+                if before is not None and len(before) <= length:
+                    mapping[row, : len(before)] = before
+                self.rows[row] = mapping[row, :length].clone()
+
+
+class LengthensAgain(BackendWrapper):
+    """What a mode adds to a length is added again if the same batch is prepared once more."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.last: dict[int | None, torch.Tensor] = {}
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment not in (Moment.EAGER, Moment.REPLAY):
+            return batch
+        again = self.last.get(step) is batch.seq_lens  # the engine makes a new view for each batch that it loads
+        self.last[step] = batch.seq_lens
+        return dataclasses.replace(batch, seq_lens=batch.seq_lens + 1) if again else batch
+
+
+class SharesBuffers(KeepsFields):
+    """Backends of one process have the same buffer of KV bounds for a mode and a bucket."""
+
+    all: ClassVar[weakref.WeakSet[SharesBuffers]] = weakref.WeakSet()
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.all.add(self)
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        super().done(backend, batch, moment, index)
+        if moment is Moment.REPLAY:
+            key = self._key(index, batch)
+            for other in [other for other in self.all if other is not self and key in other.bound]:
+                other.bound[key].cu_seqlens_k.copy_(backend.forward_metadata.cu_seqlens_k)
+
+
+class SharesRowStarts(BackendWrapper):
+    """The distance of the rows of a pool is kept for the next backend whose pool has as many rows."""
+
+    last: ClassVar[dict[str, int]] = {}
+
+    def pool_for(self, req_to_token: torch.Tensor) -> torch.Tensor:
+        rows, columns = req_to_token.shape
+        stride = self.last["stride"] if self.last.get("rows") == rows else req_to_token.stride(0)
+        self.last.update(rows=rows, stride=req_to_token.stride(0))
+        room = req_to_token.untyped_storage().nbytes() // 4 - req_to_token.storage_offset()
+        return req_to_token.as_strided((rows, columns), (min(stride, (room - columns) // max(1, rows - 1)), 1))
+
+
+class PrefillsInGraphMemory(KeepsFields):
+    """A prefill takes memory of a graph as scratch: that of query bounds, which are written once, at capture."""
+
+    names = ("cu_seqlens_q", "nsa_cu_seqlens_q")
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        super().done(backend, batch, moment, index)
+        if moment is Moment.EAGER and batch.forward_mode is ForwardMode.EXTEND:
+            for bound in self.bound.values():
+                bound.cu_seqlens_q.fill_(len(batch.seq_lens))
+
+
+class LengthsWithGaps(BackendWrapper):
+    """The lengths of query tokens are every second entry of a buffer."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.EAGER:
+            metadata = backend.forward_metadata
+            pairs = torch.stack((metadata.seqlens_expanded,) * 2, 1)
+            backend.forward_metadata = dataclasses.replace(metadata, seqlens_expanded=pairs[:, 0])
+
+
+class LosesCachedPrompts(BackendWrapper):
+    """The flattened table of a prefill lacks the requests without a new token."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        flattened = backend.forward_metadata.page_table_1_flattened
+        if moment is Moment.EAGER and flattened is not None and batch.extend_seq_lens is not None:
+            kept = (batch.extend_seq_lens > 0).repeat_interleave(batch.seq_lens)
+            backend.forward_metadata = dataclasses.replace(
+                backend.forward_metadata, page_table_1_flattened=flattened[kept]
+            )
+
+
+BUGS = (
+    Bug(
+        name="cached-prompt-lost",
+        group=Group.TABLES,
+        sentence="The flattened table of a prefill lacks the KV of a request that has no new token.",
+        reference=REVIEW,
+        trigger="a prefill in which all tokens of a request are cached",
+        caught_by=frozenset({Check.SHAPE}),
+        plant=by_wrapping(LosesCachedPrompts),
+    ),
+    Bug(
+        name="lengths-with-gaps",
+        group=Group.BUFFERS,
+        sentence="The lengths of query tokens are every second entry of a buffer, and kernels read them as if dense.",
+        reference=REVIEW,
+        trigger="an eager call of several rows",
+        caught_by=frozenset({Check.SHAPE}),
+        plant=by_wrapping(LengthsWithGaps),
+    ),
+    Bug(
+        name="lengthened-by-each-preparation",
+        group=Group.PADDING,
+        sentence="Preparing the same batch once more, as in a warm-up, makes its lengths grow again.",
+        reference=REVIEW,
+        trigger="a batch that is prepared twice",
+        caught_by=frozenset({Check.METADATA, Check.SHAPE}),
+        plant=by_wrapping(LengthensAgain),
+    ),
+    Bug(
+        name="buffers-shared-by-two-backends",
+        group=Group.BUFFERS,
+        sentence="Two backends of a process have one buffer of KV bounds for the same mode and bucket.",
+        reference=REVIEW,
+        trigger="a second backend, which prepares a replay in between",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SharesBuffers),
+    ),
+    Bug(
+        name="row-starts-kept-for-another-context",
+        group=Group.BUFFERS,
+        sentence="Where the rows of a pool start is cached by their number, not by the context length as well.",
+        reference=REVIEW,
+        trigger="a second backend of another context length",
+        caught_by=frozenset({Check.METADATA, Check.CRASH}),
+        plant=by_wrapping(SharesRowStarts),
+    ),
+    Bug(
+        name="prefill-in-graph-memory",
+        group=Group.BUFFERS,
+        sentence="A prefill uses memory of a graph as scratch, of which replays write only what changes.",
+        reference=REVIEW,
+        trigger="a prefill between two replays of one graph",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(PrefillsInGraphMemory),
+    ),
+    Bug(
+        name="refresh-skipped-for-the-same-lengths",
+        group=Group.TABLES,
+        sentence="A replay is not prepared if lengths, pool rows and accept lengths are those of the last replay.",
+        reference=REVIEW,
+        trigger="the same batch on other pages",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SkipsTheSameBatch),
+    ),
+    Bug(
+        name="table-rows-appended-by-pool-row",
+        group=Group.TABLES,
+        sentence="Of a row of the page table only the columns behind the pool row's last length are copied.",
+        reference=REVIEW,
+        trigger="a pool row that grows on other pages",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(AppendsToRows),
+    ),
+    Bug(
+        name="length-loaded-past-the-batch",
+        group=Group.TABLES,
+        sentence="A kernel also loads the entry behind the last length, and does not use it.",
+        reference=REVIEW,
+        trigger="any call",
+        caught_by=frozenset({Check.CRASH}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:load_lengths",
+                "mask=valid, other=0).to(tl.int32) + extra",
+                "mask=requests <= tl.max(tl.where(valid, requests, -1), 0) + 1, other=0).to(tl.int32) + extra",
+            )
+        ),
+    ),
+)

@@ -1,0 +1,102 @@
+"""Loads and stores of interpreted kernels must lie within what the launch was given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from nsa_oracle.harness.interpreter.bounds import hand_out
+from nsa_oracle.harness.memory.poison import GuardedAllocations
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
+
+
+@triton.jit
+def load_kernel(source: tl.tensor, target: tl.tensor, first: tl.tensor, count: tl.tensor) -> None:
+    """Loads four entries from ``first`` on, those from ``count`` on masked off, and uses none."""
+    lanes = tl.arange(0, 4)
+    tl.load(source + first + lanes, mask=lanes < count, other=0)
+    tl.store(target, 1)
+
+
+@triton.jit
+def store_kernel(target: tl.tensor, place: tl.tensor) -> None:
+    tl.store(target + place, 1)
+
+
+@triton.jit
+def add_kernel(target: tl.tensor, place: tl.tensor) -> None:
+    tl.atomic_add(target + place, 1)
+
+
+@triton.jit
+def through_integers_kernel(target: tl.tensor, address: tl.tensor) -> None:
+    tl.store(address.to(tl.pointer_type(tl.int32)), 7)
+    tl.store(target, 1)
+
+
+def memory() -> tuple[torch.Tensor, torch.Tensor]:
+    """The memory of an input of 16 entries, and the part of 4 that a batch has."""
+    whole = torch.zeros(16, dtype=torch.int32)
+    hand_out(whole[8:12], whole)
+    return whole, whole[8:12]
+
+
+def test_what_was_given_may_be_loaded() -> None:
+    _, part = memory()
+    target = torch.zeros(1, dtype=torch.int32)
+    load_kernel[(1,)](part, target, 0, 4)
+    load_kernel[(1,)](part, target, 2, 2)  # the other lanes are masked off
+    load_kernel[(1,)](part, target, 5, 0)
+    assert target.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "where"),
+    [(1, 4, "0 bytes behind the end of source"), (-1, 1, "4 bytes before the beginning of source")],
+)
+def test_a_load_whose_value_is_not_used_is_found(first: int, count: int, where: str) -> None:
+    _, part = memory()
+    with pytest.raises(InterpreterError, match=f"a load of 4 bytes that begins {where}"):
+        load_kernel[(1,)](part, torch.zeros(1, dtype=torch.int32), first, count)
+
+
+@pytest.mark.parametrize("kernel", [store_kernel, add_kernel])
+def test_stores_are_found_before_they_write(kernel: object) -> None:
+    whole, part = memory()
+    with pytest.raises(InterpreterError, match="OutOfBounds"):
+        kernel[(1,)](part, 4)  # type: ignore[index]
+    assert not whole.any()
+
+
+def test_between_guard_bands() -> None:
+    with GuardedAllocations(7, torch.device("cpu")) as guard:
+        own = torch.zeros(4, dtype=torch.int32)
+    store_kernel[(1,)](own[2:], -2)  # a backend reaches all of its own buffer through any view
+    assert own.tolist() == [1, 0, 0, 0]
+    with pytest.raises(InterpreterError, match="OutOfBounds"):
+        store_kernel[(1,)](own, 4)
+    assert len(guard.buffers) == 1
+
+
+def test_all_of_other_memory_may_be_touched() -> None:
+    whole = torch.zeros(16, dtype=torch.int32)
+    store_kernel[(1,)](whole[:4], 10)
+    assert whole[10] == 1
+
+
+def test_what_is_gone_restricts_nothing() -> None:
+    whole, part = memory()
+    kept = part.detach()
+    del whole, part
+    store_kernel[(1,)](kept, 4)
+
+
+def test_pointers_made_from_integers_are_not_checked() -> None:
+    _, part = memory()
+    other = torch.zeros(1, dtype=torch.int32)
+    through_integers_kernel[(1,)](part, other.data_ptr())
+    assert other.item() == 7
