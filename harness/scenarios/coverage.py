@@ -9,21 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from nsa_oracle.harness.scenarios.choices import Drive, Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
-    Drive,
     Eager,
     Finish,
     Join,
-    Mirror,
-    Order,
-    PageLayout,
     Remap,
     Replay,
-    Reuse,
     Scenario,
     SetLengths,
     Setup,

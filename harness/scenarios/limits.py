@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from nsa_oracle.harness.errors import meant, one_line
+from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.complaints import complaint_about_value
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Inputs, Layer, Mirror, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Inputs, Layer, Replay, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
 from nsa_oracle.reference.types import ForwardMode
 

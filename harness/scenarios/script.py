@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.choices import Mirror, Order
 from nsa_oracle.harness.scenarios.goal import LENGTH, MIRROR, ORDER, OWN, Goal
 from nsa_oracle.harness.scenarios.scales import Scale
 from nsa_oracle.harness.scenarios.scenario import (
@@ -18,8 +19,6 @@ from nsa_oracle.harness.scenarios.scenario import (
     Event,
     Finish,
     Join,
-    Mirror,
-    Order,
     Replay,
     Scenario,
     Setup,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from nsa_oracle.harness.scenarios.choices import Mirror, Order
 from nsa_oracle.harness.scenarios.scenario import (
     Capture,
     Eager,
@@ -18,8 +19,6 @@ from nsa_oracle.harness.scenarios.scenario import (
     Inputs,
     Join,
     Layer,
-    Mirror,
-    Order,
     Replay,
     Scenario,
     SetLengths,

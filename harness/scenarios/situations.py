@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from nsa_oracle.harness.scenarios.choices import Order
 from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
-from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Order, Remap, Replay
+from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Remap, Replay
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
 from nsa_oracle.reference.types import ForwardMode
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nsa_oracle.harness.errors import one_line
+from nsa_oracle.harness.scenarios.choices import Mirror, Order, Reuse
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -13,11 +14,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Finish,
     Join,
     Layer,
-    Mirror,
-    Order,
     Remap,
     Replay,
-    Reuse,
     Scenario,
     SetLengths,
     Setup,

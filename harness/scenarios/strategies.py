@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import reject
 from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.goal import ANYTHING, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
@@ -25,12 +26,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Inputs,
     Join,
     Layer,
-    Mirror,
-    Order,
-    PageLayout,
     Remap,
     Replay,
-    Reuse,
     Scenario,
     Setup,
 )

@@ -9,22 +9,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
+from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, Mirror, Order, Reuse
 from nsa_oracle.harness.scenarios.complaints import complaint
 from nsa_oracle.harness.scenarios.recorded import RecordedCall, ServerRecord
 from nsa_oracle.harness.scenarios.recorded_batches import ACTS, Asked, Held, NotACase, Requests
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
-    Drive,
     Eager,
     Event,
     Finish,
-    IntDtype,
     Join,
-    Mirror,
-    Order,
     Replay,
-    Reuse,
     Scenario,
     SetLengths,
     Setup,

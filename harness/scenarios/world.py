@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
@@ -22,12 +23,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Event,
     Finish,
     Join,
-    Mirror,
-    Order,
-    PageLayout,
     Remap,
     Replay,
-    Reuse,
     Scenario,
     SetLengths,
     Setup,

@@ -17,6 +17,7 @@ from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
 from nsa_oracle.harness.report import failure
 from nsa_oracle.harness.report.failure import explain, replay_command
 from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.scenarios.choices import Drive, Mirror
 from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
 from nsa_oracle.harness.scenarios.regime import Regime
@@ -25,11 +26,9 @@ from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
-    Drive,
     Eager,
     Join,
     Layer,
-    Mirror,
     Replay,
     Scenario,
     Setup,

@@ -14,18 +14,16 @@ from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
+from nsa_oracle.harness.scenarios.choices import Drive, Mirror, PageLayout
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
     Capture,
-    Drive,
     Eager,
     Event,
     Finish,
     Inputs,
     Join,
-    Mirror,
-    PageLayout,
     Replay,
     Scenario,
 )

@@ -16,6 +16,7 @@ import torch
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.scenarios.choices import Order, PageLayout
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
@@ -26,8 +27,6 @@ from nsa_oracle.harness.scenarios.scenario import (
     Event,
     Finish,
     Join,
-    Order,
-    PageLayout,
     Replay,
     Scenario,
 )

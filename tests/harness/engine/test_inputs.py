@@ -14,7 +14,8 @@ from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
 from nsa_oracle.harness.protocol import MultiStepBackend
-from nsa_oracle.harness.scenarios.scenario import Eager, Inputs, IntDtype, Join, Scenario, Setup
+from nsa_oracle.harness.scenarios.choices import IntDtype
+from nsa_oracle.harness.scenarios.scenario import Eager, Inputs, Join, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.multi_step import MultiStepBackend as Reference

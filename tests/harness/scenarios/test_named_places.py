@@ -10,20 +10,10 @@ from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.judge import judge
+from nsa_oracle.harness.scenarios.choices import Mirror, Order
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.files import from_json, to_json
-from nsa_oracle.harness.scenarios.scenario import (
-    Eager,
-    Event,
-    Finish,
-    Join,
-    Layer,
-    Mirror,
-    Order,
-    Replay,
-    Scenario,
-    SetLengths,
-)
+from nsa_oracle.harness.scenarios.scenario import Eager, Event, Finish, Join, Layer, Replay, Scenario, SetLengths
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.world import Batch, World

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.files import from_json, load, to_json
 from nsa_oracle.harness.scenarios.regime import Regime
@@ -22,7 +23,6 @@ from nsa_oracle.harness.scenarios.scenario import (
     Finish,
     Join,
     Layer,
-    Mirror,
     Remap,
     Replay,
     Scenario,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from nsa_oracle.harness.scenarios.choices import IntDtype, Mirror, Order, PageLayout
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
     Finish,
     Inputs,
-    IntDtype,
     Join,
     Layer,
-    Mirror,
-    Order,
-    PageLayout,
     Remap,
     Replay,
     Scenario,

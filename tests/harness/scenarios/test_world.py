@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.scales import LARGE, SMALL
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
@@ -18,12 +19,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Finish,
     Inputs,
     Join,
-    Mirror,
-    Order,
-    PageLayout,
     Remap,
     Replay,
-    Reuse,
     Scenario,
     Setup,
 )

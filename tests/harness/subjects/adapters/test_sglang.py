@@ -11,7 +11,8 @@ import torch
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.report.declared import unneeded_waivers
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Mirror, Replay, Scenario
+from nsa_oracle.harness.scenarios.choices import Mirror
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
 from nsa_oracle.harness.search.backend_survey import BackendSurvey
 from nsa_oracle.harness.subjects.adapters import sglang
 from nsa_oracle.harness.subjects.subject import Subject
