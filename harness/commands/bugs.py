@@ -67,7 +67,7 @@ def bugs(
     if listed:
         typer.echo(text.render(report.listing(chosen)))
         return
-    hunted = [bug for bug in chosen if where.type == "cuda" or not bug.gpu]
+    hunted = [bug for bug in chosen if bug.shows_on(where.type)]
     found: dict[str, Kill] = {}
     interrupted = False
     try:

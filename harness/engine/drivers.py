@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, TypeGuard, cast
 
 from nsa_oracle.harness.protocol import MultiStepBackend, PreparesInGraph, PreparesOutOfGraph, SingleStepBackend
 from nsa_oracle.harness.scenarios.choices import Drive
@@ -30,6 +30,14 @@ _TODAYS_NAMES = {
     Act.CAPTURE: "init_forward_metadata_out_graph",
     Act.REPLAY: "init_forward_metadata_out_graph",
 }
+
+
+def prepares_in_graph(backend: object) -> TypeGuard[PreparesInGraph]:
+    """Whether ``backend`` has the method, also if it passes on what it is asked for, as an adapter may.
+
+    ``isinstance`` of a protocol would not see that from Python 3.12 on.
+    """
+    return callable(getattr(backend, "init_forward_metadata_in_graph", None))
 
 
 class Driver(Protocol):
@@ -68,7 +76,7 @@ class MultiStepDriver:
         self.backend.init_forward_metadata_capture_cuda_graph(batch)
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
-        if isinstance(self.backend, PreparesInGraph):
+        if prepares_in_graph(self.backend):
             self.backend.init_forward_metadata_in_graph(batch, batch.batch_size)
 
     def prepare_replay(self, batch: ForwardBatch) -> None:
@@ -106,7 +114,7 @@ class SingleStepDriver:
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
-            if isinstance(backend, PreparesInGraph):
+            if prepares_in_graph(backend):
                 backend.init_forward_metadata_in_graph(batch, batch.batch_size)
 
     def prepare_replay(self, batch: ForwardBatch) -> None:

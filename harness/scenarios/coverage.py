@@ -320,7 +320,7 @@ def _segment_classes(batch: Batch, setup: Setup, in_graph: bool) -> Iterator[str
             if steps >= MANY_STEPS:
                 yield f"N >= {MANY_STEPS} steps cross a {name}"
     together = in_graph and steps >= MANY_STEPS and setup.drive is Drive.MULTI_STEP
-    if together and setup.paged_mqa_num_sms and max(batch.seq_lens) > MQA_SEGMENT:
+    if together and setup.paged_mqa_num_sms > 1 and max(batch.seq_lens) > MQA_SEGMENT:
         yield f"N >= {MANY_STEPS} multi-step replay of several paged-MQA segments"
 
 

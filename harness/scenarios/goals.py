@@ -132,7 +132,8 @@ def _segments(scale: Scale) -> Iterator[Want]:
     decode = (ForwardMode.DECODE,)
     base = {"step_semantics": (StepSemantics.ADVANCING,), LENGTH: OWN}
     parts = tuple(n for n in scale.parts if n)
-    mqa = {"paged_mqa_num_sms": parts, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT)}
+    several = tuple(n for n in parts if n > 1)  # the schedule of one multiprocessor is the same for all lengths
+    mqa = {"paged_mqa_num_sms": several, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT)}
     mla = {
         "flashmla_num_sm_parts": parts,
         "index_topk": _more_than(scale.index_topks, FLASHMLA_BLOCK),

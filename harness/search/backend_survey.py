@@ -35,8 +35,7 @@ from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.scenarios.files import digest, save
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
-from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search.drawing import OutOfTime, draw
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
@@ -144,21 +143,14 @@ class BackendSurvey:
         deadline: value of ``time.monotonic()`` after which no further case begins. begin: is called with each case
         before it begins. Raises BackendError if the backend cannot be judged at all.
         """
-        known = self.found.cases
-
-        def survey_one(scenario: Scenario) -> None:
-            nonlocal known
-            if known:  # surveyed in an earlier part
-                known -= 1
-                return
+        stream = CaseStream(self.scale, self.subject.switches, seed)
+        for drawn in stream.cases(range(self.found.cases, cases)):  # those before were surveyed in an earlier part
             if deadline is not None and time.monotonic() > deadline:
-                raise OutOfTime
-            begin(scenario)
-            self.survey(scenario)
-            self.found.note_survival("", scenario)
+                return
+            begin(drawn.scenario)
+            self.survey(drawn.scenario)
+            self.found.note_survival("", drawn.scenario)
             report_progress(self.found.cases)
-
-        draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
 
     def survey(self, scenario: Scenario) -> None:
         """Judge every call of one scenario."""
@@ -236,7 +228,7 @@ class _Case:
         for number in range(len(self.scenario.events)):
             try:
                 self._judge_event(engine, number)
-            except (BackendError, ScenarioError, OutOfTime):
+            except (BackendError, ScenarioError):
                 raise
             except (Exception, SystemExit, KeyboardInterrupt) as error:  # the backend's code may raise anything
                 self.interruptions.check()

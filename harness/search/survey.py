@@ -6,6 +6,7 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +26,8 @@ from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.search.drawing import OutOfTime, draw
+from nsa_oracle.harness.search.drawing import OutOfTime
+from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
 
 RUNS = "runs every call"
@@ -111,18 +112,12 @@ class Survey:
         deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case.
         Raises BackendError if the layer cannot be judged at all.
         """
-        known = self.cases
-
-        def survey_one(scenario: Scenario) -> None:
-            nonlocal known
-            if known:  # surveyed in an earlier part
-                known -= 1
-                return
-            self._survey(scenario, deadline)
-            self.cases += 1
-            report_progress(self.cases)
-
-        draw(scenarios(self.scale, switches=self.subject.switches), cases, seed, survey_one)
+        stream = CaseStream(self.scale, self.subject.switches, seed)
+        with suppress(OutOfTime):
+            for drawn in stream.cases(range(self.cases, cases)):  # those before were surveyed in an earlier part
+                self._survey(drawn.scenario, deadline)
+                self.cases += 1
+                report_progress(self.cases)
 
     def _survey(self, scenario: Scenario, deadline: float | None) -> None:
         def check_time() -> None:

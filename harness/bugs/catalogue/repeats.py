@@ -213,6 +213,7 @@ BUGS = (
         reference=REVIEW,
         trigger="any call",
         caught_by=frozenset({Check.CRASH}),
+        interpreted=True,
         plant=by_mutation(
             Mutation(
                 "nsa_oracle.optimized.kernels.lengths:load_lengths",

@@ -26,7 +26,16 @@ from nsa_oracle.reference.multi_step import MultiStepBackend as Reference
 from tests.support.metadata_cases import factory_of
 from tests.support.recordings import CONFIG, CPU, HEAD, called, calls, recorded_run, written
 
-CASES = {drawn.number: drawn.scenario for drawn in CaseStream(SMALL, NO_SWITCHES, 0).cases(range(30))}
+
+def of_one_server(scenario: Scenario) -> Scenario:
+    """The case of one backend that prepares each batch once, as a server does."""
+    setup = scenario.setup.model_copy(update={"neighbour_context_len": 0})
+    once = {"preparations": 1}
+    events = [e.model_copy(update=once) if isinstance(e, Replay | Eager) else e for e in scenario.events]
+    return scenario.model_copy(update={"setup": setup, "events": tuple(events)})
+
+
+CASES = {drawn.number: of_one_server(drawn.scenario) for drawn in CaseStream(SMALL, NO_SWITCHES, 0).cases(range(30))}
 REFERENCE, BROKEN = factory_of(Reference), factory_of(MyBrokenBackend)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.report import text
@@ -33,11 +32,17 @@ def surveyed(
     layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Record]:
     """By one case."""
-    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(scenario))
+    draw_only(scenario, monkeypatch)
     found = Survey(subject_of(layer), device)
     found.run(cases=1, seed=0)
     assert found.cases == 1
     return dict(found.records)
+
+
+def draw_only(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every case of a survey be ``scenario``."""
+    stream = SimpleNamespace(cases=lambda numbers: [SimpleNamespace(scenario=scenario) for _ in numbers])
+    monkeypatch.setattr(survey, "CaseStream", lambda scale, switches, seed: stream)
 
 
 def subject_of(layer: Any, **sizes: Sequence[Any]) -> Subject:
@@ -140,7 +145,7 @@ def test_what_cannot_be_surveyed_is_refused(device: torch.device) -> None:
 
 def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was found by then is kept."""
-    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(Eager(mode=VERIFY))))
+    draw_only(replay_of_two(Eager(mode=VERIFY)), monkeypatch)
     times = iter(range(100))
     monkeypatch.setattr(survey.time, "monotonic", lambda: float(next(times)))
     found = Survey(subject_of(clean.SharesOutputs), device)
@@ -151,7 +156,7 @@ def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monk
 
 
 def test_progress_is_reported_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "scenarios", lambda scale, switches: st.just(replay_of_two(layer=lattice())))
+    draw_only(replay_of_two(layer=lattice()), monkeypatch)
     reported: list[int] = []
     found = Survey(subject_of(Capturable), device)
     found.run(cases=1, seed=0, report_progress=reported.append)

@@ -30,7 +30,7 @@ STRANGE_BACKENDS = {
     "ArrayField": (Kind.MISSING, "cu_seqlens_k", "a ndarray", "a tensor of shape [2]"),
     "BoolField": (Kind.DTYPE, "seqlens_expanded", "torch.bool", "torch.int32"),
     "ScalarField": (Kind.SHAPE, "cu_seqlens_k", "[]", "[2]"),
-    "SparseField": (Kind.CRASH, "TypeError", "", "no exception"),
+    "SparseField": (Kind.SHAPE, "cu_seqlens_k", "strides [0]", "adjacent cells"),
     "MetaField": (Kind.DEVICE, "cu_seqlens_k", "meta", "cpu"),
     "HalfAPair": (Kind.UNEXPECTED, "indexer_k_start", "a tuple of 1", "None"),
     "TensorForScalar": (Kind.HOST_SCALAR, "max_seq_len_k", "tensor(8)", "8, an int of Python"),
