@@ -417,7 +417,7 @@ from nsa_oracle.optimized.layer import SparseAttention as Capturable
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 
 class Ends(Capturable):
-    built, last = 0, 4  # one was to try it out
+    built, last = 0, 12  # one was to try it out
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -426,8 +426,6 @@ class Ends(Capturable):
             os.kill(os.getpid(), signal.{signal})
 
 class Breaks(Ends):
-    last = 12
-
     def sparse_mla(self, *inputs):
         out, lse = super().sparse_mla(*inputs)
         return out * 2, lse
