@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied
+from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied, how_it_ended
 
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_LOOKS = 0.1  # at a fork that may have ended: processes that it started can keep its pipe open
@@ -67,21 +67,21 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
         raise KeyboardInterrupt
     if fork.terminated:
         signal.raise_signal(signal.SIGTERM)
-    raise ChildDied(f"the process ended ({fork.how_it_ended()})")
+    raise ChildDied(f"the process ended ({how_it_ended(fork.code)})")
 
 
 class _Fork:
     """A fork that works, as its parent sees it.
 
     interrupts: how often a user has pressed Ctrl-C; what swallows the first is killed at the second. terminated:
-    whether the parent was told to end, by SIGTERM.
+    whether the parent was told to end, by SIGTERM. code: as ``multiprocessing`` gives it, once the fork has ended.
     """
 
     def __init__(self, process: int) -> None:
         self.interrupts = 0
         self.terminated = False
         self._process = process
-        self._code: int | None = None
+        self.code: int | None = None
         self._interrupted_at = math.inf
 
     @staticmethod
@@ -103,10 +103,10 @@ class _Fork:
         if time.monotonic() > self._interrupted_at + _SECONDS_TO_INTERRUPT:
             self._interrupted_at = math.inf
             self._send(signal.SIGINT if self.interrupts == 1 else signal.SIGKILL)
-        if self._code is None:
+        if self.code is None:
             ended, status = os.waitpid(self._process, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if ended else None
-        return self._code is not None
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code is not None
 
     def end(self, seconds: float = 0) -> None:
         """Kill the fork unless it ends within ``seconds``."""
@@ -115,13 +115,6 @@ class _Fork:
             if time.monotonic() > ends:
                 self._send(signal.SIGKILL)
             time.sleep(0.002)
-
-    def how_it_ended(self) -> str:
-        assert self._code is not None
-        if self._code >= 0:
-            return f"exit code {self._code}"
-        known = {number.value: number.name for number in signal.Signals}
-        return f"signal {known.get(-self._code, -self._code)}"
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -151,7 +144,7 @@ class _Fork:
                 signal.signal(number, handler)
 
     def _send(self, number: signal.Signals) -> None:
-        if self._code is None:
+        if self.code is None:
             with suppress(ProcessLookupError):
                 os.kill(self._process, number)
 

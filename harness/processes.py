@@ -37,7 +37,22 @@ _end_process = os._exit  # while a case is judged, ``os._exit`` is another funct
 
 
 class ChildDied(Exception):
-    """The process ended, or was killed, before it returned a result. The message is one line that says how."""
+    """A process ended, or was killed, before it returned a result. The message is one line that says how.
+
+    process: its number, if it ended by itself.
+    """
+
+    def __init__(self, message: str, process: int | None = None) -> None:
+        super().__init__(message)
+        self.process = process
+
+
+def how_it_ended(code: int | None) -> str:
+    """An exit code as ``multiprocessing`` gives it, in words: negative for a signal."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"signal {names.get(-code, -code)}"
 
 
 class Child:
@@ -65,16 +80,17 @@ class Child:
             self.close()  # it was killed after it had answered
         if self._process is None:
             self._start()
+        assert self._process is not None
         assert self._pipe is not None
-        self._pipe.send((function, arguments))
-        if not self._pipe.poll(timeout):
-            self.close()
-            raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
+        process = self._process.pid
         try:
+            self._pipe.send((function, arguments))
+            if not self._pipe.poll(timeout):
+                self.close()
+                raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
             answer, error = self._pipe.recv()
-        except EOFError:
-            code = self.close()
-            raise ChildDied(f"its process ended with {code}") from None
+        except (EOFError, OSError):  # the other end is closed
+            raise ChildDied(f"the process ended ({how_it_ended(self.close())})", process) from None
         if error is not None:
             raise error
         result: _T = answer

@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     option(
         "profile",
-        "how many cases to draw: dev and pr draw the same ones in every run, nightly new ones",
+        "how many cases to draw: smoke, dev and pr draw the same ones in every run, nightly new ones",
         "NAME",
         "pr",
         type=_profile,

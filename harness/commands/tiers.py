@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.processes import how_it_ended
 
 FAILED, UNUSABLE = 1, 2  # exit codes of ``nsa-oracle replay``
 VERDICT = "ORACLE FAILURE  "
@@ -92,7 +93,7 @@ def run_tiers(
             yield TierOutcome(tier, True, gaps[0])
             continue
         verdicts = [line.removeprefix(VERDICT) for line in done.stdout.splitlines() if line.startswith(VERDICT)]
-        crash = f"the process ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"
+        crash = f"the process ended ({how_it_ended(done.returncode)}): {(done.stderr.splitlines() or [''])[-1]}"
         yield TierOutcome(tier, False, verdicts[0] if verdicts else crash)
 
 

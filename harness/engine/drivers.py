@@ -83,22 +83,30 @@ class MultiStepDriver:
         self.backend.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
 
 
-class SingleStepDriver:
+class _EachBackend:
+    """What is alike under both sets of names: every backend is called in turn."""
+
+    def __init__(self, backends: Sequence[SingleStepBackend | PreparesOutOfGraph]) -> None:
+        self._each = backends
+
+    def allocate(self, max_bs: int, max_num_tokens: int) -> None:
+        for backend in self._each:
+            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def prepare_eagerly(self, batch: ForwardBatch) -> None:
+        for backend in self._each:
+            backend.init_forward_metadata(batch)
+
+
+class SingleStepDriver(_EachBackend):
     """Drives each step's backend in turn, as SGLang's graph runners drive one ``NativeSparseAttnBackend``."""
 
     names: ClassVar[Mapping[Act, str]] = _OLDER_NAMES
 
     def __init__(self, backends: Sequence[SingleStepBackend], config: BackendConfig) -> None:
+        super().__init__(backends)
         self.backends = backends
         self.config = config
-
-    def allocate(self, max_bs: int, max_num_tokens: int) -> None:
-        for backend in self.backends:
-            backend.init_cuda_graph_state(max_bs, max_num_tokens)
-
-    def prepare_eagerly(self, batch: ForwardBatch) -> None:
-        for backend in self.backends:
-            backend.init_forward_metadata(batch)
 
     def bind(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
@@ -132,21 +140,14 @@ class SingleStepDriver:
             )
 
 
-class OutOfGraphDriver:
+class OutOfGraphDriver(_EachBackend):
     """Calls the backend by today's names: the multi-step backend alone, or each single-step backend in turn."""
 
     names: ClassVar[Mapping[Act, str]] = _TODAYS_NAMES
 
     def __init__(self, backends: Sequence[PreparesOutOfGraph]) -> None:
+        super().__init__(backends)
         self.backends = backends
-
-    def allocate(self, max_bs: int, max_num_tokens: int) -> None:
-        for backend in self.backends:
-            backend.init_cuda_graph_state(max_bs, max_num_tokens)
-
-    def prepare_eagerly(self, batch: ForwardBatch) -> None:
-        for backend in self.backends:
-            backend.init_forward_metadata(batch)
 
     def bind(self, batch: ForwardBatch) -> None:
         for backend in self.backends:

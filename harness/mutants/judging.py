@@ -19,6 +19,7 @@ from nsa_oracle.harness.mutants.cases import CPU, Case, Deadliness, affordable, 
 from nsa_oracle.harness.mutants.mutants import Mutant, is_of_kernels, probed, tree_sources
 from nsa_oracle.harness.mutants.nursery import Nurseries, Reply, Task
 from nsa_oracle.harness.mutants.score import Fate, Score, ScoringError
+from nsa_oracle.harness.processes import how_it_ended
 
 REACH_PAYS_FROM = 20  # number of mutants from which measuring the reach of cases costs less than it saves
 
@@ -35,7 +36,7 @@ def measured(cases: Sequence[Case], nurseries: Nurseries, compiled: bool = False
     tasks = ((case, Task((case,), sources)) for case in sorted(cases, key=lambda case: not case.has_layer))
     for case, _, reply in nurseries.carry_out(tasks):
         if reply.failed:
-            reason = reply.sentence or f"its process ended with {reply.exitcode}"
+            reason = reply.sentence or f"the process ended ({how_it_ended(reply.exitcode)})"
             raise ScoringError(f"case {case.name} fails on the clean tree; mend that first: {reason}")
         found[case.name] = Case(case.name, case.text, case.has_layer, reply.seconds, reply.reach)
     return [found[case.name] for case in cases]

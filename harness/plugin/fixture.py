@@ -35,7 +35,7 @@ def parts_of(
     profile = profile or session.profile
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
-    kinds = kinds_of(cases, *specs, profile)
+    kinds = kinds_of(cases, *specs, PROFILES[profile])
     files = session.replayed or corpus(session.device, session.cases_dir)
     return parts(Part(*specs, profile), kinds, files)
 

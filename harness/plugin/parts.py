@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.harness.decorator import KINDS
-from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
+from nsa_oracle.harness.search.drawing import PROFILES, SHARDS, Profile
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,14 @@ def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path]) -> dict[str,
     return named
 
 
-def kinds_of(
-    cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: str = "pr"
-) -> tuple[str, ...]:
+def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: Profile) -> tuple[str, ...]:
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
-    The shortest profile has no time for saved cases.
     Raises UsageError for a name that is none of ``KINDS``.
     """
     if cases is None:
-        is_short = profile == "smoke"
-        wanted = {"saved": not is_short, "metadata": not (layer and not backend), "layers": not (backend and not layer)}
+        alone, behind = not (layer and not backend), not (backend and not layer)
+        wanted = {"saved": profile.saved, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
     unknown = [kind for kind in asked if kind not in KINDS]

@@ -22,10 +22,10 @@ from nsa_oracle.harness.plugin.output import Output
 from nsa_oracle.harness.plugin.parts import Part
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import FailureRecord
-from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load
+from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load, process_of
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.search.explore import Exploration
-from nsa_oracle.harness.search.progress import Counter
+from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.recovery import Recovery
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import Termination
@@ -66,7 +66,6 @@ class Session:
     random_seed: int
     counts: Path
     _judges: dict[Specs, Recovery] = field(default_factory=dict)
-    _deaths: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.output = Output(self.counts / f"{os.getpid()}.output")  # of children
@@ -155,19 +154,18 @@ class Session:
     def death(self, died: processes.ChildDied, part: Part) -> FailureRecord:
         """The record of a case that ended the process which judged it. Its file is kept."""
         specs = part.backend, part.layer
-        left = [file for file in cases_of_dead_processes(self.save_dir, self.started) if file not in self._deaths]
-        file = part.file or next(iter(left), None)
+        left = cases_of_dead_processes(self.save_dir, self.started)
+        file = part.file or next((file for file in left if process_of(file) == died.process), None)
         if file is None:
             sentence = f"{died} between two cases"
             return FailureRecord("died", "process", sentence, "", f"ORACLE FAILURE  {sentence}")
-        self._deaths.append(file)
         command = self.replay_command(Exploration(saved=file), specs)
         report = explain_death(str(died), load(file), file, command)
         return FailureRecord("died", "process", f"{died} while it judged a case", command, report, saved=str(file))
 
     def expect(self, parts: Sequence[Part]) -> None:
         """Note how many cases the run will judge, and say from now on how far it is."""
-        Counter(self.counts, "expected").note(expected=sum(part.cases for part in parts))
+        CaseCounter(self.counts, "expected").note(expected=sum(part.cases for part in parts))
         self.show_progress()
 
     def judge(self, part: Part, name: str) -> Exploration:
@@ -177,7 +175,7 @@ class Session:
         what backend and layer declare.
         """
         judge = self.judge_of((part.backend, part.layer))
-        counter = Counter(self.counts, name, part.backend, part.layer)
+        counter = CaseCounter(self.counts, name, part.backend, part.layer)
         if part.file is None:
             return judge.explore(
                 part.numbers,

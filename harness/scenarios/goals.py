@@ -39,7 +39,8 @@ from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
-# The situations of the first cases, so of short profiles: those that kill most bugs of the zoo per second.
+# The situations of the first cases, so of short profiles, in an order chosen from partial hunts of the zoo: 30 of
+# 33 bugs died in the 16 cases of smoke, on some of which the order was tuned. It is not known to be the best.
 FIRST_SITUATIONS = (
     *("several segments", "graph empty after requests", "nothing accepted", "small, large, small"),
     *("cached prefixes", "whole prompts", "same batch on other pages", "steps cross a FlashMLA block"),

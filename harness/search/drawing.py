@@ -25,12 +25,14 @@ class Profile:
     """How much one run explores.
 
     cases: number of cases of metadata alone. layer_cases: number of cases of metadata and the attention layer behind
-    it. fresh: draw new cases in every run instead of the same ones.
+    it. fresh: draw new cases in every run instead of the same ones. saved: judge saved cases too, unless a test says
+    otherwise.
     """
 
     cases: int
     layer_cases: int
     fresh: bool
+    saved: bool = True
 
     def share(self, shard: int, with_layer: bool) -> range:
         """The numbers of the stream's cases that belong to ``shard``."""
@@ -38,7 +40,7 @@ class Profile:
 
 
 PROFILES = {  # smoke takes about 20 seconds on two cores
-    "smoke": Profile(16, 6, False),
+    "smoke": Profile(16, 6, False, saved=False),
     "dev": Profile(48, 16, False),
     "pr": Profile(200, 40, False),
     "nightly": Profile(10_000, 5_000, True),

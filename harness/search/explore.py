@@ -17,7 +17,7 @@ from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged,
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
 from nsa_oracle.harness.search.drawing import NotReproducible, draw
-from nsa_oracle.harness.search.progress import Counter
+from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.stream import ATTEMPTS, CaseStream, Drawn
 from nsa_oracle.harness.subjects.subject import Subject
 
@@ -98,7 +98,7 @@ def explore(
     deadline: float | None = None,
     with_layer: bool = False,
     most_shrinking: int | None = None,
-    counter: Counter | None = None,
+    counter: CaseCounter | None = None,
 ) -> Exploration:
     """Judge cases of the stream of ``seed``; stop at the first failure and shrink it.
 
@@ -132,7 +132,7 @@ def explore(
 class _Search:
     """Judges drawn scenarios, and shrinks the first that fails."""
 
-    def __init__(self, subject: Subject, device: torch.device, save_dir: Path, counter: Counter | None) -> None:
+    def __init__(self, subject: Subject, device: torch.device, save_dir: Path, counter: CaseCounter | None) -> None:
         self.outcome = Exploration()
         self._subject = subject
         self._device = device

@@ -30,7 +30,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Counter:
+class CaseCounter:
     """Counts one part of a run. folder: of the run, which must exist. name: of the part, different for each."""
 
     folder: Path

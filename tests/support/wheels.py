@@ -25,16 +25,15 @@ def environment(site: Path) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": os.pathsep.join([str(site), *libraries])}
 
 
+def python(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python in a folder where nothing of the checkout is found."""
+    environ = {**environment(site), "COLUMNS": "200"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=600)
+
+
 def run(site: Path, folder: Path, *words: str) -> str:
     """What Python prints, in a folder where nothing of the checkout is found."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env=environment(site),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = python(site, folder, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

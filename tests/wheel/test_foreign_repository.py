@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.project import PROJECT
 from tests.support.pytest_runs import Run
-from tests.support.wheels import environment
+from tests.support.wheels import python
 
 BACKENDS = """
 from nsa_oracle.reference.multi_step import MultiStepBackend
@@ -98,15 +96,7 @@ def repository(tmp_path: Path) -> Path:
 
 def theirs(site: Path, repository: Path, *words: str) -> Run:
     """Their test suite, with the plugin as pip installs it: nothing names it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:benchmark", *words],
-        cwd=repository,
-        env={**environment(site), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = python(site, repository, "-m", "pytest", "-p", "no:benchmark", *words)
     return Run(done.returncode, done.stdout, done.stderr)
 
 
@@ -138,15 +128,7 @@ def test_broken_backend(site: Path, repository: Path, processes: tuple[str, ...]
     assert files
     command = re.findall(r"^replay: (.*)$", done.output, re.MULTILINE)[0].split()
     assert command[-2:] == ["--backend", "attn.backend:Broken"]
-    again = subprocess.run(
-        [sys.executable, *command[1:]],
-        cwd=repository,
-        env=environment(site),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    again = python(site, repository, *command[1:])
     assert again.returncode == 1, again.stdout + again.stderr
     note = json.loads((repository / command[4]).read_text(encoding="utf-8"))["note"]
     assert f"ORACLE FAILURE  {note}" in again.stdout

@@ -140,9 +140,9 @@ def test_tiers_behind_one_that_fails_are_run_as_well(monkeypatch: pytest.MonkeyP
 
 def test_process_that_dies_is_reported_by_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = outcomes(monkeypatch, lambda _: (-11, "", "loading\nSegmentation fault"))
-    assert found[0] == TierOutcome(Tier.REFERENCE, False, "the process ended with -11: Segmentation fault")
+    assert found[0] == TierOutcome(Tier.REFERENCE, False, "the process ended (signal SIGSEGV): Segmentation fault")
     found, _ = outcomes(monkeypatch, lambda _: (1, "", ""))
-    assert found[0].message == "the process ended with 1: "
+    assert found[0].message == "the process ended (exit code 1): "
 
 
 def test_methods_that_a_case_does_not_call_are_no_failure_of_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:

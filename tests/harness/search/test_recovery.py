@@ -136,7 +136,7 @@ def test_a_child_that_dies_is_replaced() -> None:
     made = recovery_of("tests.support.backends.crashes:EndsTheProcess")
     made.lost = True
     try:
-        with pytest.raises(ChildDied, match="its process ended with -9"):
+        with pytest.raises(ChildDied, match=r"the process ended \(signal SIGKILL\)"):
             made.judge(one_replay(DECODE))
         assert made.judge(case(Join(seq_len=3))).failure is None
     finally:

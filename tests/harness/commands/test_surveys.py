@@ -1,0 +1,194 @@
+"""The survey command: what it prints, saves and survives, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nsa_oracle.harness.signals import INTERRUPTED
+from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay
+
+CLEAN, LAYERS = "tests.support.backends.clean:Clean", "tests.support.layers"
+
+
+def test_unusable_layer_is_not_surveyed() -> None:
+    done = harness("survey", "--device", "cpu", "--layer", f"{LAYERS}.refused:WithoutStages")
+    assert_one_line_error(done, "WithoutStages has none of the methods")
+
+
+DIES = """
+import os
+from nsa_oracle.optimized.layer import SparseAttention
+
+class Dies(SparseAttention):
+    def sparse_mla(self, *inputs):
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_survey_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    done = harness("survey", "--layer", "dies:Dies", "--cases", "2", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stderr
+    assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) +│", done.stdout), (
+        done.stdout
+    )
+
+
+BACKEND_DIES = """
+import os, signal
+from nsa_oracle.reference.multi_step import MultiStepBackend
+
+class Dies(MultiStepBackend):
+    modes = ("DECODE",)
+
+    def init_forward_metadata_capture_cuda_graph(self, forward_batch):
+        super().init_forward_metadata_capture_cuda_graph(forward_batch)
+        if forward_batch.batch_size > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class DiesAtOnce(MultiStepBackend):
+    os.kill(os.getpid(), signal.SIGKILL) if os.environ.get("DIE") else None
+"""
+
+
+def test_survey_of_a_backend_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(BACKEND_DIES)
+    words = ("--backend", "dies:Dies", "--cases", "4", "--device", "cpu", "--json", "rows.json")
+    done = harness("survey", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    died = rows["keeps its process alive"]
+    assert died["checked"] == 4, "the cases behind it are surveyed"
+    assert 0 < died["broken"] < 4
+    assert "the process ended (signal SIGKILL)" in died["finding"]
+    assert rows["page_table_1"]["checked"] > 0
+    assert [name for name, row in rows.items() if row["broken"]] == ["keeps its process alive"]
+    again = replay(died["case"], "--backend", "dies:Dies", cwd=tmp_path)
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    assert "SIGKILL" in again.stdout
+
+
+DIES_LATER = """
+import os, signal
+from tests.support.backends.declared import StaleTable
+
+class DiesLater(StaleTable):
+    modes = ("DECODE",)
+    built = 0
+
+    def __init__(self, config, req_to_token):
+        super().__init__(config, req_to_token)
+        DiesLater.built += 1
+        if DiesLater.built == 12:  # while a case is being made smaller
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_backend_that_ends_the_process_while_a_case_is_made_smaller_keeps_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "later.py").write_text(DIES_LATER)
+    words = ("--backend", "later:DiesLater", "--cases", "2", "--device", "cpu", "--json", "rows.json")
+    done = harness("survey", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]}
+    assert set(rows) == {"cu_seqlens_k", "real_page_table"}
+    assert all((tmp_path / row["case"]).exists() for row in rows.values())
+
+
+def test_a_backend_that_ends_the_process_that_loads_it_is_not_surveyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dies.py").write_text(BACKEND_DIES)
+    monkeypatch.setenv("DIE", "1")
+    done = harness("survey", "--backend", "dies:DiesAtOnce", "--cases", "4", "--device", "cpu", cwd=tmp_path)
+    assert_one_line_error(done, "backend 'dies:DiesAtOnce': the process ended (signal SIGKILL) while it was loaded")
+
+
+def test_survey_refuses_in_one_line() -> None:
+    assert_one_line_error(harness("survey", "--layer", "tests.support.layers.refused:ForSevenHeads"), "num_heads", "7")
+
+
+ENDED = """
+import os, signal
+from nsa_oracle.optimized.layer import SparseAttention as Capturable
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+
+class Ends(Capturable):
+    built, last = 0, 12  # one was to try it out
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        Ends.built += 1
+        if Ends.built == self.last:
+            os.kill(os.getpid(), signal.{signal})
+
+class Breaks(Ends):
+    def sparse_mla(self, *inputs):
+        out, lse = super().sparse_mla(*inputs)
+        return out * 2, lse
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "signal", "code"),
+    [("Ends", "SIGTERM", INTERRUPTED), ("Ends", "SIGINT", INTERRUPTED), ("Breaks", "SIGTERM", FAILS)],
+)
+def test_survey_that_is_ended_prints_its_results(layer: str, signal: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "ended.py").write_text(ENDED.format(signal=signal))
+    done = harness("survey", "--device", "cpu", "--layer", f"ended:{layer}", "--cases", "50", cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert re.search(r"^interrupted: \d+ of 50 cases$", done.stdout, re.MULTILINE)
+    assert "runs every call" in done.stdout
+
+
+def test_survey_ends_with_its_budget() -> None:
+    words = ("survey", "--device", "cpu", "--layer", "docs.examples.my_layer:MyAttention", "--cases", "50")
+    done = harness(*words, "--budget", "0")
+    assert done.returncode == PASSES, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["not judged: kv_cache_dtype fp8", "out of time: 0 of 50 cases"]
+    assert harness(*words, "--budget", "-1").returncode == UNUSABLE
+
+
+def test_survey_needs_one_subject() -> None:
+    for words in ((), ("--backend", CLEAN, "--layer", f"{LAYERS}.clean:SharesOutputs")):
+        assert_one_line_error(harness("survey", "--device", "cpu", *words), "name one of --layer and --backend")
+
+
+def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:
+    words = ("survey", "--device", "cpu", "--cases", "6", "--save", str(tmp_path / "cases"))
+    done = harness(*words, "--backend", "tests.support.backends.declared:StaleTable", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert re.search(r"^\d+ rows, [\d,]+ checks$", done.stdout, re.MULTILINE)
+    command = next(line for line in done.stdout.splitlines() if line.startswith("  replay: "))
+    file = Path(shlex.split(command)[5])
+    assert file.parent == tmp_path / "cases"
+    again = replay(str(file), "--backend", "tests.support.backends.declared:StaleTable")
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    clean = harness(*words, "--backend", CLEAN, cwd=tmp_path)
+    assert clean.returncode == PASSES, clean.stdout + clean.stderr
+    assert "no row is broken" in clean.stdout
+
+
+def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
+    words = (
+        "survey",
+        "--device",
+        "cpu",
+        "--cases",
+        "1",
+        "--backend",
+        CLEAN,
+        "--json",
+        str(tmp_path / "no" / "rows.json"),
+    )
+    done = harness(*words, cwd=tmp_path)
+    assert done.returncode == UNUSABLE
+    assert "no row is broken" in done.stdout, "the results are printed all the same"
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("rows.json: cannot be written: No such file or directory; choose another --json")
