@@ -202,7 +202,8 @@ def likely_threshold(
 ) -> tl.tensor:
     """A threshold that probably somewhat more than ``k`` of a row's ``length`` scores reach, the same in every program.
 
-    NaN, which no score reaches, if too few scores exceed -inf.
+    NaN, which no score reaches, if too few scores exceed -inf. The row must have room for the sample: a length of at
+    least MEMBERS * COLUMNS, or a ``k`` of at least COLUMNS.
 
     A sample of the row is divided into COLUMNS groups of ``length / k`` tokens (at most MEMBERS), so that most groups
     contain one or two of the ``k`` best. The share of groups whose best score reaches a threshold then tells how many

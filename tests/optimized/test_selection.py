@@ -230,7 +230,7 @@ def test_the_filter_fills_its_scratch_and_no_more(count: int) -> None:
     """The first ``count`` tokens of a row are its best; scratch has room for 256, and for whole lines."""
     logits = torch.where(sweep(300) < count, 1.0, torch.zeros(1, 300, device=DEVICE))
     likely, counts = scratch(2, 1)
-    topk.topk_filter_op(likely[:1], counts[:1], logits, torch.tensor([300], device=DEVICE), 33)
+    topk.topk_filter_op(likely[:1], counts[:1], logits, torch.tensor([300], device=DEVICE), 64)
     assert counts[0].tolist() == [count]
     assert likely[1].eq(POISON).all()
     if count <= 256:
