@@ -347,14 +347,21 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _raised(error: BaseException) -> Finding:
-    """The finding that judged code raised ``error``, with the innermost line of that code that it passed."""
-    frames = _judged_frames(error)
+    """The finding that judged code raised ``error``, with the innermost line of that code that it passed.
+
+    An exception in an interpreted kernel is shown as what the kernel's line raised.
+    """
+    frames = [*_judged_frames(error)]
+    in_layer = _came_through_the_layer(error)
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:  # without importing Triton
+        error = error.__cause__
+        frames += _judged_frames(error)
     calls = [frame for frame in _frames(error) if frame.line]
     place = f"the call {calls[-1].line}" if calls else ""
     if frames:
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
     stack = tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-MOST_FRAMES:])
-    kind = Kind.LAYER_CRASH if _came_through_the_layer(error) else Kind.CRASH
+    kind = Kind.LAYER_CRASH if in_layer else Kind.CRASH
     return Finding(kind, type(error).__name__, error_line(error), "no exception", place=place, stack=stack)
 
 

@@ -8,8 +8,13 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.interpreter.bounds import hand_out
+from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import GuardedAllocations
+from nsa_oracle.reference.types import ForwardBatch, Metadata
+from tests.support.backends.seams import Step, backend_of
+from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
 
@@ -100,3 +105,22 @@ def test_pointers_made_from_integers_are_not_checked() -> None:
     other = torch.zeros(1, dtype=torch.int32)
     through_integers_kernel[(1,)](part, other.data_ptr())
     assert other.item() == 7
+
+
+@backend_of
+class ReadsBehindLengths(Step):
+    """A kernel of its own loads, and does not use, what lies behind the last length."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        load_kernel[(1,)](batch.seq_lens, torch.zeros(1, dtype=torch.int32), batch.seq_lens.shape[0], 1)
+
+
+def test_the_report_names_the_line_of_the_kernel() -> None:
+    with pytest.raises(OracleFailure) as failure:
+        judge(one_replay(DECODE), factory_of(ReadsBehindLengths), torch.device("cpu"))
+    finding = failure.value.finding
+    assert (finding.kind, finding.field) == (Kind.CRASH, "OutOfBounds")
+    assert finding.place.endswith("in load_kernel")
+    assert "behind the end of source" in finding.got
+    assert finding.stack[-1].endswith("tl.load(source + first + lanes, mask=lanes < count, other=0)")
