@@ -15,7 +15,8 @@ from torch.overrides import resolve_name
 _RUNNERS = f"{Path(__file__).parent}/"
 _HARNESS = f"{Path(__file__).parents[1]}/"
 _TORCH = Path(torch.__file__).parent
-_THIRD_PARTY_FOLDERS = (f"{_TORCH}/", f"{_TORCH.parent / 'triton'}/")
+_THIRD_PARTY = ("torch", "triton", "numpy", "hypothesis", "pytest", "_pytest", "pluggy")  # what judged code calls
+_THIRD_PARTY_FOLDERS = tuple(f"{_TORCH.parent / name}/" for name in _THIRD_PARTY)
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 
 
@@ -48,7 +49,7 @@ def judged_stack(frame: FrameType | None, outermost: FrameType) -> list[FrameTyp
 
 
 def is_judged_code(filename: str) -> bool:
-    """Whether a source file is not of torch, Triton, the harness or Python."""
+    """Whether a source file is not of the harness, of Python, or of a library such as torch."""
     return _is_user_code(filename) and not filename.startswith(_HARNESS)
 
 

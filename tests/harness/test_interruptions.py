@@ -37,6 +37,14 @@ def test_an_end_of_the_process_is_a_finding(backend: Any) -> None:
     assert "in refresh" in finding.place
 
 
+@pytest.mark.parametrize(("backend", "field"), [(crashes.EndsPytest, "Exit"), (crashes.FailsInNumpy, "ValueError")])
+def test_an_exception_that_a_library_raises_is_located_in_judged_code(backend: Any, field: str) -> None:
+    finding = failure_of(backend).finding
+    assert (finding.kind, finding.field) == (Kind.CRASH, field)
+    assert "crashes.py" in finding.place
+    assert "in refresh" in finding.place
+
+
 def test_children_of_judged_code_end_as_they_like() -> None:
     judge(one_replay(DECODE), factory_of(crashes.ForksAChild), CPU)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.command_line import PASSES, UNUSABLE, assert_one_line_error, harness, saved
 from tests.support.metadata_cases import one_replay
+from tests.support.project import PROJECT
 
 CASE = one_replay(ForwardMode.DECODE)
 
@@ -31,3 +35,18 @@ def test_help_names_the_commands() -> None:
     assert done.returncode == PASSES
     for command in ("replay", "show", "tiers", "survey"):
         assert command in done.stdout
+
+
+def test_an_interruption_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    folders = os.pathsep.join([str(tmp_path), str(PROJECT), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "nsa_oracle", "show", "case.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted before anything was judged\n")

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from typing import ClassVar
 
+import numpy as np
+import pytest
 import torch
 
 from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend
@@ -133,3 +135,19 @@ class LacksMethod:
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
         self.attn_backends: list[SingleStepBackend] = []
+
+
+@backend_of
+class EndsPytest(Step):
+    """Ends the test run, from a frame of pytest."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        pytest.exit("no GPU here")
+
+
+@backend_of
+class FailsInNumpy(Step):
+    """Raises in a frame of numpy."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        np.broadcast_to(np.zeros(2), (3,))
