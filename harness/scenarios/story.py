@@ -137,6 +137,9 @@ def _event(event: Event, batch: Batch | None, world: World, captured: Mapping[Fo
             assert batch is not None
             bucket = choose_bucket(event.bucket, batch.size, captured.get(event.mode, set()))
             where = "no bucket fits, so eagerly" if bucket is None else f"bucket {bucket}"
+            if event.bucket not in (None, bucket):
+                is_known = event.bucket in captured.get(event.mode, set())
+                where += f", since {event.bucket} {'is too small' if is_known else 'was not captured'}"
             return f"Replay {event.mode.value} ({where}){times}: {_batch(batch, event.mirror, event.order)}."
         case Eager():
             return f"Eager {event.mode.value}{_preparations(event)}: {_batch(batch, event.mirror, event.order)}."
