@@ -10,12 +10,13 @@ from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.content.exactness import check_exact, check_exact_index
 from nsa_oracle.harness.engine.expected import LayerRows
 from nsa_oracle.harness.engine.judged_layer import JudgedLayer
-from nsa_oracle.harness.engine.observations import LayerStep
+from nsa_oracle.harness.engine.observations import LayerStep, Scored
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
 from nsa_oracle.harness.protocol import Strictness
 from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.reference import attention, kv_cache
+from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
+from nsa_oracle.reference import attention, indexer, kv_cache
 from nsa_oracle.reference.types import AttentionConfig
 
 MOST_CHECKED = 1 << 21  # elements of a row's keys, times heads; of larger rows, one per pass is checked for exactness
@@ -28,6 +29,7 @@ class FloatCheck:
     """
 
     def __init__(self, layer: JudgedLayer, labels: SlotLabels) -> None:
+        self.layer = layer
         self.config = layer.config
         self.regime = layer.content.regime
         self.weaker = layer.weaker
@@ -66,6 +68,34 @@ class FloatCheck:
             lse_bound = 2.0**-21 * (lse.abs() + 2 * counts.double().log() + 1)
         finding = self._compare_numbers("out", got.outputs.out[:count], out, out_bound, a_pass, "head", tally)
         return finding or self._compare_numbers("lse", got.outputs.lse[:count], lse, lse_bound, a_pass, "head", tally)
+
+    def compare_edge_scores(self, seen: Scored, tally: LayerTally) -> Finding | None:
+        """Compare the scores of edge-case index keys, within the bound. A key with NaN or an infinity scores NaN."""
+        given, got = seen.given, seen.logits
+        width, page_size = self.layer.setup.max_context_len, self.layer.setup.page_size
+        finding = wrong_shape_or_dtype("logits", got, torch.float32, (len(given.index_q), width), self.layer.device)
+        if finding is not None:
+            return finding
+        queries, cache = (given.index_q, given.index_weights), given.index_k_cache
+        want = indexer.indexer_logits(
+            self.config, *queries, cache, given.real_page_table, given.seqlens_expanded, width
+        )
+        slots = torch.arange(len(given.kinds)) + page_size
+        values, scales = kv_cache.load_index_k(self.config, cache, slots)
+        bound = torch.zeros_like(want, dtype=torch.float64)
+        bound[:, : len(slots)] = logits_bound(self.config, *queries, values.to(torch.float8_e4m3fn), scales)
+        got = got.cpu()
+        wrong = ~(fraction_used(got, want, bound) <= 1)
+        if bool(wrong.any()):
+            row, token = (int(i) for i in wrong.nonzero()[0])
+            seen_text, want_text = (f"{float(numbers[row, token]):.9g}" for numbers in (got, want))
+            return Finding(
+                Kind.BOUND, "logits", seen_text, want_text, place=given.name(row, token),
+                differing=int(wrong.sum()), compared=want.numel(),
+            )  # fmt: skip
+        for kind in given.kinds:
+            tally.scores[kind.value] = tally.scores.get(kind.value, 0) + 1
+        return None
 
     def _compare_numbers(
         self,

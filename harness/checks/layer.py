@@ -90,6 +90,8 @@ class StageJudge:
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
         finding = None if seen.stored is None else self._compare_stored(seen.stored, caches)
+        if finding is None and seen.scored is not None:
+            finding = self.floats.compare_edge_scores(seen.scored, self.tally)
         if finding is None and seen.selected is not None:
             finding = compare_edge_logits(seen.selected, self.layer, self.tally)
         return finding if finding is None else dataclasses.replace(finding, how=Feed.ISOLATED.value)

@@ -37,8 +37,9 @@ class StageTally:
 class LayerTally:
     """Counts of compared numbers by stage, of tried relations, and of replays with a layer.
 
-    selections, keys: number of rows of edge-case logits given to top-k, and of edge-case keys given to the store, by
-    kind. calls: number of calls of each method that the judged layer brings itself, by the run of the layer.
+    selections, keys, scores: number of rows of edge-case logits given to top-k, and of edge-case keys given to the
+    store and to the indexer, by kind. calls: number of calls of each method that the judged layer brings itself, by the
+    run of the layer.
     """
 
     stages: dict[str, StageTally] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class LayerTally:
     replays: int = 0
     selections: dict[str, int] = field(default_factory=dict)
     keys: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, int] = field(default_factory=dict)
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def count_calls(self, calls: Mapping[str, Mapping[str, int]]) -> None:
@@ -72,6 +74,7 @@ class LayerTally:
             (self.relations, other.relations),
             (self.selections, other.selections),
             (self.keys, other.keys),
+            (self.scores, other.scores),
         ):
             for name, count in others.items():
                 counts[name] = counts.get(name, 0) + count

@@ -1,6 +1,7 @@
 """Runs each stage of a layer by itself, on the reference's result of the stage before.
 
-The store and top-k also run on edge-case keys and logits (``content.edge_keys``, ``content.edge_logits``).
+The store, the indexer and top-k also run on edge-case keys, index keys and logits (``content.edge_keys``,
+``content.edge_scores``, ``content.edge_logits``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from nsa_oracle.harness.content.edge_keys import EdgeKeys
 from nsa_oracle.harness.content.edge_logits import EdgeLogits
+from nsa_oracle.harness.content.edge_scores import EdgeScores
 from nsa_oracle.harness.engine.expected import ExpectedLayer, LayerRows
 from nsa_oracle.harness.engine.layer_driver import LayerDriver
 from nsa_oracle.harness.engine.observations import (
@@ -19,6 +21,7 @@ from nsa_oracle.harness.engine.observations import (
     LayerLoad,
     LayerStep,
     Modified,
+    Scored,
     Selected,
     Stored,
     copied,
@@ -71,6 +74,21 @@ class IsolatedStages:
         """Run the store on edge-case keys, into the caches as the last pass left them."""
         with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
             return Stored(given, self._store(0, given.inputs))
+
+    def score(self, given: EdgeScores) -> Scored:
+        """Run the indexer on edge-case index keys."""
+        self._step = 0
+        with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
+            logits = self._tensor(
+                "indexer_logits",
+                self._read_only("index_q", given.index_q),
+                self._read_only("index_weights", given.index_weights),
+                self._read_only("index_k_cache", given.index_k_cache),
+                self._read_only("real_page_table", given.real_page_table),
+                self._read_only("seqlens_expanded", given.seqlens_expanded),
+                self.driver.setup.max_context_len,
+            )
+        return Scored(given, logits)
 
     def select(self, given: EdgeLogits, paged: bool, ragged: bool) -> Selected:
         """Run top-k and its paged and ragged transform, as asked for, on edge-case logits."""

@@ -8,6 +8,7 @@ import torch
 
 from nsa_oracle.harness.content.edge_keys import edge_keys
 from nsa_oracle.harness.content.edge_logits import edge_logits
+from nsa_oracle.harness.content.edge_scores import edge_scores
 from nsa_oracle.harness.engine.cache_state import CacheState
 from nsa_oracle.harness.engine.expected import ExpectedLayer, expected_metadata
 from nsa_oracle.harness.engine.guards import GuardWatch
@@ -98,22 +99,26 @@ class LayerEngine:
     ) -> LayerObservation:
         """Run each stage of each pass on the reference's result of the stage before.
 
-        Then run the store and top-k on edge-case rows, which differ between calls and between the runs of a scenario.
-        The metadata of ``batch`` is the reference's, as in a graph or as eagerly; its first ``raw_bs`` requests are
-        real.
+        Then run the store, the indexer and top-k on edge-case rows, which differ between calls and between the runs of
+        a scenario. The metadata of ``batch`` is the reference's, as in a graph or as eagerly; its first ``raw_bs``
+        requests are real.
         """
         self._edge_sets += 1
         sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
         stages = IsolatedStages(self.driver, self.expected, sentinel)
         count = self.num_steps(batch.mode)
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph, count))
-        stored = stages.store(edge_keys(self.setup, self.driver.config, self.seed, poison, call))
+        keys = edge_keys(self.setup, self.driver.config, self.seed, poison, call)
+        stored = stages.store(keys)
+        scored = stages.score(edge_scores(keys, self.setup, self.driver.config, self.seed, poison, call))
         is_ragged = batch.mode is ForwardMode.EXTEND
         brings_ragged = "topk_transform_ragged" in self.method_calls.names
         logits = edge_logits(self.setup, self.seed, poison, call, sentinel)
         selected = stages.select(logits, paged=not is_ragged, ragged=is_ragged or brings_ragged)
         guards.check(stages.guard.buffers)
-        return LayerObservation(batch, raw_bs, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored)
+        return LayerObservation(
+            batch, raw_bs, Feed.ISOLATED, None, load, steps, stages.modified, selected, stored, scored
+        )
 
     def run_chain(
         self, batch: Batch, load: LayerLoad, metadata: Sequence[Metadata], guards: GuardWatch

@@ -11,6 +11,7 @@ import torch
 
 from nsa_oracle.harness.content.edge_keys import EdgeKeys
 from nsa_oracle.harness.content.edge_logits import EdgeLogits
+from nsa_oracle.harness.content.edge_scores import EdgeScores
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.memory.bits import NAN_WORD
 from nsa_oracle.harness.scenarios.world import Batch
@@ -74,8 +75,9 @@ class Observation:
 class LayerObservation:
     """The layer's results of one replay or eager call. Rows are those of the padded batch, real rows first.
 
-    modified: a read-only input that the layer modified. selected, stored: results of isolated top-k on edge-case logits
-    and of the isolated store on edge-case keys. again: a second replay, without a preparation since the first.
+    modified: a read-only input that the layer modified. selected, stored, scored: results of isolated top-k on
+    edge-case logits, of the isolated store on edge-case keys, and of the isolated indexer on edge-case index keys.
+    again: a second replay, without a preparation since the first.
     """
 
     batch: Batch
@@ -87,6 +89,7 @@ class LayerObservation:
     modified: Modified | None = None
     selected: Selected | None = None
     stored: Stored | None = None
+    scored: Scored | None = None
     again: bool = False
 
 
@@ -98,6 +101,14 @@ class Selected:
     positions: torch.Tensor
     indices: torch.Tensor | None = None
     ragged: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of edge-case index keys, [2, W] float32."""
+
+    given: EdgeScores
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -100,12 +100,13 @@ def _relations(layers: LayerTally) -> str:
     text = wrapped(f"layer: {counted(layers.replays, 'replay')}; no bit changed when: ", tried or ["nothing was tried"])
     if layers.calls:
         text += "\n" + methods_judged(layers)
-    if layers.keys:
-        rows = [f"{name} {count:,}" for name, count in layers.keys.items()]
-        text += "\n" + wrapped("layer: store also of made-up keys: ", rows)
-    if layers.selections:
-        rows = [f"{name} {count:,}" for name, count in layers.selections.items()]
-        text += "\n" + wrapped("layer: top-k also of rows of made-up logits: ", rows)
+    for what, counts in (
+        ("store also of made-up keys", layers.keys),
+        ("indexer also of made-up index keys", layers.scores),
+        ("top-k also of rows of made-up logits", layers.selections),
+    ):
+        if counts:
+            text += "\n" + wrapped(f"layer: {what}: ", [f"{name} {count:,}" for name, count in counts.items()])
     return text
 
 

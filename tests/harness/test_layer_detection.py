@@ -152,6 +152,9 @@ PLANTS = (
     Plant(indexer.TableOfFirstRow, "logits", place="~request 1"),
     Plant(indexer.ZeroBeyondRow, "logits"),
     Plant(indexer.ZeroTimesUnreadKey, "logits"),
+    Plant(indexer.ScoresNaNAsZero, "logits", Kind.BOUND, place="~(a made-up index key: "),
+    Plant(indexer.InfiniteKeysCount, "logits", Kind.BOUND, place="~(a made-up index key: infinities)"),
+    Plant(indexer.LimitsScale, "logits", Kind.BOUND, place="~(a made-up index key: "),
     # Top-k
     Plant(topk.TiesToHigher, "topk_indices"),
     Plant(topk.OneTooFew, "topk_indices"),

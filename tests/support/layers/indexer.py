@@ -139,3 +139,24 @@ class ZeroTimesUnreadKey(Indexer):
         size = self.config.page_size
         keys, scales = super().keys(cache, pages, -(-length // size) * size)
         return keys[:length], scales[:length] + (0 * scales).sum()
+
+
+class ScoresNaNAsZero(Indexer):
+    """A NaN is replaced before it is compared with anything."""
+
+    def score(self, q: torch.Tensor, w: torch.Tensor, keys: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return super().score(q, w, keys, scales).nan_to_num(nan=0.0)
+
+
+class InfiniteKeysCount(Indexer):
+    """A NaN among the elements of a key counts as 448, so that a key with an infinite scale gets an infinite score."""
+
+    def score(self, q: torch.Tensor, w: torch.Tensor, keys: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return super().score(q, w, keys.nan_to_num(nan=448.0), scales)
+
+
+class LimitsScale(Indexer):
+    """The scale of a key has an upper limit."""
+
+    def score(self, q: torch.Tensor, w: torch.Tensor, keys: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return super().score(q, w, keys, scales.clamp(max=2.0**100))
