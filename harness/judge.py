@@ -178,7 +178,7 @@ def sentinels(setup: Setup) -> tuple[int, int]:
     """
     if setup.layer is None:
         return SENTINELS
-    slots = setup.num_pages * setup.page_size
+    slots = setup.num_slots
     return slots - 1, slots - 1 - setup.page_size
 
 

@@ -180,7 +180,7 @@ class HostNumbers:
     def raw_bs(self) -> int:
         """The number of requests before the padding. A last request that looks like padding counts as padding."""
         count = len(self.seq_lens)
-        while count and (self.seq_lens[count - 1], self.pool_rows[count - 1]) == (PAD_SEQ_LEN, PAD_REQ_POOL_INDEX):
+        while count and self.seq_lens[count - 1] <= PAD_SEQ_LEN and self.pool_rows[count - 1] == PAD_REQ_POOL_INDEX:
             count -= 1
         return count
 

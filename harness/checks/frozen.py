@@ -16,7 +16,7 @@ from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.host_values import STRUCTURE, NodeValues, differences
 from nsa_oracle.harness.scenarios.scenario import Scenario, Setup
-from nsa_oracle.harness.scenarios.world import PAD_SEQ_LEN, Batch
+from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.reference.types import ForwardMode
 
 
@@ -58,7 +58,7 @@ def frozen_value(engine: Engine, scenario: Scenario, build: Callable[[Scenario],
         Kind.FROZEN,
         frozen.name,
         f"{frozen.second} when captured at lengths {lengths}",
-        f"{frozen.first}, as when captured at lengths of {PAD_SEQ_LEN}",
+        f"{frozen.first}, as when captured on padding",
         place=place,
     )
 

@@ -37,12 +37,12 @@ def _of_no_token(finding: Finding, value: int, setup: Setup) -> str:
 
     A padding request reads pool row 0, whose cells hold a filler of the harness while no request has that row.
     """
-    tables = {"real_page_table": setup.num_pages, **dict.fromkeys(SLOTS, setup.num_pages * setup.page_size)}
+    tables = {"real_page_table": setup.num_pages, **dict.fromkeys(SLOTS, setup.num_slots)}
     return " (what the pool holds where no request is)" if value >= tables.get(finding.field, value + 1) else ""
 
 
 def _impossible(finding: Finding, value: int, setup: Setup) -> str | None:
-    name, slots = finding.field, setup.num_pages * setup.page_size
+    name, slots = finding.field, setup.num_slots
     if name in LENGTHS:
         if value < 0:
             return "a length below 0"

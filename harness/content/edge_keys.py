@@ -56,7 +56,7 @@ def edge_keys(setup: Setup, config: AttentionConfig, seed: int, run: int, call: 
 
     There is one row of each kind, or as many as the setup has slots; none is on the dummy page.
     """
-    slots = np.arange(setup.page_size, setup.num_pages * setup.page_size)
+    slots = np.arange(setup.page_size, setup.num_slots)
     count = min(len(KeyKind), len(slots))
     kinds = tuple(list(KeyKind)[(call + row) % len(KeyKind)] for row in range(count))
     places = [(call, row) for row in range(count)]

@@ -69,7 +69,7 @@ def edge_logits(setup: Setup, seed: int, run: int, call: int, sentinel: int) -> 
         _, choice, *_ = words[row, :4]
         order, values = words[row, 4 : 4 + length], words[row, 4 + width : 4 + width + length]
         bits[row, :length] = _ROWS[kind](_LogitDraw(topk, int(choice), order, values)) if length else ()
-    slots = _slots(len(kinds), width, setup.num_pages * setup.page_size, int(words[0, 2] % (1 << 16)))
+    slots = _slots(len(kinds), width, setup.num_slots, int(words[0, 2] % (1 << 16)))
     slots[np.arange(width) >= np.array(lengths)[:, None]] = sentinel
     return EdgeLogits(
         kinds,

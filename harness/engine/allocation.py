@@ -17,7 +17,7 @@ def new_caches(
     kv: [slots, 1, qk_head_dim] bf16, or [slots, 1, kv_token_bytes] uint8 for FP8. index_k: [pages, bytes of a page]
     uint8. band: number of extra slots and pages at either end.
     """
-    slots = setup.num_pages * setup.page_size + 2 * band
+    slots = setup.num_slots + 2 * band
     num_pages += 2 * band
     if config.kv_cache_dtype is KVCacheDtype.FP8:
         kv = torch.empty(slots, 1, config.kv_token_bytes, dtype=torch.uint8, device=device)

@@ -36,7 +36,7 @@ class CacheState:
         self.poison = poison
         self.content = Content(self.config, setup.layer.regime, seed)
         self.truth = new_caches(setup, self.config, setup.num_pages, device, poison)
-        self._written: NDArray[np.bool_] = np.zeros(setup.num_pages * setup.page_size, dtype=np.bool_)
+        self._written: NDArray[np.bool_] = np.zeros(setup.num_slots, dtype=np.bool_)
         self._version = 0
         self._random = Stream(seed, "candidates")
 

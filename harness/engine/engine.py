@@ -239,7 +239,7 @@ class Engine:
         return self.inputs.modified() or (None if written is None else written.name)
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
-        return self.declarations.padded(batch, bs, self.config.speculative_num_draft_tokens)
+        return self.declarations.padded(batch, bs, self.setup)
 
 
 def _refuse_released_memory(bound: BoundGraph, where: str) -> None:

@@ -47,7 +47,7 @@ class LayerDriver:
         }
         # Extra rows at either end belong to no request. Their keys go to a page that no request holds, so that a key
         # which the layer stores for such a row is detected there.
-        rows, last_slot = max_rows + 2 * margin, setup.num_pages * setup.page_size - 1
+        rows, last_slot = max_rows + 2 * margin, setup.num_slots - 1
         strided = setup.inputs.strided
         self._banded = [_poisoned_inputs(self.config, rows, last_slot, device, strided) for _ in range(num_steps)]
         self._expected = [map_tensors(inputs, torch.clone) for inputs in self._banded]

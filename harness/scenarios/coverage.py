@@ -32,6 +32,7 @@ COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces
 MQA_SEGMENT = 256  # tokens that the paged-MQA schedule deals at once
 FLASHMLA_BLOCK = 64  # tokens that the FlashMLA schedule deals at once
 MANY_STEPS = 4
+MANY_HEADS = 32
 WIDE = 16_384  # tokens; top-k kernels sort what is wider in several passes
 
 PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
@@ -49,30 +50,35 @@ ROWS_OF_STEPS = (
 )
 CYCLES = ("drafts behind a verification", "prefill between replays")
 COMPANY = ("second backend", "prepared twice")
+OVER_COMMITTED = "more tokens than slots"
 SEGMENTS = (
     *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
     *("N >= 4 steps cross a paged-MQA segment", "N >= 4 steps cross a FlashMLA block"),
     "N >= 4 multi-step replay of several paged-MQA segments",
 )
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
-ALSO_WITH_A_LAYER = (*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, "prefill without a new token")
+ALSO_WITH_A_LAYER = (
+    *(*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, OVER_COMMITTED),
+    "prefill without a new token",
+)
 
 LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
-    "rows of more than 16,384 tokens",
+    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache"),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
     *(f"replay {mode.value}" for mode in GRAPH_MODES),
     *(f"eager {mode.value}" for mode in ForwardMode),
     *("batch of 5..8", "batch of more than 8"),
-    *("batch empty", "batch padded", "batch fills bucket", "batch outgrows buckets"),
+    *("batch empty", "batch padded", "batch fills bucket", "batch outgrows buckets", "padding of length 0"),
     *("graph empty after requests", "full graph, nothing accepted"),
     *("length 1", "length P-1", "length P", "length P+1", "length K-1", "length K", "length K+1", "length limit"),
     *("accept 0", "accept 1", "accept partial", "accept all", "accept mixed", "accept none at all"),
-    *("N 1", "N 2..7", "N 8", "nd 1", "nd 2..7", "nd 8"),
+    "draft extend over 8 tokens",
+    *("N 1", "N 2..8", "N over 8", "nd 1", "nd 2..8", "nd over 8"),
     *("page size 1", "page size 16", "page size 32", "page size 64", "W not a multiple of P"),
     *(f"pages {layout.value}" for layout in PageLayout),
     *("shared prefix", "prefix re-mapped", "cached prefix extended"),
@@ -88,6 +94,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *COMPANY,
     *CYCLES,
+    OVER_COMMITTED,
     "prefill without a new token",
 )
 
@@ -177,6 +184,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     captured = [bs for mode, bs in buckets if mode is event.mode]
                     bucket = choose_bucket(event.bucket, batch.size, captured)
                     yield from _bucket_classes(batch, bucket)
+                    if bucket is not None and batch.size < bucket and not setup.padding_len:
+                        yield "padding of length 0"
                     if bucket is not None and batch.size:
                         served.add((event.mode, bucket))
                     elif (event.mode, bucket) in served:
@@ -217,8 +226,8 @@ def _bucket_classes(batch: Batch, bucket: int | None) -> Iterator[str]:
 
 
 def _setup_classes(setup: Setup) -> Iterator[str]:
-    yield f"N {_one_to_eight(setup.num_steps)}"
-    yield f"nd {_one_to_eight(setup.num_draft_tokens)}"
+    yield f"N {_few_or_many(setup.num_steps)}"
+    yield f"nd {_few_or_many(setup.num_draft_tokens)}"
     yield f"page size {setup.page_size}"
     if setup.max_context_len % setup.page_size:
         yield "W not a multiple of P"
@@ -237,6 +246,8 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
             yield "far slots"
         if setup.layer.num_heads > 1:
             yield "more heads than one"
+        if setup.layer.num_heads >= MANY_HEADS and setup.layer.kv_cache_dtype is KVCacheDtype.FP8:
+            yield "32 heads or more, FP8 cache"
     yield f"drive {setup.drive.value}"
     yield f"steps {setup.step_semantics.value}"
     if setup.paged_mqa_num_sms:
@@ -278,8 +289,12 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
             yield f"length {name}"
     if setup.layer is not None:
         yield from _key_classes(batch, setup)
+    if batch.mode is ForwardMode.DRAFT_EXTEND and max(batch.accept_lengths) > 8:
+        yield "draft extend over 8 tokens"
     if max(batch.seq_lens) > COPY_CHUNK:
         yield "several copy chunks"
+    if sum(batch.seq_lens) > setup.num_slots:
+        yield OVER_COMMITTED
     if min(batch.seq_lens) <= topk < max(batch.seq_lens):
         yield "K between the lengths"
     if batch.mode is ForwardMode.EXTEND:
@@ -386,5 +401,5 @@ def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
                 yield "smaller draft extend, other accepts"
 
 
-def _one_to_eight(number: int) -> str:
-    return str(number) if number in (1, 8) else "2..7"
+def _few_or_many(number: int) -> str:
+    return "1" if number == 1 else "2..8" if number <= 8 else "over 8"

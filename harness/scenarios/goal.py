@@ -13,8 +13,8 @@ from typing import Any
 from nsa_oracle.reference.types import ForwardMode
 
 SITUATION, LENGTH, MIRROR, ORDER, SWITCH = "situation", "first length", "mirror", "order", "switch"
-NEIGHBOUR, PREPARATIONS = "second backend", "preparations"
-NOT_OF_THE_SETUP = (SITUATION, LENGTH, MIRROR, ORDER, SWITCH, NEIGHBOUR, PREPARATIONS)
+NEIGHBOUR, PREPARATIONS, CACHE = "second backend", "preparations", "cache"
+NOT_OF_THE_SETUP = (SITUATION, LENGTH, MIRROR, ORDER, SWITCH, NEIGHBOUR, PREPARATIONS, CACHE)
 OWN = ("own",)  # the situation decides; wants of a value of their own go to other cases
 
 Pins = Mapping[str, tuple[Any, ...]]

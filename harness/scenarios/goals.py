@@ -13,12 +13,15 @@ from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, Mirror, Order,
 from nsa_oracle.harness.scenarios.coverage import (
     COPY_CHUNK,
     FLASHMLA_BLOCK,
+    MANY_HEADS,
     MANY_STEPS,
     MQA_SEGMENT,
+    OVER_COMMITTED,
     PREFILLS,
 )
 from nsa_oracle.harness.scenarios.goal import (
     ANYTHING,
+    CACHE,
     LENGTH,
     MIRROR,
     NEIGHBOUR,
@@ -38,6 +41,7 @@ from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, MAX_STEPS
 from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
+MOST_DRAWN = 9  # draft steps, and draft tokens: what a length must leave room for
 PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
 # The situations of the first cases, so of short profiles, in an order chosen from partial hunts of the zoo: 30 of
 # 33 bugs died in the 16 cases of smoke, on some of which the order was tuned. It is not known to be the best.
@@ -117,6 +121,8 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     yield from (Want(f"content {regime.value}", {"regime": (regime,)}) for regime in reversed(Regime))
     yield from (Want(f"cache {dtype.value}", {"kv_cache_dtype": (dtype,)}) for dtype in KVCacheDtype)
     yield Want("more heads than one", {"num_heads": _more_than(scale.drawn()["num_heads"], 1)})
+    many_heads = {"num_heads": _more_than(scale.drawn()["num_heads"], MANY_HEADS - 1)}
+    yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
     yield Want("fewer keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K-1",)})
@@ -138,9 +144,9 @@ def _segments(scale: Scale) -> Iterator[Want]:
     mla = {
         "flashmla_num_sm_parts": parts,
         "index_topk": _more_than(scale.index_topks, FLASHMLA_BLOCK),
-        "max_context_len": _more_than(scale.max_context_lens, FLASHMLA_BLOCK + 2 * MAX_STEPS),
+        "max_context_len": _more_than(scale.max_context_lens, FLASHMLA_BLOCK + 2 * MOST_DRAWN),
     }
-    wide = {**mqa, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT + 2 * MAX_STEPS)}
+    wide = {**mqa, "max_context_len": _more_than(scale.max_context_lens, MQA_SEGMENT + 2 * MOST_DRAWN)}
     together = {"drive": (Drive.MULTI_STEP,), LENGTH: OWN, "num_steps": _steps(scale, MANY_STEPS)}
     name = f"N >= {MANY_STEPS} multi-step replay of several paged-MQA segments"
     yield Want(name, {SITUATION: ("several segments",), **together, **wide}, decode)
@@ -210,6 +216,7 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
         pools = tuple(n for n in scale.drawn()["pool_size"] if n >= size)
         yield Want(name, {**pins, "pool_size": pools})
     yield Want("batch padded", {SITUATION: ("replay, padded",)})
+    yield Want("padding of length 0", {SITUATION: ("replay, padded",), "padding_len": (0,)})
     yield Want("batch fills bucket", {SITUATION: ("replay, full",)})
     yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
     for name in ("batch empty", "graph empty after requests"):
@@ -221,6 +228,9 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
         "num_draft_tokens": _more_than(scale.num_draft_tokens, 2),
         LENGTH: OWN,
     }
+    many = {"num_draft_tokens": _more_than(scale.num_draft_tokens, 8), LENGTH: OWN}
+    mode = ForwardMode.DRAFT_EXTEND
+    yield Want("draft extend over 8 tokens", {SITUATION: (f"replay {mode.value}",), **many}, (mode,))
     for name in ("accept partial", "accept 1", "accept all", "accept mixed"):
         yield Want(name, drafts_to_part)
 
@@ -239,12 +249,12 @@ def _histories(scale: Scale) -> Iterator[Want]:
     yield Want(f"reuse {Reuse.SHUFFLED.value}", shuffled)
     full_pages = {
         "page_size": tuple(p for p in scale.page_sizes if p <= 16),
-        "max_context_len": _more_than(scale.max_context_lens, 16 + MAX_STEPS),
+        "max_context_len": _more_than(scale.max_context_lens, 16 + MOST_DRAWN),
         LENGTH: OWN,
     }
     yield Want("shared prefix", {SITUATION: ("shared prefix",), **full_pages})
     yield Want("prefix re-mapped", {SITUATION: ("prefix re-mapped",), **full_pages})
-    long = _more_than(scale.max_context_lens, COPY_CHUNK + MAX_STEPS)
+    long = _more_than(scale.max_context_lens, COPY_CHUNK + MOST_DRAWN)
     yield Want("several copy chunks", {SITUATION: ("several copy chunks",), "max_context_len": long, LENGTH: OWN})
 
 
@@ -256,8 +266,8 @@ def _of_setups(scale: Scale, switches: Switches) -> Iterator[Want]:
         yield Want("no switch", {SWITCH: ("",)})
     for prefix, name in (("N", "num_steps"), ("nd", "num_draft_tokens")):
         yield Want(f"{prefix} 1", {name: (1,)})
-        yield Want(f"{prefix} 2..7", {name: tuple(range(2, MAX_STEPS))})
-        yield Want(f"{prefix} {MAX_STEPS}", {name: (MAX_STEPS,)})
+        yield Want(f"{prefix} 2..8", {name: tuple(range(2, 9))})
+        yield Want(f"{prefix} over 8", {name: tuple(range(9, MAX_STEPS + 1))})
     yield from (Want(f"page size {size}", {"page_size": (size,)}) for size in scale.page_sizes)
     odd = tuple(width for width in scale.max_context_lens if any(width % size for size in scale.page_sizes))
     yield Want("W not a multiple of P", {"page_size": _more_than(scale.page_sizes, 1), "max_context_len": odd})
@@ -298,15 +308,20 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
     yield Want(f"{prefix}prefill without a new token", nothing_new, cycle[2:])
     yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
     yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
+    wide = _more_than(scale.max_context_lens, 100)
+    several = {"pool_size": _more_than(scale.drawn()["pool_size"], 2), "max_context_len": wide, LENGTH: OWN}
+    small_pages = tuple(p for p in scale.page_sizes if p <= 16)
+    tight = {SITUATION: ("cached prefixes",), CACHE: ("tight",), "page_size": small_pages, **several}
+    yield Want(f"{prefix}{OVER_COMMITTED}", tight, cycle[2:])
 
 
 def _around(scale: Scale, name: str, off: int) -> dict[str, tuple[int, ...]]:
     """Sizes at which a request can be ``off`` tokens longer than the field ``name`` says, and has at least one."""
     drawn = scale.limits.of(name, scale.drawn()[name])
     widths = scale.limits.of("max_context_len", scale.max_context_lens)
-    longest = max(widths, default=0) - MAX_STEPS
+    longest = max(widths, default=0) - MOST_DRAWN
     fitting = tuple(value for value in drawn if 1 <= value + off <= longest)
-    least = min(fitting, default=0) + off + MAX_STEPS
+    least = min(fitting, default=0) + off + MOST_DRAWN
     return {name: fitting, "max_context_len": tuple(width for width in widths if width >= least)}
 
 

@@ -24,7 +24,7 @@ BACKEND_FIELDS: dict[str, FieldInfo] = {
     **{
         name: info
         for name, info in Setup.model_fields.items()
-        if name not in ("inputs", "layer", "neighbour_context_len")
+        if name not in ("inputs", "layer", "neighbour_context_len", "cache_pages")
     },
     **Inputs.model_fields,
 }

@@ -90,12 +90,15 @@ class Requests:
         accepts = batch.accept_lengths
         default = self.setup.num_draft_tokens if batch.mode is ForwardMode.DRAFT_EXTEND_V2 else 1
         count = len(entries)
-        while count and entries[count - 1] == (0, 1, 1) and (not accepts or accepts[count - 1] == default):
+        of_padding = (0, self.setup.padding_len, self.setup.padding_len)
+        while count and entries[count - 1] == of_padding and (not accepts or accepts[count - 1] == default):
             count -= 1
         rows, on_first = batch.pool_rows[:count], self.on_row.get(0)
         if count < len(entries):
+            looks_alike = self.setup.padding_len == 1  # as a request of one token
             of_a_request = 0 not in rows and on_first is not None and on_first.seq_len == 1
-            return count + (of_a_request or (batch.mode is ForwardMode.DECODE and not count)), ""
+            of_a_request = of_a_request or (batch.mode is ForwardMode.DECODE and not count)
+            return count + (looks_alike and of_a_request), ""
         start = count  # all the same, on one row: padding of another kind
         while start > 1 and entries[start - 1] == entries[start - 2]:
             start -= 1

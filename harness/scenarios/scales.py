@@ -29,8 +29,8 @@ class Scale:
     layers: tuple[Sizes, ...] = ()  # alternative sizes of the layer behind the metadata; empty: metadata alone
     page_sizes: tuple[int, ...] = (1, 16, 32, 64)
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
-    num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
-    num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8)
+    num_steps: tuple[int, ...] = (1, 2, 3, 4, 8, 9)
+    num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8, 9)
     wide_context_lens: tuple[int, ...] = ()  # drawn only if a goal asks for them: the interpreter takes seconds
     most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
     far_slots: tuple[bool, ...] = RARELY
@@ -58,6 +58,7 @@ class Scale:
             "page_layout": tuple(PageLayout),
             "reuse": tuple(Reuse),
             "drive": tuple(Drive),
+            "padding_len": (1, 1, 0),
             "seq_lens": (IntDtype.INT64, IntDtype.INT32),
             "req_pool_indices": (IntDtype.INT64, IntDtype.INT32),
             "accept_length": (IntDtype.INT32, IntDtype.INT64),
@@ -110,7 +111,7 @@ SMALL_LAYER = Scale(
         *4
         * (
             {
-                "num_heads": (1, 2, 3, 16),
+                "num_heads": (1, 2, 3, 16, 32),
                 "kv_lora_rank": (64, 64, 128),  # the slowest size is drawn least often
                 "qk_rope_head_dim": (16, 32),
                 "index_n_heads": (1, 2, 3, 1, 2, 3, 17),

@@ -17,7 +17,7 @@ from nsa_oracle.reference.types import AttentionConfig, BackendConfig, ForwardMo
 
 SCHEMA_VERSION: Literal[1] = 1
 MAX_BATCH = 4096
-MAX_STEPS = 8
+MAX_STEPS = 16
 MAX_CONTEXT = 1 << 20
 MAX_CELLS = 1 << 26  # of all page tables together: 256 MiB
 MAX_POOL_CELLS = 1 << 23  # of req_to_token, of which the host keeps lists as well
@@ -92,6 +92,9 @@ class Setup(_Record):
 
     neighbour_context_len: if it is not 0, a second backend of this max_context_len lives in the process, and prepares
     batches of its own between each preparation and what reads it.
+    padding_len: the length of requests that only pad a batch, unless the backend declares another padding.
+    cache_pages: pages that requests can hold; 0: as many as the pool's rows together. A request that finds too few free
+    ones does not join, and one that cannot grow finishes, as on a server.
     """
 
     page_size: int = Field(ge=1, le=1024)
@@ -109,6 +112,8 @@ class Setup(_Record):
     inputs: Inputs = Inputs()
     layer: Layer | None = None  # None: metadata alone
     neighbour_context_len: int = Field(default=0, ge=0, le=MAX_CONTEXT)
+    padding_len: int = Field(default=1, ge=0, le=1)
+    cache_pages: int = Field(default=0, ge=0, le=MAX_POOL_CELLS)
 
     @property
     def pages_per_request(self) -> int:
@@ -117,7 +122,25 @@ class Setup(_Record):
     @property
     def num_pages(self) -> int:
         """Pages of the caches: the dummy page 0, those that requests can hold, and two that nothing may read."""
-        return 1 + self.pool_size * self.pages_per_request + 2
+        return 1 + self.held_pages + 2
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def held_pages(self) -> int:
+        """Number of pages that requests can hold together."""
+        return self.cache_pages or self.pool_size * self.pages_per_request
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of both caches of the layer, with keys of two bytes a number; 0 without a layer."""
+        if self.layer is None:
+            return 0
+        # The sentinel in page tables is the number of an existing slot; as a page number it has to exist as well.
+        config = self.layer.attention_config()
+        return self.num_slots * (2 * config.qk_head_dim + config.index_page_bytes(self.page_size))
 
     @property
     def is_far(self) -> bool:
@@ -141,6 +164,9 @@ class Setup(_Record):
                 "max_context_len",
                 f"{self.max_context_len} must exceed the {self.draft_overshoot} tokens that a draft may overshoot",
             )
+        most = self.pool_size * self.pages_per_request
+        if self.cache_pages and not self.pages_per_request <= self.cache_pages <= most:
+            raise FieldError("cache_pages", f"{self.cache_pages} must be 0, or {self.pages_per_request} to {most:,}")
         if 0 < self.neighbour_context_len <= self.draft_overshoot:
             raise FieldError(
                 "neighbour_context_len",
@@ -376,7 +402,7 @@ class Scenario(_Record):
     def _check_places(self, number: int, event: Event) -> None:
         """Raises FieldError if ``event`` names a row, a length or a page that the pool does not have."""
         setup, most = self.setup, self.setup.pages_per_request
-        last = setup.pool_size * most
+        last = setup.held_pages
         if isinstance(event, SetLengths) and max(event.seq_lens) > setup.max_context_len:
             raise FieldError(f"events[{number}].seq_lens", f"must be at most {setup.max_context_len}")
         if not isinstance(event, Join):
@@ -408,21 +434,16 @@ class Scenario(_Record):
         setup, layer = self.setup, self.setup.layer
         if layer is None:
             return self
-        config = layer.attention_config()
-        slots = setup.num_pages * setup.page_size
-        # The sentinel in page tables is the number of an existing slot; as a page number it has to exist as well.
-        bytes_ = slots * (2 * config.qk_head_dim + config.index_page_bytes(setup.page_size))
-        if bytes_ > MAX_CACHE_BYTES:
-            reason = f"its caches would have {bytes_:,} bytes; at most {MAX_CACHE_BYTES:,}: make the pool smaller"
+        if (size := setup.cache_bytes) > MAX_CACHE_BYTES:
+            reason = f"its caches would have {size:,} bytes; at most {MAX_CACHE_BYTES:,}: make the pool smaller"
             raise FieldError("setup.layer", reason)
         if setup.page_size & (setup.page_size - 1):
             raise FieldError("setup.page_size", f"with a layer it must be a power of two, not {setup.page_size}")
         if layer.regime is not Regime.RANDOM and setup.index_topk > MAX_EXACT_KEYS:
             reason = f"the exact regimes hold for at most {MAX_EXACT_KEYS} keys, not {setup.index_topk}"
             raise FieldError("setup.index_topk", reason)
-        if layer.regime is Regime.DOMINATING and slots > (most := most_coded_slots(config)):
-            raise FieldError(
-                "setup.layer.qk_rope_head_dim",
-                f"{layer.qk_rope_head_dim} can tell {most:,} slots apart; there are {slots:,}: use a larger part",
-            )
+        most = most_coded_slots(layer.attention_config())
+        if layer.regime is Regime.DOMINATING and setup.num_slots > most:
+            reason = f"can tell {most:,} slots apart; there are {setup.num_slots:,}: use a larger part"
+            raise FieldError("setup.layer.qk_rope_head_dim", f"{layer.qk_rope_head_dim} {reason}")
         return self

@@ -106,11 +106,11 @@ class Script:
                 return int(size)
         return int(self.draw(seq_lens(self.setup)))
 
-    def join(self, seq_len: int | None = None, prefix_of: int | None = None) -> None:
+    def join(self, seq_len: int | None = None, prefix_of: int | None = None, prefix_pages: int = 1) -> None:
         """One request joins, of a drawn length unless it is given."""
         length = self.first_length() if seq_len is None else min(max(seq_len, 1), self.setup.max_seq_len)
         self._joined = True
-        self.add(Join(seq_len=length, prefix_of=prefix_of))
+        self.add(Join(seq_len=length, prefix_of=prefix_of, prefix_pages=prefix_pages))
 
     def fill(self, count: int | None = None, least: int = 1) -> None:
         """Requests join until ``count`` are running; if None, a drawn number, preferably as many as possible."""

@@ -35,6 +35,8 @@ SIMPLEST_SETUP: dict[str, Any] = {
     "inputs": Inputs(),
     "layer": None,
     "neighbour_context_len": 0,
+    "padding_len": 1,
+    "cache_pages": 0,
 }
 SMALLEST_LAYER = Layer()
 SIMPLEST_LAYER: dict[str, Any] = {

@@ -35,10 +35,15 @@ def _call(script: Script, order: Order | None = None) -> Replay | Eager:
 
 
 def _cached_prefixes(script: Script) -> None:
-    """Prompts beyond K, of which one token is new, or a few."""
+    """Prompts beyond K, of which one token is new, or a few. In a tight cache they share all but their ends."""
     limit, topk = script.setup.max_seq_len, script.setup.index_topk
-    for _ in range(script.pick((2, 1, 3))):
-        script.join(script.pick((topk + 1, limit, (topk + limit) // 2)))
+    if script.setup.cache_pages:
+        script.join(limit)
+        for _ in range(script.most - 1):
+            script.join(limit, prefix_of=0, prefix_pages=script.setup.pages_per_request)
+    else:
+        for _ in range(script.pick((2, 1, 3))):
+            script.join(script.pick((topk + 1, limit, (topk + limit) // 2)))
     script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
 
 

@@ -5,6 +5,7 @@ Lengths are drawn near the boundaries where implementations change behaviour; ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,13 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
-from nsa_oracle.harness.scenarios.goal import ANYTHING, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
+from nsa_oracle.harness.scenarios.goal import ANYTHING, CACHE, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
 from nsa_oracle.harness.scenarios.scales import SMALL, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
+    MAX_CACHE_BYTES,
     Accept,
     Capture,
     Eager,
@@ -114,6 +116,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         page_layout=pick("page_layout"),
         reuse=pick("reuse", _WEIGHTS_OF_REUSE),
         drive=pick("drive"),
+        padding_len=pick("padding_len"),
         inputs=Inputs(
             seq_lens=pick("seq_lens"),
             req_pool_indices=pick("req_pool_indices"),
@@ -137,13 +140,17 @@ def _from_the_far_end(setup: Setup, limits: Limits) -> Setup:
 
 
 def _with_codes_for_all(setup: Setup, limits: Limits) -> Setup:
-    """The setup with its pool reduced until content can encode every slot. Rejects the case if no size allows that."""
-    if setup.layer is None or setup.layer.regime is not Regime.DOMINATING:
+    """The setup with its pool reduced until content can encode every slot, and until the caches are small enough.
+
+    Rejects the case if no size allows that.
+    """
+    if setup.layer is None:
         return setup
-    most = most_coded_slots(setup.layer.attention_config())
+    coded = setup.layer.regime is Regime.DOMINATING
+    most = most_coded_slots(setup.layer.attention_config()) if coded else math.inf
     for pool_size in (setup.pool_size, *limits.of("pool_size", range(setup.pool_size - 1, 0, -1))):
         smaller = setup.model_copy(update={"pool_size": pool_size})
-        if smaller.num_pages * smaller.page_size <= most:
+        if smaller.num_slots <= most and smaller.cache_bytes <= MAX_CACHE_BYTES:
             return smaller
     return reject()
 
@@ -265,6 +272,8 @@ def scenarios(
     """
     narrowed = narrowed_to(scale, goal)
     setup = draw(setups(narrowed))
+    if goal.of(CACHE):
+        setup = setup.model_copy(update={"cache_pages": _tight(setup)})
     chosen = draw(optimizations(switches, setup.step_semantics, goal.of(SWITCH))) if switches.names else ()
     seed = draw(st.integers(0, 2**32 - 1))
     happened = draw(events(setup, seed, scale, goal))
@@ -273,6 +282,12 @@ def scenarios(
     if goal.of(PREPARATIONS) or draw(st.sampled_from(_RARELY)):
         happened = draw(_prepared_again(happened))
     return within(Scenario(setup=setup, optimizations=chosen, seed=seed, events=happened), scale.limits)
+
+
+def _tight(setup: Setup) -> int:
+    """Pages for the longest request, and for what each of the others has behind a prefix that it shares."""
+    own = 1 + -(-setup.draft_overshoot // setup.page_size)
+    return min(setup.pages_per_request + (setup.pool_size - 1) * own, setup.held_pages)
 
 
 def _neighbours(setup: Setup, scale: Scale) -> st.SearchStrategy[int]:

@@ -100,9 +100,11 @@ def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> 
     if accepting in kinds:
         inputs["accept_length"] = accepting
     rows = [row for call in calls for row in call.pool_rows or ()]
+    ends = [call.seq_lens[-1] for call in calls if call.act == "replay" and call.seq_lens]  # of padding, or of requests
     document: dict[str, Any] = {
         "pool_size": head.pool[0] if head.pool else max(rows, default=0) + 1,
         "drive": Drive.SINGLE_STEP if calls and all(call.step is not None for call in calls) else Drive.MULTI_STEP,
+        "padding_len": int(0 not in ends),
         "reuse": Reuse.STACK if head.tables == "whole" else Reuse.QUEUE,  # then a row gets other pages
         "inputs": inputs | {"strided": shown is not None and shown.strided, "wide_req_to_token": head.wide},
     }

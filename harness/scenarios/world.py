@@ -176,10 +176,13 @@ class World:
         if event.prefix_of is not None and self.running:
             source = self.running[event.prefix_of % len(self.running)]
             shared = _full_pages(source, seq_len, event.prefix_pages, self.scenario.setup)
-        request = Request(self.free_rows.pop(), seq_len, shared, previous_seq_len=seq_len, named_pages=event.pages)
+        row = self.free_rows.pop()
+        request = Request(row, seq_len, array("i", shared), previous_seq_len=seq_len, named_pages=event.pages)
+        if not self._map(request):
+            self.free_rows.append(row)
+            return
         self._owners[_numbers(shared)] += 1
         self.running.append(request)
-        self._map(request)
 
     def _finish(self, request: Request) -> None:
         self.running.remove(request)
@@ -191,13 +194,14 @@ class World:
 
     def _accept(self, event: Accept) -> None:
         setup = self.scenario.setup
-        for number, request in enumerate(self.running):
+        for number, request in enumerate(list(self.running)):
             accepted = min(event.accept_lengths[number % len(event.accept_lengths)], setup.num_draft_tokens)
             accepted = min(accepted, setup.max_context_len - request.seq_len)
             request.previous_seq_len = request.seq_len
             request.accept_length = accepted
             request.seq_len += accepted
-            self._map(request)
+            if not self._map(request):
+                self._finish(request)
 
     def _set(self, event: SetLengths) -> None:
         on_row = {request.pool_row: request for request in self.running}
@@ -207,7 +211,8 @@ class World:
             request.accept_length = min(accepted, self.scenario.setup.num_draft_tokens)
             if seq_len > request.seq_len:
                 request.previous_seq_len, request.seq_len = request.seq_len, seq_len
-                self._map(request)
+                if not self._map(request):
+                    self._finish(request)
 
     def _remap(self, event: Remap) -> None:
         if not self.running:
@@ -217,7 +222,10 @@ class World:
         shared = _full_pages(source, request.seq_len, event.prefix_pages, self.scenario.setup)
         replaced, behind = request.pages, request.pages[len(shared) :]
         # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
-        for place in np.flatnonzero(self._owners[_numbers(behind)] > 1):
+        places = np.flatnonzero(self._owners[_numbers(behind)] > 1)
+        if len(places) > len(self.free_pages):
+            return
+        for place in places:
             behind[place] = self.free_pages.pop()
         request.pages = shared + behind
         self._owners[_numbers(request.pages)] += 1
@@ -276,8 +284,11 @@ class World:
         wrong = self._random.integers(1, self.scenario.setup.max_seq_len)[0]
         return wrong if wrong < request.seq_len else wrong + 1
 
-    def _map(self, request: Request) -> None:
-        """Give the request pages for its tokens and the draft's overshoot, and write their slots to its pool row."""
+    def _map(self, request: Request) -> bool:
+        """Give the request pages for its tokens and the draft's overshoot, and write their slots to its pool row.
+
+        False if too few pages are free; nothing is written then.
+        """
         setup = self.scenario.setup
         covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
         missing = -(-covered // setup.page_size) - len(request.pages)
@@ -288,6 +299,8 @@ class World:
             request.pages.extend(named)
             self._owners[list(named)] += 1
             missing -= len(named)
+        if missing > len(self.free_pages):
+            return False
         if missing > 0:
             taken = self.free_pages[-missing:][::-1]
             del self.free_pages[-missing:]
@@ -298,6 +311,7 @@ class World:
         row = self.req_to_token[request.pool_row]
         row[:covered] = slots.reshape(-1)[:covered]
         row[covered:] = self.poison
+        return True
 
     def _release(self, pages: array[int]) -> None:
         """Take one owner from each of ``pages``. Those without another are free at once, as ``Reuse`` says."""
@@ -335,7 +349,7 @@ def _full_pages(source: Request, seq_len: int, count: int, setup: Setup) -> arra
 
 def _pages_in_order(setup: Setup, seed: int) -> array[int]:
     """All pages except the dummy page 0, as a stack: the last one is used first."""
-    count = setup.pool_size * setup.pages_per_request
+    count = setup.held_pages
     pages = np.arange(1, count + 1, dtype=np.int32)
     match setup.page_layout:
         case PageLayout.CONTIGUOUS:

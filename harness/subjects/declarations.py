@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.scenario import graph_mode
+from nsa_oracle.harness.scenarios.scenario import Setup, graph_mode
 from nsa_oracle.harness.scenarios.world import Batch, Padding
 from nsa_oracle.harness.subjects.names import BuiltBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
@@ -179,9 +179,10 @@ class Declarations:
     def role_of(self, mode: ForwardMode) -> Role:
         return next(role for role in self.roles if mode in role.modes)
 
-    def padded(self, batch: Batch, bs: int, num_draft_tokens: int) -> Batch:
-        """``batch`` filled up to the bucket ``bs`` with this backend's padding."""
-        return batch.padded(bs, num_draft_tokens, self.padding.get(graph_mode(batch.mode)))
+    def padded(self, batch: Batch, bs: int, setup: Setup) -> Batch:
+        """``batch`` filled up to the bucket ``bs`` with this backend's padding, or else with that of ``setup``."""
+        padding = self.padding.get(graph_mode(batch.mode), Padding(setup.padding_len))
+        return batch.padded(bs, setup.num_draft_tokens, padding)
 
     def own(self, mode: ForwardMode) -> list[OwnField]:
         """The author's fields that apply in ``mode``."""

@@ -33,6 +33,14 @@ def selecting_into_a_workspace(config: BackendConfig, attention: AttentionConfig
 
 INDEXERS = (
     layer_bug(
+        "nan-scores-as-zero",
+        "The score of a key with a NaN is 0, which exceeds every negative score.",
+        REVIEW,
+        "an index key with a NaN or an infinity",
+        Check.LOGITS,
+        Mutation(INDEXER, "tl.where(live, result,", "tl.where(live, tl.where(result == result, result, 0.0),"),
+    ),
+    layer_bug(
         "page-offset-loses-high-bits",
         "The offset of a page is truncated to 31 bits: page * 8448 wraps near page 254,200.",
         "sglang#34725",

@@ -306,6 +306,7 @@ class Sglang:
         "max_context_len": (67, 520, 2300, 4100, 9001),  # some are longer than a segment of the schedule
         "drive": ("multi_step",),
         "num_steps": (2, 3, 4, 8),
+        "padding_len": (1,),
         "paged_mqa_num_sms": (1, 3, 6, 7, 132),
         "seq_lens": ("int64",),
         "req_pool_indices": ("int64",),

@@ -143,6 +143,25 @@ def test_company() -> None:
     assert "second backend" not in visited(GRAPH, Join(seq_len=5), REPLAY)
 
 
+def test_padding_of_length_0() -> None:
+    name = "padding of length 0"
+    assert name in visited(GRAPH, Join(seq_len=5), REPLAY, padding_len=0)
+    assert name not in visited(GRAPH, Join(seq_len=5), REPLAY)
+    assert name not in visited(GRAPH, Join(seq_len=5, count=2), REPLAY, padding_len=0), "nothing pads the batch"
+
+
+def test_more_tokens_than_slots() -> None:
+    joins = (
+        Join(seq_len=16),
+        Join(seq_len=16, prefix_of=0, prefix_pages=9),
+        Join(seq_len=16, prefix_of=0, prefix_pages=9),
+    )
+    sizes = {"page_size": 1, "max_context_len": 18, "pool_size": 3}
+    assert "more tokens than slots" in visited(*joins, CALL, cache_pages=40, **sizes)
+    assert "more tokens than slots" not in visited(*joins, CALL, **sizes)
+    assert "more tokens than slots" not in visited(*joins[:2], CALL, cache_pages=40, **sizes)
+
+
 def test_order_of_reuse_counts_once_something_is_reused() -> None:
     events = (Join(seq_len=5), CALL, Finish(request=0))
     assert not {name for name in visited(*events, reuse=Reuse.QUEUE) if name.startswith("reuse")}

@@ -52,8 +52,8 @@ def test_every_situation_is_known_and_wanted(scale: Scale) -> None:
 def test_what_the_limits_exclude_is_not_wanted() -> None:
     few = restricted(SMALL, limits(page_size=(64,), num_steps=(1, 2)) & only(DECODE, VERIFY))
     names = {want.name for want in wants(few, NO_SWITCHES)}
-    assert {"page size 64", "N 1", "replay DECODE", "N 2..7", "eager TARGET_VERIFY, N > 1"} <= names
-    assert not {"page size 16", "N 8", "replay DRAFT_EXTEND", "eager EXTEND", "no switch"} & names
+    assert {"page size 64", "N 1", "replay DECODE", "N 2..8", "eager TARGET_VERIFY, N > 1"} <= names
+    assert not {"page size 16", "N over 8", "replay DRAFT_EXTEND", "eager EXTEND", "no switch"} & names
     assert not any(name.startswith("N >= 4") for name in names)
 
 

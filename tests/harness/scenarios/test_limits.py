@@ -33,6 +33,7 @@ def test_every_field_of_a_case_can_be_named() -> None:
         "inputs",
         "layer",
         "neighbour_context_len",
+        "cache_pages",
     }
     assert set(LAYER_FIELDS) == {*BACKEND_FIELDS, *Layer.model_fields}
 
@@ -62,7 +63,7 @@ MALFORMED = {
     "another type": ({"sizes": {"page_size": ("big",)}}, "'page_size' cannot be big: it must be a whole number"),
     "a bool for a number": ({"sizes": {"num_heads": (True,)}}, "'num_heads' cannot be True"),
     "a number for a bool": ({"sizes": {"strided": (1,)}}, "'strided' cannot be 1"),
-    "out of range": ({"sizes": {"num_steps": (9,)}}, "'num_steps' cannot be 9"),
+    "out of range": ({"sizes": {"num_steps": (17,)}}, "'num_steps' cannot be 17"),
     "unknown member": ({"sizes": {"regime": ("easy",)}}, "'regime' cannot be easy; choose from dominating, equal, "),
     "endless": ({"sizes": {"x" * 5000: (1,)}}, "nobody has 'xxx"),
     "several lines": ({"sizes": {"page_size": ("a\nb",)}}, "'page_size' cannot be a\\nb"),

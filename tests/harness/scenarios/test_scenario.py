@@ -198,7 +198,7 @@ MALFORMED = {
         "setup.max_context_len: ",
         "8 must exceed the 8 tokens",
     ),
-    "too many steps": (with_setup(num_steps=9), "setup.num_steps: ", "at most 8, not 9"),
+    "too many steps": (with_setup(num_steps=17), "setup.num_steps: ", "at most 16, not 17"),
     "negative seed": (with_changes(seed=-1), "seed: ", "at least 0, not -1"),
     "seed of 65 bits": (with_changes(seed=2**64), "seed: ", "less than 18446744073709551616"),
     "huge number": ('{"seed": 1' + "0" * 5000 + "}", "the file", "out of range"),

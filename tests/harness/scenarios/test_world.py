@@ -63,7 +63,7 @@ def check(world: World) -> None:
     rows = [r.pool_row for r in world.running]
     assert sorted(rows + world.free_rows) == list(range(sizes.pool_size)), "each row has one owner"
     held = {page for r in world.running for page in r.pages}
-    count = sizes.pool_size * sizes.pages_per_request
+    count = sizes.held_pages
     assert sorted([*held, *world.free_pages]) == list(range(1, count + 1)), "pages are neither lost nor doubled; no 0"
     for request in world.running:
         check_request(world, request.pool_row, request.seq_len, request.pages)
@@ -287,6 +287,41 @@ def test_full_pool_and_empty_batch_change_nothing() -> None:
     )
     world = states(Scenario(setup=setup(), events=events))[-1][0]
     assert len(world.running) == 3
+
+
+TIGHT = {"page_size": 2, "max_context_len": 12, "pool_size": 3, "num_draft_tokens": 2}
+
+
+def test_a_request_that_finds_too_few_pages_does_not_join() -> None:
+    sizes = setup(**TIGHT, cache_pages=7)
+    events = (Join(seq_len=9), Join(seq_len=3), Join(seq_len=9, prefix_of=0, prefix_pages=6))
+    world = states(Scenario(setup=sizes, events=events))[-1][0]
+    check(world)
+    assert len(world.running) == 1, "1 page is free, and 3 and 2 would be needed"
+    more = setup(**TIGHT, cache_pages=8)
+    (first, second) = states(Scenario(setup=more, events=events))[-1][0].running
+    assert second.seq_len == 9
+    assert second.pages[:4] == first.pages[:4]
+
+
+def test_a_request_that_cannot_grow_finishes() -> None:
+    sizes = setup(**TIGHT, cache_pages=7)
+    joins = (Join(seq_len=5), Join(seq_len=2))
+    world = states(Scenario(setup=sizes, events=(*joins, Accept(accept_lengths=(0, 1)))))[-1][0]
+    assert [request.seq_len for request in world.running] == [5, 3]
+    world = states(Scenario(setup=sizes, events=(*joins, Accept(accept_lengths=(2, 2)))))[-1][0]
+    check(world)
+    assert [request.seq_len for request in world.running] == [7]
+    assert len(world.free_pages) == 2
+
+
+def test_a_prefix_is_not_replaced_without_pages_for_what_is_behind() -> None:
+    sizes = setup(**TIGHT, cache_pages=6)
+    joins = (Join(seq_len=4), Join(seq_len=4, prefix_of=0, prefix_pages=2), Join(seq_len=2))
+    remap = Remap(request=1, prefix_of=2, prefix_pages=1)
+    world = states(Scenario(setup=sizes, events=(*joins, remap)))[-1][0]
+    check(world)
+    assert world.running[1].pages[0] == world.running[0].pages[0]
 
 
 def digest(scenario: Scenario, poison: int = POISON) -> str:

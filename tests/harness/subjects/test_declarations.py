@@ -23,7 +23,7 @@ from nsa_oracle.harness.subjects.declarations import (
     read_declarations,
 )
 from nsa_oracle.reference.types import BackendConfig, ForwardMode
-from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, IDLE
+from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, IDLE, case
 
 BY_NAME = {field.name: field for field in FIELDS}
 CONFIG = BackendConfig(4, 16, 8, 3, 3)
@@ -89,9 +89,13 @@ def test_a_field_of_the_author_may_be_named_by_other_declarations() -> None:
 def test_padding_is_that_of_the_mode() -> None:
     found = read(padding={"DRAFT_EXTEND": Padding(seq_len="all", pool_row=2, accept_length="all")})
     empty = Batch(DRAFT_EXTEND, (), (), (), ())
-    assert found.padded(empty, 1, 3) == Batch(DRAFT_EXTEND, (2,), (3,), (3,), (3,))
-    assert ASKS_THE_MOST.padded(empty, 1, 3) == Batch(DRAFT_EXTEND, (0,), (1,), (1,), (1,))
-    assert found.padded(Batch(DECODE, (), (), (), ()), 1, 3) == Batch(DECODE, (0,), (1,), (1,), (1,))
+    setup = case(num_draft_tokens=3).setup
+    assert found.padded(empty, 1, setup) == Batch(DRAFT_EXTEND, (2,), (3,), (3,), (3,))
+    assert ASKS_THE_MOST.padded(empty, 1, setup) == Batch(DRAFT_EXTEND, (0,), (1,), (1,), (1,))
+    assert found.padded(Batch(DECODE, (), (), (), ()), 1, setup) == Batch(DECODE, (0,), (1,), (1,), (1,))
+    zero = case(num_draft_tokens=3, padding_len=0).setup
+    assert ASKS_THE_MOST.padded(empty, 1, zero) == Batch(DRAFT_EXTEND, (0,), (0,), (0,), (1,))
+    assert found.padded(empty, 1, zero) == Batch(DRAFT_EXTEND, (2,), (3,), (3,), (3,)), "a declared padding stays"
 
 
 def cells(mask: Any, name: str, size: int, call: Call = CALL) -> list[int]:
