@@ -69,7 +69,7 @@ class Engine:
         buckets = [bucket for event in scenario.events if isinstance(event, Capture) for bucket in event.buckets]
         max_bs = max(buckets, default=1)
         self._delivery = Delivery(device, late=conditions.stress)
-        capacity = max(max_bs, setup.pool_size)
+        capacity = max(max_bs, setup.pool_size + setup.eager_padding)
         self.inputs = StaticInputs(setup.inputs, capacity, sentinel, self._delivery, setup.num_draft_tokens)
         self._pool = PoolInput(setup, sentinel, self._delivery)
         self._pool.send(self.world.req_to_token)
@@ -172,6 +172,9 @@ class Engine:
         self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
+        raw_bs, padding = batch.size, self.setup.eager_padding
+        if padding and batch.mode is not ForwardMode.EXTEND:
+            batch = self._padded(batch, raw_bs + padding)
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
         own = self.declarations.own_names
         with under_stress(self._delivery):
@@ -181,7 +184,7 @@ class Engine:
             metadata = serving.shown_metadata(Act.EAGER)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
-        yield Observation(batch, batch.size, False, _observed(metadata, seen, own))
+        yield Observation(batch, raw_bs, False, _observed(metadata, seen, own))
         if self.layer is not None:
             assert load is not None
             for feed in feeds:

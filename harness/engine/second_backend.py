@@ -34,7 +34,7 @@ class SecondBackend:
         device: torch.device,
     ) -> None:
         setup, switches = scenario.setup, scenario.optimizations
-        capacity = max(max_bs, setup.pool_size)
+        capacity = max(max_bs, setup.pool_size + setup.eager_padding)
         self._is_there = setup.neighbour_context_len > 0
         if not self._is_there:
             return

@@ -74,6 +74,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"eager {mode.value}" for mode in ForwardMode),
     *("batch of 5..8", "batch of more than 8"),
     *("batch empty", "batch padded", "batch fills bucket", "batch outgrows buckets", "padding of length 0"),
+    *("eager call padded", "eager IDLE of padding"),
     *("graph empty after requests", "full graph, nothing accepted"),
     *("length 1", "length P-1", "length P", "length P+1", "length K-1", "length K", "length K+1", "length limit"),
     *("accept 0", "accept 1", "accept partial", "accept all", "accept mixed", "accept none at all"),
@@ -195,6 +196,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     yield "second backend"
                 if batch.size and event.preparations > 1:
                     yield "prepared twice"
+                if not in_graph and setup.eager_padding and event.mode is not ForwardMode.EXTEND:
+                    yield "eager IDLE of padding" if batch.mode is ForwardMode.IDLE else "eager call padded"
                 yield from _batch_classes(batch, setup, event)
                 name = f"{'replay' if in_graph else 'eager'} {event.mode.value}"
                 yield name

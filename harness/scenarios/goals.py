@@ -216,6 +216,11 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
         pools = tuple(n for n in scale.drawn()["pool_size"] if n >= size)
         yield Want(name, {**pins, "pool_size": pools})
     yield Want("batch padded", {SITUATION: ("replay, padded",)})
+    several = {"eager_padding": _more_than(scale.drawn()["eager_padding"], 0)}
+    mode = ForwardMode.IDLE
+    yield Want("eager IDLE of padding", {SITUATION: (f"eager {mode.value}",), **several}, (mode,))
+    mode = ForwardMode.DECODE
+    yield Want("eager call padded", {SITUATION: (f"eager {mode.value}",), **several}, (mode,))
     yield Want("padding of length 0", {SITUATION: ("replay, padded",), "padding_len": (0,)})
     yield Want("batch fills bucket", {SITUATION: ("replay, full",)})
     yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
@@ -229,8 +234,7 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
         LENGTH: OWN,
     }
     many = {"num_draft_tokens": _more_than(scale.num_draft_tokens, 8), LENGTH: OWN}
-    mode = ForwardMode.DRAFT_EXTEND
-    yield Want("draft extend over 8 tokens", {SITUATION: (f"replay {mode.value}",), **many}, (mode,))
+    yield Want("draft extend over 8 tokens", {SITUATION: ("all accepted",), **many}, (ForwardMode.DRAFT_EXTEND,))
     for name in ("accept partial", "accept 1", "accept all", "accept mixed"):
         yield Want(name, drafts_to_part)
 

@@ -70,7 +70,7 @@ class Limits:
         """What is not allowed in ``call``, or None."""
         if call.batch.mode not in self.modes:
             return f"mode {call.batch.mode.value}"
-        if not call.batch.size and not call.in_graph and not self.empty_batches:
+        if not call.size and not call.in_graph and not self.empty_batches:
             return "an empty batch"
         if call.event.mirror not in self.allowed_mirrors(call):
             return f"mirror {call.event.mirror.value}"
@@ -115,11 +115,20 @@ EVERYTHING = Limits()
 
 @dataclass(frozen=True)
 class EngineCall:
-    """One replay (``in_graph``) or eager call that an engine makes for ``event``, with its batch before padding."""
+    """One replay (``in_graph``) or eager call that an engine makes for ``event``, with its batch before padding.
+
+    padding: requests that pad the batch of an eager call.
+    """
 
     event: Replay | Eager
     batch: Batch
     in_graph: bool
+    padding: int = 0
+
+    @property
+    def size(self) -> int:
+        """Requests of an eager call, padding included."""
+        return self.batch.size + self.padding
 
 
 def calls_of(scenario: Scenario) -> Iterator[tuple[Event, tuple[EngineCall, ...]]]:
@@ -136,7 +145,8 @@ def calls_of(scenario: Scenario) -> Iterator[tuple[Event, tuple[EngineCall, ...]
         if isinstance(event, Replay):
             fitting = [bucket for mode, bucket in captured if mode is event.mode]
             in_graph = choose_bucket(event.bucket, batch.size, fitting) is not None
-        yield event, (EngineCall(event, batch, in_graph),)
+        padding = 0 if in_graph or batch.mode is ForwardMode.EXTEND else scenario.setup.eager_padding
+        yield event, (EngineCall(event, batch, in_graph, padding),)
 
 
 def modes_of(scenario: Scenario) -> list[ForwardMode]:

@@ -74,6 +74,8 @@ class Requests:
             return Asked(number, call, graph_mode(mode), call.bs, Batch(mode, (), (), None, ()))
         batch = _batch(call, mode, self.setup)
         count, padding = self._real(batch) if call.act == "replay" else (batch.size, "")
+        if call.act == "eager" and mode is not ForwardMode.EXTEND:
+            count = max(0, count - self.setup.eager_padding)
         if mode is ForwardMode.IDLE and count:
             raise NotACase("it has requests, but its mode is IDLE")
         if mode is ForwardMode.DECODE and not count:

@@ -59,6 +59,7 @@ class Scale:
             "reuse": tuple(Reuse),
             "drive": tuple(Drive),
             "padding_len": (1, 1, 0),
+            "eager_padding": (0,) if self.layers else (0, 0, 0, 1, 3),
             "seq_lens": (IntDtype.INT64, IntDtype.INT32),
             "req_pool_indices": (IntDtype.INT64, IntDtype.INT32),
             "accept_length": (IntDtype.INT32, IntDtype.INT64),

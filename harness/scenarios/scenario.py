@@ -91,10 +91,10 @@ class Setup(_Record):
     """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight.
 
     neighbour_context_len: if it is not 0, a second backend of this max_context_len lives in the process, and prepares
-    batches of its own between each preparation and what reads it.
-    padding_len: the length of requests that only pad a batch, unless the backend declares another padding.
-    cache_pages: pages that requests can hold; 0: as many as the pool's rows together. A request that finds too few free
-    ones does not join, and one that cannot grow finishes, as on a server.
+    batches of its own between each preparation and what reads it. padding_len: length of requests that only pad a
+    batch. cache_pages: pages that requests can hold, 0 for as many as the pool's rows; a request that finds too few
+    does not join, and one that cannot grow finishes. eager_padding: requests of padding in each eager call but a
+    prefill, as where data-parallel ranks pad to the busiest one; without a layer only.
     """
 
     page_size: int = Field(ge=1, le=1024)
@@ -114,6 +114,7 @@ class Setup(_Record):
     neighbour_context_len: int = Field(default=0, ge=0, le=MAX_CONTEXT)
     padding_len: int = Field(default=1, ge=0, le=1)
     cache_pages: int = Field(default=0, ge=0, le=MAX_POOL_CELLS)
+    eager_padding: int = Field(default=0, ge=0, le=64)
 
     @property
     def pages_per_request(self) -> int:
@@ -135,11 +136,9 @@ class Setup(_Record):
 
     @property
     def cache_bytes(self) -> int:
-        """Of both caches of the layer, with keys of two bytes a number; 0 without a layer."""
-        if self.layer is None:
-            return 0
+        """Of both caches of the layer, with keys of two bytes a number."""
         # The sentinel in page tables is the number of an existing slot; as a page number it has to exist as well.
-        config = self.layer.attention_config()
+        config = (self.layer or Layer()).attention_config()
         return self.num_slots * (2 * config.qk_head_dim + config.index_page_bytes(self.page_size))
 
     @property
@@ -164,6 +163,8 @@ class Setup(_Record):
                 "max_context_len",
                 f"{self.max_context_len} must exceed the {self.draft_overshoot} tokens that a draft may overshoot",
             )
+        if self.eager_padding and self.layer is not None:
+            raise FieldError("eager_padding", "must be 0 in a case with a layer")
         most = self.pool_size * self.pages_per_request
         if self.cache_pages and not self.pages_per_request <= self.cache_pages <= most:
             raise FieldError("cache_pages", f"{self.cache_pages} must be 0, or {self.pages_per_request} to {most:,}")

@@ -37,6 +37,7 @@ SIMPLEST_SETUP: dict[str, Any] = {
     "neighbour_context_len": 0,
     "padding_len": 1,
     "cache_pages": 0,
+    "eager_padding": 0,
 }
 SMALLEST_LAYER = Layer()
 SIMPLEST_LAYER: dict[str, Any] = {

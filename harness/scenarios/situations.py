@@ -189,6 +189,12 @@ def _nothing_accepted(script: Script) -> None:
     script.replay(DRAFT_EXTEND, script.graph(DRAFT_EXTEND, len(script.running), exact=True))
 
 
+def _all_accepted(script: Script) -> None:
+    script.fill()
+    script.accept((script.setup.num_draft_tokens,))
+    script.replay(DRAFT_EXTEND)
+
+
 def _accepts(script: Script) -> None:
     drafts = script.setup.num_draft_tokens
     script.fill(least=2)
@@ -312,6 +318,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "graph empty after requests": _emptied,
     "nothing accepted": _nothing_accepted,
     "accepts": _accepts,
+    "all accepted": _all_accepted,
     "small, large, small": _small_large_small,
     "mode change": _two_modes,
     "recycled": _recycled,

@@ -69,6 +69,7 @@ def _setup(scenario: Scenario) -> str:
             *([] if setup.layer is None else [_layer(setup.layer)]),
             *([] if not setup.neighbour_context_len else [_neighbour(setup)]),
             *(["padding of length 0;"] if setup.padding_len == 0 else []),
+            *([f"{_count(setup.eager_padding, 'request')} of padding in eager calls;"] if setup.eager_padding else []),
             *([f"a cache of {_count(setup.cache_pages, 'page')} for all requests;"] if setup.cache_pages else []),
             f"optimisations: {one_line(', '.join(scenario.optimizations), MAX_NAMES) or 'none'}; seed {scenario.seed}.",
         )

@@ -117,6 +117,7 @@ def setups(draw: st.DrawFn, scale: Scale) -> Setup:
         reuse=pick("reuse", _WEIGHTS_OF_REUSE),
         drive=pick("drive"),
         padding_len=pick("padding_len"),
+        eager_padding=pick("eager_padding"),
         inputs=Inputs(
             seq_lens=pick("seq_lens"),
             req_pool_indices=pick("req_pool_indices"),

@@ -100,11 +100,10 @@ def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> 
     if accepting in kinds:
         inputs["accept_length"] = accepting
     rows = [row for call in calls for row in call.pool_rows or ()]
-    ends = [call.seq_lens[-1] for call in calls if call.act == "replay" and call.seq_lens]  # of padding, or of requests
     document: dict[str, Any] = {
         "pool_size": head.pool[0] if head.pool else max(rows, default=0) + 1,
         "drive": Drive.SINGLE_STEP if calls and all(call.step is not None for call in calls) else Drive.MULTI_STEP,
-        "padding_len": int(0 not in ends),
+        **_padding(calls),
         "reuse": Reuse.STACK if head.tables == "whole" else Reuse.QUEUE,  # then a row gets other pages
         "inputs": inputs | {"strided": shown is not None and shown.strided, "wide_req_to_token": head.wide},
     }
@@ -116,6 +115,21 @@ def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> 
         return Setup.model_validate(document)
     except ValidationError as error:
         raise ScenarioError(f"{record.source}: its sizes: {complaint(error)}; mend them with --size") from None
+
+
+def _padding(calls: Sequence[RecordedCall]) -> dict[str, int]:
+    """The length of padding, and how much of it eager calls have: some if one has twice the same row, or is idle."""
+    ends = [call.seq_lens[-1] for call in calls if call.act != "capture" and call.seq_lens]
+    length = int(0 not in ends)  # no request has a length of 0
+    counts, is_padded = [], False
+    for call in calls:
+        if call.act != "eager" or call.mode == ForwardMode.EXTEND.value:
+            continue
+        rows = call.pool_rows or ()
+        entries = list(zip(rows, call.seq_lens or (), strict=False))
+        counts.append(next((n for n, entry in enumerate(entries[::-1]) if entry != (0, length)), len(entries)))
+        is_padded = is_padded or len(set(rows)) < len(rows) or (call.mode == ForwardMode.IDLE.value and bool(rows))
+    return {"padding_len": length, "eager_padding": min(counts) if is_padded else 0}
 
 
 def _case(

@@ -86,9 +86,10 @@ def calls(file: Path) -> list[dict[str, Any]]:
 
 
 def _live(line: dict[str, Any]) -> list[list[int]]:
-    """The slots of the tokens of each request."""
+    """The slots of the tokens of each request; of none that looks like padding, whose row an import does not keep."""
     slots = [[first + i for first, count in row for i in range(count)] for row in line["table"]]
-    return [row[:length] for row, length in zip(slots, line["seq_lens"], strict=True)]
+    requests = zip(slots, line["pool_rows"], line["seq_lens"], strict=True)
+    return [row[:length] if (pool_row, length) != (0, 1) else [] for row, pool_row, length in requests]
 
 
 def called(mode: str, rows: list[int], lengths: list[int], bs: int | None = None, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, KeepsFields, Moment
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend, SparseAttention
-from nsa_oracle.reference.types import AttentionConfig, BackendConfig, ForwardBatch, KVCacheDtype, SpecInfo
+from nsa_oracle.reference.types import (
+    AttentionConfig,
+    BackendConfig,
+    ForwardBatch,
+    ForwardMode,
+    KVCacheDtype,
+    SpecInfo,
+)
 
 MOST = 8  # draft steps, and draft tokens
 FOLDED = 32  # heads
@@ -36,6 +43,16 @@ class AcceptsEightTokens(BackendWrapper):
         if batch.spec_info is None:
             return batch
         return dataclasses.replace(batch, spec_info=SpecInfo(batch.spec_info.accept_length.clamp(max=MOST)))
+
+
+class IdleIsEmpty(BackendWrapper):
+    """An eager call of an idle rank has no request."""
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is not Moment.EAGER or batch.forward_mode is not ForwardMode.IDLE:
+            return batch
+        rows, lengths = batch.req_pool_indices[:0], batch.seq_lens[:0]
+        return dataclasses.replace(batch, batch_size=0, req_pool_indices=rows, seq_lens=lengths)
 
 
 class HasOneTokenAtLeast(BackendWrapper):
@@ -91,6 +108,15 @@ BUGS = (
         trigger="padding of length 0",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(HasOneTokenAtLeast),
+    ),
+    Bug(
+        name="idle-taken-for-empty",
+        group=Group.PADDING,
+        sentence="An eager call of an idle rank is prepared as an empty batch, although padding fills it.",
+        reference=REVIEW,
+        trigger="an eager call of IDLE with padding",
+        caught_by=frozenset({Check.SHAPE}),
+        plant=by_wrapping(IdleIsEmpty),
     ),
     Bug(
         "heads-folded-onto-the-next-row",

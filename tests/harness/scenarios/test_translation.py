@@ -28,8 +28,12 @@ from tests.support.recordings import CONFIG, CPU, HEAD, called, calls, recorded_
 
 
 def of_one_server(scenario: Scenario) -> Scenario:
-    """The case of one backend that prepares each batch once, as a server does."""
-    setup = scenario.setup.model_copy(update={"neighbour_context_len": 0})
+    """The case of one backend that prepares each batch once, as a server does.
+
+    An eager call is not padded with a single request: that one looks like a request on pool row 0.
+    """
+    padding = scenario.setup.eager_padding if scenario.setup.eager_padding > 1 else 0
+    setup = scenario.setup.model_copy(update={"neighbour_context_len": 0, "eager_padding": padding})
     once = {"preparations": 1}
     events = [e.model_copy(update=once) if isinstance(e, Replay | Eager) else e for e in scenario.events]
     return scenario.model_copy(update={"setup": setup, "events": tuple(events)})
