@@ -10,7 +10,7 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.forks import Tell, forked
-from nsa_oracle.harness.report.declared import unneeded_waivers
+from nsa_oracle.harness.report.declared import unneeded_declarations
 from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
 from nsa_oracle.harness.search.backend_survey import BackendSurvey
@@ -139,7 +139,11 @@ def variant(name: str, scenario: Scenario) -> tuple[bool, set[str], list[str]]:
         survey = BackendSurvey(subject, torch.device("cpu"))
         survey.survey(scenario)
         found = survey.found
-        return subject.misfit(scenario) is None, {key.name for key in found.broken}, unneeded_waivers(found.declared)
+        return (
+            subject.misfit(scenario) is None,
+            {key.name for key in found.broken},
+            unneeded_declarations(found.declared),
+        )
 
     return forked(work)
 
