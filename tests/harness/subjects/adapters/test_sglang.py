@@ -36,7 +36,7 @@ THREE_EVENTS = case(
 def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the miniature of 0.5.8, named by the environment of this process and its children."""
     folder = miniature_sglang.write(tmp_path / "wheel")
-    monkeypatch.setenv(sglang.FOLDER, str(folder))
+    monkeypatch.setenv(sglang.PACKAGE.folder, str(folder))
     return folder
 
 
@@ -93,12 +93,12 @@ def test_another_layout_is_refused_in_one_line(miniature: Path, tmp_path: Path) 
 
 
 def test_no_package_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sglang.FOLDER, str(tmp_path))
+    monkeypatch.setenv(sglang.PACKAGE.folder, str(tmp_path))
     with pytest.raises(BackendError, match=r"contains no sglang/_version.py; set NSA_ORACLE_SGLANG to an unpacked"):
-        sglang.located()
-    monkeypatch.delenv(sglang.FOLDER)
+        sglang.PACKAGE.located()
+    monkeypatch.delenv(sglang.PACKAGE.folder)
     with pytest.raises(BackendError, match=r"^sglang is not installed; set NSA_ORACLE_SGLANG to the folder of an"):
-        sglang.located()
+        sglang.PACKAGE.located()
 
 
 @pytest.fixture
