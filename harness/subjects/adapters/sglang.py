@@ -276,7 +276,7 @@ class Sglang:
     }  # fmt: skip
     empty_batches = False
     own_fields: ClassVar[tuple[OwnField, ...]] = ()
-    unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens", "indexer_seq_lens_cpu")  # inputs, passed on in EXTEND
+    unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens_cpu",)  # an input, passed on in EXTEND
 
     @classmethod
     def undeclared(cls, theirs: Any) -> list[str]:
@@ -339,6 +339,7 @@ class _Dsa(Sglang):
     """What the DSA backends declare: the mirror may lie in graphs, and two more fields."""
 
     steps, one_step = TodaysSteps, TodaysStep
+    unread = (*Sglang.unread, "indexer_seq_lens")
     mirrors: ClassVar = {"eager": ("equal", "absent"), "EXTEND": ("equal",)}
     own_fields = (
         OwnField(
