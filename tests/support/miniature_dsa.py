@@ -78,7 +78,7 @@ class DeepseekSparseAttnBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, batch, in_capture=False, stale=()):
         made = self.compute(batch, True)
         if in_capture:
-            self.captured[batch.batch_size] = made
+            self.captured.setdefault(batch.batch_size, made)  # a later capture of as many requests gets the same
         self.forward_metadata = self.captured[batch.batch_size]
         kept = vars(self.forward_metadata)
         for name, value in vars(made).items():

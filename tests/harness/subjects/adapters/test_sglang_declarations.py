@@ -63,9 +63,6 @@ CASES = {
 }
 OF_EVERY_VERSION = {
     "roles": ("history", "missing a required argument: 'role'"),
-    "roles_draft": ("history", "runs"),
-    "roles_target": ("history", "shows what the graph reads"),
-    "roles_draft_extend_v2": ("history", "real_page_table"),
     "step_backends_draft": ("history", "is built"),
     "step_backends_target": ("history", "is built"),
     "step_backends_draft_extend_v2": ("history", "is built"),
@@ -76,15 +73,23 @@ OF_EVERY_VERSION = {
 }
 OF_THE_DSA_BACKENDS = {
     **OF_EVERY_VERSION,
+    "roles_draft": ("history", "can be captured"),
     "modes": ("history", "roles: DRAFT_EXTEND must have one role, not 0"),
     "mirrors_EXTEND": ("no mirror in EXTEND", "runs"),
     "own_fields_0": ("history", "the metadata has paged_mqa_ctx_lens_2d, which the adapter neither judges nor"),
     "own_fields_1": ("history", "the metadata has topk_v2_plan, which the adapter neither judges nor"),
 }
+OF_NO_DIFFERENCE = {  # how the engine drives: the backend holds without it, too
+    "v0_5_8": {"padding_DRAFT_EXTEND": "history with DRAFT_EXTEND"},
+    **{key: {"roles_target": "history", "roles_draft_extend_v2": "history"} for key in ("v0_5_15", "v0_5_23")},
+}
 TAIL_FIELDS = ("seqlens_expanded", "nsa_cache_seqlens_int32", "nsa_cu_seqlens_k")
 EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "v0_5_8": {
         **OF_EVERY_VERSION,
+        "roles_draft": ("history", "runs"),
+        "roles_target": ("history", "shows what the graph reads"),
+        "roles_draft_extend_v2": ("history", "real_page_table"),
         "roles_draft_extend": ("history with DRAFT_EXTEND", "real_page_table"),
         "step_backends_draft_extend": ("history with DRAFT_EXTEND", "is built"),
         "mirrors_graph": ("stale mirror", "runs"),
@@ -153,8 +158,7 @@ def test_the_declarations_are_enough_and_all_are_needed(adapter: str, folders: d
 
 @pytest.mark.parametrize("adapter", BY_NAME)
 def test_every_declaration_is_deleted_below(adapter: str) -> None:
-    of_no_difference = {"padding_DRAFT_EXTEND"} if adapter == "v0_5_8" else set()
-    assert {*EXPECTED[adapter], *of_no_difference} == set(sglang_variants.deletions(BY_NAME[adapter]))
+    assert {*EXPECTED[adapter], *OF_NO_DIFFERENCE[adapter]} == set(sglang_variants.deletions(BY_NAME[adapter]))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,18 @@ def test_no_declaration_can_be_left_out(
     assert any(why in line for line in found), found
 
 
+@pytest.mark.parametrize(
+    ("adapter", "declaration", "name"),
+    [(adapter, what, name) for adapter, table in OF_NO_DIFFERENCE.items() for what, name in table.items()],
+)
+def test_what_only_says_how_the_engine_drives_hides_nothing(
+    adapter: str, declaration: str, name: str, folders: dict[str, Path]
+) -> None:
+    assert failures(folders[adapter], f"{adapter}__{declaration}", CASES[name]) == []
+
+
 def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Path]) -> None:
-    """It is how the engine drives, not a difference: without it nothing breaks, and nobody would need them."""
+    """Without it nobody would need them."""
     name = "seqlens_expanded in DRAFT_EXTEND, of negative lengths"
     for variant, times in (("v0_5_8__no_change", 1), ("v0_5_8__padding_DRAFT_EXTEND", 0)):
         found = surveyed(folders["v0_5_8"], variant, CASES["history with DRAFT_EXTEND"])
