@@ -21,9 +21,9 @@ from nsa_oracle.harness.scenarios.world import Padding
 from nsa_oracle.harness.subjects.adapters import vllm_reference as reference
 from nsa_oracle.harness.subjects.adapters import vllm_stand_ins as stand_ins
 from nsa_oracle.harness.subjects.adapters.packages import Layout, Package
-from nsa_oracle.harness.subjects.adapters.vllm_reference import BLACKWELL, HOPPER, Gpu
+from nsa_oracle.harness.subjects.adapters.vllm_reference import BLACKWELL, HOPPER, OLDER_HOPPER, Convention
 from nsa_oracle.harness.subjects.adapters.vllm_runner import Runner
-from nsa_oracle.harness.subjects.declarations import OwnField, Waiver, of_negative_lengths
+from nsa_oracle.harness.subjects.declarations import OwnField, Waiver
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 PACKAGE = Package("vllm", "NSA_ORACLE_VLLM", stand_ins.values, ("deep_gemm",), series=1)
@@ -31,6 +31,13 @@ _DRAFTS = ("TARGET_VERIFY", "DRAFT_EXTEND_V2")
 _IN_GRAPHS = ("DECODE", *_DRAFTS)
 _BACKENDS = "vllm.v1.attention.backends."
 _MODULES = (_BACKENDS + "mla.indexer", _BACKENDS + "mla.flashmla_sparse", "vllm.v1.attention.backend")
+_OF_ALL = (
+    *_MODULES,
+    *(_BACKENDS + name for name in ("mla.sparse_utils", "registry", "utils")),
+    "vllm.v1.kv_cache_interface",
+    "vllm.utils.deep_gemm",
+    "vllm.utils.math_utils",
+)
 
 
 class Builders:
@@ -46,7 +53,7 @@ class Builders:
     @contextmanager
     def current(self) -> Iterator[None]:
         """Calls inside are of this instance, on a machine without memory that can be pinned."""
-        stand_ins.Current.config, stand_ins.Current.family = self.config, self.adapter.gpu.family
+        stand_ins.Current.config, stand_ins.Current.family = self.config, self.adapter.convention.family
         kept, torch.zeros = torch.zeros, lambda *size, pin_memory=False, **more: kept(*size, **more)
         try:
             yield
@@ -56,11 +63,15 @@ class Builders:
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         reqs, tokens = max(max_bs, len(self.pool)), max(max_num_tokens, self.pool.numel())
         indexer, sparse, common = (PACKAGE.load(self.adapter.layout, name) for name in _MODULES)
-        self.runner = Runner(self.config, self.pool, reqs, tokens, common.CommonAttentionMetadata)
+        self.runner = Runner(
+            self.adapter.convention, self.config, self.pool, reqs, tokens, common.CommonAttentionMetadata
+        )
         spec, settings = stand_ins.kv_cache_spec(self.config), stand_ins.vllm_config(self.config, reqs, tokens)
         given = (spec, [stand_ins.LAYER], settings, self.pool.device)
+        builder = indexer.DeepseekV32IndexerMetadataBuilder
+        width = {"block_table_width": self.runner.width} if hasattr(builder, "requires_block_table_width") else {}
         with self.current():
-            self.indexer = indexer.DeepseekV32IndexerMetadataBuilder(*given, block_table_width=self.runner.width)
+            self.indexer = builder(*given, **width)
             self.sparse = sparse.FlashMLASparseMetadataBuilder(*given)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -137,8 +148,8 @@ def row_fields(indexer: Any, sparse: Any, columns: int) -> dict[str, Any]:
         "paged_mqa_schedule_metadata": decode.schedule_metadata,
         "token_to_batch_idx": sparse.req_id_per_token,
         "decode_lens": decode.decode_lens,
-        "per_req_decode_lens": decode.per_req_decode_lens,
-        **({} if decode.indices is None else {"varlen_indices": decode.indices}),
+        "per_req_decode_lens": getattr(decode, "per_req_decode_lens", None),
+        "varlen_indices": getattr(decode, "indices", None),
     }
 
 
@@ -148,31 +159,33 @@ def both_fields(indexer: Any, sparse: Any, columns: int) -> dict[str, Any]:
 
 
 TOGETHER = "vLLM counts the query tokens of a request, the contract the rows that are requests of their own"
-SHORT = "a request is never shorter than its query tokens; what pads the batch has none"
 
 
-def _own_fields(gpu: Gpu) -> tuple[OwnField, ...]:
+def _own_fields(convention: Convention) -> tuple[OwnField, ...]:
     own = (
         OwnField("cache_seqlens_int32", reference.lengths_of_requests, ("TARGET_VERIFY",)),
         OwnField("seqlens_expanded", reference.lengths, ("TARGET_VERIFY",)),
-        OwnField("real_page_table", gpu.blocks, _DRAFTS, dead=reference.of_padding),
-        OwnField("paged_mqa_schedule_metadata", gpu.schedule, _DRAFTS),
+        OwnField(
+            "seqlens_expanded", reference.lengths_of_rows, ("DRAFT_EXTEND_V2",), dead=reference.before_first_token
+        ),
+        OwnField("real_page_table", convention.blocks, _DRAFTS, dead=reference.of_padding),
+        OwnField("paged_mqa_schedule_metadata", convention.schedule, _DRAFTS),
         OwnField("token_to_batch_idx", reference.requests_of_rows, _IN_GRAPHS),
-        OwnField("decode_lens", gpu.tokens_of_entries, _IN_GRAPHS, (Axis.FLAT,)),
+        OwnField("decode_lens", convention.tokens_of_entries, _IN_GRAPHS, (Axis.FLAT,)),
         OwnField("per_req_decode_lens", reference.tokens_of_requests, _IN_GRAPHS, (Axis.REQUEST,)),
         OwnField("attention_seq_lens", reference.lengths_of_requests, _IN_GRAPHS, (Axis.REQUEST,)),
-        OwnField("topk_indices_offset", reference.offsets_of_prefills, ("EXTEND",)),
-        OwnField("kv_to_batch_idx", gpu.requests_of_kv, ("EXTEND",), (Axis.FLAT,)),
+        OwnField("topk_indices_offset", convention.offsets_of_prefills, ("EXTEND",)),
+        OwnField("kv_to_batch_idx", convention.requests_of_kv, ("EXTEND",), (Axis.FLAT,)),
     )
     varlen = OwnField("varlen_indices", reference.requests_of_entries, _IN_GRAPHS, (Axis.ROW,))
-    return (*own, varlen) if gpu.is_varlen else own
+    return (*own, varlen) if convention.is_varlen else own
 
 
 class Vllm:
     """What all versions and GPUs declare."""
 
     layout: ClassVar[Layout]
-    gpu: ClassVar[Gpu] = HOPPER
+    convention: ClassVar[Convention] = HOPPER
     builders: ClassVar[type[Builders]] = Builders
     sizes: ClassVar[dict[str, Sequence[Any]]] = {
         "page_size": (64,),
@@ -200,9 +213,8 @@ class Vllm:
         "EXTEND": ("page_table_1_flattened",),
     }  # fmt: skip
     own_fields = _own_fields(HOPPER)
-    waivers: ClassVar[tuple[Waiver, ...]] = (
-        *(Waiver(mode, "max_seq_len_q", TOGETHER) for mode in _DRAFTS),
-        Waiver("DRAFT_EXTEND_V2", "seqlens_expanded", SHORT, of_negative_lengths),
+    waivers: ClassVar[tuple[Waiver, ...]] = tuple(
+        Waiver(mode, "max_seq_len_q", TOGETHER, reference.several_rows) for mode in _DRAFTS
     )
     stand_ins = staticmethod(PACKAGE.stand_ins)
 
@@ -212,22 +224,27 @@ class Vllm:
 
 
 @PACKAGE.adapter
+class v0_24(Vllm):  # noqa: N801
+    """The builders of 0.24.0 on a Hopper GPU."""
+
+    layout = Layout(version="0.24.0", real=_OF_ALL)
+    convention = OLDER_HOPPER
+    own_fields = tuple(own for own in _own_fields(OLDER_HOPPER) if own.name != "per_req_decode_lens")
+
+
+@PACKAGE.adapter
 class v0_33(Vllm):  # noqa: N801
     """The builders of 0.33.0 on a Hopper GPU."""
 
     layout = Layout(
         version="0.33.0",
         real=(
-            *_MODULES,
-            *(_BACKENDS + name for name in ("mla.sparse_utils", "registry", "utils")),
+            *_OF_ALL,
             "vllm.v1.attention.ops.metadata",
-            "vllm.v1.kv_cache_interface",
             "vllm.v1.kv_cache_layout",
             "vllm.model_executor.layers.attention.sparse_mla_attention",
             "vllm.model_executor.warmup.jit_warmup",
             "vllm.model_executor.warmup.jit_warmup_triton_helper",
-            "vllm.utils.deep_gemm",
-            "vllm.utils.math_utils",
         ),
     )
 
@@ -235,7 +252,7 @@ class v0_33(Vllm):  # noqa: N801
 class v0_33_blackwell(v0_33):  # noqa: N801
     """The same on a Blackwell GPU, where a kernel of vLLM's own makes the indexer's metadata."""
 
-    gpu = BLACKWELL
+    convention = BLACKWELL
     own_fields = _own_fields(BLACKWELL)
 
 

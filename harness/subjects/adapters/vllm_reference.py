@@ -14,26 +14,34 @@ from nsa_oracle.harness.subjects.declarations import Call
 from nsa_oracle.reference import schedules
 from nsa_oracle.reference.types import Metadata
 
-MOST_DECODED = 256  # query tokens of a request that FlashMLA's builder still counts among decodes, with 64 heads
-
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the indexer's metadata is made for.
+class Convention:
+    """What a version makes the metadata for on one kind of GPU.
 
-    family: of its capability. native: numbers of query tokens of a request for which DeepGEMM has a kernel; with any
-    other every query token is a request of its own to the indexer. pairs: numbers for which the kernel runs on pairs of
-    multiprocessors. is_varlen: whether a kernel takes any numbers in one batch.
+    family: of the GPU's capability. native: numbers of query tokens of a request for which DeepGEMM has a kernel; None:
+    any. With others every query token is a request of its own to the indexer, in DECODE if flattens_one. pairs: numbers
+    for which the kernel runs on pairs of multiprocessors. is_varlen: whether a kernel takes any numbers in one batch.
+    most_decoded: query tokens of a request that attention's builder still counts among decodes, with 64 heads; None: as
+    many as a verification has. is_verified_first: whether requests with so many come first, and not the shortest.
     """
 
     family: int
-    native: tuple[int, ...]
+    native: tuple[int, ...] | None
     pairs: tuple[int, ...] = ()
     is_varlen: bool = False
+    flattens_one: bool = True
+    most_decoded: int | None = 256
+    is_verified_first: bool = True
+
+    def order(self, query_lens: Sequence[int], drafts: int) -> list[int]:
+        """The places of the requests in the order that vLLM gives them."""
+        key = lambda i: (self.is_verified_first and query_lens[i] != drafts, query_lens[i])  # noqa: E731
+        return sorted(range(len(query_lens)), key=key)
 
     def is_flat(self, call: Call) -> bool:
         """Whether every query token is a request of its own to the indexer."""
-        return call.config.speculative_num_draft_tokens not in self.native
+        return self._flattens(call) and (self.flattens_one or _rows(call) > 1)
 
     def blocks(self, expected: Metadata, call: Call) -> torch.Tensor:
         """The rows of a request share one row of the table, unless they are requests of their own."""
@@ -51,21 +59,32 @@ class Gpu:
     def requests_of_kv(self, expected: Metadata, call: Call) -> torch.Tensor:
         """The request of each token of the concatenated KV; -1 for what the indexer counts among decodes."""
         lens, most = call.batch.extend_lens, call.config.speculative_num_draft_tokens
-        decodes = [n <= most for n in lens] if self.is_flat(call) else _alike(lens, most, most)
+        decodes = [n <= most for n in lens] if self._flattens(call) else self._alike(call, most)
         owners = torch.tensor([-1 if decoded else i for i, decoded in enumerate(decodes)], dtype=torch.int32)
         return torch.repeat_interleave(owners, expected.cache_seqlens_int32)
 
+    def offsets_of_prefills(self, expected: Metadata, call: Call) -> torch.Tensor:
+        """Where a request's KV starts; -1 in rows that attention's builder counts among decodes, which read pages."""
+        assert expected.topk_indices_offset is not None
+        most = self.most_decoded or call.config.speculative_num_draft_tokens
+        decodes = torch.tensor(self._alike(call, most)).repeat_interleave(torch.tensor(call.batch.extend_lens))
+        return torch.where(decodes, -1, expected.topk_indices_offset)
 
-HOPPER = Gpu(90, native=(1, 2, 4), pairs=(4,))
-BLACKWELL = Gpu(100, native=(), is_varlen=True)
+    def _flattens(self, call: Call) -> bool:
+        return self.native is not None and call.config.speculative_num_draft_tokens not in self.native
+
+    def _alike(self, call: Call, most: int) -> list[bool]:
+        """Which requests count as decodes where these must have as many query tokens each as the first of the batch."""
+        lens = call.batch.extend_lens
+        first = lens[self.order(lens, call.config.speculative_num_draft_tokens)[0]]
+        return [n == first <= most for n in lens]
 
 
-def _alike(lens: Sequence[int], decode_len: int, most: int) -> list[bool]:
-    """Which requests count as decodes where all of these must have as many query tokens: those like the first of the
-    batch, which is one with ``decode_len`` if there is any, or else the shortest.
-    """
-    first = min(lens, key=lambda n: (n != decode_len, n))
-    return [n == first <= most for n in lens]
+HOPPER = Convention(90, native=(1, 2, 4), pairs=(4,))
+BLACKWELL = Convention(100, native=(), is_varlen=True)
+OLDER_HOPPER = Convention(
+    90, native=(1, 2), flattens_one=False, most_decoded=None, is_verified_first=False
+)  # up to 0.24, at least
 
 
 def _rows(call: Call) -> int:
@@ -83,6 +102,11 @@ def lengths(expected: Metadata, call: Call) -> torch.Tensor:
     return _without_padding(expected.seqlens_expanded, call, _rows(call))
 
 
+def lengths_of_rows(expected: Metadata, call: Call) -> torch.Tensor:
+    """Those of the contract."""
+    return expected.seqlens_expanded
+
+
 def lengths_of_requests(expected: Metadata, call: Call) -> torch.Tensor:
     """Padding has length 0."""
     return _without_padding(expected.cache_seqlens_int32, call, 1)
@@ -93,6 +117,19 @@ def of_padding(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.b
     mask = np.zeros(shape, dtype=np.bool_)
     mask[call.raw_bs * shape[0] // call.batch.size :] = True
     return mask
+
+
+def before_first_token(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Rows of requests that are shorter than their query tokens, which vLLM never has."""
+    mask, rows = np.zeros(shape, dtype=np.bool_), _rows(call)
+    for i, length in enumerate(call.batch.seq_lens[: call.raw_bs]):
+        mask[i * rows : i * rows + max(0, rows - length)] = True
+    return mask
+
+
+def several_rows(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """All cells, of requests with several rows."""
+    return np.full(shape, _rows(call) > 1)
 
 
 def requests_of_rows(expected: Metadata, call: Call) -> torch.Tensor:
@@ -116,11 +153,3 @@ def ones(expected: Metadata, call: Call) -> torch.Tensor:
 def tokens_of_requests(expected: Metadata, call: Call) -> torch.Tensor:
     """Query tokens of each request; padding has none."""
     return _without_padding(torch.full((call.batch.size,), _rows(call), dtype=torch.int32), call, 1)
-
-
-def offsets_of_prefills(expected: Metadata, call: Call) -> torch.Tensor:
-    """Where a request's KV starts; -1 in the rows that FlashMLA's builder counts among decodes, which read pages."""
-    assert expected.topk_indices_offset is not None
-    lens, drafts = call.batch.extend_lens, call.config.speculative_num_draft_tokens
-    decodes = torch.tensor(_alike(lens, drafts, MOST_DECODED))
-    return torch.where(decodes.repeat_interleave(torch.tensor(lens)), -1, expected.topk_indices_offset)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nsa_oracle.harness.subjects.adapters.vllm_reference import Convention
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
 
 BLOCK_TABLE_ALIGNMENT = 128  # tokens; see ``get_block_table_width`` in vLLM's ``v1/worker/block_table.py``
@@ -80,12 +81,14 @@ class Runner:
 
     def __init__(
         self,
+        convention: Convention,
         config: BackendConfig,
         req_to_token: torch.Tensor,
         max_reqs: int,
         max_tokens: int,
         common: Callable[..., Any],
     ) -> None:
+        self.convention = convention
         self.config = config
         self.pool = req_to_token
         self.common = common
@@ -107,7 +110,7 @@ class Runner:
         if batch.forward_mode is ForwardMode.EXTEND:
             assert batch.extend_seq_lens_cpu is not None
             queries = list(batch.extend_seq_lens_cpu)
-        requests = sorted(range(bs), key=lambda i: (queries[i] != drafts, queries[i]))
+        requests = self.convention.order(queries, drafts)
         assert batch.seq_lens_cpu is not None
         mirror = torch.ones(bs, dtype=torch.int64) if in_capture else batch.seq_lens_cpu[requests]
         lens = torch.tensor(queries)[requests] * (mirror > 0)

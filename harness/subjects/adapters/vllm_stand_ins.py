@@ -12,8 +12,6 @@ from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import torch
-import triton
-import triton.language as tl
 
 from nsa_oracle.harness.subjects.adapters.stand_ins import constant
 from nsa_oracle.reference import schedules
@@ -72,10 +70,12 @@ def vllm_config(config: BackendConfig, max_reqs: int, max_tokens: int) -> Simple
             sparse_mla_prefill_workspace_factor=WORKSPACE_FACTOR,
             hisparse_config=None,
             indexer_tp_shard_min_rows=0,
+            use_fp4_indexer_cache=False,
         ),
         model_config=SimpleNamespace(
             max_model_len=config.max_context_len,
             hf_text_config=SimpleNamespace(index_topk=config.index_topk),
+            hf_config=SimpleNamespace(index_topk=config.index_topk),
             dtype=torch.bfloat16,
             get_num_attention_heads=constant(64),
             model_arch_config=SimpleNamespace(total_num_attention_heads=64),
@@ -89,7 +89,8 @@ def vllm_config(config: BackendConfig, max_reqs: int, max_tokens: int) -> Simple
 
 def kv_cache_spec(config: BackendConfig) -> SimpleNamespace:
     """The cache of one layer. A state is a token."""
-    return SimpleNamespace(block_size=config.page_size, num_states=config.page_size, tokens_per_state=1)
+    size = config.page_size
+    return SimpleNamespace(block_size=size, storage_block_size=size, num_states=size, tokens_per_state=1)
 
 
 def get_paged_mqa_logits_metadata(
@@ -153,6 +154,9 @@ class FlashMLASchedMeta:
 
 def values() -> Mapping[str, Mapping[str, object]]:
     """Attributes of the stand-in modules, by module name."""
+    import triton  # once it has been decided whether kernels are interpreted
+    import triton.language as tl
+
     settings = SimpleNamespace(
         VLLM_SPARSE_INDEXER_MAX_LOGITS_MB=MAX_LOGITS_MB,
         VLLM_USE_DEEP_GEMM=True,
@@ -173,16 +177,19 @@ def values() -> Mapping[str, Mapping[str, object]]:
         "vllm.utils.platform_utils": {"num_compute_units": lambda _: Current.config.paged_mqa_num_sms},
         "vllm.utils.torch_utils": {
             "PIN_MEMORY": False,
+            "np_to_pinned_tensor": torch.from_numpy,
             "get_dtype_size": lambda dtype: dtype.itemsize,
         },
+        "vllm.v1.worker.cp_utils": {"get_total_cp_world_size": constant(1)},
         "vllm.v1.attention.ops.flashmla": {
-            "get_mla_metadata": lambda: (FlashMLASchedMeta(), None),
+            "get_mla_metadata": constant((FlashMLASchedMeta(), None)),
             "FlashMLASchedMeta": FlashMLASchedMeta,
         },
         mla: {
             "MLACommonMetadata": MLACommonMetadata,
             "MLACommonPrefillMetadata": MLACommonPrefillMetadata,
             "MLACommonBaseImpl": MLACommonBaseImpl,
+            "SparseMLAAttentionImpl": MLACommonBaseImpl,
             "get_mla_dims": constant(
                 SimpleNamespace(kv_lora_rank=1, qk_nope_head_dim=1, qk_rope_head_dim=0, v_head_dim=1)
             ),
