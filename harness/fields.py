@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.reference.types import Metadata
+from nsa_oracle.reference.types import ForwardMode, Metadata
 
 
 class Axis(enum.Enum):
@@ -55,7 +55,18 @@ FIELDS = (
     Field("token_to_batch_idx", (Axis.ROW,)),
     Field("page_table_1_flattened", (Axis.FLAT,)),
 )
+_ONLY_IN_EXTEND = (
+    "topk_indices_offset", "indexer_k_start", "indexer_k_end", "token_to_batch_idx", "page_table_1_flattened"
+)  # fmt: skip
+_NEVER_IN_EXTEND = ("paged_mqa_schedule_metadata", "flashmla_metadata", "flashmla_num_splits")
 HOST_SCALARS = ("page_size", "max_seq_len_q", "max_seq_len_k")
+
+
+def may_be_expected(name: str, mode: ForwardMode) -> bool:
+    """Whether the contract has the tensor ``name`` in ``mode``, with some configuration or batch."""
+    if mode is ForwardMode.EXTEND:
+        return name not in (*_NEVER_IN_EXTEND, *HOST_SCALARS)
+    return name not in (*_ONLY_IN_EXTEND, *HOST_SCALARS)
 
 
 def held(metadata: Metadata, own: Sequence[str] = ()) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Applies what a backend declares about its metadata to a comparison, and counts how often each waiver was needed."""
+"""Applies what a backend declares about its metadata to a comparison, and counts how often it was needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nsa_oracle.harness.engine.observations import Observation
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field, tensors
-from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Call, Cells, Declarations
+from nsa_oracle.harness.subjects.declarations import ANY_MODE, ASKS_THE_MOST, Call, Cells, Declarations
 from nsa_oracle.reference.types import BackendConfig, Metadata
 
 _SCALAR = Field("", (Axis.FLAT,))
@@ -37,14 +37,28 @@ class WaiverTally:
 
 
 @dataclass
+class AbsentTally:
+    """Comparisons in which a field was expected that is declared absent, and those in which it was absent."""
+
+    reached: int = 0
+    needed: int = 0
+
+    def add(self, other: AbsentTally) -> None:
+        self.reached += other.reached
+        self.needed += other.needed
+
+
+@dataclass
 class DeclaredTally:
     """How often each declared difference of a backend was met.
 
-    waivers: by name. left_out: comparisons that a field was left out of, by field and mode. own: comparisons of the
-    author's own fields, by field. stand_ins: cases in which a part that is not the backend's own took part.
+    waivers: by name. absent: by field and mode, as declared. left_out: comparisons that a field was left out of, by
+    field and mode. own: comparisons of the author's own fields, by field. stand_ins: cases in which a part that is not
+    the backend's own took part.
     """
 
     waivers: dict[str, WaiverTally] = field(default_factory=dict)
+    absent: dict[str, AbsentTally] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=dict)
     stand_ins: dict[str, int] = field(default_factory=dict)
@@ -52,6 +66,8 @@ class DeclaredTally:
     def add(self, other: DeclaredTally) -> None:
         for name, tally in other.waivers.items():
             self.waivers.setdefault(name, WaiverTally()).add(tally)
+        for name, absent in other.absent.items():
+            self.absent.setdefault(name, AbsentTally()).add(absent)
         pairs = ((self.left_out, other.left_out), (self.own, other.own), (self.stand_ins, other.stand_ins))
         for counts, others in pairs:
             for name, count in others.items():
@@ -66,6 +82,11 @@ class DeclaredTally:
     def never_needed(self) -> list[str]:
         """Waivers whose cells were compared and never differed: they hide nothing yet, and might hide a defect."""
         return [name for name, tally in self.waivers.items() if tally.reached and not tally.needed]
+
+    @property
+    def never_absent(self) -> list[str]:
+        """Fields that are declared absent and were there whenever they were expected; losing one would not be seen."""
+        return [name for name, tally in self.absent.items() if tally.reached and not tally.needed]
 
 
 class Declared:
@@ -142,13 +163,22 @@ class DeclaredStep:
     def leaves_out(self, name: str, seen: object, expected: object) -> bool:
         """Whether the field is not compared: absent, or present and unjudged, as declared. Counted if so."""
         declarations, mode = self.declared.declarations, self.call.batch.mode
-        absent = seen is None and expected is not None and declarations.lists(declarations.absent, mode, name)
+        absent = expected is not None and self._is_declared_absent(name, seen is None)
         unjudged = seen is not None and declarations.lists(declarations.unjudged, mode, name)
         if not absent and not unjudged:
             return False
         place = f"{name} {'absent' if absent else 'not judged'} in {mode.value}"
         self.declared.tally.left_out[place] = self.declared.tally.left_out.get(place, 0) + 1
         return True
+
+    def _is_declared_absent(self, name: str, is_absent: bool) -> bool:
+        """Whether the field is absent as declared. Counts each declaration of it that the mode reaches."""
+        declarations, mode = self.declared.declarations, self.call.batch.mode
+        listed = [key for key in (mode.value, ANY_MODE) if name in declarations.absent.get(key, ())]
+        for key in listed:
+            where = f"{name} in {'every mode' if key == ANY_MODE else key}"
+            self.declared.tally.absent.setdefault(where, AbsentTally()).add(AbsentTally(1, int(is_absent)))
+        return is_absent and bool(listed)
 
     def specified(self, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
         """The cells of a field that the author does not call dead."""

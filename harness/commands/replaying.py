@@ -27,7 +27,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import ChildDied
-from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.summary import how_exact, methods_report
 from nsa_oracle.harness.report.text import render
@@ -105,7 +105,7 @@ class Replaying:
                 typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
         if layers.calls and not failed:
             typer.echo(methods_report(layers))
-        gaps = [] if failed else unneeded_waivers(declared)
+        gaps = [] if failed else unneeded_declarations(declared)
         for line in [*declared_lines(declared), *gaps]:
             typer.echo(line)
         return FAILED if failed or gaps or layers.never_called else PASSED

@@ -13,7 +13,7 @@ from nsa_oracle.harness.commands.terminal import ended_by_a_signal
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import ChildDied
-from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
@@ -137,4 +137,4 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
         typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
     for line in declared_lines(found.declared):
         typer.echo(line)
-    return unneeded_waivers(found.declared)
+    return unneeded_declarations(found.declared)

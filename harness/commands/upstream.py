@@ -1,7 +1,9 @@
-"""The upstream command: surveys a published version of SGLang and compares with the verdict on record."""
+"""The upstream command: surveys a published version of an engine and compares with the verdict on record."""
 
 from __future__ import annotations
 
+import enum
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +27,29 @@ from nsa_oracle.harness.search.upstream import (
 )
 from nsa_oracle.harness.signals import INTERRUPTED
 from nsa_oracle.harness.subjects.adapters import wheels
+from nsa_oracle.harness.subjects.adapters.packages import REFUSED, Package
 
-ADAPTER = "nsa_oracle.harness.subjects.adapters.sglang"
+ADAPTERS = "nsa_oracle.harness.subjects.adapters"
+
+
+class Engine(enum.Enum):
+    """The engines that have adapters, by the names of their packages and of the adapters' modules."""
+
+    SGLANG = "sglang"
+    VLLM = "vllm"
+
+    @property
+    def package(self) -> Package:
+        """The package. Like any adapter it is imported only if it is asked for."""
+        found: Package = importlib.import_module(f"{ADAPTERS}.{self.value}").PACKAGE
+        return found
 
 
 @app.command()
 def upstream(
+    engine: Annotated[Engine, typer.Option(help="Whose backend.")] = Engine.SGLANG,
     version: Annotated[
-        str | None, typer.Option(help="Version of SGLang, as 0.5.23; the newest by default.", show_default=False)
+        str | None, typer.Option(help="Version of it, as 0.5.23; the newest by default.", show_default=False)
     ] = None,
     cases: Annotated[int, typer.Option(min=1, help="Number of cases to draw.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
@@ -41,49 +58,46 @@ def upstream(
     cache: Annotated[Path, typer.Option(help="Folder for wheels and what is unpacked of them.")] = Path(".upstream"),
     save: Annotated[Path, typer.Option(help="Folder for a case of each broken row.")] = Path("failures"),
 ) -> None:
-    """Survey SGLang's own backend, from the package index, and compare with the verdict on record.
+    """Survey the backend of SGLang or vLLM, from the package index, and compare with the verdict on record.
 
     The wheel is fetched and not installed; kernels are interpreted. Exits with 1 if something broke that is not on
     record, and with 2 if the version has a layout that no adapter knows.
     """
-    from nsa_oracle.harness.subjects.adapters import sglang  # like any adapter: only if it is asked for
-
+    name, package = engine.value, engine.package
     try:
-        wheel, found_version = wheels.fetched(version, cache)
-        near = sglang.nearest_to(found_version)
+        wheel, found_version = wheels.fetched(name, version, cache)
+        near = package.nearest_to(found_version)
         if near is None:
-            raise BackendError(
-                f"sglang {found_version} is near no known version; known are {', '.join(sglang.known())}"
-            )
-        old_file = record_file(records, found_version)
+            raise BackendError(f"{name} {found_version} is near no known version; known are {package.known}")
+        old_file = record_file(records, name, found_version)
         old = load_record(old_file)
         if old is None:
-            old_file = record_file(records, near)
+            old_file = record_file(records, name, near)
             old = load_record(old_file)
-        folder = cache / found_version
+        folder = cache / (found_version if engine is Engine.SGLANG else f"{name}-{found_version}")
         try:
-            wheels.unpacked(wheel, sglang.ADAPTERS[near].layout.files, folder)
-            os.environ[sglang.FOLDER] = str(folder)
-            backend = f"{ADAPTER}:{'installed' if near == found_version else 'nearest'}"
+            wheels.unpacked(wheel, package.adapters[near].layout.files, folder)
+            os.environ[package.folder] = str(folder)
+            backend = f"{ADAPTERS}.{name}:{'installed' if near == found_version else 'nearest'}"
             with progress_of("surveying", cases) as show_progress:
                 done = surveyed_backend(backend, Device.CPU, cases, seed, None, show_progress)
-            _check_layout(done.found, sglang.REFUSED)
+            _check_layout(done.found)
         except BackendError as error:
             raise BackendError(
-                f"sglang {found_version} has a layout that the adapter of {near} does not know: {error}; "
-                f"known versions are {', '.join(sglang.known())}"
+                f"{name} {found_version} has a layout that the adapter of {near} does not know: {error}; "
+                f"known versions are {package.known}"
             ) from None
         if done.interrupted:
             typer.echo(f"interrupted: {done.found.cases} of {counted(cases, 'case')}; nothing is compared")
             raise typer.Exit(INTERRUPTED)
         if near != found_version:
-            typer.echo(f"sglang {found_version} has no adapter; tried with that of {near}, the nearest known version")
+            typer.echo(f"{name} {found_version} has no adapter; tried with that of {near}, the nearest known version")
         gaps = backend_report(
             done.found,
             save,
-            lambda file: f"{sglang.FOLDER}={folder} {replay_command((file,), backend, done.device)}",
+            lambda file: f"{package.folder}={folder} {replay_command((file,), backend, done.device)}",
         )
-        new = record_of(done.found, found_version, near, cases, seed)
+        new = record_of(done.found, name, found_version, near, cases, seed)
         for gap in gaps:
             typer.echo(gap)
         has_broken = _compare(old, old_file, new, done)
@@ -94,13 +108,13 @@ def upstream(
     raise typer.Exit(1 if has_broken and not record else 0)
 
 
-def _check_layout(found: BackendFound, refused: str) -> None:
-    """Raises BackendError if what was judged was not SGLang's backend as it is built on a server."""
+def _check_layout(found: BackendFound) -> None:
+    """Raises BackendError if what was judged was not the engine's backend as it is built on a server."""
     built = found.rows.get(Property("-", "-", BUILDS))
     if built is not None and built.broken:
         raise BackendError(built.finding)
     for name in found.declared.stand_ins:
-        if name.endswith(refused):
+        if name.endswith(REFUSED):
             raise BackendError(name)
 
 

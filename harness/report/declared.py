@@ -33,9 +33,16 @@ def _by_module(names: Iterable[str]) -> list[str]:
     return [f"{module}: {' '.join(attributes)}" for module, attributes in modules.items()]
 
 
-def unneeded_waivers(tally: DeclaredTally) -> list[str]:
-    """One line for each waiver whose cells were compared and never differed: a run with one must not be green."""
-    return [
+def unneeded_declarations(tally: DeclaredTally) -> list[str]:
+    """One line for each waiver whose cells were compared and never differed, and for each field that is declared absent
+    and was always there. A run with one must not be green.
+    """
+    waivers = [
         f"WAIVER NOT NEEDED: {name}: {tally.waivers[name].reached:,} comparisons and no difference; remove or narrow it"
         for name in tally.never_needed
     ]
+    absent = [
+        f"ABSENT NOT NEEDED: {name}: there in all {tally.absent[name].reached:,} comparisons; remove it from 'absent'"
+        for name in tally.never_absent
+    ]
+    return waivers + absent

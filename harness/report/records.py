@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_oracle.harness.checks.declared import DeclaredTally, WaiverTally
+from nsa_oracle.harness.checks.declared import AbsentTally, DeclaredTally, WaiverTally
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import OracleFailure, Verdict
-from nsa_oracle.harness.report.declared import unneeded_waivers
+from nsa_oracle.harness.report.declared import unneeded_declarations
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class ItemRecord:
         )
         declared = dict(verdict.pop("declared"))
         waivers = {name: WaiverTally(**tally) for name, tally in declared.pop("waivers").items()}
+        absent = {name: AbsentTally(**tally) for name, tally in declared.pop("absent").items()}
         covered = Verdict(
-            declared=DeclaredTally(waivers=waivers, **declared),
+            declared=DeclaredTally(waivers=waivers, absent=absent, **declared),
             tally=Tally(**verdict.pop("tally")),
             layers=LayerTally(stages=stages, **layers),
             audit=AuditTally(**verdict.pop("audit")),
@@ -156,7 +157,7 @@ class RunRecord:
                 gaps.append(not_visited(unseen, with_layer))
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
-        return gaps + unneeded_waivers(self.verdict.declared)
+        return gaps + unneeded_declarations(self.verdict.declared)
 
 
 def methods_not_judged(methods: Sequence[str]) -> str:

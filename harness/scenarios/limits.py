@@ -36,14 +36,17 @@ class Limits:
     """Allowed values by field, and allowed modes of captures, replays and eager calls.
 
     A field that ``sizes`` does not name may have any value. mirrors: allowed states of the host mirror, by mode, or
-    else by "graph" and "eager"; any state where nothing is named. empty_batches: whether calls without a request, not
-    even one that pads the batch, are allowed.
+    else by "graph" and "eager"; any state where nothing is named. empty_batches: whether eager calls without a request
+    are allowed. empty_replays: whether replays are in which every request pads the batch. empty_chunks: whether a
+    request may take part in EXTEND without a new token.
     """
 
     sizes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     modes: tuple[ForwardMode, ...] = tuple(ForwardMode)
     mirrors: Mapping[str, tuple[Mirror, ...]] = field(default_factory=dict)
     empty_batches: bool = True
+    empty_replays: bool = True
+    empty_chunks: bool = True
 
     def of(self, name: str, choices: Iterable[Any]) -> tuple[Any, ...]:
         """The elements of ``choices`` that are allowed for the field ``name``."""
@@ -54,7 +57,14 @@ class Limits:
         """Limits that allow what both operands allow."""
         sizes = {**self.sizes, **{name: self.of(name, values) for name, values in other.sizes.items()}}
         modes = tuple(mode for mode in self.modes if mode in other.modes)
-        return Limits(sizes, modes, {**self.mirrors, **other.mirrors}, self.empty_batches and other.empty_batches)
+        return Limits(
+            sizes,
+            modes,
+            {**self.mirrors, **other.mirrors},
+            self.empty_batches and other.empty_batches,
+            self.empty_replays and other.empty_replays,
+            self.empty_chunks and other.empty_chunks,
+        )
 
     def allowed_mirrors(self, call: EngineCall) -> tuple[Mirror, ...]:
         """The states that the host mirror may have in ``call``."""
@@ -64,14 +74,17 @@ class Limits:
     @property
     def restrict_calls(self) -> bool:
         """Whether a call may be refused for anything but the setup."""
-        return bool(self.mirrors) or not self.empty_batches or self.modes != tuple(ForwardMode)
+        allows_empty = self.empty_batches and self.empty_replays and self.empty_chunks
+        return bool(self.mirrors) or not allows_empty or self.modes != tuple(ForwardMode)
 
     def refused(self, call: EngineCall) -> str | None:
         """What is not allowed in ``call``, or None."""
         if call.batch.mode not in self.modes:
             return f"mode {call.batch.mode.value}"
-        if not call.size and not call.in_graph and not self.empty_batches:
+        if not call.size and not (self.empty_replays if call.in_graph else self.empty_batches):
             return "an empty batch"
+        if 0 in call.batch.extend_lens and not self.empty_chunks:
+            return "a request without a new token"
         if call.event.mirror not in self.allowed_mirrors(call):
             return f"mirror {call.event.mirror.value}"
         return None
@@ -107,7 +120,12 @@ class Limits:
         for where, mirrors in self.mirrors.items():
             if refused := [mirror.value for mirror in Mirror if mirror not in mirrors]:
                 lines.append(f"mirror {', '.join(refused)} ({where})")
-        return [*lines, "empty batches"] if not self.empty_batches else lines
+        empty = {
+            "empty batches": self.empty_batches,
+            "replays without a request": self.empty_replays,
+            "EXTEND of a request without a new token": self.empty_chunks,
+        }
+        return [*lines, *(what for what, is_allowed in empty.items() if not is_allowed)]
 
 
 EVERYTHING = Limits()
@@ -184,9 +202,8 @@ def shown(value: object) -> str:
 
 
 def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
-    """The limits that ``owner`` declares in its attributes ``sizes``, ``modes``, ``mirrors`` and ``empty_batches``.
-
-    All are optional.
+    """The limits that ``owner`` declares in its attributes ``sizes``, ``modes``, ``mirrors``, ``empty_batches``,
+    ``empty_replays`` and ``empty_chunks``. All are optional.
 
     fields: the fields that ``sizes`` may name. no_owner: subject of the message about any other field, such as "no
     backend". Raises ValueError, in one line that names the cause and the remedy, if the declaration is malformed.
@@ -197,6 +214,8 @@ def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> L
         tuple(ForwardMode) if modes is None else _checked_modes(modes),
         _checked_mirrors(getattr(owner, "mirrors", {})),
         bool(getattr(owner, "empty_batches", True)),
+        bool(getattr(owner, "empty_replays", True)),
+        bool(getattr(owner, "empty_chunks", True)),
     )
 
 

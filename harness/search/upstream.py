@@ -32,10 +32,11 @@ class RecordedRow(BaseModel):
 
 
 class VersionRecord(BaseModel):
-    """The verdict on one version. adapter: the known version whose adapter judged it."""
+    """The verdict on one version of ``engine``. adapter: the known version whose adapter judged it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    engine: str = "sglang"
     version: str
     adapter: str
     cases: int
@@ -61,11 +62,11 @@ class Changes:
     newly_checked: list[Property]
 
 
-def record_of(found: BackendFound, version: str, adapter: str, cases: int, seed: int) -> VersionRecord:
+def record_of(found: BackendFound, engine: str, version: str, adapter: str, cases: int, seed: int) -> VersionRecord:
     """The verdict of a survey. A broken property names the case that ``save_record`` writes."""
     rows = []
     for key, row in sorted(found.rows.items()):
-        case = "-".join(["sglang", version, *(word for word in key if word != "-")]).replace(" ", "_") + ".json"
+        case = "-".join([engine, version, *(word for word in key if word != "-")]).replace(" ", "_") + ".json"
         rows.append(
             RecordedRow(
                 **key._asdict(),
@@ -75,7 +76,7 @@ def record_of(found: BackendFound, version: str, adapter: str, cases: int, seed:
                 case=case if row.broken else None,
             )
         )
-    return VersionRecord(version=version, adapter=adapter, cases=cases, seed=seed, rows=rows)
+    return VersionRecord(engine=engine, version=version, adapter=adapter, cases=cases, seed=seed, rows=rows)
 
 
 def changes(old: VersionRecord | None, new: VersionRecord) -> Changes:
@@ -89,9 +90,9 @@ def changes(old: VersionRecord | None, new: VersionRecord) -> Changes:
     )
 
 
-def record_file(folder: Path, version: str) -> Path:
+def record_file(folder: Path, engine: str, version: str) -> Path:
     """The file of the verdict on ``version``."""
-    return folder / f"sglang-{version}.json"
+    return folder / f"{engine}-{version}.json"
 
 
 def load_record(file: Path) -> VersionRecord | None:
@@ -117,7 +118,7 @@ def save_record(record: VersionRecord, found: BackendFound, folder: Path) -> Pat
 
     Raises ScenarioError, in one line, if they cannot be written.
     """
-    file = record_file(folder, record.version)
+    file = record_file(folder, record.engine, record.version)
     compact = [json.dumps(row.model_dump(exclude_defaults=True)) for row in record.rows]
     head = json.dumps(record.model_dump(exclude={"rows"}), indent=1)[:-2]
     try:

@@ -1,9 +1,9 @@
 """What a backend declares about itself beyond ``sizes`` and ``modes``. Every default asks the most of the backend.
 
 Declarations are attributes of the callable that builds the backend. They say how an engine drives it (``roles``,
-``step_backends``, ``padding``, ``mirrors``, ``empty_batches``) and what its metadata holds (``absent``, ``unjudged``,
-``own_fields``, ``waivers``). A difference that is declared is counted and printed in every report, and so is what is
-not the backend's own (``stand_ins``).
+``step_backends``, ``padding``, ``mirrors``, ``empty_batches``, ``empty_replays``, ``empty_chunks``) and what its
+metadata holds (``absent``, ``unjudged``, ``own_fields``, ``waivers``). A difference that is declared is counted and
+printed in every report, and so is what is not the backend's own (``stand_ins``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nsa_oracle.harness import fields
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.scenarios.scenario import Setup, graph_mode
@@ -232,10 +233,12 @@ def read_declarations(owner: object) -> Declarations:
         _known_fields("waivers", [waiver.field], names)
         if not waiver.reason.strip():
             raise ValueError(f"waivers: '{waiver.name}' has no reason; say why the cells may differ")
+    absent = _fields_by_mode("absent", get("absent", {}), names)
+    _check_absent(absent, own_fields, get("modes", None))
     return Declarations(
         _roles(get("roles", None), get("step_backends", "N"), get("modes", None)),
         _padding(get("padding", {})),
-        _fields_by_mode("absent", get("absent", {}), names),
+        absent,
         _fields_by_mode("unjudged", get("unjudged", {}), names),
         own_fields,
         waivers,
@@ -282,6 +285,24 @@ def _fields_by_mode(what: str, given: object, names: set[str]) -> dict[str, tupl
         key = ANY_MODE if mode == ANY_MODE else _known_modes(what, [mode])[0].value
         found[key] = _known_fields(what, listed, names)
     return found
+
+
+def _check_absent(absent: Mapping[str, tuple[str, ...]], own_fields: Sequence[OwnField], modes: Any) -> None:
+    """Raises ValueError for a field that no call could expect where it is declared absent: no run would need that."""
+    asked = tuple(ForwardMode) if modes is None else _known_modes("modes", modes)
+    for key, listed in absent.items():
+        for name in listed:
+            own = [own.modes for own in own_fields if own.name == name]
+            if not any(
+                fields.may_be_expected(name, mode) or any(ANY_MODE in by or mode.value in by for by in own)
+                for mode in asked
+                if key in (ANY_MODE, mode.value)
+            ):
+                raise ValueError(f"absent: no call expects '{name}' in {_words(key)}; remove it")
+
+
+def _words(key: str) -> str:
+    return "any mode" if key == ANY_MODE else key
 
 
 def _known_modes(what: str, modes: Any) -> tuple[ForwardMode, ...]:

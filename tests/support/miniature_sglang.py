@@ -11,6 +11,9 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from nsa_oracle.harness.subjects.adapters import sglang
+from tests.support import miniature_dsa
+
 OLDER = """
 from types import SimpleNamespace
 
@@ -68,6 +71,8 @@ class NativeSparseAttnBackend(AttentionBackend):
             made.nsa_cache_seqlens_int32[:] = made.nsa_seqlens_expanded.clamp(max=self.config.index_topk)
             made.nsa_cu_seqlens_k[1:] = made.nsa_cache_seqlens_int32.cumsum(0)
         lengths = made.nsa_seqlens_expanded[:made.live]
+        if mode.is_extend_without_speculative():
+            made.indexer_seq_lens_cpu = lens.cpu()
         if mode.is_draft_extend_v2():
             made.paged_mqa_schedule_metadata = None
         elif not mode.is_extend_without_speculative():
@@ -145,26 +150,34 @@ class NativeSparseAttnMultiStepBackend:
                 batch.seq_lens_cpu, stale=True)
 """
 
+BACKEND = "sglang/srt/layers/attention/nsa_backend.py"
 FILES = {
     "sglang/__init__.py": "raise RuntimeError('the package itself is not run')\n",
     "sglang/srt/environ.py": "",
-    "sglang/srt/layers/attention/nsa_backend.py": OLDER,
+    BACKEND: OLDER,
     "sglang/srt/layers/attention/nsa/utils.py": "TOPK_IS_THEIRS = True\n",
     "sglang/srt/layers/attention/nsa/nsa_backend_mtp_precompute.py": "",
 }
 
 
-def write(folder: Path, version: str = "0.5.8") -> Path:
+MENDED = OLDER.replace("stale=True", "stale=False")
+
+
+def mended(version: str) -> dict[str, str]:
+    """The files of a version that refreshes its schedule, so that nothing but a declaration can break a run."""
+    if version == "0.5.8":
+        return {**FILES, BACKEND: MENDED}
+    needed = sglang.PACKAGE.adapters[version].layout.files
+    return {**dict.fromkeys(needed, ""), miniature_dsa.BACKEND: miniature_dsa.MENDED}
+
+
+def write(folder: Path, version: str = "0.5.8", files: Mapping[str, str] = FILES) -> Path:
     """Write the package to ``folder``. Returns ``folder``."""
-    for name, text in FILES.items():
+    for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "sglang" / "_version.py").write_text(f"version: str\n__version__ = version = '{version}'\n")
     return folder
-
-
-BACKEND = "sglang/srt/layers/attention/nsa_backend.py"
-MENDED = OLDER.replace("stale=True", "stale=False")
 
 
 def wheel(folder: Path, version: str = "0.5.8", changed: Mapping[str, str | None] = {}) -> Path:

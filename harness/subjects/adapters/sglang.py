@@ -9,111 +9,55 @@ could be imported, so that the same is judged on every machine.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from packaging.version import InvalidVersion, Version
 
 from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.fields import Axis
+from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.scenarios.world import Padding
 from nsa_oracle.harness.subjects.adapters import sglang_stand_ins as stand_ins
-from nsa_oracle.harness.subjects.adapters.stand_ins import Partial
+from nsa_oracle.harness.subjects.adapters.packages import Layout, Package
 from nsa_oracle.harness.subjects.declarations import Call, OwnField, Waiver, behind_last_token, of_negative_lengths
 from nsa_oracle.reference import schedules
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
-FOLDER = "NSA_ORACLE_SGLANG"
-REFUSED = " (called, and nothing stands for it)"
-MISSING = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "aiter")
+PACKAGE = Package(
+    "sglang",
+    "NSA_ORACLE_SGLANG",
+    stand_ins.values,
+    ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "aiter"),
+    series=2,
+)
+_unknown: set[str] = set()  # tensors of the metadata of a version without an adapter
 _ATTENTION = "sglang.srt.layers.attention."
-_hooks: list[Partial] = []
 
 
-@dataclass(frozen=True)
-class WheelLayout:
-    """Where one version of SGLang has its backend. names: "nsa" or "dsa", the prefix of its fields.
+@dataclass(frozen=True, kw_only=True)
+class SglangLayout(Layout):
+    """Where one version of SGLang has its backend. names: "nsa" or "dsa", the prefix of its fields."""
 
-    real: modules that are SGLang's own, below its attention package unless they are full names. kernels: those of them
-    that launch Triton kernels; their assertions that tensors are on a GPU are left out.
-    """
-
-    version: str
     names: str
     module: str
     multi_step: str
     single_step: str
-    real: tuple[str, ...]
-    kernels: tuple[str, ...] = ()
-
-    @property
-    def full_names(self) -> list[str]:
-        """Names of all modules that are SGLang's own, those of ``kernels`` last."""
-        return [name if name.startswith("sglang.") else _ATTENTION + name for name in self.real + self.kernels]
-
-    @property
-    def files(self) -> list[str]:
-        """What is needed of a wheel, as it names its files."""
-        return ["sglang/_version.py", *(name.replace(".", "/") + ".py" for name in self.full_names)]
-
-    def load(self) -> ModuleType:
-        """The module of the backend. Raises BackendError, in one line, if it is not the version that was found."""
-        folder, found = located()
-        if found != self.version:
-            raise BackendError(
-                f"sglang {found} in {folder}, not {self.version}; known versions are {', '.join(known())}"
-            )
-        if not _hooks:
-            full = self.full_names
-            kernels = full[len(self.real) :]
-            hook = Partial("sglang", folder, full, stand_ins.values(), MISSING, kernels)
-            try:
-                hook.install()
-            except ImportError as error:
-                raise BackendError(f"sglang: {error}; judge it in a process of its own") from None
-            _hooks.append(hook)
-        try:
-            return importlib.import_module(_ATTENTION + self.module)
-        except (ImportError, OSError) as error:
-            raise BackendError(f"sglang {found} in {folder} has another layout: {error}") from None
 
 
-def located() -> tuple[Path, str]:
-    """The folder that contains ``sglang/``, and its version. Raises BackendError, in one line, if there is none."""
-    named = os.environ.get(FOLDER) or (str(_hooks[0].folder) if _hooks else None)
-    if named is None:
-        spec = importlib.util.find_spec("sglang")
-        if spec is None or not spec.submodule_search_locations:
-            raise BackendError(f"sglang is not installed; set {FOLDER} to the folder of an unpacked wheel")
-        folder = Path(next(iter(spec.submodule_search_locations))).parent
-    else:
-        folder = Path(named)
-    file = folder / "sglang" / "_version.py"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise BackendError(f"{folder} contains no sglang/_version.py; set {FOLDER} to an unpacked wheel") from None
-    version = re.search(r"^__version__ = (?:version = )?['\"](.+?)['\"]", text, re.MULTILINE)
-    if version is None:
-        raise BackendError(f"{file} names no version; known versions are {', '.join(known())}")
-    return folder, version[1]
+def _attention(*names: str) -> tuple[str, ...]:
+    """Modules of SGLang's attention package, unless they are full names."""
+    return tuple(name if name.startswith("sglang.") else _ATTENTION + name for name in names)
 
 
 class Adapter:
     """SGLang's instance for one role. ``draft`` is the multi-step backend, the other roles have one step."""
 
-    def __init__(self, layout: WheelLayout, config: BackendConfig, req_to_token: torch.Tensor) -> None:
-        self.layout = layout
+    def __init__(self, declared: type[Sglang], config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        self.declared = declared
         self.config = config
         self.server = stand_ins.Server(config, req_to_token)
 
@@ -156,10 +100,19 @@ class Adapter:
         return given
 
     def metadata(self, theirs: Any) -> Any:
-        """SGLang's metadata by the contract's names: the same tensors. Fields of its own keep theirs."""
+        """SGLang's metadata by the contract's names: the same tensors. Fields of its own keep theirs.
+
+        Raises BackendError for a tensor that nothing declares. Of a version without an adapter it is listed instead.
+        """
         if theirs is None:
             return None
-        prefix = self.layout.names
+        prefix = self.declared.layout.names
+        if unknown := self.declared.undeclared(theirs):
+            if self.declared.layout.version in PACKAGE.adapters:
+                raise BackendError(
+                    f"the metadata has {unknown[0]}, which the adapter neither judges nor lists as unread"
+                )
+            _unknown.update(unknown)
         flashmla = theirs.flashmla_metadata
         renamed = {
             "seqlens_expanded": getattr(theirs, f"{prefix}_seqlens_expanded"),
@@ -298,7 +251,7 @@ _LENGTHS = ("seqlens_expanded", "nsa_cache_seqlens_int32", "nsa_cu_seqlens_k")
 class Sglang:
     """What all versions declare. The constructor raises BackendError unless the version of the class is there."""
 
-    layout: ClassVar[WheelLayout]
+    layout: ClassVar[SglangLayout]
     steps: ClassVar[type[Step]]
     one_step: ClassVar[type[Step]]
     sizes: ClassVar[dict[str, Sequence[Any]]] = {
@@ -323,10 +276,21 @@ class Sglang:
         "draft": "N-1", "target": "1", "draft_extend": "1", "draft_extend_v2": "1",
     }  # fmt: skip
     empty_batches = False
+    own_fields: ClassVar[tuple[OwnField, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens_cpu",)  # an input, passed on in EXTEND
+
+    @classmethod
+    def undeclared(cls, theirs: Any) -> list[str]:
+        """The tensors of SGLang's metadata that are neither judged nor listed in ``unread``."""
+        prefix, names = f"{cls.layout.names}_", {field.name for field in FIELDS}
+        prefixed = {prefix + name.removeprefix("nsa_") for name in names if name.startswith(("nsa_", "seqlens_"))}
+        known = {*names, *prefixed, *cls.unread, *(own.name for own in cls.own_fields)}
+        return [name for name, value in vars(theirs).items() if isinstance(value, torch.Tensor) and name not in known]
 
     def __new__(cls, config: BackendConfig, req_to_token: torch.Tensor, role: str) -> Any:
         """SGLang's instance for ``role`` behind the adapter."""
-        module, adapter = cls.layout.load(), Adapter(cls.layout, config, req_to_token)
+        module = PACKAGE.load(cls.layout, _ATTENTION + cls.layout.module)
+        adapter = Adapter(cls, config, req_to_token)
         count = config.speculative_num_steps
         with adapter.current():
             if role == "draft":
@@ -336,18 +300,22 @@ class Sglang:
 
     @staticmethod
     def stand_ins() -> list[str]:
-        """Which parts are not SGLang's, and what was called that nothing stands for."""
-        refused = [name + REFUSED for hook in _hooks for name in sorted(hook.refused)]
-        return [*sorted(name for hook in _hooks for name in hook.used), *refused]
+        """Which parts are not SGLang's, and tensors that no adapter knows."""
+        return [*PACKAGE.stand_ins(), *(f"metadata.{name} (no adapter knows it)" for name in sorted(_unknown))]
 
 
+@PACKAGE.adapter
 class v0_5_8(Sglang):  # noqa: N801
     """The NSA backend of 0.5.8, which trusts its host mirror."""
 
-    layout = WheelLayout(
-        "0.5.8", "nsa", "nsa_backend", "NativeSparseAttnMultiStepBackend", "NativeSparseAttnBackend",
-        ("nsa_backend", "nsa.nsa_backend_mtp_precompute", "nsa.utils", "sglang.srt.environ"),
-    )  # fmt: skip
+    layout = SglangLayout(
+        version="0.5.8",
+        names="nsa",
+        module="nsa_backend",
+        multi_step="NativeSparseAttnMultiStepBackend",
+        single_step="NativeSparseAttnBackend",
+        real=_attention("nsa_backend", "nsa.nsa_backend_mtp_precompute", "nsa.utils", "sglang.srt.environ"),
+    )
     steps, one_step = OlderSteps, OlderStep
     modes = (*Sglang.modes, "DRAFT_EXTEND")
     roles: ClassVar = {**Sglang.roles, "draft_extend": ("DRAFT_EXTEND",)}
@@ -372,6 +340,7 @@ class _Dsa(Sglang):
     """What the DSA backends declare: the mirror may lie in graphs, and two more fields."""
 
     steps, one_step = TodaysSteps, TodaysStep
+    unread = (*Sglang.unread, "indexer_seq_lens")
     mirrors: ClassVar = {"eager": ("equal", "absent"), "EXTEND": ("equal",)}
     own_fields = (
         OwnField(
@@ -384,63 +353,33 @@ class _Dsa(Sglang):
     )
 
 
+def _dsa_layout(version: str, real: tuple[str, ...], kernels: tuple[str, ...]) -> SglangLayout:
+    backends = {"multi_step": "DeepseekSparseAttnMultiStepBackend", "single_step": "DeepseekSparseAttnBackend"}
+    everywhere = ("dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_topk_backend", "dsa.utils")
+    real = _attention(*everywhere, "sglang.srt.environ", *real)
+    return SglangLayout(
+        version=version, names="dsa", module="dsa_backend", real=real, kernels=_attention(*kernels), **backends
+    )
+
+
+@PACKAGE.adapter
 class v0_5_15(_Dsa):  # noqa: N801
     """The DSA backend of 0.5.15."""
 
-    layout = WheelLayout(
-        "0.5.15", "dsa", "dsa_backend", "DeepseekSparseAttnMultiStepBackend", "DeepseekSparseAttnBackend",
-        (
-            "dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_topk_backend", "dsa.utils", "utils",
-            "sglang.srt.environ",
-        ),
-        ("triton_ops.dsa_metadata", "triton_ops.pad"),
-    )  # fmt: skip
+    layout = _dsa_layout("0.5.15", ("utils",), ("triton_ops.dsa_metadata", "triton_ops.pad"))
 
 
+@PACKAGE.adapter
 class v0_5_23(_Dsa):  # noqa: N801
     """The DSA backend of 0.5.23."""
 
-    layout = WheelLayout(
-        "0.5.23", "dsa", "dsa_backend", "DeepseekSparseAttnMultiStepBackend", "DeepseekSparseAttnBackend",
-        (
-            "dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_metadata_manager", "dsa.dsa_backend_kpool",
-            "dsa.utils", "dsa.dsa_topk_backend", "sglang.srt.environ",
-        ),
+    layout = _dsa_layout(
+        "0.5.23",
+        ("dsa.dsa_metadata_manager", "dsa.dsa_backend_kpool"),
         ("sglang.kernels.ops.attention.dsa.metadata", "sglang.kernels.ops.attention.pad"),
-    )  # fmt: skip
-
-
-ADAPTERS: Mapping[str, type[Sglang]] = {version.layout.version: version for version in (v0_5_8, v0_5_15, v0_5_23)}
-
-
-def known() -> list[str]:
-    """The versions that have an adapter."""
-    return list(ADAPTERS)
-
-
-def nearest_to(version: str) -> str | None:
-    """The known version that is nearest to ``version`` in its series, as 0.5 is one; None if it has no known one."""
-    try:
-        wanted = Version(version)
-    except InvalidVersion:
-        return None
-    series = [one for one in map(Version, ADAPTERS) if one.release[:2] == wanted.release[:2]]
-    found = min(series, key=lambda one: (abs(one.micro - wanted.micro), -one.micro), default=None)
-    return None if found is None else str(found)
+    )
 
 
 def __getattr__(name: str) -> type[Sglang]:
-    """``installed``: the adapter of the version that is found. ``nearest``: of the nearest known version.
-
-    Raises BackendError if there is none for it.
-    """
-    if name not in ("installed", "nearest"):
-        raise AttributeError(name)
-    folder, found = located()
-    near = nearest_to(found) if name == "nearest" else None
-    if found not in ADAPTERS and near is None:
-        raise BackendError(f"sglang {found} in {folder}; known versions are {', '.join(known())}")
-    if found in ADAPTERS or near is None:
-        return ADAPTERS[found]
-    adapter = ADAPTERS[near]
-    return type(adapter.__name__, (adapter,), {"layout": replace(adapter.layout, version=found)})
+    """``installed`` and ``nearest``: see ``Package.chosen``."""
+    return PACKAGE.chosen(name)

@@ -1,4 +1,4 @@
-"""Wheels of SGLang: fetched without being installed, and unpacked as far as an adapter needs."""
+"""Wheels of engines: fetched without being installed, and unpacked as far as an adapter needs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from packaging.version import InvalidVersion, Version
 from nsa_oracle.harness.errors import BackendError, one_line
 
 
-def fetched(version: str | None, cache: Path) -> tuple[Path, str]:
-    """A wheel of ``version``, or of the newest on the package index (None), in ``cache``, and its version.
+def fetched(name: str, version: str | None, cache: Path) -> tuple[Path, str]:
+    """A wheel of ``name`` in ``cache``, of ``version`` or the newest on the package index (None), and its version.
 
     A wheel that is in ``cache`` is not fetched again. Raises BackendError, in one line, if there is no wheel for this
     Python, the index cannot be reached, or nothing can be written.
@@ -27,13 +27,13 @@ def fetched(version: str | None, cache: Path) -> tuple[Path, str]:
             wanted = Version(version)
         except InvalidVersion:
             raise BackendError(f"'{one_line(version, 40)}' is not a version; give one such as 0.5.23") from None
-        for wheel in sorted(cache.glob("sglang-*.whl")):
+        for wheel in sorted(cache.glob(f"{name}-*.whl")):
             if _version_of(wheel) == wanted:
                 return wheel, str(wanted)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            wheel = _download("sglang" if version is None else f"sglang=={version}", Path(folder))
+            wheel = _download(name if version is None else f"{name}=={version}", Path(folder))
             return Path(shutil.move(wheel, cache / wheel.name)), str(_version_of(wheel))
     except OSError as error:
         raise BackendError(f"{cache}: cannot be written: {error.strerror or error}; choose another --cache") from None

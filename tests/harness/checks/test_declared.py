@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_oracle.harness.checks.declared import DeclaredTally, WaiverTally
+from nsa_oracle.harness.checks.declared import AbsentTally, DeclaredTally, WaiverTally
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
-from nsa_oracle.harness.report.declared import declared_lines, unneeded_waivers
+from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.records import ItemRecord, RunRecord
 from nsa_oracle.harness.report.summary import how_exact
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Join, Replay
 from nsa_oracle.harness.subjects.declarations import OwnField, everywhere, read_declarations
 from nsa_oracle.harness.subjects.loading import LoadedBackend, load_backend
 from tests.support.backends import declared
-from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, case, one_replay
+from tests.support.backends.seams import all_but
+from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, VERIFY, case, one_replay
 
 CPU = torch.device("cpu")
 PARTIAL = case(
@@ -54,7 +55,7 @@ def test_a_waiver_hides_no_other_cell() -> None:
 
 def test_a_waiver_that_is_never_needed_makes_a_run_fail() -> None:
     verdict = verdict_of("WaivesForNothing", one_replay(DECODE))
-    (line,) = unneeded_waivers(verdict.declared)
+    (line,) = unneeded_declarations(verdict.declared)
     name = "cache_seqlens_int32 in DECODE, everywhere"
     assert line == f"WAIVER NOT NEEDED: {name}: 2 comparisons and no difference; remove or narrow it"
     run = RunRecord()
@@ -63,7 +64,7 @@ def test_a_waiver_that_is_never_needed_makes_a_run_fail() -> None:
 
 
 def test_a_waiver_that_is_not_reached_is_no_gap() -> None:
-    assert unneeded_waivers(verdict_of("WaivesForNothing", PARTIAL).declared) == []
+    assert unneeded_declarations(verdict_of("WaivesForNothing", PARTIAL).declared) == []
 
 
 def test_an_absent_field_is_counted() -> None:
@@ -77,6 +78,35 @@ def test_an_absent_field_is_counted() -> None:
     )
     with pytest.raises(OracleFailure, match="missing field: paged_mqa_schedule_metadata"):
         judge(WITH_SCHEDULE, undeclared, CPU)
+
+
+def test_an_absent_field_that_is_always_there_makes_a_run_fail() -> None:
+    verdict = verdict_of("DeclaresAbsentForNothing", WITH_SCHEDULE)
+    (line,) = unneeded_declarations(verdict.declared)
+    name = "paged_mqa_schedule_metadata in DECODE"
+    assert line == f"ABSENT NOT NEEDED: {name}: there in all 2 comparisons; remove it from 'absent'"
+    run = RunRecord()
+    run.add(ItemRecord.from_json(ItemRecord(verdict).to_json()))
+    assert run.gaps() == [line]
+
+
+def test_an_absent_field_that_is_there_is_judged() -> None:
+    stale = all_but("paged_mqa_schedule_metadata")
+    loaded = LoadedBackend(stale, "it", read_declarations(declared.DeclaresAbsentForNothing))
+    with pytest.raises(OracleFailure, match="wrong value: paged_mqa_schedule_metadata"):
+        judge(one_replay(DECODE, seq_len=400, max_context_len=520, paged_mqa_num_sms=2), loaded, CPU)
+
+
+def test_an_absent_field_that_is_not_reached_is_no_gap() -> None:
+    """Neither in another mode, nor where the configuration asks for no schedule."""
+    for scenario in (PARTIAL, one_replay(VERIFY, paged_mqa_num_sms=2), one_replay(DECODE)):
+        assert unneeded_declarations(verdict_of("DeclaresAbsentForNothing", scenario).declared) == []
+
+
+def test_a_field_declared_absent_in_every_mode_is_one_declaration() -> None:
+    verdict = verdict_of("LeavesScheduleToTheIndexer", WITH_SCHEDULE)
+    assert verdict.declared.absent == {"paged_mqa_schedule_metadata in every mode": AbsentTally(2, 2)}
+    assert unneeded_declarations(verdict.declared) == []
 
 
 def test_a_field_that_is_present_and_unjudged_is_counted() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.harness.signals import INTERRUPTED
-from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay
+from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
+from tests.support.metadata_cases import DECODE, VERIFY, one_replay
 
 CLEAN, LAYERS = "tests.support.backends.clean:Clean", "tests.support.layers"
 
@@ -192,3 +193,25 @@ def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
     assert "no row is broken" in done.stdout, "the results are printed all the same"
     (line,) = done.stderr.splitlines()
     assert line.endswith("rows.json: cannot be written: No such file or directory; choose another --json")
+
+
+FOR_NOTHING = "tests.support.backends.declared:DeclaresAbsentForNothing"
+ABSENT_LINE = re.compile(
+    r"^ABSENT NOT NEEDED: paged_mqa_schedule_metadata in DECODE: there in all \d+ comparisons;", re.M
+)
+
+
+def test_a_needless_declaration_makes_a_survey_fail(tmp_path: Path) -> None:
+    done = harness("survey", "--backend", FOR_NOTHING, "--cases", "8", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "no row is broken" in done.stdout
+    assert ABSENT_LINE.search(done.stdout), done.stdout
+
+
+def test_a_needless_declaration_makes_a_replay_fail_that_reaches_it(tmp_path: Path) -> None:
+    reaches, passes_by = one_replay(DECODE, paged_mqa_num_sms=2), one_replay(VERIFY, paged_mqa_num_sms=2)
+    done = replay(saved(tmp_path, reaches), "--backend", FOR_NOTHING)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert ABSENT_LINE.search(done.stdout), done.stdout
+    done = replay(saved(tmp_path, passes_by), "--backend", FOR_NOTHING)
+    assert done.returncode == PASSES, done.stdout + done.stderr

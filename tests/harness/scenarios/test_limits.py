@@ -141,6 +141,24 @@ def test_empty_batches_are_refused_and_left_out() -> None:
     assert "empty batches" in found.excluded({})
 
 
+def test_replays_without_a_request_are_refused_and_left_out() -> None:
+    found = declared(SimpleNamespace(empty_replays=False), BACKEND_FIELDS, "nobody")
+    assert found.misfit(EMPTY) == "an empty batch"
+    assert within(EMPTY, found).events == (EMPTY.events[0], EMPTY.events[2])
+    assert found.excluded({}) == ["replays without a request"]
+    joined = EMPTY.model_copy(update={"events": (EMPTY.events[0], Join(seq_len=3), *EMPTY.events[1:])})
+    assert found.misfit(joined) is None
+
+
+def test_requests_without_a_new_token_are_refused_and_left_out() -> None:
+    found = declared(SimpleNamespace(empty_chunks=False), BACKEND_FIELDS, "nobody")
+    chunks = case(Join(seq_len=3), Eager(mode=EXTEND, extend_lens=(0,)), Eager(mode=EXTEND, extend_lens=(2,)))
+    assert EVERYTHING.misfit(chunks) is None
+    assert found.misfit(chunks) == "a request without a new token"
+    assert within(chunks, found).events == (chunks.events[0], chunks.events[2])
+    assert found.excluded({}) == ["EXTEND of a request without a new token"]
+
+
 def test_mirrors_are_by_call_or_mode() -> None:
     found = declared(
         SimpleNamespace(mirrors={"eager": ("equal",), "EXTEND": ("equal", "absent")}), BACKEND_FIELDS, "nobody"

@@ -27,11 +27,11 @@ def found(**broken: bool) -> BackendFound:
 
 
 def test_changes_are_told_apart() -> None:
-    old = record_of(found(a=True, b=False), "1", "1", 4, 0)
-    assert changes(old, record_of(found(a=True, b=False), "1", "1", 4, 0)) == changes(old, old)
-    now = changes(old, record_of(found(a=False, b=True), "1", "1", 4, 0))
+    old = record_of(found(a=True, b=False), "sglang", "1", "1", 4, 0)
+    assert changes(old, record_of(found(a=True, b=False), "sglang", "1", "1", 4, 0)) == changes(old, old)
+    now = changes(old, record_of(found(a=False, b=True), "sglang", "1", "1", 4, 0))
     assert (now.new_breaks, now.mended, now.no_longer_checked, now.newly_checked) == ([B], [A], [], [])
-    now = changes(old, record_of(found(b=False, c=True), "1", "1", 4, 0))
+    now = changes(old, record_of(found(b=False, c=True), "sglang", "1", "1", 4, 0))
     assert (now.new_breaks, now.mended, now.no_longer_checked, now.newly_checked) == ([C], [], [A], [C])
     now = changes(None, old)
     assert (now.new_breaks, now.mended, now.no_longer_checked, now.newly_checked) == ([A], [], [], [])
@@ -39,7 +39,7 @@ def test_changes_are_told_apart() -> None:
 
 def test_a_record_survives_its_file_with_its_cases(tmp_path: Path) -> None:
     survey = found(a=True, b=False)
-    record = record_of(survey, "0.5.8", "0.5.8", 4, 0)
+    record = record_of(survey, "sglang", "0.5.8", "0.5.8", 4, 0)
     file = save_record(record, survey, tmp_path / "new")
     assert load_record(file) == record
     (case,) = (row.case for row in record.rows if row.case)

@@ -61,6 +61,16 @@ MALFORMED = {
     "padding": ({"padding": {"DECODE": 1}}, "padding must map modes to nsa_oracle.harness.scenarios.world.Padding"),
     "absent": ({"absent": ("page_table_1",)}, "absent must map modes to fields; it is of type tuple"),
     "a field": ({"absent": {"DECODE": ("page_table_2",)}}, "absent: there is no field 'page_table_2'"),
+    "a field that is nowhere": (
+        {"absent": {"DECODE": ("token_to_batch_idx",)}},
+        "absent: no call expects 'token_to_batch_idx' in DECODE; remove it",
+    ),
+    "a field of a mode that is not declared": (
+        {"absent": {"*": ("token_to_batch_idx",)}, "modes": ("DECODE",)},
+        "absent: no call expects 'token_to_batch_idx' in any mode; remove it",
+    ),
+    "a schedule in prefill": ({"absent": {"EXTEND": ("flashmla_metadata",)}}, "expects 'flashmla_metadata' in EXTEND"),
+    "a host scalar": ({"absent": {"*": ("page_size",)}}, "absent: no call expects 'page_size' in any mode; remove it"),
     "a text for fields": ({"unjudged": {"*": "page_table_1"}}, "unjudged: fields must be a list or tuple"),
     "waivers": ({"waivers": ("page_table_1",)}, "waivers must be a list of "),
     "a reason": ({"waivers": (Waiver("DECODE", "page_table_1", " "),)}, "has no reason"),

@@ -166,6 +166,10 @@ class LeavesScheduleToTheIndexer(OfSteps):
     absent: ClassVar = {"*": ("paged_mqa_schedule_metadata",)}
 
 
+class DeclaresAbsentForNothing(MultiStepBackend):
+    absent: ClassVar = {"DECODE": ("paged_mqa_schedule_metadata",)}
+
+
 def doubled(expected: Metadata, call: Call) -> torch.Tensor:
     return expected.cache_seqlens_int32 * 2
 

@@ -6,17 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.forks import Tell, forked
-from nsa_oracle.harness.report.declared import unneeded_waivers
-from nsa_oracle.harness.scenarios.choices import Mirror
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
-from nsa_oracle.harness.search.backend_survey import BackendSurvey
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay
 from nsa_oracle.harness.subjects.adapters import sglang
-from nsa_oracle.harness.subjects.subject import Subject
-from nsa_oracle.reference.types import ForwardMode
 from tests.support import miniature_sglang
 from tests.support.command_line import FAILS, PASSES, assert_one_line_error, harness, replay, saved
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, VERIFY, case
@@ -36,7 +29,7 @@ THREE_EVENTS = case(
 def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the miniature of 0.5.8, named by the environment of this process and its children."""
     folder = miniature_sglang.write(tmp_path / "wheel")
-    monkeypatch.setenv(sglang.FOLDER, str(folder))
+    monkeypatch.setenv(sglang.PACKAGE.folder, str(folder))
     return folder
 
 
@@ -93,92 +86,9 @@ def test_another_layout_is_refused_in_one_line(miniature: Path, tmp_path: Path) 
 
 
 def test_no_package_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sglang.FOLDER, str(tmp_path))
+    monkeypatch.setenv(sglang.PACKAGE.folder, str(tmp_path))
     with pytest.raises(BackendError, match=r"contains no sglang/_version.py; set NSA_ORACLE_SGLANG to an unpacked"):
-        sglang.located()
-    monkeypatch.delenv(sglang.FOLDER)
+        sglang.PACKAGE.located()
+    monkeypatch.delenv(sglang.PACKAGE.folder)
     with pytest.raises(BackendError, match=r"^sglang is not installed; set NSA_ORACLE_SGLANG to the folder of an"):
-        sglang.located()
-
-
-@pytest.fixture
-def mended(miniature: Path) -> None:
-    """The miniature refreshes its schedule, so that nothing but a declaration can break a run."""
-    (miniature / miniature_sglang.BACKEND).write_text(miniature_sglang.MENDED)
-
-
-EXTENDS = (DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
-HISTORY = case(
-    *(Capture(mode=mode, buckets=(2,)) for mode in (DECODE, *EXTENDS)),
-    Join(seq_len=5),
-    Replay(mode=DECODE),
-    Eager(mode=ForwardMode.EXTEND),
-    Accept(accept_lengths=(1,)),
-    *(Replay(mode=mode) for mode in EXTENDS),  # the request that pads has one token and a row for each draft token
-    *(Eager(mode=mode) for mode in EXTENDS),
-    Join(seq_len=1),
-    Accept(accept_lengths=(1, 0)),
-    *(Replay(mode=mode) for mode in EXTENDS),
-    num_steps=2, num_draft_tokens=4, max_context_len=67, paged_mqa_num_sms=3, flashmla_num_sm_parts=3,
-)  # fmt: skip
-STALE_MIRROR = case(
-    Capture(mode=DECODE, buckets=(1,)), Join(seq_len=3), Accept(accept_lengths=(2,)),
-    Replay(mode=DECODE, mirror=Mirror.STALE), num_steps=2, max_context_len=67, paged_mqa_num_sms=3,
-)  # fmt: skip
-NO_REQUEST = case(Eager(mode=DECODE), num_steps=2, max_context_len=67, paged_mqa_num_sms=3)
-
-
-def variant(name: str, scenario: Scenario) -> tuple[bool, set[str], list[str]]:
-    """Whether a variant of the adapter may be given a case, which rows it breaks, and why a run would fail besides.
-
-    In a fork: the miniature is imported as SGLang.
-    """
-
-    def work(tell: Tell) -> tuple[bool, set[str], list[str]]:
-        subject = Subject.load(f"tests.support.backends.sglang_variants:{name}", None, torch.device("cpu"))
-        survey = BackendSurvey(subject, torch.device("cpu"))
-        survey.survey(scenario)
-        found = survey.found
-        return subject.misfit(scenario) is None, {key.name for key in found.broken}, unneeded_waivers(found.declared)
-
-    return forked(work)
-
-
-@pytest.mark.usefixtures("mended")
-def test_the_declarations_are_enough_and_all_are_needed() -> None:
-    assert variant("v0_5_8", HISTORY) == (True, set(), [])
-
-
-@pytest.mark.usefixtures("mended")
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("WithoutAbsent", "paged_mqa_schedule_metadata"),
-        ("WithoutOwnFields", "flashmla_metadata"),
-        *((f"WithoutWaiver{number}", waiver.field) for number, waiver in enumerate(sglang.v0_5_8.waivers)),
-    ],
-)
-def test_no_difference_can_be_left_undeclared(name: str, broken: str) -> None:
-    assert broken in variant(name, HISTORY)[1]
-
-
-@pytest.mark.usefixtures("mended")
-@pytest.mark.parametrize(("name", "scenario"), [("WithoutMirrors", STALE_MIRROR), ("WithoutEmptyBatches", NO_REQUEST)])
-def test_no_limit_can_be_left_undeclared(name: str, scenario: Scenario) -> None:
-    """Without it such cases are drawn, and they fail."""
-    assert not variant("v0_5_8", scenario)[0]
-    is_given, broken, _ = variant(name, scenario)
-    assert is_given
-    assert "runs" in broken
-
-
-@pytest.mark.usefixtures("mended")
-def test_the_number_of_step_backends_cannot_be_left_undeclared() -> None:
-    assert variant("WithoutStepBackends", HISTORY)[1] == {"is built"}
-
-
-@pytest.mark.usefixtures("mended")
-def test_no_needless_waiver_can_be_added() -> None:
-    is_given, broken, (line,) = variant("WaivesForNothing", HISTORY)
-    assert (is_given, broken) == (True, set())
-    assert line.startswith("WAIVER NOT NEEDED: cu_seqlens_k in DECODE, everywhere: ")
+        sglang.PACKAGE.located()

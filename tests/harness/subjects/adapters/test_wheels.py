@@ -25,21 +25,21 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_wheel_is_fetched_once(index: Path, tmp_path: Path) -> None:
     path = miniature_sglang.wheel(index)
     cache = tmp_path / "cache"
-    wheel, version = wheels.fetched("0.5.8", cache)
+    wheel, version = wheels.fetched("sglang", "0.5.8", cache)
     assert (wheel, version) == (cache / path.name, "0.5.8")
     path.unlink()
-    assert wheels.fetched("0.5.8", cache) == (wheel, version)
+    assert wheels.fetched("sglang", "0.5.8", cache) == (wheel, version)
     with pytest.raises(BackendError, match=r"^sglang==0.5.9 cannot be fetched: .*; check the version, the network"):
-        wheels.fetched("0.5.9", cache)
+        wheels.fetched("sglang", "0.5.9", cache)
     assert [file.name for file in cache.iterdir()] == [wheel.name], "nothing is left behind"
     with pytest.raises(BackendError, match=r"^'newest' is not a version; give one such as 0.5.23"):
-        wheels.fetched("newest", cache)
+        wheels.fetched("sglang", "newest", cache)
 
 
 def test_a_cache_that_cannot_be_written_is_refused(index: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BackendError, match=r"file/cache: cannot be written: Not a directory; choose another --cache"):
-        wheels.fetched("0.5.8", tmp_path / "file" / "cache")
+        wheels.fetched("sglang", "0.5.8", tmp_path / "file" / "cache")
 
 
 def test_only_what_is_named_is_unpacked_and_what_was_there_is_gone(tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_only_what_is_named_is_unpacked_and_what_was_there_is_gone(tmp_path: Pat
     ],
 )
 def test_the_nearest_version_is_of_the_same_series(version: str, near: str | None) -> None:
-    assert sglang.nearest_to(version) == near
+    assert sglang.PACKAGE.nearest_to(version) == near
