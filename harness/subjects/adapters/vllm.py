@@ -195,6 +195,7 @@ class Vllm:
         "max_context_len": (67, 130, 520, 2300),
         "paged_mqa_num_sms": (2, 6, 132),
         "flashmla_num_sm_parts": (0,),
+        "eager_padding": (0,),
         "strided": (False,),
     }
     modes: ClassVar[tuple[str, ...]] = ("EXTEND", *_IN_GRAPHS)
