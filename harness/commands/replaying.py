@@ -10,8 +10,6 @@ from typing import Annotated
 import torch
 import typer
 
-from nsa_oracle.harness.checks.declared import DeclaredTally
-from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.commands.app import (
     BackendOption,
     Device,
@@ -25,10 +23,11 @@ from nsa_oracle.harness.commands.app import (
 from nsa_oracle.harness.commands.tiers import FAILED, run_tiers, tiers_table
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.forks import Tell, forked
-from nsa_oracle.harness.judge import OracleFailure, judge_subject
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge_subject
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
+from nsa_oracle.harness.report.records import NOTHING_COMPARED
 from nsa_oracle.harness.report.summary import how_exact, methods_report
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import load
@@ -87,14 +86,13 @@ class Replaying:
         except (ScenarioError, BackendError) as error:
             return _unusable(str(error))
         failed = False
-        layers, declared = LayerTally(), DeclaredTally()
+        total = Verdict()
         for number, (file, scenario) in enumerate(cases[first:], first):
             if tell is not None:
                 tell((number, where.type))
             try:
                 verdict = judge_subject(subject, scenario, where, graphs=self.graphs)
-                layers.add(verdict.layers)
-                declared.add(verdict.declared)
+                total.add(verdict)
             except OracleFailure as failure:
                 typer.echo(explain(failure, file, self.command(file, where.type)))
                 failed = True
@@ -103,12 +101,14 @@ class Replaying:
             else:
                 calls = f"{counted(verdict.replays, 'replay')}, {counted(verdict.eager_calls, 'eager call')}"
                 typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
-        if layers.calls and not failed:
-            typer.echo(methods_report(layers))
-        gaps = [] if failed else unneeded_declarations(declared)
-        for line in [*declared_lines(declared), *gaps]:
+        if total.layers.calls and not failed:
+            typer.echo(methods_report(total.layers))
+        gaps = [] if failed else unneeded_declarations(total.declared)
+        if not failed and not total.tally.cells:
+            gaps.append(NOTHING_COMPARED)
+        for line in [*declared_lines(total.declared), *gaps]:
             typer.echo(line)
-        return FAILED if failed or gaps or layers.never_called else PASSED
+        return FAILED if failed or gaps or total.layers.never_called else PASSED
 
     def checked(self, where: torch.device) -> tuple[list[tuple[Path, Scenario]], Subject]:
         """The cases, and the subject to judge on them. Raises ScenarioError or BackendError if they do not fit."""

@@ -14,11 +14,14 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
+from nsa_oracle.harness.report.records import NOTHING_COMPARED
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound
+
+NO_CASE = "NOT JUDGED: no case was surveyed; give it more time"
 
 
 def surveyed(
@@ -126,6 +129,8 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
 
     Raises ScenarioError if the cases cannot be saved; the table has been printed then.
     """
+    if not found.rows:
+        return [NO_CASE]
     typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
     typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
     try:
@@ -137,4 +142,5 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
         typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
     for line in declared_lines(found.declared):
         typer.echo(line)
-    return unneeded_declarations(found.declared)
+    gaps = unneeded_declarations(found.declared)
+    return gaps if found.broken or found.has_compared else [*gaps, NOTHING_COMPARED]

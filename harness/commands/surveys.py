@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, unusable
-from nsa_oracle.harness.commands.surveying import backend_report, surveyed, surveyed_backend
+from nsa_oracle.harness.commands.surveying import NO_CASE, backend_report, surveyed, surveyed_backend
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
@@ -77,6 +77,8 @@ def survey(
 
 
 def _layer_report(found: SurveyFound) -> list[str]:
+    if not found.cases:
+        return [NO_CASE]
     typer.echo(render(survey_table(found.records)))
     if found.layers.calls:
         typer.echo(methods_report(found.layers))

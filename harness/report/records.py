@@ -150,6 +150,8 @@ class RunRecord:
         ]
         if not self.verdict.cases:
             gaps.append("NOT JUDGED: no case at all was judged")
+        elif not self.verdict.tally.cells:
+            gaps.append(NOTHING_COMPARED)
         elif layer is not None and not self.verdict.layers.calls:
             gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
         for with_layer, names in self.missing.items():
@@ -158,6 +160,9 @@ class RunRecord:
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
         return gaps + unneeded_declarations(self.verdict.declared)
+
+
+NOTHING_COMPARED = "NOT JUDGED: no cell of any field was compared; declare fewer fields as unjudged or absent"
 
 
 def methods_not_judged(methods: Sequence[str]) -> str:

@@ -111,7 +111,11 @@ def _relations(layers: LayerTally) -> str:
 
 
 def how_exact(verdict: Verdict) -> str:
-    """How what passed was compared: bit for bit, but for what only has a bound, is declared weaker, or waived."""
+    """How what passed was compared: bit for bit, but for what only has a bound, or is declared weaker, waived or left
+    out.
+    """
+    if not verdict.tally.cells:
+        return "NO FIELD COMPARED"
     stages = verdict.layers.stages.values()
     bounded, weaker = sum(stage.bounded for stage in stages), sum(stage.weaker for stage in stages)
     theirs = "its" if bounded == 1 else "their"
@@ -119,6 +123,8 @@ def how_exact(verdict: Verdict) -> str:
     exceptions += [f"{weaker:,} compared as declared"] if weaker else []
     waived = sum(waiver.cells for waiver in verdict.declared.waivers.values())
     exceptions += [f"{waived:,} cells waived as declared"] if waived else []
+    left_out = len({place.partition(" ")[0] for place in verdict.declared.left_out})
+    exceptions += [f"{counted(left_out, 'field')} not judged as declared"] if left_out else []
     return f"bit-exact but for {' and '.join(exceptions)}" if exceptions else "all bit-exact"
 
 

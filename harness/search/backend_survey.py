@@ -24,7 +24,7 @@ from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
-from nsa_oracle.harness.fields import HOST_SCALARS
+from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
@@ -41,6 +41,7 @@ from nsa_oracle.harness.subjects.subject import Subject, scale_of
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 
 SHRINKING_BUDGET = 60.0
+_FIELDS = {field.name for field in FIELDS}
 BUILDS, NO_EXCEPTION, CAPTURES = "is built", "runs", "can be captured"
 UNMODIFIED, WITHIN, FREEZES_NOTHING = "leaves inputs alone", "writes within its buffers", "freezes no host value"
 SURVIVES = "keeps its process alive"
@@ -97,6 +98,11 @@ class BackendFound:
     def broken(self) -> dict[Property, Row]:
         """The rows that were broken."""
         return {key: row for key, row in self.rows.items() if row.broken}
+
+    @property
+    def has_compared(self) -> bool:
+        """Whether a tensor of the metadata was compared in any call."""
+        return any(key.name in self.declared.own or key.name in _FIELDS for key in self.rows)
 
     def note_survival(self, fault: str, case: Scenario) -> None:
         """Count a case that left its process alive, or ended it as ``fault`` says."""

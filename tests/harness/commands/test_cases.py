@@ -23,6 +23,7 @@ from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, one_replay
 
 CASE, OTHER = one_replay(ForwardMode.DECODE), ACCEPT_TWO_THEN_ONE
 CLEAN, REUSES = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:ReusesLastAccept"
+UNJUDGED = "tests.support.backends.unjudged"
 LAYERS, STRANGERS = "tests.support.layers", "tests.support.strangers"
 REPLAY = f"replay: {python_command()} -m nsa_oracle replay"
 
@@ -46,6 +47,22 @@ def test_cases_that_pass(tmp_path: Path) -> None:
         f"{one}: bit-exact (2 replays, 0 eager calls on cpu)",
         f"{other}: bit-exact (4 replays, 0 eager calls on cpu)",
     ]
+
+
+def test_case_none_of_whose_fields_is_compared_fails(tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE)
+    done = replay(path, "--backend", f"{UNJUDGED}:NothingJudged")
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0] == f"{path}: NO FIELD COMPARED (2 replays, 0 eager calls on cpu)"
+    assert "NOT JUDGED: no cell of any field was compared" in done.stdout.splitlines()[-1]
+
+
+def test_case_some_of_whose_fields_are_not_compared_says_so(tmp_path: Path) -> None:
+    path = saved(tmp_path, CASE)
+    done = replay(path, "--backend", f"{UNJUDGED}:TablesNotJudged")
+    assert done.returncode == PASSES, done.stdout + done.stderr
+    exactly = "bit-exact but for 2 fields not judged as declared (2 replays, 0 eager calls on cpu)"
+    assert done.stdout.splitlines()[0] == f"{path}: {exactly}"
 
 
 def test_optimized_is_judged_by_default(tmp_path: Path) -> None:

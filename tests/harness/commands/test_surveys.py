@@ -148,12 +148,23 @@ def test_survey_that_is_ended_prints_its_results(layer: str, signal: str, code: 
     assert "runs every call" in done.stdout
 
 
-def test_survey_ends_with_its_budget() -> None:
-    words = ("survey", "--device", "cpu", "--layer", "docs.examples.my_layer:MyAttention", "--cases", "50")
+@pytest.mark.parametrize("subject", [("--layer", "docs.examples.my_layer:MyAttention"), ("--backend", CLEAN)])
+def test_survey_without_time_judges_nothing_and_fails(subject: tuple[str, str]) -> None:
+    words = ("survey", "--device", "cpu", *subject, "--cases", "50")
     done = harness(*words, "--budget", "0")
-    assert done.returncode == PASSES, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["not judged: kv_cache_dtype fp8", "out of time: 0 of 50 cases"]
+    assert done.returncode == FAILS, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "NOT JUDGED: no case was surveyed; give it more time"
+    assert lines[-1] == "out of time: 0 of 50 cases"
+    assert "no row is broken" not in done.stdout
     assert harness(*words, "--budget", "-1").returncode == UNUSABLE
+
+
+def test_survey_of_a_backend_none_of_whose_fields_is_judged_fails() -> None:
+    backend = "tests.support.backends.unjudged:NothingJudged"
+    done = harness("survey", "--device", "cpu", "--backend", backend, "--cases", "1")
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "NOT JUDGED: no cell of any field was compared" in done.stdout
 
 
 def test_survey_needs_one_subject() -> None:

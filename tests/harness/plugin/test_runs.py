@@ -255,6 +255,14 @@ def test_run_that_judges_nothing_fails(folder: Path, processes: tuple[str, ...])
     assert not (folder / "failures").exists()
 
 
+def test_run_that_compares_no_field_fails(folder: Path) -> None:
+    backend = "tests.support.backends.unjudged:NothingJudged"
+    done = run(folder, f"--oracle-backend={backend}", "--oracle-profile=smoke", *shards(1))
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert done.summary.endswith("NO FIELD COMPARED")
+    assert "NOT JUDGED: no cell of any field was compared" in done.output
+
+
 def test_seed_draws_other_cases(folder: Path) -> None:
     words = [f"--oracle-backend={CLEAN}", "--oracle-profile=dev", *shards(1)]
     first, second, again = (run(folder, *words, *seed) for seed in ([], ["--oracle-seed=7"], ["--oracle-seed=7"]))
