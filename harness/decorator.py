@@ -9,6 +9,7 @@ _Test = TypeVar("_Test", bound=Callable[..., Any])
 
 KINDS = ("saved", "metadata", "layers")
 """What can be judged: the repository's saved cases, drawn cases of metadata alone, drawn cases with a layer."""
+SAVED_IF_ANY = "saved if any"  # the saved cases; a repository without any is no mistake
 
 
 def judged(
@@ -21,8 +22,9 @@ def judged(
 
     backend: a callable of (config, req_to_token), or its name as ``module:attribute``; layer: likewise, of (config,
     attention). The options --oracle-backend and --oracle-layer, and then ``optimized/``, stand for those not given.
-    profile: how many cases to draw, as --oracle-profile. cases: some of ``KINDS``; by default the saved ones, metadata
-    alone for a backend, and those with a layer for a layer. The test's own body runs after each item has passed.
+    profile: how many cases to draw, as --oracle-profile. cases: some of ``KINDS``, or SAVED_IF_ANY; by default the
+    saved ones if there are any, metadata alone for a backend, and those with a layer for a layer. The test's own body
+    runs after each item has passed.
     """
     import pytest  # late: importing nsa_oracle.harness loads no pytest
 

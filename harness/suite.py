@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.decorator import judged
+from nsa_oracle.harness.decorator import SAVED_IF_ANY, judged
 
 
-@judged(cases=["saved"])
+@judged(cases=[SAVED_IF_ANY])
 def test_saved_case() -> None:
     """Every saved case, or those of --oracle-replay, holds."""
 

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ RANDOM_SEED = "oracle_random_seed"  # sent to workers of pytest-xdist, so that a
 COUNTS = "oracle_counts"  # sent to them, too: the folder in which all processes count what they have judged
 
 SESSION = pytest.StashKey["Session"]()
+REFUSED = pytest.StashKey[list[str]]()  # what marked tests ask for and cannot have
 STARTED = pytest.StashKey[float]()  # a value of time.time()
 WORKER_INPUT = pytest.StashKey[dict[str, Any]]()
 
@@ -164,6 +165,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", f"{MARKER}(backend, layer, profile, cases): judge a backend or a layer, as nsa_oracle.harness.judged"
     )
     config.stash[STARTED] = time.time()
+    config.stash[REFUSED] = []
     config.stash[INTERRUPTION] = Interruption()
     config.pluginmanager.register(config.stash[INTERRUPTION])
     config.stash[WORKER_INPUT] = getattr(config, "workerinput", None) or {
@@ -218,9 +220,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is not None:
         from nsa_oracle.harness.plugin.fixture import parts_of
 
-        parts = parts_of(session_of(metafunc.config), **marker.kwargs)
+        try:
+            parts = parts_of(session_of(metafunc.config), **marker.kwargs)
+        except pytest.UsageError as error:
+            metafunc.config.stash[REFUSED].append(str(error))
+            raise pytest.Collector.CollectError(str(error)) from None
         metafunc.fixturenames.append(PART)
         metafunc.parametrize(PART, list(parts.values()), ids=list(parts))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Mark the report of a module with a test that the oracle refuses; the mark survives the way from a worker."""
+    refused = collector.config.stash[REFUSED]
+    before = len(refused)
+    report = yield
+    report.oracle_refused = len(refused) > before
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -281,6 +297,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         from nsa_oracle.harness.plugin.closing import exit_code
 
         session.exitstatus = exit_code(exitstatus, terminalreporter, session_of(session.config))
+        errors = terminalreporter.stats.get("error", ())
+        if errors and all(getattr(error, "oracle_refused", False) for error in errors):
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -79,6 +79,8 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
     seconds = time.time() - session.started
     text = summary.summary(run.verdict, run.failures, seconds, switches, left_out, verbose)
     *tables, verdict = text.splitlines()
+    if run.without:
+        tables.append(run.without)
     terminalreporter.write_line("\n".join(tables))
     terminalreporter.write_line(verdict, red=bool(run.failures), green=not run.failures, bold=True)
     fresh = run.seeds - {0}

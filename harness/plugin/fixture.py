@@ -12,7 +12,6 @@ from nsa_oracle.harness.plugin.parts import Part, kinds_of, parts, spec_of
 from nsa_oracle.harness.plugin.session import Session, Unfit
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord
-from nsa_oracle.harness.scenarios.files import corpus
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.pytest_plugin import PROPERTY
 
@@ -36,8 +35,11 @@ def parts_of(
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
     kinds = kinds_of(cases, *specs, PROFILES[profile])
-    files = session.replayed or corpus(session.device, session.cases_dir)
-    return parts(Part(*specs, profile), kinds, files)
+    files = session.replayed or (session.saved.files() if "saved" in kinds else ())
+    without = f"no saved case: {session.saved.why_none()}" if "saved" in kinds and not files else ""
+    if without and cases is not None and "saved" in ((cases,) if isinstance(cases, str) else cases):
+        raise pytest.UsageError(f"cases: 'saved' is asked for, and there is {without}")
+    return parts(Part(*specs, profile), kinds, files, without)
 
 
 class Oracle:
@@ -81,6 +83,9 @@ class Oracle:
         Raises BackendError or ScenarioError for what cannot be judged.
         """
         specs = part.backend, part.layer
+        if part.without:
+            self._record(ItemRecord(backend=part.backend, layer=part.layer, without=part.without))
+            pytest.skip(part.without)
         name = hashlib.sha256(f"{self._node.nodeid} {part}".encode()).hexdigest()[:16]
         drawn_by = getattr(self._node, "originalname", self._node.name) if part.file is None else ""
         death: FailureRecord | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.decorator import KINDS
+from nsa_oracle.harness.decorator import KINDS, SAVED_IF_ANY
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS, Profile
 
 
@@ -18,6 +18,7 @@ class Part:
 
     backend, layer: ``module:attribute``, or None for ``optimized/``. profile: how many cases are drawn. file: the saved
     case; None: cases are drawn. shard: which of ``SHARDS``; with_layer: with an attention layer behind the metadata.
+    without: why there is no saved case to judge; empty if there is anything.
     """
 
     backend: str | None
@@ -26,6 +27,7 @@ class Part:
     file: Path | None = None
     shard: int = 0
     with_layer: bool = False
+    without: str = ""
 
     @property
     def numbers(self) -> range:
@@ -35,18 +37,23 @@ class Part:
     @property
     def cases(self) -> int:
         """The number of cases to judge."""
+        if self.without:
+            return 0
         return 1 if self.file is not None else len(self.numbers)
 
     @property
     def kind(self) -> str:
         """The one of ``KINDS`` that this is a share of."""
-        if self.file is not None:
+        if self.file is not None or self.without:
             return "saved"
         return "layers" if self.with_layer else "metadata"
 
 
-def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path]) -> dict[str, Part]:
-    """The shares of a test, by the name of their item, saved cases first. kinds: some of ``KINDS``."""
+def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path], without: str = "") -> dict[str, Part]:
+    """The shares of a test, by the name of their item, saved cases first.
+
+    kinds: some of ``KINDS``. without: why there are no files; a test of nothing else then has one share that says so.
+    """
     named: dict[str, Part] = {}
     for kind in (kind for kind in KINDS if kind in kinds):
         prefix = f"{kind}-" if len(kinds) > 1 else ""
@@ -55,23 +62,23 @@ def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path]) -> dict[str,
         else:
             shares = (replace(whole, shard=shard, with_layer=kind == "layers") for shard in range(SHARDS))
             named |= {f"{prefix}{share.shard}": share for share in shares}
-    return named
+    return named or {"none": replace(whole, without=without)}
 
 
 def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: Profile) -> tuple[str, ...]:
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
-    Raises UsageError for a name that is none of ``KINDS``.
+    Raises UsageError for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
     """
     if cases is None:
         alone, behind = not (layer and not backend), not (backend and not layer)
         wanted = {"saved": profile.saved, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
-    unknown = [kind for kind in asked if kind not in KINDS]
+    unknown = [kind for kind in asked if kind not in (*KINDS, SAVED_IF_ANY)]
     if unknown or not asked:
         raise pytest.UsageError(f"cases: there is no {', '.join(map(repr, unknown)) or 'case'}; choose from {KINDS}")
-    return asked
+    return tuple("saved" if kind == SAVED_IF_ANY else kind for kind in asked)
 
 
 def spec_of(judged: object, what: str) -> str | None:

@@ -20,6 +20,7 @@ from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.live import Live
 from nsa_oracle.harness.plugin.output import Output
 from nsa_oracle.harness.plugin.parts import Part
+from nsa_oracle.harness.plugin.saved import SavedCases
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import FailureRecord
 from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load, process_of
@@ -58,7 +59,7 @@ class Session:
     specs: Specs
     profile: str
     save_dir: Path
-    cases_dir: Path
+    saved: SavedCases
     case_timeout: float | None
     replayed: tuple[Path, ...]
     deadline: float | None
@@ -106,7 +107,7 @@ class Session:
             specs=(setting("backend", "") or None, setting("layer", "") or None),
             profile=setting("profile", "pr"),
             save_dir=save_dir,
-            cases_dir=config.rootpath / setting("cases", "tests/cases"),
+            saved=SavedCases.of(config, device),
             case_timeout=float(setting("case_timeout", "600")) or None,
             replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
             deadline=None if budget is None else time.monotonic() + budget,
@@ -119,6 +120,8 @@ class Session:
         """Raises UsageError, in one line, if the options name something that cannot be judged or written."""
         try:
             _check_folder(self.save_dir)
+            if not self.replayed:
+                self.saved.files()
             cases = [(file, load(file)) for file in self.replayed]
             if self.is_worker or (self.specs == (None, None) and not cases):
                 return

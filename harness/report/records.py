@@ -60,7 +60,8 @@ class ItemRecord:
 
     drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. with_layer:
     whether they have a layer. missing: classes that they were to visit and did not. left_out: what
-    could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them.
+    could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them. without:
+    why there is no saved case.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -73,6 +74,7 @@ class ItemRecord:
     missing: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     unfit: str = ""
+    without: str = ""
 
     def to_json(self) -> str:
         """One line."""
@@ -112,7 +114,7 @@ class RunRecord:
     """What the items of a run that judge the same backend and layer add up to.
 
     drawn: cases drawn and judged, by test. seeds: from which they were drawn. missing: classes that some item was to
-    visit and did not, by whether its cases have a layer. left_out, unfit: as in ``ItemRecord``.
+    visit and did not, by whether its cases have a layer. left_out, unfit, without: as in ``ItemRecord``.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -122,6 +124,7 @@ class RunRecord:
     missing: dict[bool, list[str]] = field(default_factory=lambda: {False: [], True: []})
     left_out: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
+    without: str = ""
     items: int = 0
 
     def add(self, item: ItemRecord) -> None:
@@ -134,6 +137,7 @@ class RunRecord:
         if item.seed is not None:
             self.seeds.add(item.seed)
         self.missing[item.with_layer] += item.missing
+        self.without = self.without or item.without
         if item.unfit and item.unfit not in self.unfit:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]

@@ -96,6 +96,8 @@ class ForThreeHeads(SparseAttention):
         (["--oracle-replay=malformed.json"], "malformed.json: schema_version is missing"),
         (["--oracle-save=pytest.ini", *CHEAP], "pytest.ini"),
         (["--oracle-save=pytest.ini/deep/down", *CHEAP], "pytest.ini is a file; name a directory"),
+        (["--oracle-cases=nowhere", *CHEAP], "--oracle-cases nowhere: there is no folder nowhere"),
+        (["--oracle-cases=empty", *CHEAP], "--oracle-cases empty: empty has no *.json"),
         ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
         (["--oracle-replay=.", *CHEAP], ".: cannot be read: Is a directory"),
         ([f"--oracle-backend={STRANGERS}:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
@@ -105,6 +107,7 @@ class ForThreeHeads(SparseAttention):
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_unusable_value_is_refused_in_one_line(words: list[str], cause: str, folder: Path) -> None:
+    (folder / "empty").mkdir()
     (folder / "malformed.json").write_text("{}")
     (folder / "broken_module.py").write_text("1 / 0\n")
     (folder / "layers.py").write_text(FOR_THREE_HEADS)

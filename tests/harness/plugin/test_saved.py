@@ -1,0 +1,51 @@
+"""Saved cases that are not there: fine by default, refused in one line if they were asked for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.pytest_runs import run
+
+CLEAN = "tests.support.backends.clean:Clean"
+ASKS = """
+from nsa_oracle.harness import judged
+
+@judged(backend="tests.support.backends.clean:Clean", cases=["saved", "metadata"])
+def test_judged():
+    pass
+"""
+
+
+@pytest.mark.parametrize("processes", [("-p", "no:xdist"), ("-n", "1")])
+@pytest.mark.parametrize(
+    ("setting", "cause"),
+    [
+        ("", "cases: 'saved' is asked for, and there is no saved case: there is no folder tests/cases"),
+        ("oracle_cases = nowhere", "oracle_cases nowhere: there is no folder nowhere"),
+    ],
+)
+def test_saved_cases_that_are_asked_for_must_exist(
+    setting: str, cause: str, processes: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "test_asks.py").write_text(ASKS)
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\n{setting}\n")
+    done = run(tmp_path, "test_asks.py", "-p", "no:cacheprovider", *processes)
+    assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output
+    said = [line.removeprefix("ERROR: ") for line in (done.output + done.errors).splitlines()]
+    assert said.count(cause) == 1
+    assert "Traceback" not in done.output + done.errors
+
+
+def test_suite_in_a_repository_without_saved_cases(tmp_path: Path) -> None:
+    words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
+    done = run(tmp_path, *words, "-k", "saved or scenarios and 1")
+    assert done.exit_code == pytest.ExitCode.OK, done.output + done.errors
+    assert re.search(r"1 passed, 1 skipped", done.output)
+    assert "no saved case: there is no folder tests/cases" in done.output.splitlines()
+    assert done.totals[0] == 2
+    alone = run(tmp_path, *words, "-k", "saved")
+    assert alone.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert "NOT JUDGED: no case at all was judged" in alone.output
