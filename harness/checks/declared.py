@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.engine.observations import Observation
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field, tensors
 from nsa_oracle.harness.subjects.declarations import ANY_MODE, ASKS_THE_MOST, Call, Cells, Declarations
 from nsa_oracle.reference.types import BackendConfig, Metadata
@@ -75,7 +75,11 @@ class DeclaredTally:
 
     def count_stand_ins(self, declarations: Declarations) -> None:
         """Count the cases in which each stand-in of the backend took part."""
-        for name in declarations.stand_ins():
+        try:
+            names = [str(name) for name in declarations.stand_ins()]
+        except Exception as error:
+            raise BackendError(f"declarations: stand_ins raised {type(error).__name__}: {error_line(error)}") from error
+        for name in names:
             self.stand_ins[name] = self.stand_ins.get(name, 0) + 1
 
     @property

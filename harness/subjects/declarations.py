@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from nsa_oracle.harness.scenarios.world import Batch, Padding
 from nsa_oracle.harness.subjects.names import BuiltBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
 
+_T = TypeVar("_T")
 ANY_MODE = "*"
 STEP_COUNTS = ("N", "N-1", "1")
 
@@ -219,11 +220,11 @@ def declarations_of(factory: object) -> Declarations:
 def read_declarations(owner: object) -> Declarations:
     """What ``owner`` declares in its attributes. Raises ValueError, in one line, if a declaration is malformed."""
     get: Callable[[str, Any], Any] = lambda name, default: getattr(owner, name, default)  # noqa: E731
-    own_fields, waivers = tuple(get("own_fields", ())), tuple(get("waivers", ()))
-    for what, kind in (("own_fields", OwnField), ("waivers", Waiver)):
-        for one in tuple(get(what, ())):
-            if not isinstance(one, kind):
-                raise ValueError(f"{what} must be a list of {kind.__module__}.{kind.__name__}, not of {_kind(one)}")
+    own_fields, waivers = _listed("own_fields", OwnField, get), _listed("waivers", Waiver, get)
+    if not callable(stand_ins := get("stand_ins", tuple)):
+        raise ValueError(f"stand_ins must be a function that gives names; it is {_kind(stand_ins)}")
+    if not isinstance(empty_batches := get("empty_batches", True), bool):
+        raise ValueError(f"empty_batches must be True or False; it is {_kind(empty_batches)}")
     for own in own_fields:
         _known_modes("own_fields", [mode for mode in own.modes if mode != ANY_MODE])
     own_names = {own.name for own in own_fields}
@@ -233,17 +234,53 @@ def read_declarations(owner: object) -> Declarations:
         _known_fields("waivers", [waiver.field], names)
         if not waiver.reason.strip():
             raise ValueError(f"waivers: '{waiver.name}' has no reason; say why the cells may differ")
-    absent = _fields_by_mode("absent", get("absent", {}), names)
-    _check_absent(absent, own_fields, get("modes", None))
-    return Declarations(
+    found = Declarations(
         _roles(get("roles", None), get("step_backends", "N"), get("modes", None)),
         _padding(get("padding", {})),
-        absent,
+        _fields_by_mode("absent", get("absent", {}), names),
         _fields_by_mode("unjudged", get("unjudged", {}), names),
         own_fields,
         waivers,
-        get("stand_ins", tuple),
+        stand_ins,
     )
+    _check_modes(get("modes", None), found)
+    return found
+
+
+def _listed(what: str, kind: type[_T], get: Callable[[str, Any], Any]) -> tuple[_T, ...]:
+    """The elements of the declaration ``what``, which are all of the class ``kind``."""
+    given, named = get(what, ()), f"{kind.__module__}.{kind.__name__}"
+    if not isinstance(given, list | tuple):
+        mend = f"; write {what} = ({kind.__name__}(...),)" if isinstance(given, kind) else ""
+        raise ValueError(f"{what} must be a list or tuple of {named}; it is {_kind(given)}{mend}")
+    for one in given:
+        if not isinstance(one, kind):
+            raise ValueError(f"{what} must be a list of {named}, not of {_kind(one)}")
+    return tuple(given)
+
+
+def _check_modes(modes: object, found: Declarations) -> None:
+    """Raises ValueError if ``modes`` lists a mode twice, or if something is declared for a mode that it excludes."""
+    if isinstance(modes, str) or not isinstance(modes, Sequence | set | frozenset | None):
+        return  # what is malformed is refused with the limits
+    listed = [mode.value if isinstance(mode, ForwardMode) else mode for mode in modes or ()]
+    if twice := [mode for mode in listed if listed.count(mode) > 1]:
+        raise ValueError(f"modes: {twice[0]} is listed twice; remove one of them")
+    served = [mode for mode in ForwardMode if modes is None or mode.value in listed]
+    declared_for = {
+        "absent": [*found.absent],
+        "unjudged": [*found.unjudged],
+        "waivers": [waiver.mode for waiver in found.waivers],
+        "own_fields": [mode for own in found.own_fields for mode in own.modes],
+    }
+    for what, named in declared_for.items():
+        for mode in named:
+            if mode != ANY_MODE and ForwardMode(mode) not in served:
+                raise ValueError(f"{what}: modes excludes {mode}; remove it there, or add it to modes")
+    for padded in found.padding:
+        if padded not in {graph_mode(mode) for mode in served}:
+            raise ValueError(f"padding: modes excludes {padded.value}; remove it there, or add it to modes")
+    _check_absent(found, served)
 
 
 def _roles(roles: object, step_backends: object, modes: Any) -> tuple[Role, ...]:
@@ -287,15 +324,14 @@ def _fields_by_mode(what: str, given: object, names: set[str]) -> dict[str, tupl
     return found
 
 
-def _check_absent(absent: Mapping[str, tuple[str, ...]], own_fields: Sequence[OwnField], modes: Any) -> None:
+def _check_absent(found: Declarations, served: Sequence[ForwardMode]) -> None:
     """Raises ValueError for a field that no call could expect where it is declared absent: no run would need that."""
-    asked = tuple(ForwardMode) if modes is None else _known_modes("modes", modes)
-    for key, listed in absent.items():
+    for key, listed in found.absent.items():
         for name in listed:
-            own = [own.modes for own in own_fields if own.name == name]
+            own = [own.modes for own in found.own_fields if own.name == name]
             if not any(
                 fields.may_be_expected(name, mode) or any(ANY_MODE in by or mode.value in by for by in own)
-                for mode in asked
+                for mode in served
                 if key in (ANY_MODE, mode.value)
             ):
                 raise ValueError(f"absent: no call expects '{name}' in {_words(key)}; remove it")
@@ -320,7 +356,9 @@ def _known_fields(what: str, listed: Any, names: set[str]) -> tuple[str, ...]:
         raise ValueError(f"{what}: fields must be a list or tuple, not {_kind(listed)}")
     for name in listed:
         if name not in names:
-            raise ValueError(f"{what}: there is no field '{name}'; name one of harness/fields.py or of own_fields")
+            raise ValueError(
+                f"{what}: there is no field '{name}'; name one of nsa_oracle/harness/fields.py or of own_fields"
+            )
     return tuple(listed)
 
 

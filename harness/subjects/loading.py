@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +28,13 @@ from nsa_oracle.harness.scenarios.scenario import Layer, Setup
 from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
+from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
 from nsa_oracle.harness.subjects.names import protocol_meant
 from nsa_oracle.harness.subjects.result_checks import checked_stages
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
+
+_BACKEND_ARGUMENTS = "config, req_to_token"
 
 
 def load_backend(spec: str) -> LoadedBackend:
@@ -39,11 +42,17 @@ def load_backend(spec: str) -> LoadedBackend:
 
     Raises BackendError if ``spec`` does not name such a callable. The factory raises it if a method is missing.
     """
-    found = _load(spec, "backend", "config, req_to_token")
+    found, shown = _found(spec, "backend", _BACKEND_ARGUMENTS)
     try:
+        if near := misspelt_declaration(found):
+            raise ValueError(near)
         declarations = read_declarations(found)
     except ValueError as error:
-        raise BackendError(f"backend '{spec}': {error}") from None
+        raise BackendError(f"{shown}: {error}") from None
+    except Exception as error:  # an attribute of an unforeseen type, or one that raises
+        raise BackendError(f"{shown}: its declarations: {type(error).__name__}: {error_line(error)}") from error
+    role = ", role" if declarations.roles[0].name is not None else ""
+    _check_signature(found, shown, _BACKEND_ARGUMENTS + role)
     return LoadedBackend(found, spec, declarations)
 
 
@@ -71,7 +80,8 @@ def limits_of_backend(spec: str) -> Limits:
     sizes: allowed values by name of a field of ``scenarios.scenario.Setup`` or ``Inputs``. modes: supported forward
     modes. Raises BackendError if they are malformed, or if ``spec`` does not name such a callable.
     """
-    return _declared(_load(spec, "backend", "config, req_to_token"), f"backend '{spec}'", BACKEND_FIELDS, "no backend")
+    found, shown = _found(spec, "backend", _BACKEND_ARGUMENTS)
+    return _declared(found, shown, BACKEND_FIELDS, "no backend")
 
 
 def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
@@ -81,13 +91,14 @@ def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
     ``optimized/``. Its attributes ``sizes`` and ``modes`` are like those of a backend; sizes may also name fields of
     ``scenarios.scenario.Layer``. Raises BackendError if ``spec`` does not name such a callable.
     """
-    found = _load(spec, "layer", "config, attention")
+    found, shown = _found(spec, "layer", "config, attention")
+    _check_signature(found, shown, "config, attention")
     build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
 
     def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
         return completed(build(config, attention), config, attention, spec)
 
-    return factory, _declared(found, f"layer '{spec}'", LAYER_FIELDS, "neither a layer nor its setup")
+    return factory, _declared(found, shown, LAYER_FIELDS, "neither a layer nor its setup")
 
 
 def _declared(found: object, name: str, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
@@ -146,11 +157,14 @@ def check_weaker(weaker: object, spec: str) -> None:
             raise BackendError(f"layer '{spec}': weaker: '{stage}' cannot be {strictness.name}; it fits {fitting}")
 
 
-def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
+def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object], str]:
+    """The callable that ``spec`` names, and how messages name it."""
     shown = f"{what} '{one_line(spec)}'"
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
         near = ":".join(spec.rsplit(".", 1)) if not colon and not spec.endswith(".py") else ""
+        if near and _is_module(spec):
+            near = f"{spec}:NAME"
         mend = f"; write {one_line(near)}?" if "." in spec and near else ", such as my_backend:MyBackend"
         raise BackendError(f"{shown} is not of the form module:attribute{mend}")
     if (name := _module_of(module_name)) != module_name:
@@ -167,17 +181,27 @@ def _load(spec: str, what: str, arguments: str) -> Callable[..., object]:
         kind = type(found).__name__
         mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
         raise BackendError(f"{shown} is not callable; {mend}")
-    if what == "backend" and getattr(found, "roles", None) is not None:
-        arguments += ", role"
+    return cast("Callable[..., object]", found), shown
+
+
+def _check_signature(found: Callable[..., object], shown: str, arguments: str) -> None:
+    """Raises BackendError if ``found`` cannot be called with ``arguments``."""
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
-        return cast("Callable[..., object]", found)  # a callable without a known signature
+        return  # a callable without a known signature
     try:
         signature.bind(*arguments.split(", "))
     except TypeError as error:
         raise BackendError(f"{shown} cannot be called with ({arguments}): {error}") from None
-    return cast("Callable[..., object]", found)
+
+
+def _is_module(name: str) -> bool:
+    """Whether ``name`` is that of a module that can be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except Exception:  # of the packages in which it is, or a malformed name
+        return False
 
 
 def _module_of(name: str) -> str:
@@ -247,7 +271,9 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
     for name in _methods(protocol):
         if not hasattr(found, name):
             near = _misspelt(found, name)
-            raise BackendError(f"{shown} lacks {kind}.{name}{near}; harness/protocol.py says what it must do")
+            raise BackendError(
+                f"{shown} lacks {kind}.{name}{near}; nsa_oracle/harness/protocol.py says what it must do"
+            )
         method = getattr(found, name)
         if name != "attn_backends" and not callable(method):
             raise BackendError(f"{shown}: {kind}.{name} is not a method")

@@ -22,6 +22,7 @@ from nsa_oracle.harness.subjects.declarations import (
     of_padding,
     read_declarations,
 )
+from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
 from nsa_oracle.reference.types import BackendConfig, ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, IDLE, case
 
@@ -73,6 +74,26 @@ MALFORMED = {
     "a host scalar": ({"absent": {"*": ("page_size",)}}, "absent: no call expects 'page_size' in any mode; remove it"),
     "a text for fields": ({"unjudged": {"*": "page_table_1"}}, "unjudged: fields must be a list or tuple"),
     "waivers": ({"waivers": ("page_table_1",)}, "waivers must be a list of "),
+    "one waiver": (
+        {"waivers": Waiver("DECODE", "page_table_1", "x")},
+        "waivers must be a list or tuple of nsa_oracle.harness.subjects.declarations.Waiver; it is of type Waiver; "
+        "write waivers = (Waiver(...),)",
+    ),
+    "stand-ins": ({"stand_ins": ("x",)}, "stand_ins must be a function that gives names; it is of type tuple"),
+    "empty batches": ({"empty_batches": "no"}, "empty_batches must be True or False; it is of type str"),
+    "modes twice": ({"modes": ("DECODE", DECODE)}, "modes: DECODE is listed twice; remove one of them"),
+    "absent in another mode": (
+        {"modes": ("DECODE",), "absent": {"EXTEND": ("page_table_1",)}},
+        "absent: modes excludes EXTEND; remove it there, or add it to modes",
+    ),
+    "a waiver of another mode": (
+        {"modes": ("DECODE",), "waivers": (Waiver("EXTEND", "page_table_1", "x"),)},
+        "waivers: modes excludes EXTEND",
+    ),
+    "padding of another mode": (
+        {"modes": ("IDLE",), "padding": {"TARGET_VERIFY": Padding()}},
+        "padding: modes excludes TARGET_VERIFY",
+    ),
     "a reason": ({"waivers": (Waiver("DECODE", "page_table_1", " "),)}, "has no reason"),
     "a waiver's mode": ({"waivers": (Waiver("PREFILL", "page_table_1", "x"),)}, "waivers: there is no mode"),
     "a waiver's field": ({"waivers": (Waiver("DECODE", "tables", "x"),)}, "waivers: there is no field 'tables'"),
@@ -85,6 +106,64 @@ def test_malformed_declarations_are_refused_in_one_line(attributes: dict[str, An
         read(**attributes)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+class Base:
+    modes = ("DECODE",)
+
+
+class Derived(Base):
+    mode = ("EXTEND",)
+
+
+class Both(Derived):
+    modes = ("EXTEND",)
+
+
+def test_a_misspelt_declaration_is_told_beside_that_of_a_base_class() -> None:
+    assert misspelt_declaration(Derived) == "it has mode: did you mean modes?"
+    assert misspelt_declaration(Both) == ""
+
+
+def test_idle_batches_are_padded_as_their_graph_is() -> None:
+    assert read(modes=("IDLE",), padding={"DECODE": Padding()}).padding == {DECODE: Padding()}
+
+
+MISSPELT = {
+    "mode": ("DECODE",),
+    "size": {"page_size": (64,)},
+    "waiver": Waiver("DECODE", "page_table_1", "x"),
+    "own_field": (OwnField("plan", lambda metadata, call: None),),
+    "mirror": {"eager": ("equal",)},
+    "role": {"draft": ("DECODE",)},
+    "step_backend": "N-1",
+    "paddings": {"DECODE": Padding()},
+    "absents": {"*": ("page_table_1",)},
+    "unjudge": {DECODE: ["page_table_1"]},
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_declaration_is_told(name: str) -> None:
+    line = misspelt_declaration(SimpleNamespace(**{name: MISSPELT[name]}))
+    assert line.startswith(f"it has {name}: did you mean ")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"mode": "DECODE"},
+        {"mode": ("fast", "slow")},
+        {"size": (64,)},
+        {"size": {"width": 3}},
+        {"mirror": True},
+        {"role": {"draft": "x"}},
+        {"mode": ("DECODE",), "modes": ("DECODE",)},
+        {"unrelated": ("DECODE",)},
+    ],
+)
+def test_attributes_of_the_author_are_no_misspelt_declarations(attributes: dict[str, Any]) -> None:
+    assert misspelt_declaration(SimpleNamespace(**attributes)) == ""
 
 
 def test_a_field_of_the_author_may_be_named_by_other_declarations() -> None:

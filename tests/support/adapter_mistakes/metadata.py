@@ -185,7 +185,13 @@ def declarations() -> Iterator[Mistake]:
     ):
         yield whole(f"sizes: {name}", f"sizes = {sizes}", *says, names="case.json" if "is not among" in says[0] else "")
     yield whole("sizes: unsorted, twice", "sizes = {'page_size': [64, 4, 4]}", PASSES)
+    yield whole(
+        "waivers: unforeseen", "waivers = [Waiver('DECODE', 'page_table_1', None)]", "its declarations: AttributeError"
+    )
+    yield whole("misspelt modes", "mode = ('DECODE',)", "it has mode: did you mean modes?")
+    yield whole("misspelt role", "roles = {'draft': ('DECODER',)}", "roles: there is no mode 'DECODER'")
     for name, modes, says in (
+        ("twice", "('DECODE', 'DECODE')", ("modes: DECODE is listed twice",)),
         ("unknown", "('PREFILL',)", ("there is no PREFILL; choose from", "EXTEND")),
         ("lower case", "('decode',)", ("there is no decode; did you mean DECODE?",)),
         ("one text", "'DECODE'", ("modes must be a list or tuple of modes, not DECODE",)),

@@ -10,7 +10,7 @@ import dataclasses, sys, types
 from typing import Any
 import numpy as np
 import torch
-from nsa_oracle.harness.protocol import Strictness
+from nsa_oracle.harness.protocol import Strictness; from nsa_oracle.harness.subjects.declarations import Waiver
 from nsa_oracle.optimized.layer import SparseAttention as Layer
 from nsa_oracle.reference.multi_step import MultiStepBackend as Backend, SingleStepBackend as Step
 from nsa_oracle.reference.types import AttentionOutputs, Metadata

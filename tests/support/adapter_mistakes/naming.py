@@ -18,6 +18,13 @@ def naming() -> Iterator[Mistake]:
     yield backend(
         "a dot for the colon", GOOD, "is not of the form", "{module}:Mine", spec="{module}.Mine", names="{module}"
     )
+    yield backend(
+        "a module alone",
+        GOOD,
+        "write nsa_oracle.reference.multi_step:NAME",
+        spec="nsa_oracle.reference.multi_step",
+        names="",
+    )
     yield backend("nothing", GOOD, "is not of the form module:attribute", spec="", names="backend ''")
     yield backend("two colons", GOOD, "has no attribute Mine:x", spec="{module}:Mine:x")
     yield backend("a relative module", GOOD, "write {module}:Mine", spec=".{module}:Mine", names="{module}")
