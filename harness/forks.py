@@ -23,10 +23,12 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied, how_it_ended
+from nsa_oracle.harness.signals import Termination
 
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_LOOKS = 0.1  # at a fork that may have ended: processes that it started can keep its pipe open
 _SECONDS_TO_INTERRUPT = 1.0  # a fork gets a Ctrl-C from the terminal by itself, but not from elsewhere
+_SECONDS_TO_KILL = 4.0  # judged code may swallow any exception
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
 Tell = Callable[[object], None]
@@ -42,8 +44,9 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
     """
     fork, pipe = _Fork.start(work)
     ends = math.inf if timeout is None else time.monotonic() + timeout
+    failed: BaseException | None = None
     with pipe, fork.signals():
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and failed is None:
             has_ended = fork.has_ended()  # first: what it said before is then in the pipe
             while pipe.poll(0 if has_ended else _SECONDS_BETWEEN_LOOKS):
                 try:
@@ -52,29 +55,40 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
                     break
                 if is_result:
                     fork.end(SECONDS_TO_END)
-                    if error is not None:
-                        raise error
-                    result: _T = answer
-                    return result
+                    if error is None:
+                        result: _T = answer
+                        return result
+                    failed = error
+                    break
                 if hear is not None:
                     hear(answer)
             if has_ended:
                 break
+    if failed is not None:
+        if isinstance(failed, KeyboardInterrupt):
+            _raise_interruption(fork)
+        raise failed
     if not fork.has_ended():
         fork.end()
+        _raise_interruption(fork)
         raise ChildDied(f"it took longer than {timeout:.0f} s and was ended")
+    _raise_interruption(fork)
+    raise ChildDied(f"the process ended ({how_it_ended(fork.code)})")
+
+
+def _raise_interruption(fork: _Fork) -> None:
+    """Act on a signal that asked this process to stop."""
+    if fork.terminated:
+        signal.raise_signal(signal.SIGTERM)  # raises KeyboardInterrupt, or ends this process
     if fork.interrupts:
         raise KeyboardInterrupt
-    if fork.terminated:
-        signal.raise_signal(signal.SIGTERM)
-    raise ChildDied(f"the process ended ({how_it_ended(fork.code)})")
 
 
 class _Fork:
     """A fork that works, as its parent sees it.
 
-    interrupts: how often a user has pressed Ctrl-C; what swallows the first is killed at the second. terminated:
-    whether the parent was told to end, by SIGTERM. code: as ``multiprocessing`` gives it, once the fork has ended.
+    interrupts: how often a user has pressed Ctrl-C. terminated: whether the parent was told to end, by SIGTERM. What
+    does not end then is killed. code: as ``multiprocessing`` gives it, once the fork has ended.
     """
 
     def __init__(self, process: int) -> None:
@@ -82,7 +96,8 @@ class _Fork:
         self.terminated = False
         self._process = process
         self.code: int | None = None
-        self._interrupted_at = math.inf
+        self._interrupt_at = math.inf  # once more
+        self._kill_at = math.inf
 
     @staticmethod
     def start(work: Callable[[Tell], Any]) -> tuple[_Fork, Connection]:
@@ -100,9 +115,11 @@ class _Fork:
         return _Fork(process), receiver
 
     def has_ended(self) -> bool:
-        if time.monotonic() > self._interrupted_at + _SECONDS_TO_INTERRUPT:
-            self._interrupted_at = math.inf
-            self._send(signal.SIGINT if self.interrupts == 1 else signal.SIGKILL)
+        if time.monotonic() > self._kill_at:
+            self._send(signal.SIGKILL)
+        elif time.monotonic() > self._interrupt_at:
+            self._interrupt_at = math.inf
+            self._send(signal.SIGINT)
         if self.code is None:
             ended, status = os.waitpid(self._process, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if ended else None
@@ -125,10 +142,15 @@ class _Fork:
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
-            self._interrupted_at = time.monotonic()
+            self._interrupt_at = time.monotonic() + _SECONDS_TO_INTERRUPT
+            self._kill_at = min(self._kill_at, time.monotonic() + _SECONDS_TO_KILL / self.interrupts)
 
         def terminate(number: int, frame: FrameType | None) -> None:
             self.terminated = True
+            owner = getattr(before[signal.SIGTERM], "__self__", None)
+            if isinstance(owner, Termination):
+                owner.arrived = True
+            self._kill_at = min(self._kill_at, time.monotonic() + _SECONDS_TO_KILL)
             self._send(signal.SIGTERM)
 
         handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from nsa_oracle.harness.signals import postponed
+
 _ENDING = ("_exit", "execv", "execve")  # functions of ``os`` that end this program without any clean-up
 
 
@@ -81,7 +83,8 @@ def interruptions_noted() -> Iterator[Interruptions]:
     def noting(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
             noted.received = True
-            handler(number, frame)
+            if not postponed(number, frame):
+                handler(number, frame)
 
         return handle
 

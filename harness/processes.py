@@ -16,7 +16,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -120,7 +121,14 @@ class Child:
         self._process = context.Process(
             target=_serve, args=(childs_end, self.device, self.number, self.output), daemon=True
         )
-        self._process.start()
+        resource_tracker.ensure_running()  # starting it would end what is blocked
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT,)
+        )  # until it serves: it would print where it is
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         childs_end.close()  # otherwise recv would not raise EOFError when the child dies
 
 
@@ -133,10 +141,17 @@ def _serve(pipe: Connection, device: str, number: int, output: Path | None) -> N
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
+    with suppress(KeyboardInterrupt):  # Ctrl-C reaches the parent too, which reports
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+        _serve_calls(pipe)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+
+
+def _serve_calls(pipe: Connection) -> None:
     while True:
         try:
             function, arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         answer: Any = None
         error: Exception | None = None
@@ -144,8 +159,6 @@ def _serve(pipe: Connection, device: str, number: int, output: Path | None) -> N
             answer = function(*arguments)
         except Exception as raised:
             error = raised
-        except KeyboardInterrupt:  # Ctrl-C reaches the parent too, which reports
-            return
         try:
             pipe.send((answer, error))
         except OSError:  # nobody waits for the answer any more, or the judged code has closed the pipe

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import threading
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143  # the exit codes that shells give to a command ended by Ctrl-C and by SIGTERM
+_SECONDS_LATER = 0.05
+_kill = os.kill  # while a case is judged, ``os.kill`` is another function
+
+
+def postponed(number: int, frame: FrameType | None) -> bool:
+    """Whether a signal has arrived in a callback of the garbage collector; it is then sent again a little later.
+
+    Python prints and drops what such a callback raises, and Hypothesis has one.
+    """
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame.f_code not in callbacks:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    timer = threading.Timer(_SECONDS_LATER, _kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+    return True
 
 
 class Termination:
@@ -19,9 +39,12 @@ class Termination:
     def __init__(self) -> None:
         self.arrived = False
         self._is_main = threading.current_thread() is threading.main_thread()
-        self._before = signal.signal(signal.SIGTERM, self._interrupt) if self._is_main else None
+        self._before = signal.signal(signal.SIGTERM, self.interrupt) if self._is_main else None
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        if postponed(number, frame):
+            return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.arrived = True
         raise KeyboardInterrupt

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
-INTERRUPTED = 130  # as in harness/signals.py, which is not imported yet
+from nsa_oracle.starting import ended_in_one_line
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while torch is imported, a second or two, ends it without a traceback."""
-    try:
+    """Run the command line. A signal while torch is imported, a second or two, ends it without a traceback."""
+    with ended_in_one_line():
         from nsa_oracle.harness.__main__ import main as run
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted before anything was judged\n")
-        raise SystemExit(INTERRUPTED) from None
     run()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from nsa_oracle.starting import ended_in_one_line
 
 if TYPE_CHECKING:
     from nsa_oracle.harness.plugin.fixture import Oracle
@@ -110,7 +113,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _profile(name: str) -> str:
     """The type of --oracle-profile."""
-    from nsa_oracle.harness.search.drawing import PROFILES
+    with ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
+        from nsa_oracle.harness.search.drawing import PROFILES
 
     if name not in PROFILES:
         raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(PROFILES)})")
@@ -174,23 +178,47 @@ def pytest_configure(config: pytest.Config) -> None:
     }
     given = [value for name, value in vars(config.option).items() if name.startswith("oracle_")]
     if any(value not in (None, []) for value in given) or config.getini("oracle_in_process"):
-        session_of(config).check()
+        with ended_in_one_line(is_worker(config), None if is_worker(config) else _counts(config)):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # of a worker, see pytest_sessionstart
+            config.stash[SESSION] = _new_session(config)
+            config.stash[SESSION].check()
+        config.stash[SESSION].begin()
 
 
 def session_of(config: pytest.Config) -> Session:
     """The oracle's settings in this run, made when something needs them first."""
     if SESSION not in config.stash:
-        from nsa_oracle.harness.plugin.session import Session
-
-        shared = config.stash[WORKER_INPUT]
-        started, counts = config.stash[STARTED], Path(shared[COUNTS])
-        config.stash[SESSION] = Session.of(config, started, shared[RANDOM_SEED], counts, is_worker(config))
+        config.stash[SESSION] = _new_session(config)
+        config.stash[SESSION].begin()
     return config.stash[SESSION]
+
+
+def _new_session(config: pytest.Config) -> Session:
+    from nsa_oracle.harness.plugin.session import Session
+
+    seed = config.stash[WORKER_INPUT][RANDOM_SEED]
+    return Session.of(config, config.stash[STARTED], seed, _counts(config), is_worker(config))
+
+
+def _counts(config: pytest.Config) -> Path:
+    return Path(config.stash[WORKER_INPUT][COUNTS])
 
 
 def is_worker(config: pytest.Config) -> bool:
     """Whether this process is a worker of pytest-xdist."""
     return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionstart(session: pytest.Session) -> Generator[None]:
+    """Workers of pytest-xdist are started in it: Ctrl-C waits until their plugin handles it."""
+    if SESSION not in session.config.stash:
+        return (yield)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        return (yield)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -202,7 +230,7 @@ def pytest_configure_node(node: Any) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any) -> None:
     """Once a worker has found that tests use the oracle, say how far they are, and handle SIGTERM."""
-    if Path(node.config.stash[WORKER_INPUT][COUNTS]).exists():
+    if _counts(node.config).exists():
         session_of(node.config).show_progress()
 
 
@@ -311,7 +339,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _is_used(config: pytest.Config) -> bool:
     """Whether this process, or a worker of pytest-xdist, has judged anything."""
-    return SESSION in config.stash or Path(config.stash[WORKER_INPUT][COUNTS]).exists()
+    return SESSION in config.stash or _counts(config).exists()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

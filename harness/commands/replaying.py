@@ -20,6 +20,7 @@ from nsa_oracle.harness.commands.app import (
     torch_device,
     unusable,
 )
+from nsa_oracle.harness.commands.terminal import ended_by_a_signal
 from nsa_oracle.harness.commands.tiers import FAILED, run_tiers, tiers_table
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.forks import Tell, forked
@@ -34,6 +35,7 @@ from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.starting import MESSAGE
 
 PASSED = 0  # exit code
 TimeoutOption = Annotated[
@@ -53,7 +55,10 @@ class Replaying:
     timeout: float | None = None
 
     def watched(self) -> int:
-        """As ``run``, in a fork. A case that ends it is reported, and the cases behind it get a new fork."""
+        """As ``run``, in a fork. A case that ends it is reported, and the cases behind it get a new fork.
+
+        Raises KeyboardInterrupt, as ``run`` does, with the number of files that were judged before.
+        """
         code, first = PASSED, 0
         while first < len(self.files):
             begun: tuple[int, str] | None = None
@@ -64,6 +69,8 @@ class Replaying:
 
             try:
                 return forked(lambda tell, first=first: self.run(first, tell), hear) or code  # type: ignore[misc]
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(begun[0] if begun else first) from None
             except ChildDied as died:
                 if begun is None:
                     return _unusable(f"{died} while it loaded {self._judged()}")
@@ -98,6 +105,8 @@ class Replaying:
                 failed = True
             except (BackendError, ScenarioError) as error:
                 return _unusable(str(error))
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(number) from None
             else:
                 calls = f"{counted(verdict.replays, 'replay')}, {counted(verdict.eager_calls, 'eager call')}"
                 typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
@@ -165,7 +174,16 @@ def replay(
     that case has failed, and the rest is judged in a new process.
     """
     judging = Replaying(tuple(files), device, backend, layer, graphs, timeout or None)
-    raise typer.Exit(judging.run() if in_process else judging.watched())
+    with ended_by_a_signal() as termination:
+        try:
+            code = judging.run() if in_process else judging.watched()
+        except KeyboardInterrupt as interruption:
+            done = next((note for note in interruption.args if isinstance(note, int)), 0)
+            typer.echo(
+                f"interrupted: {done} of {counted(len(files), 'case')} judged" if done else MESSAGE.rstrip(), err=True
+            )
+            code = termination.exit_code
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -57,6 +57,10 @@ def surveyed(
             if not has_begun:
                 raise BackendError(f"layer '{layer}': {died} while it was loaded") from None
             found.add_lost(str(died))
+        except KeyboardInterrupt:  # of a process that did not answer any more
+            if not has_begun:
+                raise
+            return found, left_out, True
         else:
             return found, left_out, interrupted
     return found, left_out, False
@@ -122,6 +126,11 @@ def surveyed_backend(
                 last.found.note_survival(str(died), last.began)
             else:
                 raise BackendError(f"backend '{backend}': {died} while it was loaded") from None
+        except KeyboardInterrupt:  # of a process that did not answer any more
+            if not has_begun:
+                raise
+            last.interrupted = True
+            return last
 
 
 def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str]) -> list[str]:

@@ -19,7 +19,8 @@ from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
-from nsa_oracle.harness.signals import INTERRUPTED
+from nsa_oracle.harness.signals import Termination
+from nsa_oracle.starting import MESSAGE
 
 
 @app.command()
@@ -42,12 +43,13 @@ def survey(
     """Count how often each property of a backend or a layer is checked and broken.
 
     Unlike replay, a survey does not stop at the first failure. If interrupted or out of time, it prints the results so
-    far; it exits with 130 if interrupted before any property was broken.
+    far; if nothing was broken by then, it exits with 130 after Ctrl-C and with 143 after SIGTERM.
     """
     if (layer is None) == (backend is None):
         raise unusable("survey: name one of --layer and --backend")
     deadline = None if budget is None else time.monotonic() + budget
     found: SurveyFound | BackendFound
+    termination = Termination()
     try:
         with progress_of("surveying", cases) as show_progress:
             if layer is not None:
@@ -62,6 +64,9 @@ def survey(
             gaps = backend_report(found, save, lambda file: replay_command((file,), backend, done.device))
         if json_file is not None:
             _write(json_file, found, left_out)
+    except KeyboardInterrupt:
+        typer.echo(MESSAGE, err=True, nl=False)
+        raise typer.Exit(termination.exit_code) from None
     except (BackendError, ScenarioError, ValueError) as error:
         raise unusable(str(error)) from None
     for gap in gaps:
@@ -71,7 +76,7 @@ def survey(
     if found.cases < cases:
         typer.echo(f"{'interrupted' if interrupted else 'out of time'}: {found.cases} of {counted(cases, 'case')}")
     if interrupted and found.holds:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(termination.exit_code)
     unjudged = isinstance(found, SurveyFound) and found.layers.never_called
     raise typer.Exit(0 if found.holds and not gaps and not unjudged else 1)
 

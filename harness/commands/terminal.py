@@ -22,10 +22,10 @@ def progress_of(what: str, count: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def ended_by_a_signal() -> Iterator[None]:
+def ended_by_a_signal() -> Iterator[Termination]:
     """The first SIGTERM raises KeyboardInterrupt, as Ctrl-C does; later ones are ignored until the context ends."""
     termination = Termination()
     try:
-        yield
+        yield termination
     finally:
         termination.close()

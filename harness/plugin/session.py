@@ -70,8 +70,12 @@ class Session:
 
     def __post_init__(self) -> None:
         self.output = Output(self.counts / f"{os.getpid()}.output")  # of children
-        self.termination = None if self.is_worker else Termination()
+        self.termination: Termination | None = None
         self.live = None if self.is_worker else Live(self.config, self.counts)
+
+    def begin(self) -> None:
+        """Have SIGTERM end the run as Ctrl-C does."""
+        self.termination = None if self.is_worker else Termination()
 
     @staticmethod
     def of(config: pytest.Config, started: float, random_seed: int, counts: Path, is_worker: bool) -> Session:
@@ -136,8 +140,8 @@ class Session:
 
     def header(self) -> str:
         """What is judged, for the head of the run."""
-        judged = f"judging {name_of(self.specs)} on {self.device.type}"
-        return f"oracle: {judged}, profile {self.profile}, seed {self.seed_of(self.profile)}"
+        how = f"profile {self.profile}, seed {self.seed_of(self.profile)}"
+        return f"oracle: judging {name_of(self.specs)} on {self.device.type}, {how}"
 
     def seed_of(self, profile: str) -> int:
         """The seed from which the cases of ``profile`` are drawn."""
@@ -201,10 +205,9 @@ class Session:
         """The classes that the drawn cases of ``part`` were to visit and did not, because time was up."""
         if part.file is not None or outcome.failure is not None:
             return []
-        profile = PROFILES[part.profile]
-        visited = list(outcome.verdict.boundary_classes)
-        judge = self.judge_of((part.backend, part.layer))
-        return judge.unvisited(visited, profile, part.with_layer, self.seed_of(part.profile), part.shard)
+        judge, visited = self.judge_of((part.backend, part.layer)), list(outcome.verdict.boundary_classes)
+        seed = self.seed_of(part.profile)
+        return judge.unvisited(visited, PROFILES[part.profile], part.with_layer, seed, part.shard)
 
     def report_of(self, outcome: Exploration, specs: Specs) -> str | None:
         """The report of a failed outcome, or None."""
@@ -213,13 +216,12 @@ class Session:
         command = self.replay_command(outcome, specs)
         return outcome.remark + explain(outcome.failure, outcome.saved, command, outcome.unsaved)
 
-    def replay_command(self, outcome: Exploration, specs: Specs) -> str:
-        """The command that replays the case of an outcome on the same backend and layer."""
-        backend, layer = specs
-        saved = outcome.saved or Path("CASE.json")
-        is_timeout = outcome.failure is not None and outcome.failure.finding.kind is Kind.TIMEOUT
-        timeout = self.case_timeout if is_timeout else None
-        return replay_command((*outcome.before, saved), backend, self.device.type, layer, timeout=timeout)
+    def replay_command(self, outcome: Exploration, specs: Specs, kind: Kind | None = None) -> str:
+        """The command that replays the case of an outcome on the same backend and layer. kind: of its failure."""
+        files = (*outcome.before, outcome.saved or Path("CASE.json"))
+        kind = outcome.failure.finding.kind if outcome.failure is not None else kind
+        timeout = self.case_timeout if kind is Kind.TIMEOUT else None
+        return replay_command(files, specs[0], self.device.type, specs[1], timeout=timeout)
 
     def show_progress(self) -> None:
         """Say from now on how far the run is."""

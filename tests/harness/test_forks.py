@@ -91,6 +91,7 @@ forked(work, lambda message: print(message, flush=True))
     [
         (False, [signal.SIGINT], -signal.SIGINT),
         (True, [signal.SIGINT, signal.SIGINT], -signal.SIGINT),
+        (True, [signal.SIGINT], -signal.SIGINT),
         (False, [signal.SIGTERM], -signal.SIGTERM),
     ],
 )

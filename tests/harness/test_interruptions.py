@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
@@ -81,6 +84,30 @@ def test_an_interruption_that_judged_code_raises_is_a_finding() -> None:
 def test_an_interruption_by_the_user_ends_the_run_though_it_is_swallowed() -> None:
     with pytest.raises(KeyboardInterrupt):
         judge(one_replay(DECODE), factory_of(crashes.IsInterrupted), CPU)
+
+
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost() -> None:
+    """Python prints and drops what such a callback raises."""
+    sent = []
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if not sent:
+            sent.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    def collect() -> None:
+        gc.collect()
+        time.sleep(10)  # the signal comes again
+
+    termination = Termination()
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collect()
+        assert termination.arrived
+    finally:
+        gc.callbacks.remove(callback)
+        termination.close()
 
 
 def test_handlers_are_called_and_put_back() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.plugin.session import share_gpus
 from nsa_oracle.harness.processes import Child, ChildDied, prepare_process, time_limit
-from tests.support.command_line import run
+from tests.support.command_line import environment_of_children, run
 
 
 @pytest.fixture
@@ -47,6 +49,36 @@ def test_calls_run_in_one_process_of_their_own(child: Child) -> None:
     assert first != os.getpid()
     assert child.call(process_id) == first
     assert child.call(how_kernels_run) == "1"
+
+
+STARTS = """
+import os, signal, time
+from nsa_oracle.harness.processes import Child
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    child = Child("cpu")
+    child._start()
+    for _ in range(20):  # while it starts, and behind that
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.2)
+    assert child.close() is not None
+"""
+
+
+def test_a_child_says_nothing_of_a_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text(STARTS)
+    done = subprocess.run(
+        [sys.executable, "starts.py"],
+        cwd=tmp_path,
+        env=environment_of_children(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_errors_come_back(child: Child) -> None:

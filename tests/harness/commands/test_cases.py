@@ -12,15 +12,16 @@ import torch
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.report.failure import python_command
 from nsa_oracle.harness.scenarios.files import to_json
-from nsa_oracle.harness.scenarios.scenario import Event
+from nsa_oracle.harness.scenarios.scenario import Capture, Event, Join, Replay
 from nsa_oracle.harness.scenarios.story import story
-from nsa_oracle.harness.signals import INTERRUPTED
+from nsa_oracle.harness.signals import INTERRUPTED, TERMINATED
 from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.command_line import FAILS, PASSES, assert_one_line_error, harness, replay, run, saved
 from tests.support.layer_cases import WITH_LAYER
-from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, one_replay
+from tests.support.metadata_cases import ACCEPT_TWO_THEN_ONE, DECODE, case, one_replay
 
+TWO = case(Capture(mode=DECODE, buckets=(2,)), Join(seq_len=3), Join(seq_len=3), Replay(mode=DECODE))
 CASE, OTHER = one_replay(ForwardMode.DECODE), ACCEPT_TWO_THEN_ONE
 CLEAN, REUSES = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:ReusesLastAccept"
 UNJUDGED = "tests.support.backends.unjudged"
@@ -289,8 +290,35 @@ def test_case_that_cannot_be_interrupted_is_a_failure(tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_a_replay(tmp_path: Path) -> None:
     """Though the backend swallows it."""
-    done = replay(saved(tmp_path, CASE), "--backend", f"{CRASHES}:IsInterrupted")
-    assert (done.returncode, done.stdout) == (INTERRUPTED, "")
+    path = saved(tmp_path, CASE)
+    done = replay(path, "--backend", f"{CRASHES}:IsInterrupted")
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted before anything was judged\n")
+
+
+SWALLOWS = """
+import os, time
+from contextlib import suppress
+from tests.support.backends.clean import Clean
+
+class Swallows(Clean):
+    sizes = {"page_size": (4,)}
+
+    def init_forward_metadata_replay_cuda_graph(self, batch, bs):
+        super().init_forward_metadata_replay_cuda_graph(batch, bs)
+        while bs > 1:
+            with suppress(BaseException):
+                os.system(f"kill -{SIGNAL} {os.getppid()}")
+                time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [("INT", INTERRUPTED), ("TERM", TERMINATED)])
+def test_one_signal_stops_a_replay_of_code_that_swallows_it(sent: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWS.replace("{SIGNAL}", sent))
+    paths = [saved(tmp_path, CASE, "one.json"), saved(tmp_path, TWO, "two.json")]
+    done = replay(*paths, "--backend", "swallows:Swallows", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (code, "interrupted: 1 of 2 cases judged\n")
+    assert done.stdout == f"{paths[0]}: bit-exact (2 replays, 0 eager calls on cpu)\n"
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])

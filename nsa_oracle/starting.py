@@ -1,0 +1,59 @@
+"""Ends a process that is interrupted while it starts, which takes seconds: importing torch, building a backend.
+
+Imports neither torch nor pytest, because it is needed before them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+_end_process = os._exit  # while a backend is loaded, ``os._exit`` is another function
+MESSAGE = "interrupted before anything was judged\n"
+
+
+def _is_default(number: signal.Signals) -> bool:
+    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@contextmanager
+def ended_in_one_line(quiet: bool = False, leftover: Path | None = None) -> Iterator[None]:
+    """In the body SIGINT and SIGTERM end the process with a line on stderr and the exit code that shells expect.
+
+    An exception would not do: it would be printed with its traceback, or swallowed by what is being imported. Signals
+    that someone else handles are left alone, as they are behind ``nohup``.
+
+    quiet: without the line, in a process whose parent says it. leftover: a folder to remove then.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None = None) -> NoReturn:
+        if os.getpid() == process:
+            if not quiet:
+                os.write(2, MESSAGE.encode())
+            if multiprocessing := sys.modules.get("multiprocessing"):
+                for child in multiprocessing.active_children():  # it would notice only once it has started itself
+                    child.kill()
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+        _end_process(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if is_main and _is_default(number)]
+    before = {number: signal.signal(number, end) for number in handled}
+    try:
+        yield
+    except KeyboardInterrupt:  # raised by what is being imported itself
+        end(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is end:
+                signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""A signal while torch is imported, or while a backend is loaded, ends a process in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nsa_oracle.starting import MESSAGE
+from tests.support.command_line import environment_of_children, saved
+from tests.support.metadata_cases import DECODE, one_replay
+from tests.support.pytest_runs import environment
+
+SLEEPS = """
+import pathlib, time
+pathlib.Path("started").touch()
+while True:
+    try:
+        time.sleep(60)
+    except Exception:  # as modules do that try what there is
+        pass
+"""
+SIGNALS = pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+
+
+def ended(folder: Path, sent: signal.Signals, *words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process that gets a signal once there is a file "started"."""
+    inherited = environment() if words[0] == "pytest" else environment_of_children()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(folder), inherited["PYTHONPATH"]])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    while not (folder / "started").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@SIGNALS
+@pytest.mark.parametrize("words", [("nsa_oracle", "show", "x"), ("pytest", "-p", "nsa_oracle.pytest_plugin")])
+def test_while_torch_is_imported(words: tuple[str, ...], sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLEEPS, encoding="utf-8")
+    options = ("--oracle-profile=dev",) if words[0] == "pytest" else ()
+    assert ended(tmp_path, sent, *words, *options) == (code, "", MESSAGE)
+
+
+@SIGNALS
+@pytest.mark.parametrize("in_process", ["false", "true"])
+def test_while_a_backend_is_loaded_by_pytest(sent: signal.Signals, code: int, in_process: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLEEPS, encoding="utf-8")
+    words = ("-p", "nsa_oracle.pytest_plugin", "--oracle-backend=slow:X", "-o", f"oracle_in_process={in_process}")
+    assert ended(tmp_path, sent, "pytest", *words, "--oracle-device=cpu") == (code, "", MESSAGE)
+
+
+@SIGNALS
+@pytest.mark.parametrize("command", [("replay", "case.json"), ("survey",)], ids=lambda words: words[0])
+def test_while_a_backend_is_loaded_by_a_command(
+    sent: signal.Signals, code: int, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLEEPS, encoding="utf-8")
+    saved(tmp_path, one_replay(DECODE))
+    words = (*command, "--backend", "slow:X", "--device", "cpu")
+    assert ended(tmp_path, sent, "nsa_oracle", *words) == (code, "", MESSAGE)
