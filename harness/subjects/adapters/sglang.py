@@ -271,9 +271,7 @@ class Sglang:
         "target": ("EXTEND", "TARGET_VERIFY"),
         "draft_extend_v2": ("DRAFT_EXTEND_V2",),
     }
-    step_backends: ClassVar[dict[str, str]] = {
-        "draft": "N-1", "target": "1", "draft_extend": "1", "draft_extend_v2": "1",
-    }  # fmt: skip
+    step_backends: ClassVar[dict[str, str]] = {"draft": "N-1", "target": "1", "draft_extend_v2": "1"}
     empty_batches = False
     own_fields: ClassVar[tuple[OwnField, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens_cpu",)  # an input, passed on in EXTEND
@@ -318,6 +316,7 @@ class v0_5_8(Sglang):  # noqa: N801
     steps, one_step = OlderSteps, OlderStep
     modes = (*Sglang.modes, "DRAFT_EXTEND")
     roles: ClassVar = {**Sglang.roles, "draft_extend": ("DRAFT_EXTEND",)}
+    step_backends: ClassVar = {**Sglang.step_backends, "draft_extend": "1"}
     mirrors: ClassVar = {"graph": ("equal",), "eager": ("equal",)}
     padding: ClassVar = {"DRAFT_EXTEND": Padding(accept_length="all")}
     absent: ClassVar = {"DRAFT_EXTEND_V2": ("paged_mqa_schedule_metadata",)}  # left to the indexer

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import Axis
 from nsa_oracle.harness.scenarios.world import Padding
 from nsa_oracle.harness.subjects.adapters import vllm_reference as reference
@@ -80,9 +81,9 @@ class Builders:
             built = self.indexer.build(0, given), self.sparse.build(0, dataclasses.replace(given))
         columns = -(-built[1].max_seq_len // self.config.page_size)
         if forward_batch.forward_mode is ForwardMode.EXTEND:
-            self.forward_metadata = shown(built[1], order.batch_fields(*built, columns))
+            self.forward_metadata = shown(self.adapter, built[1], order.batch_fields(*built, columns))
         else:
-            self.forward_metadata = shown(built[1], both_fields(*built, columns))
+            self.forward_metadata = shown(self.adapter, built[1], both_fields(*built, columns))
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         given, _ = self.runner.prepared(forward_batch, in_graph=True, in_capture=in_capture)
@@ -92,7 +93,7 @@ class Builders:
                 builder.build_for_cudagraph_capture(one) if in_capture else builder.build(0, one)
                 for builder, one in zip((self.indexer, self.sparse), both, strict=True)
             ]
-        self.forward_metadata = shown(built[1], both_fields(built[0], built[1], self.runner.blocks))
+        self.forward_metadata = shown(self.adapter, built[1], both_fields(built[0], built[1], self.runner.blocks))
         kept = self.captured.setdefault(key, self.forward_metadata)
         self.forward_metadata.max_seq_len_k = kept.max_seq_len_k  # that with which the graph was recorded
 
@@ -126,12 +127,18 @@ class FusedDraft(Builders):
         scalars = SimpleNamespace(
             block_size=self.config.page_size, max_query_len=1, max_seq_len=indexer.max_seq_len, req_id_per_token=None
         )
-        return shown(scalars, row_fields(indexer, scalars, columns))
+        return shown(self.adapter, scalars, row_fields(indexer, scalars, columns))
 
 
-def shown(sparse: Any, fields: dict[str, Any]) -> SimpleNamespace:
-    """Metadata with the contract's names; what vLLM does not have is None."""
+def shown(adapter: type[Vllm], sparse: Any, fields: dict[str, Any]) -> SimpleNamespace:
+    """Metadata with the contract's names; what vLLM does not have is None.
+
+    Raises BackendError for a field that the contract does not have and the adapter does not declare.
+    """
     found = SimpleNamespace(**dict.fromkeys(field.name for field in dataclasses.fields(Metadata)))
+    known = {*vars(found), *(own.name for own in adapter.own_fields)}
+    if unknown := [name for name, value in fields.items() if value is not None and name not in known]:
+        raise BackendError(f"the metadata has {unknown[0]}, which the adapter does not declare")
     found.page_size = sparse.block_size
     found.max_seq_len_q, found.max_seq_len_k = sparse.max_query_len, sparse.max_seq_len
     vars(found).update(fields)
