@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsa_oracle.harness.subjects.adapters.sglang import PACKAGE, Sglang
+from nsa_oracle.harness.subjects.adapters.sglang import PUBLISHED, Sglang
 from tests.support.backends import variants
 
-BY_NAME: dict[str, type[Sglang]] = {adapter.__name__: adapter for adapter in PACKAGE.adapters.values()}
+BY_NAME: dict[str, type[Sglang]] = {adapter.__name__: adapter for adapter in PUBLISHED.adapters.values()}
 
 
 def deletions(adapter: type[Sglang]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 
 from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
-from nsa_oracle.harness.subjects.adapters.sglang import PACKAGE
+from nsa_oracle.harness.subjects.adapters.sglang import PUBLISHED
 from nsa_oracle.reference.types import StepSemantics
 from tests.support import miniature_sglang
 from tests.support.backends import sglang_variants
@@ -106,7 +106,7 @@ NEEDLESS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The unpacked miniatures by adapter."""
     found = {}
-    for version, adapter in PACKAGE.adapters.items():
+    for version, adapter in PUBLISHED.adapters.items():
         folder = tmp_path_factory.mktemp(adapter.__name__)
         found[adapter.__name__] = miniature_sglang.write(folder, version, miniature_sglang.mended(version))
     return found
@@ -120,7 +120,7 @@ def spec(adapter: str, what: str = "no_change") -> str:
 def test_the_declarations_are_enough_and_all_are_needed(adapter: str, folders: dict[str, Path]) -> None:
     """No case below fails unless a declaration is changed; those that show a limit are not drawn."""
     for name in {name for name, _ in EXPECTED[adapter].values()}:
-        found = surveyed(PACKAGE.folder, folders[adapter], spec(adapter), CASES[name])
+        found = surveyed(PUBLISHED.folder, folders[adapter], spec(adapter), CASES[name])
         assert found is None or found[0] == []
         assert (found is None) == (not name.startswith("history")), name
 
@@ -138,7 +138,7 @@ def test_no_declaration_can_be_left_out(
     adapter: str, declaration: str, name: str, why: str, folders: dict[str, Path]
 ) -> None:
     """Of a limit: such cases are then drawn, and they fail."""
-    found = failures(PACKAGE.folder, folders[adapter], spec(adapter, declaration), CASES[name])
+    found = failures(PUBLISHED.folder, folders[adapter], spec(adapter, declaration), CASES[name])
     assert any(why in line for line in found), found
 
 
@@ -149,7 +149,7 @@ def test_no_declaration_can_be_left_out(
 def test_what_only_says_how_the_engine_drives_hides_nothing(
     adapter: str, declaration: str, name: str, folders: dict[str, Path]
 ) -> None:
-    assert failures(PACKAGE.folder, folders[adapter], spec(adapter, declaration), CASES[name]) == []
+    assert failures(PUBLISHED.folder, folders[adapter], spec(adapter, declaration), CASES[name]) == []
 
 
 def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Path]) -> None:
@@ -157,7 +157,7 @@ def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Pa
     name = "seqlens_expanded in DRAFT_EXTEND, of negative lengths"
     for what, times in (("no_change", 1), ("padding_DRAFT_EXTEND", 0)):
         found = surveyed(
-            PACKAGE.folder,
+            PUBLISHED.folder,
             folders["v0_5_8"],
             spec("v0_5_8", what),
             CASES["history with DRAFT_EXTEND"],
@@ -169,5 +169,5 @@ def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Pa
 @pytest.mark.parametrize("adapter", BY_NAME)
 @pytest.mark.parametrize("addition", NEEDLESS)
 def test_no_needless_declaration_can_be_added(adapter: str, addition: str, folders: dict[str, Path]) -> None:
-    (line,) = failures(PACKAGE.folder, folders[adapter], spec(adapter, addition), CASES["history"])
+    (line,) = failures(PUBLISHED.folder, folders[adapter], spec(adapter, addition), CASES["history"])
     assert NEEDLESS[addition] in line

@@ -11,7 +11,7 @@ import pytest
 
 from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay
-from nsa_oracle.harness.subjects.adapters.vllm import PACKAGE
+from nsa_oracle.harness.subjects.adapters.vllm import PUBLISHED
 from nsa_oracle.reference.types import StepSemantics
 from tests.support import miniature_vllm
 from tests.support.backends import vllm_variants
@@ -102,7 +102,7 @@ def spec(what: str) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_the_declarations_are_enough_and_all_are_needed(name: str, folder: Path) -> None:
     """Cases that show a limit are not drawn."""
-    found = surveyed(PACKAGE.folder, folder, spec("no_change"), CASES[name])
+    found = surveyed(PUBLISHED.folder, folder, spec("no_change"), CASES[name])
     assert (None if found is None else found[0]) == ([] if name.startswith("history") else None)
 
 
@@ -112,16 +112,16 @@ def test_every_declaration_is_deleted_below() -> None:
 
 @pytest.mark.parametrize(("declaration", "name", "why"), [(what, *expected) for what, expected in EXPECTED.items()])
 def test_no_declaration_can_be_left_out(declaration: str, name: str, why: str, folder: Path) -> None:
-    found = failures(PACKAGE.folder, folder, spec(declaration), CASES[name])
+    found = failures(PUBLISHED.folder, folder, spec(declaration), CASES[name])
     assert any(why in line for line in found), found
 
 
 @pytest.mark.parametrize("declaration", OF_NO_DIFFERENCE)
 def test_what_only_says_how_the_engine_drives_hides_nothing(declaration: str, folder: Path) -> None:
-    assert failures(PACKAGE.folder, folder, spec(declaration), CASES["history"]) == []
+    assert failures(PUBLISHED.folder, folder, spec(declaration), CASES["history"]) == []
 
 
 @pytest.mark.parametrize("addition", NEEDLESS)
 def test_no_needless_declaration_can_be_added(addition: str, folder: Path) -> None:
-    (line,) = failures(PACKAGE.folder, folder, spec(addition), CASES["history"])
+    (line,) = failures(PUBLISHED.folder, folder, spec(addition), CASES["history"])
     assert NEEDLESS[addition] in line
