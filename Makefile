@@ -18,8 +18,8 @@ setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other t
 oracle: $(VENV)/ready  ## the command-line tool: make oracle ARGS='replay FILE'
 	@$(RUN) nsa_oracle $(ARGS)
 
-upstream: $(VENV)/ready  ## surveys SGLang's own backend, the newest or VERSION=0.5.23, and compares with what is recorded
-	@$(RUN) nsa_oracle upstream $(if $(VERSION),--version $(VERSION)) $(ARGS)
+upstream: $(VENV)/ready  ## surveys SGLang's or ENGINE=vllm's backend, the newest or VERSION=0.5.23, and compares with the record
+	@$(RUN) nsa_oracle upstream $(if $(ENGINE),--engine $(ENGINE)) $(if $(VERSION),--version $(VERSION)) $(ARGS)
 
 lint: $(VENV)/ready
 	$(RUN) ruff check .

@@ -32,6 +32,10 @@ MOST_LINES_OF_A_TEST = 600
 SHARED_NAMES = {
     "BUGS": "one list for each group of bugs; bugs/zoo.py joins them",
     "as_json": "bugs/report.py and mutants/report.py are the same report of two hunts",
+    "Current": "what the stand-ins of an engine answer for; each engine has its own",
+    "PUBLISHED": "the published package of an engine, in the module of its adapters",
+    "get_paged_mqa_logits_metadata": "a kernel's name, in the stand-ins of each engine that calls it",
+    "values": "the stand-ins of an engine",
     "install": "interpreter/gluon.py and interpreter/promises.py are each installed by their module's name",
     "listing": "as as_json",
     "matrix": "as as_json",

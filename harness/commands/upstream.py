@@ -32,7 +32,7 @@ from nsa_oracle.harness.subjects.adapters.packages import REFUSED, Package
 ADAPTERS = "nsa_oracle.harness.subjects.adapters"
 
 
-class Engine(enum.Enum):
+class PublishedEngine(enum.Enum):
     """The engines that have adapters, by the names of their packages and of the adapters' modules."""
 
     SGLANG = "sglang"
@@ -41,13 +41,13 @@ class Engine(enum.Enum):
     @property
     def package(self) -> Package:
         """The package. Like any adapter it is imported only if it is asked for."""
-        found: Package = importlib.import_module(f"{ADAPTERS}.{self.value}").PACKAGE
+        found: Package = importlib.import_module(f"{ADAPTERS}.{self.value}").PUBLISHED
         return found
 
 
 @app.command()
 def upstream(
-    engine: Annotated[Engine, typer.Option(help="Whose backend.")] = Engine.SGLANG,
+    engine: Annotated[PublishedEngine, typer.Option(help="Whose backend.")] = PublishedEngine.SGLANG,
     version: Annotated[
         str | None, typer.Option(help="Version of it, as 0.5.23; the newest by default.", show_default=False)
     ] = None,
@@ -74,7 +74,7 @@ def upstream(
         if old is None:
             old_file = record_file(records, name, near)
             old = load_record(old_file)
-        folder = cache / (found_version if engine is Engine.SGLANG else f"{name}-{found_version}")
+        folder = cache / (found_version if engine is PublishedEngine.SGLANG else f"{name}-{found_version}")
         try:
             wheels.unpacked(wheel, package.adapters[near].layout.files, folder)
             os.environ[package.folder] = str(folder)

@@ -121,7 +121,9 @@ class Script:
             self.join()
 
     def finish(self, request: int, count: int = 1) -> None:
-        self.add(Finish(request=request, count=count))
+        """Requests finish, if any are left: a call of draft tokens finishes those that have no room for them."""
+        if self.running:
+            self.add(Finish(request=request, count=count))
 
     def accept(self, lengths: tuple[int, ...] | None = None) -> None:
         drawn = self.draw(accept_lengths(self.setup, self.most)) if lengths is None else lengths

@@ -297,6 +297,8 @@ def _roles(roles: object, step_backends: object, modes: Any) -> tuple[Role, ...]
             f"roles must map names to modes, as {{'verify': ('TARGET_VERIFY',)}} does; it is {_kind(roles)}"
         )
     found = tuple(Role(str(name), _known_modes("roles", served), count(name)) for name, served in roles.items())
+    if isinstance(step_backends, Mapping) and (unknown := [name for name in step_backends if name not in roles]):
+        raise ValueError(f"step_backends: there is no role {unknown[0]!r}; choose from {', '.join(map(str, roles))}")
     asked = tuple(ForwardMode) if modes is None else _known_modes("modes", modes)
     for mode in asked:
         serving = [role.name for role in found if mode in role.modes]

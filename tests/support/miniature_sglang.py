@@ -167,7 +167,7 @@ def mended(version: str) -> dict[str, str]:
     """The files of a version that refreshes its schedule, so that nothing but a declaration can break a run."""
     if version == "0.5.8":
         return {**FILES, BACKEND: MENDED}
-    needed = sglang.PACKAGE.adapters[version].layout.files
+    needed = sglang.PUBLISHED.adapters[version].layout.files
     return {**dict.fromkeys(needed, ""), miniature_dsa.BACKEND: miniature_dsa.MENDED}
 
 

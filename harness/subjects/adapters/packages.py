@@ -21,7 +21,7 @@ REFUSED = " (called, and nothing stands for it)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class PackageLayout:
     """Where one version of a package has its backend.
 
     version: the version that has it. real: full names of modules that are the package's own. kernels: more of them,
@@ -40,13 +40,13 @@ class Layout:
         return [f"{package}/_version.py", *(name.replace(".", "/") + ".py" for name in names)]
 
 
-class Adapter(Protocol):
+class VersionAdapter(Protocol):
     """The class that adapts one version."""
 
     layout: ClassVar[Any]
 
 
-Adapted = TypeVar("Adapted", bound=Adapter)
+Adapted = TypeVar("Adapted", bound=VersionAdapter)
 
 
 class Package:
@@ -107,7 +107,7 @@ class Package:
             raise BackendError(f"{file} names no version; known versions are {self.known}")
         return folder, version[1]
 
-    def load(self, layout: Layout, module: str) -> ModuleType:
+    def load(self, layout: PackageLayout, module: str) -> ModuleType:
         """The module. Raises BackendError, in one line, if the version that was found is not that of ``layout``."""
         folder, found = self.located()
         if found != layout.version:

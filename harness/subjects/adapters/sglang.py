@@ -22,12 +22,12 @@ from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.scenarios.world import Padding
 from nsa_oracle.harness.subjects.adapters import sglang_stand_ins as stand_ins
-from nsa_oracle.harness.subjects.adapters.packages import Layout, Package
+from nsa_oracle.harness.subjects.adapters.packages import Package, PackageLayout
 from nsa_oracle.harness.subjects.declarations import Call, OwnField, Waiver, behind_last_token, of_negative_lengths
 from nsa_oracle.reference import schedules
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 
-PACKAGE = Package(
+PUBLISHED = Package(
     "sglang",
     "NSA_ORACLE_SGLANG",
     stand_ins.values,
@@ -39,7 +39,7 @@ _ATTENTION = "sglang.srt.layers.attention."
 
 
 @dataclass(frozen=True, kw_only=True)
-class SglangLayout(Layout):
+class SglangLayout(PackageLayout):
     """Where one version of SGLang has its backend. names: "nsa" or "dsa", the prefix of its fields."""
 
     names: str
@@ -108,7 +108,7 @@ class Adapter:
             return None
         prefix = self.declared.layout.names
         if unknown := self.declared.undeclared(theirs):
-            if self.declared.layout.version in PACKAGE.adapters:
+            if self.declared.layout.version in PUBLISHED.adapters:
                 raise BackendError(
                     f"the metadata has {unknown[0]}, which the adapter neither judges nor lists as unread"
                 )
@@ -272,9 +272,7 @@ class Sglang:
         "target": ("EXTEND", "TARGET_VERIFY"),
         "draft_extend_v2": ("DRAFT_EXTEND_V2",),
     }
-    step_backends: ClassVar[dict[str, str]] = {
-        "draft": "N-1", "target": "1", "draft_extend": "1", "draft_extend_v2": "1",
-    }  # fmt: skip
+    step_backends: ClassVar[dict[str, str]] = {"draft": "N-1", "target": "1", "draft_extend_v2": "1"}
     empty_batches = False
     own_fields: ClassVar[tuple[OwnField, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens_cpu",)  # an input, passed on in EXTEND
@@ -289,7 +287,7 @@ class Sglang:
 
     def __new__(cls, config: BackendConfig, req_to_token: torch.Tensor, role: str) -> Any:
         """SGLang's instance for ``role`` behind the adapter."""
-        module = PACKAGE.load(cls.layout, _ATTENTION + cls.layout.module)
+        module = PUBLISHED.load(cls.layout, _ATTENTION + cls.layout.module)
         adapter = Adapter(cls, config, req_to_token)
         count = config.speculative_num_steps
         with adapter.current():
@@ -301,10 +299,10 @@ class Sglang:
     @staticmethod
     def stand_ins() -> list[str]:
         """Which parts are not SGLang's, and tensors that no adapter knows."""
-        return [*PACKAGE.stand_ins(), *(f"metadata.{name} (no adapter knows it)" for name in sorted(_unknown))]
+        return [*PUBLISHED.stand_ins(), *(f"metadata.{name} (no adapter knows it)" for name in sorted(_unknown))]
 
 
-@PACKAGE.adapter
+@PUBLISHED.adapter
 class v0_5_8(Sglang):  # noqa: N801
     """The NSA backend of 0.5.8, which trusts its host mirror."""
 
@@ -319,6 +317,7 @@ class v0_5_8(Sglang):  # noqa: N801
     steps, one_step = OlderSteps, OlderStep
     modes = (*Sglang.modes, "DRAFT_EXTEND")
     roles: ClassVar = {**Sglang.roles, "draft_extend": ("DRAFT_EXTEND",)}
+    step_backends: ClassVar = {**Sglang.step_backends, "draft_extend": "1"}
     mirrors: ClassVar = {"graph": ("equal",), "eager": ("equal",)}
     padding: ClassVar = {"DRAFT_EXTEND": Padding(accept_length="all")}
     absent: ClassVar = {"DRAFT_EXTEND_V2": ("paged_mqa_schedule_metadata",)}  # left to the indexer
@@ -362,14 +361,14 @@ def _dsa_layout(version: str, real: tuple[str, ...], kernels: tuple[str, ...]) -
     )
 
 
-@PACKAGE.adapter
+@PUBLISHED.adapter
 class v0_5_15(_Dsa):  # noqa: N801
     """The DSA backend of 0.5.15."""
 
     layout = _dsa_layout("0.5.15", ("utils",), ("triton_ops.dsa_metadata", "triton_ops.pad"))
 
 
-@PACKAGE.adapter
+@PUBLISHED.adapter
 class v0_5_23(_Dsa):  # noqa: N801
     """The DSA backend of 0.5.23."""
 
@@ -382,4 +381,4 @@ class v0_5_23(_Dsa):  # noqa: N801
 
 def __getattr__(name: str) -> type[Sglang]:
     """``installed`` and ``nearest``: see ``Package.chosen``."""
-    return PACKAGE.chosen(name)
+    return PUBLISHED.chosen(name)

@@ -16,17 +16,18 @@ from typing import Any, ClassVar
 
 import torch
 
+from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import Axis
 from nsa_oracle.harness.scenarios.world import Padding
 from nsa_oracle.harness.subjects.adapters import vllm_reference as reference
 from nsa_oracle.harness.subjects.adapters import vllm_stand_ins as stand_ins
-from nsa_oracle.harness.subjects.adapters.packages import Layout, Package
+from nsa_oracle.harness.subjects.adapters.packages import Package, PackageLayout
 from nsa_oracle.harness.subjects.adapters.vllm_reference import BLACKWELL, HOPPER, OLDER_HOPPER, Convention
 from nsa_oracle.harness.subjects.adapters.vllm_runner import Runner
 from nsa_oracle.harness.subjects.declarations import OwnField, Waiver
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
-PACKAGE = Package("vllm", "NSA_ORACLE_VLLM", stand_ins.values, ("deep_gemm",), series=1)
+PUBLISHED = Package("vllm", "NSA_ORACLE_VLLM", stand_ins.values, ("deep_gemm",), series=1)
 _DRAFTS = ("TARGET_VERIFY", "DRAFT_EXTEND_V2")
 _IN_GRAPHS = ("DECODE", *_DRAFTS)
 _BACKENDS = "vllm.v1.attention.backends."
@@ -62,7 +63,7 @@ class Builders:
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         reqs, tokens = max(max_bs, len(self.pool)), max(max_num_tokens, self.pool.numel())
-        indexer, sparse, common = (PACKAGE.load(self.adapter.layout, name) for name in _MODULES)
+        indexer, sparse, common = (PUBLISHED.load(self.adapter.layout, name) for name in _MODULES)
         self.runner = Runner(
             self.adapter.convention, self.config, self.pool, reqs, tokens, common.CommonAttentionMetadata
         )
@@ -80,9 +81,9 @@ class Builders:
             built = self.indexer.build(0, given), self.sparse.build(0, dataclasses.replace(given))
         columns = -(-built[1].max_seq_len // self.config.page_size)
         if forward_batch.forward_mode is ForwardMode.EXTEND:
-            self.forward_metadata = shown(built[1], order.batch_fields(*built, columns))
+            self.forward_metadata = metadata_of(self.adapter, built[1], order.batch_fields(*built, columns))
         else:
-            self.forward_metadata = shown(built[1], both_fields(*built, columns))
+            self.forward_metadata = metadata_of(self.adapter, built[1], both_fields(*built, columns))
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         given, _ = self.runner.prepared(forward_batch, in_graph=True, in_capture=in_capture)
@@ -92,7 +93,7 @@ class Builders:
                 builder.build_for_cudagraph_capture(one) if in_capture else builder.build(0, one)
                 for builder, one in zip((self.indexer, self.sparse), both, strict=True)
             ]
-        self.forward_metadata = shown(built[1], both_fields(built[0], built[1], self.runner.blocks))
+        self.forward_metadata = metadata_of(self.adapter, built[1], both_fields(built[0], built[1], self.runner.blocks))
         kept = self.captured.setdefault(key, self.forward_metadata)
         self.forward_metadata.max_seq_len_k = kept.max_seq_len_k  # that with which the graph was recorded
 
@@ -126,12 +127,18 @@ class FusedDraft(Builders):
         scalars = SimpleNamespace(
             block_size=self.config.page_size, max_query_len=1, max_seq_len=indexer.max_seq_len, req_id_per_token=None
         )
-        return shown(scalars, row_fields(indexer, scalars, columns))
+        return metadata_of(self.adapter, scalars, row_fields(indexer, scalars, columns))
 
 
-def shown(sparse: Any, fields: dict[str, Any]) -> SimpleNamespace:
-    """Metadata with the contract's names; what vLLM does not have is None."""
+def metadata_of(adapter: type[Vllm], sparse: Any, fields: dict[str, Any]) -> SimpleNamespace:
+    """Metadata with the contract's names; what vLLM does not have is None.
+
+    Raises BackendError for a field that the contract does not have and the adapter does not declare.
+    """
     found = SimpleNamespace(**dict.fromkeys(field.name for field in dataclasses.fields(Metadata)))
+    known = {*vars(found), *(own.name for own in adapter.own_fields)}
+    if unknown := [name for name, value in fields.items() if value is not None and name not in known]:
+        raise BackendError(f"the metadata has {unknown[0]}, which the adapter does not declare")
     found.page_size = sparse.block_size
     found.max_seq_len_q, found.max_seq_len_k = sparse.max_query_len, sparse.max_seq_len
     vars(found).update(fields)
@@ -168,7 +175,7 @@ def _own_fields(convention: Convention) -> tuple[OwnField, ...]:
         OwnField(
             "seqlens_expanded", reference.lengths_of_rows, ("DRAFT_EXTEND_V2",), dead=reference.before_first_token
         ),
-        OwnField("real_page_table", convention.blocks, _DRAFTS, dead=reference.of_padding),
+        OwnField("real_page_table", convention.blocks, _DRAFTS, dead=reference.of_padding_requests),
         OwnField("paged_mqa_schedule_metadata", convention.schedule, _DRAFTS),
         OwnField("token_to_batch_idx", reference.requests_of_rows, _IN_GRAPHS),
         OwnField("decode_lens", convention.tokens_of_entries, _IN_GRAPHS, (Axis.FLAT,)),
@@ -184,7 +191,7 @@ def _own_fields(convention: Convention) -> tuple[OwnField, ...]:
 class Vllm:
     """What all versions and GPUs declare."""
 
-    layout: ClassVar[Layout]
+    layout: ClassVar[PackageLayout]
     convention: ClassVar[Convention] = HOPPER
     builders: ClassVar[type[Builders]] = Builders
     sizes: ClassVar[dict[str, Sequence[Any]]] = {
@@ -217,27 +224,27 @@ class Vllm:
     waivers: ClassVar[tuple[Waiver, ...]] = tuple(
         Waiver(mode, "max_seq_len_q", TOGETHER, reference.several_rows) for mode in _DRAFTS
     )
-    stand_ins = staticmethod(PACKAGE.stand_ins)
+    stand_ins = staticmethod(PUBLISHED.stand_ins)
 
     def __new__(cls, config: BackendConfig, req_to_token: torch.Tensor, role: str) -> Any:
         """The builders for ``role``: every role has builders of its own."""
         return cls.builders(cls, config, req_to_token)
 
 
-@PACKAGE.adapter
+@PUBLISHED.adapter
 class v0_24(Vllm):  # noqa: N801
     """The builders of 0.24.0 on a Hopper GPU."""
 
-    layout = Layout(version="0.24.0", real=_OF_ALL)
+    layout = PackageLayout(version="0.24.0", real=_OF_ALL)
     convention = OLDER_HOPPER
     own_fields = tuple(own for own in _own_fields(OLDER_HOPPER) if own.name != "per_req_decode_lens")
 
 
-@PACKAGE.adapter
+@PUBLISHED.adapter
 class v0_33(Vllm):  # noqa: N801
     """The builders of 0.33.0 on a Hopper GPU."""
 
-    layout = Layout(
+    layout = PackageLayout(
         version="0.33.0",
         real=(
             *_OF_ALL,
@@ -273,4 +280,4 @@ class v0_33_fused_draft(v0_33):  # noqa: N801
 
 def __getattr__(name: str) -> type[Vllm]:
     """``installed`` and ``nearest``: see ``Package.chosen``."""
-    return PACKAGE.chosen(name)
+    return PUBLISHED.chosen(name)

@@ -112,7 +112,7 @@ def lengths_of_requests(expected: Metadata, call: Call) -> torch.Tensor:
     return _without_padding(expected.cache_seqlens_int32, call, 1)
 
 
-def of_padding(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def of_padding_requests(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Cells of padding in a field with one row or more for each request."""
     mask = np.zeros(shape, dtype=np.bool_)
     mask[call.raw_bs * shape[0] // call.batch.size :] = True

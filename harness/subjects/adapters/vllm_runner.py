@@ -15,7 +15,7 @@ BLOCK_TABLE_ALIGNMENT = 128  # tokens; see ``get_block_table_width`` in vLLM's `
 
 
 @dataclass(frozen=True)
-class Order:
+class RunnerOrder:
     """The order of the requests in vLLM's batch, and what makes places in it places in the batch that was asked for.
 
     requests: those of the batch, in vLLM's order. query_lens, seq_lens: of each, in that order.
@@ -100,7 +100,7 @@ class Runner:
         self.block_table = torch.zeros(max_reqs, self.width, dtype=torch.int32, device=device)
         self.slot_mapping = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
 
-    def prepared(self, batch: ForwardBatch, in_graph: bool, in_capture: bool = False) -> tuple[Any, Order]:
+    def prepared(self, batch: ForwardBatch, in_graph: bool, in_capture: bool = False) -> tuple[Any, RunnerOrder]:
         """What the builders get for ``batch``, and in which order.
 
         Requests of length 0 pad the batch: they have no query token, length 0 and block 0. A capture has none of them.
@@ -137,7 +137,7 @@ class Runner:
             is_prefilling=torch.full((bs,), batch.forward_mode is ForwardMode.EXTEND),
             seq_lens_cpu_upper_bound=upper,
         )
-        return given, Order(requests, lens, upper.long())
+        return given, RunnerOrder(requests, lens, upper.long())
 
 
 def _bounds(lens: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,13 @@ from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes
 from nsa_oracle.harness.scenarios.goal import SITUATION, Goal, Want
 from nsa_oracle.harness.scenarios.goals import FIRST_SITUATIONS, PERIODS, goals, wants
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
+from nsa_oracle.harness.scenarios.script import Script
 from nsa_oracle.harness.scenarios.situations import SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from tests.support.limits import limits, only
-from tests.support.metadata_cases import DECODE, VERIFY
+from tests.support.metadata_cases import DECODE, VERIFY, case
 
 SCALES = {"small": SMALL, "large": LARGE, "small, layer": SMALL_LAYER, "large, layer": LARGE_LAYER}
 
@@ -63,3 +65,15 @@ def test_wants_that_contradict_each_other_do_not_share_a_case() -> None:
     both = goal.joined(Want("b", {"page_size": (32, 64), "num_steps": (1,)}))
     assert both == Goal(("a", "b"), {"page_size": (32,), "num_steps": (1,)})
     assert both.joined(Want("c", {"page_size": (16,)})) is None
+
+
+def test_nobody_finishes_where_a_call_has_finished_all() -> None:
+    def no_choice(strategy: object) -> Any:
+        raise AssertionError(strategy)
+
+    script = Script(no_choice, case().setup, 0, SMALL, Goal())
+    script.finish(len(script.running) - 1)
+    assert script.events == ()
+    script.join(3)
+    script.finish(0)
+    assert [event.event for event in script.events] == ["join", "finish"]

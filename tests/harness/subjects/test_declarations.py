@@ -52,6 +52,10 @@ def test_roles_and_steps() -> None:
 
 MALFORMED = {
     "steps": ({"step_backends": 3}, "step_backends cannot be 3; choose from N, N-1, 1"),
+    "steps of no role": (
+        {"roles": {"draft": ("DECODE",)}, "modes": ("DECODE",), "step_backends": {"verify": "1"}},
+        "step_backends: there is no role 'verify'; choose from draft",
+    ),
     "a list of roles": ({"roles": ["draft"]}, "roles must map names to modes"),
     "an unknown mode": ({"roles": {"draft": ("PREFILL",)}}, "roles: there is no mode 'PREFILL'"),
     "no role": ({"roles": {"draft": ("DECODE",)}}, "roles: EXTEND must have one role, not 0"),

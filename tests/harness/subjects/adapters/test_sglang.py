@@ -29,7 +29,7 @@ THREE_EVENTS = case(
 def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the miniature of 0.5.8, named by the environment of this process and its children."""
     folder = miniature_sglang.write(tmp_path / "wheel")
-    monkeypatch.setenv(sglang.PACKAGE.folder, str(folder))
+    monkeypatch.setenv(sglang.PUBLISHED.folder, str(folder))
     return folder
 
 
@@ -86,9 +86,9 @@ def test_another_layout_is_refused_in_one_line(miniature: Path, tmp_path: Path) 
 
 
 def test_no_package_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sglang.PACKAGE.folder, str(tmp_path))
+    monkeypatch.setenv(sglang.PUBLISHED.folder, str(tmp_path))
     with pytest.raises(BackendError, match=r"contains no sglang/_version.py; set NSA_ORACLE_SGLANG to an unpacked"):
-        sglang.PACKAGE.located()
-    monkeypatch.delenv(sglang.PACKAGE.folder)
+        sglang.PUBLISHED.located()
+    monkeypatch.delenv(sglang.PUBLISHED.folder)
     with pytest.raises(BackendError, match=r"^sglang is not installed; set NSA_ORACLE_SGLANG to the folder of an"):
-        sglang.PACKAGE.located()
+        sglang.PUBLISHED.located()

@@ -5,25 +5,18 @@ On miniatures of the published versions that have SGLang's differences and no de
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from nsa_oracle.harness.checks.declared import DeclaredTally
-from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.forks import Tell, forked
-from nsa_oracle.harness.report.declared import unneeded_declarations
 from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
-from nsa_oracle.harness.search.backend_survey import BackendSurvey
-from nsa_oracle.harness.subjects.adapters.sglang import PACKAGE
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.adapters.sglang import PUBLISHED
 from nsa_oracle.reference.types import StepSemantics
 from tests.support import miniature_sglang
 from tests.support.backends import sglang_variants
 from tests.support.backends.sglang_variants import BY_NAME
+from tests.support.declarations import failures, surveyed
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, case
 
 SIZES = {"num_steps": 2, "num_draft_tokens": 4, "max_context_len": 67, "paged_mqa_num_sms": 3}
@@ -66,7 +59,7 @@ OF_EVERY_VERSION = {
     "step_backends_draft": ("history", "is built"),
     "step_backends_target": ("history", "is built"),
     "step_backends_draft_extend_v2": ("history", "is built"),
-    "step_semantics": ("advancing steps", "seqlens_expanded"),
+    "sizes_step_semantics": ("advancing steps", "seqlens_expanded"),
     "empty_batches": ("no request", "runs"),
     "mirrors_eager": ("stale mirror eagerly", "runs"),
     "unread": ("history", ", which the adapter neither judges nor lists as unread"),
@@ -103,7 +96,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "v0_5_23": OF_THE_DSA_BACKENDS,
 }
 NEEDLESS = {
-    "for_nothing_waivers": "WAIVER NOT NEEDED: cu_seqlens_k in DECODE, everywhere: ",
+    "for_nothing_waivers": "WAIVER NOT NEEDED: cache_seqlens_int32 in DECODE, everywhere: ",
     "for_nothing_absent": "ABSENT NOT NEEDED: paged_mqa_schedule_metadata in DECODE: ",
     "for_nothing_absent_nowhere": "absent: no call expects 'token_to_batch_idx' in DECODE; remove it",
 }
@@ -113,45 +106,21 @@ NEEDLESS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The unpacked miniatures by adapter."""
     found = {}
-    for version, adapter in PACKAGE.adapters.items():
+    for version, adapter in PUBLISHED.adapters.items():
         folder = tmp_path_factory.mktemp(adapter.__name__)
         found[adapter.__name__] = miniature_sglang.write(folder, version, miniature_sglang.mended(version))
     return found
 
 
-def surveyed(folder: Path, variant: str, scenario: Scenario) -> tuple[list[str], DeclaredTally] | None:
-    """Why a run of a variant of an adapter fails: its broken rows, then other reasons. And how its declarations were
-    met. None: it is not given the case. In a fork: the miniature is imported as SGLang.
-    """
-
-    def work(tell: Tell) -> tuple[list[str], DeclaredTally] | None:
-        os.environ[PACKAGE.folder] = str(folder)
-        try:
-            subject = Subject.load(f"{sglang_variants.__name__}:{variant}", None, torch.device("cpu"))
-            if subject.misfit(scenario) is not None:
-                return None
-            survey = BackendSurvey(subject, torch.device("cpu"))
-            survey.survey(scenario)
-        except BackendError as error:
-            return [str(error)], DeclaredTally()
-        found = survey.found
-        return [*(key.name for key in found.broken), *unneeded_declarations(found.declared)], found.declared
-
-    return forked(work)
-
-
-def failures(folder: Path, variant: str, scenario: Scenario) -> list[str]:
-    """Why a run of a variant that is given the case fails."""
-    found = surveyed(folder, variant, scenario)
-    assert found is not None
-    return found[0]
+def spec(adapter: str, what: str = "no_change") -> str:
+    return f"{sglang_variants.__name__}:{adapter}__{what}"
 
 
 @pytest.mark.parametrize("adapter", BY_NAME)
 def test_the_declarations_are_enough_and_all_are_needed(adapter: str, folders: dict[str, Path]) -> None:
     """No case below fails unless a declaration is changed; those that show a limit are not drawn."""
     for name in {name for name, _ in EXPECTED[adapter].values()}:
-        found = surveyed(folders[adapter], f"{adapter}__no_change", CASES[name])
+        found = surveyed(PUBLISHED.folder, folders[adapter], spec(adapter), CASES[name])
         assert found is None or found[0] == []
         assert (found is None) == (not name.startswith("history")), name
 
@@ -169,7 +138,7 @@ def test_no_declaration_can_be_left_out(
     adapter: str, declaration: str, name: str, why: str, folders: dict[str, Path]
 ) -> None:
     """Of a limit: such cases are then drawn, and they fail."""
-    found = failures(folders[adapter], f"{adapter}__{declaration}", CASES[name])
+    found = failures(PUBLISHED.folder, folders[adapter], spec(adapter, declaration), CASES[name])
     assert any(why in line for line in found), found
 
 
@@ -180,14 +149,19 @@ def test_no_declaration_can_be_left_out(
 def test_what_only_says_how_the_engine_drives_hides_nothing(
     adapter: str, declaration: str, name: str, folders: dict[str, Path]
 ) -> None:
-    assert failures(folders[adapter], f"{adapter}__{declaration}", CASES[name]) == []
+    assert failures(PUBLISHED.folder, folders[adapter], spec(adapter, declaration), CASES[name]) == []
 
 
 def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Path]) -> None:
     """Without it nobody would need them."""
     name = "seqlens_expanded in DRAFT_EXTEND, of negative lengths"
-    for variant, times in (("v0_5_8__no_change", 1), ("v0_5_8__padding_DRAFT_EXTEND", 0)):
-        found = surveyed(folders["v0_5_8"], variant, CASES["history with DRAFT_EXTEND"])
+    for what, times in (("no_change", 1), ("padding_DRAFT_EXTEND", 0)):
+        found = surveyed(
+            PUBLISHED.folder,
+            folders["v0_5_8"],
+            spec("v0_5_8", what),
+            CASES["history with DRAFT_EXTEND"],
+        )
         assert found is not None
         assert (found[0], found[1].waivers[name].needed) == ([], times)
 
@@ -195,5 +169,5 @@ def test_padding_decides_whether_three_waivers_are_reached(folders: dict[str, Pa
 @pytest.mark.parametrize("adapter", BY_NAME)
 @pytest.mark.parametrize("addition", NEEDLESS)
 def test_no_needless_declaration_can_be_added(adapter: str, addition: str, folders: dict[str, Path]) -> None:
-    (line,) = failures(folders[adapter], f"{adapter}__{addition}", CASES["history"])
+    (line,) = failures(PUBLISHED.folder, folders[adapter], spec(adapter, addition), CASES["history"])
     assert NEEDLESS[addition] in line

@@ -25,7 +25,7 @@ MODES = (DECODE, VERIFY, DRAFT_EXTEND_V2)
 def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the miniature, named by the environment of this process and its children."""
     folder = miniature_vllm.write(tmp_path / "wheel")
-    monkeypatch.setenv(vllm.PACKAGE.folder, str(folder))
+    monkeypatch.setenv(vllm.PUBLISHED.folder, str(folder))
     return folder
 
 
@@ -97,7 +97,11 @@ def test_another_version_is_refused_in_one_line(miniature: Path, tmp_path: Path)
 
 
 def test_near_versions() -> None:
-    assert [vllm.PACKAGE.nearest_to(version) for version in ("0.25.1", "0.29.0", "1.0.0")] == ["0.24.0", "0.33.0", None]
+    assert [vllm.PUBLISHED.nearest_to(version) for version in ("0.25.1", "0.29.0", "1.0.0")] == [
+        "0.24.0",
+        "0.33.0",
+        None,
+    ]
 
 
 def test_upstream_takes_the_engine(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_upstream_takes_the_engine(tmp_path: Path) -> None:
     again = harness("upstream", *words, cwd=tmp_path)
     assert again.returncode == PASSES, again.stdout + again.stderr
     assert f"nothing new is broken of {len(found['rows'])} properties; {len(cases)} on record are" in again.stdout
-    assert f"  replay: {vllm.PACKAGE.folder}=.upstream/vllm-0.33.0 " in again.stdout
+    assert f"  replay: {vllm.PUBLISHED.folder}=.upstream/vllm-0.33.0 " in again.stdout
 
 
 @pytest.mark.parametrize("lens", [[1], [0, 0], [300, 1, 0, 257], [5] * 9, [0, 4000]])

@@ -69,4 +69,4 @@ def test_only_what_is_named_is_unpacked_and_what_was_there_is_gone(tmp_path: Pat
     ],
 )
 def test_the_nearest_version_is_of_the_same_series(version: str, near: str | None) -> None:
-    assert sglang.PACKAGE.nearest_to(version) == near
+    assert sglang.PUBLISHED.nearest_to(version) == near
