@@ -7,7 +7,6 @@ one tile, and so always of the row's kind. The RoPE part has arbitrary bits, whi
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,23 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.conversions import Ints, as_bf16
+from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
 
 Bf16Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flushes a denormal or quietens a NaN
-
-
-class KeyKind(enum.Enum):
-    """What the chosen tiles of a key contain."""
-
-    NAN = "NaN"
-    INFINITE = "infinities"
-    ZEROS = "zeros of both signs"
-    DENORMAL = "denormals"
-    LARGEST = "largest number"
-    HALFWAY = "half-way between codes"
-    EQUAL = "one magnitude"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nsa_oracle.harness.content.conversions import as_e4m3
-from nsa_oracle.harness.content.edge_keys import EdgeKeys, KeyKind
+from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.harness.scenarios.scenario import Setup
 from nsa_oracle.reference.kv_cache import store_index_k
@@ -45,17 +45,25 @@ class EdgeScores:
         return f"row {row}, token {token} ({kind})"
 
 
-def edge_scores(given: EdgeKeys, setup: Setup, config: AttentionConfig, seed: int, run: int, call: int) -> EdgeScores:
-    """The index keys of ``given``, as tokens of one request, with queries for call number ``call`` of run ``run``.
+def edge_scores(
+    kinds: tuple[KeyKind, ...],
+    index_k: torch.Tensor,
+    setup: Setup,
+    config: AttentionConfig,
+    seed: int,
+    run: int,
+    call: int,
+) -> EdgeScores:
+    """Index keys of these kinds, [n, ID] bf16, as tokens of one request, with queries for call ``call`` of run ``run``.
 
     In an exact regime they are keys whose scores have one right value in any arithmetic that the contract allows.
     """
     assert setup.layer is not None
     wanted = _EXACT if setup.layer.regime.is_exact else tuple(KeyKind)
-    chosen = [row for row, kind in enumerate(given.kinds) if kind in wanted][: setup.max_context_len]
+    chosen = [row for row, kind in enumerate(kinds) if kind in wanted][: setup.max_context_len]
     pages = -(-len(chosen) // setup.page_size)
     cache = torch.full((1 + pages, config.index_page_bytes(setup.page_size)), 0xFF, dtype=torch.uint8)
-    store_index_k(config, cache, given.inputs.index_k[chosen], torch.arange(len(chosen)) + setup.page_size)
+    store_index_k(config, cache, index_k[chosen], torch.arange(len(chosen)) + setup.page_size)
     _make_nans_alike(cache, setup.page_size * config.index_head_dim)
     table = torch.zeros(_ROWS, -(-setup.max_context_len // setup.page_size), dtype=torch.int32)
     table[:, :pages] = torch.arange(1, 1 + pages)
@@ -65,7 +73,7 @@ def edge_scores(given: EdgeKeys, setup: Setup, config: AttentionConfig, seed: in
     signs = 1 - 2 * (random[:, heads:] & 1).astype(np.float32)
     queries = (signs * (1 + (random[:, heads:] >> 1) % 2)).reshape(_ROWS, heads, dim)
     return EdgeScores(
-        tuple(given.kinds[row] for row in chosen),
+        tuple(kinds[row] for row in chosen),
         as_e4m3(queries.astype(np.float32)),
         torch.from_numpy(weights.astype(np.float32)),
         cache,

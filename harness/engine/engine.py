@@ -172,9 +172,7 @@ class Engine:
         self, batch: Batch, load: LayerLoad | None, feeds: Sequence[Feed] = (Feed.ISOLATED, Feed.CHAIN)
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
-        raw_bs, padding = batch.size, self.setup.eager_padding
-        if padding and batch.mode is not ForwardMode.EXTEND:
-            batch = self._padded(batch, raw_bs + padding)
+        raw_bs, batch = batch.size, self.declarations.padded_eagerly(batch, self.setup)
         forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
         own = self.declarations.own_names
         with under_stress(self._delivery):

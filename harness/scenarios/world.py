@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
+from nsa_oracle.harness.scenarios.choices import Mirror, Order, Reuse
+from nsa_oracle.harness.scenarios.page_pool import PagePool, numbers, shuffled
 from nsa_oracle.harness.scenarios.rng import Stream
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
@@ -136,10 +137,10 @@ class World:
         self.free_rows = list(range(setup.pool_size - 1, -1, -1))  # a stack: its last row is used next
         if setup.inputs.far_req_to_token:  # only its last rows lie far, and few scenarios would use them otherwise
             self.free_rows.reverse()
-        self.free_pages = _pages_in_order(setup, self.scenario.seed)  # a stack as well
-        self._owners: NDArray[np.int32] = np.zeros(setup.num_pages, dtype=np.int32)  # requests that hold each page
-        self._random = Stream(self.scenario.seed, "world")
         self._reuse_order = Stream(self.scenario.seed, "reuse")
+        seed, pages = self.scenario.seed, setup.held_pages
+        self.pages = PagePool(pages, setup.page_layout, seed, setup.reuse, self._reuse_order)
+        self._random = Stream(self.scenario.seed, "world")
 
     def apply(self, event: Event) -> Batch | None:
         """Apply one event. Replay and eager events return the batch that the engine sends."""
@@ -181,15 +182,15 @@ class World:
         if not self._map(request):
             self.free_rows.append(row)
             return
-        self._owners[_numbers(shared)] += 1
+        self.pages.hold(shared)
         self.running.append(request)
 
     def _finish(self, request: Request) -> None:
         self.running.remove(request)
         self.free_rows.append(request.pool_row)
         if self.scenario.setup.reuse is Reuse.SHUFFLED:
-            self.free_rows = self._shuffled(self.free_rows)
-        self._release(request.pages)
+            self.free_rows = shuffled(self.free_rows, self._reuse_order)
+        self.pages.release(request.pages)
         self.req_to_token[request.pool_row] = self.poison
 
     def _accept(self, event: Accept) -> None:
@@ -222,14 +223,14 @@ class World:
         shared = _full_pages(source, request.seq_len, event.prefix_pages, self.scenario.setup)
         replaced, behind = request.pages, request.pages[len(shared) :]
         # A page's keys depend on the tokens before it: behind another prefix, shared pages are replaced by fresh ones.
-        places = np.flatnonzero(self._owners[_numbers(behind)] > 1)
-        if len(places) > len(self.free_pages):
+        places = self.pages.shared_among(behind)
+        if len(places) > len(self.pages.free):
             return
         for place in places:
-            behind[place] = self.free_pages.pop()
+            behind[place] = self.pages.free.pop()
         request.pages = shared + behind
-        self._owners[_numbers(request.pages)] += 1
-        self._release(replaced)
+        self.pages.hold(request.pages)
+        self.pages.release(replaced)
         self._map(request)
 
     def _batch(self, event: Replay | Eager, extend_lens: tuple[int, ...]) -> Batch:
@@ -292,44 +293,16 @@ class World:
         setup = self.scenario.setup
         covered = min(request.seq_len + setup.draft_overshoot, setup.max_context_len)
         missing = -(-covered // setup.page_size) - len(request.pages)
-        named = request.named_pages[len(request.pages) :][: max(0, missing)]
-        if named:
-            free = _numbers(self.free_pages)
-            self.free_pages = array("i", free[~np.isin(free, named)].tobytes())
-            request.pages.extend(named)
-            self._owners[list(named)] += 1
-            missing -= len(named)
-        if missing > len(self.free_pages):
+        taken = self.pages.take(missing, request.named_pages[len(request.pages) :])
+        if taken is None:
             return False
-        if missing > 0:
-            taken = self.free_pages[-missing:][::-1]
-            del self.free_pages[-missing:]
-            request.pages.extend(taken)
-            self._owners[_numbers(taken)] += 1
-        pages = _numbers(request.pages)
+        request.pages.extend(taken)
+        pages = numbers(request.pages)
         slots = pages[:, None] * setup.page_size + np.arange(setup.page_size, dtype=np.int32)  # [pages, page_size]
         row = self.req_to_token[request.pool_row]
         row[:covered] = slots.reshape(-1)[:covered]
         row[covered:] = self.poison
         return True
-
-    def _release(self, pages: array[int]) -> None:
-        """Take one owner from each of ``pages``. Those without another are free at once, as ``Reuse`` says."""
-        numbers = _numbers(pages)
-        self._owners[numbers] -= 1
-        freed = array("i", numbers[self._owners[numbers] == 0][::-1].tobytes())
-        match self.scenario.setup.reuse:
-            case Reuse.STACK:
-                self.free_pages.extend(freed)  # the first one last, to be used first
-            case Reuse.QUEUE:
-                self.free_pages = freed + self.free_pages
-            case Reuse.SHUFFLED:
-                mixed = 2 * len(freed) + 8  # with some others; to shuffle all pages of a large pool takes long
-                self.free_pages.extend(freed)
-                self.free_pages[-mixed:] = array("i", self._shuffled(self.free_pages[-mixed:]))
-
-    def _shuffled(self, numbers: Sequence[int]) -> list[int]:
-        return [numbers[i] for i in self._reuse_order.permutation(len(numbers))]
 
 
 def _ahead(request: Request, setup: Setup) -> int:
@@ -345,24 +318,3 @@ def _full_pages(source: Request, seq_len: int, count: int, setup: Setup) -> arra
     A page that is still being written is never shared: two requests would write different tokens to it.
     """
     return source.pages[: min(count, min(source.seq_len, seq_len) // setup.page_size)]
-
-
-def _pages_in_order(setup: Setup, seed: int) -> array[int]:
-    """All pages except the dummy page 0, as a stack: the last one is used first."""
-    count = setup.held_pages
-    pages = np.arange(1, count + 1, dtype=np.int32)
-    match setup.page_layout:
-        case PageLayout.CONTIGUOUS:
-            ordered = pages
-        case PageLayout.DESCENDING:
-            ordered = pages[::-1]
-        case PageLayout.INTERLEAVED:
-            ordered = np.concatenate([pages[start::3] for start in range(3)])
-        case PageLayout.SHUFFLED:
-            ordered = pages[Stream(seed, "pages").order(count)]
-    return array("i", ordered[::-1].tobytes())
-
-
-def _numbers(pages: array[int]) -> NDArray[np.int32]:
-    """``pages`` as numpy sees them, without a copy."""
-    return np.frombuffer(pages, dtype=np.int32)

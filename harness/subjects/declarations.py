@@ -186,6 +186,12 @@ class Declarations:
         padding = self.padding.get(graph_mode(batch.mode), Padding(setup.padding_len))
         return batch.padded(bs, setup.num_draft_tokens, padding)
 
+    def padded_eagerly(self, batch: Batch, setup: Setup) -> Batch:
+        """``batch`` with the padding of ``setup`` for eager calls. A prefill has none."""
+        if batch.mode is ForwardMode.EXTEND or not setup.eager_padding:
+            return batch
+        return self.padded(batch, batch.size + setup.eager_padding, setup)
+
     def own(self, mode: ForwardMode) -> list[OwnField]:
         """The author's fields that apply in ``mode``."""
         return [own for own in self.own_fields if ANY_MODE in own.modes or mode.value in own.modes]

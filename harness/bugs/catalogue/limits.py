@@ -22,7 +22,7 @@ from nsa_oracle.reference.types import (
     SpecInfo,
 )
 
-MOST = 8  # draft steps, and draft tokens
+MOST_DRAFTS = 8  # draft steps, and draft tokens
 FOLDED = 32  # heads
 
 
@@ -32,7 +32,7 @@ class RefreshesEightSteps(KeepsFields):
     names = tuple(field.name for field in fields.FIELDS)
 
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
-        if moment is not Moment.REPLAY or index >= MOST:
+        if moment is not Moment.REPLAY or index >= MOST_DRAFTS:
             super().done(backend, batch, moment, index)
 
 
@@ -42,7 +42,7 @@ class AcceptsEightTokens(BackendWrapper):
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if batch.spec_info is None:
             return batch
-        return dataclasses.replace(batch, spec_info=SpecInfo(batch.spec_info.accept_length.clamp(max=MOST)))
+        return dataclasses.replace(batch, spec_info=SpecInfo(batch.spec_info.accept_length.clamp(max=MOST_DRAFTS)))
 
 
 class IdleIsEmpty(BackendWrapper):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nsa_oracle.harness.checks.caches import with_canonical_nans
-from nsa_oracle.harness.content.edge_keys import EdgeKeys, KeyKind, edge_keys
+from nsa_oracle.harness.content.edge_keys import EdgeKeys, edge_keys
+from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.kv_cache import load_index_k, quantize, store_cache

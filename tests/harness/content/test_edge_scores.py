@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_oracle.harness.content.edge_keys import KeyKind, edge_keys
+from nsa_oracle.harness.content.edge_keys import edge_keys
 from nsa_oracle.harness.content.edge_scores import EdgeScores, edge_scores
+from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.reference.indexer import indexer_logits
@@ -24,7 +25,8 @@ def made_up(call: int = 1, **layer: Any) -> tuple[EdgeScores, torch.Tensor]:
     setup = case(layer=layer).setup
     assert setup.layer is not None
     config = setup.layer.attention_config()
-    given = edge_scores(edge_keys(setup, config, 3, 0, call), setup, config, 3, 0, call)
+    keys = edge_keys(setup, config, 3, 0, call)
+    given = edge_scores(keys.kinds, keys.inputs.index_k, setup, config, 3, 0, call)
     tensors = given.index_q, given.index_weights, given.index_k_cache, given.real_page_table, given.seqlens_expanded
     return given, indexer_logits(config, *tensors, setup.max_context_len)
 

@@ -146,5 +146,5 @@ def test_visible_tokens_have_keys_after_any_history(scenario: Scenario) -> None:
         model.state.settle(model.world)
         for request in range(len(model.world.running)):
             assert not any(model.is_poison(slot) for slot in model.slots(request))
-        assert all(model.is_poison(page * model.setup.page_size) for page in model.world.free_pages)
+        assert all(model.is_poison(page * model.setup.page_size) for page in model.world.pages.free)
         model.state.apply(model.state.passes(model.world, batch, model.config))

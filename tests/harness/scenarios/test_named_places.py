@@ -47,14 +47,14 @@ def test_named_pages_are_not_handed_out_otherwise_and_come_back() -> None:
     held = [page for request in world.running for page in request.pages]
     assert len(held) == len(set(held)) == 12
     world.apply(Finish(request=0, count=3))
-    assert sorted(world.free_pages) == list(range(1, 13))
+    assert sorted(world.pages.free) == list(range(1, 13))
 
 
 def test_pages_may_be_those_of_another_request() -> None:
     world, _ = played(Join(seq_len=3, pages=(4, 5)), Join(seq_len=3, pages=(4, 6)), Finish(request=0))
     assert world.running[0].pages.tolist() == [4, 6]
-    assert 4 not in world.free_pages
-    assert 5 in world.free_pages
+    assert 4 not in world.pages.free
+    assert 5 in world.pages.free
 
 
 def test_a_taken_row_and_a_row_without_a_request_change_nothing() -> None:

@@ -64,7 +64,7 @@ def check(world: World) -> None:
     assert sorted(rows + world.free_rows) == list(range(sizes.pool_size)), "each row has one owner"
     held = {page for r in world.running for page in r.pages}
     count = sizes.held_pages
-    assert sorted([*held, *world.free_pages]) == list(range(1, count + 1)), "pages are neither lost nor doubled; no 0"
+    assert sorted([*held, *world.pages.free]) == list(range(1, count + 1)), "pages are neither lost nor doubled; no 0"
     for request in world.running:
         check_request(world, request.pool_row, request.seq_len, request.pages)
     for row in world.free_rows:
@@ -312,7 +312,7 @@ def test_a_request_that_cannot_grow_finishes() -> None:
     world = states(Scenario(setup=sizes, events=(*joins, Accept(accept_lengths=(2, 2)))))[-1][0]
     check(world)
     assert [request.seq_len for request in world.running] == [7]
-    assert len(world.free_pages) == 2
+    assert len(world.pages.free) == 2
 
 
 def test_a_prefix_is_not_replaced_without_pages_for_what_is_behind() -> None:
