@@ -35,10 +35,13 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def error_line(error: BaseException, most: int = 200) -> str:
-    """The message of any exception for one line of a terminal, as by ``one_line``, with white space folded."""
+def error_line(error: BaseException, most: int = 200, nothing: str = "no message") -> str:
+    """The message of any exception for one line of a terminal, as by ``one_line``, with white space folded.
+
+    nothing: what stands for an empty message.
+    """
     try:
-        return one_line(" ".join(str(error).split()), most) or "no message"
+        return one_line(" ".join(str(error).split()), most) or nothing
     except Exception:  # the judged code may raise exceptions whose __str__ fails
         return "no text"
 

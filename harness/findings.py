@@ -75,7 +75,9 @@ class Finding:
 
     def sentence(self) -> str:
         where = [part for part in (f"step {self.step}" if self.step is not None else "", self.place) if part]
-        at = f" at {', '.join(where)}" if where else ""
+        at = ", ".join(where)
+        if at:
+            at = f" {at}" if at.startswith(("of ", "from ")) else f" at {at}"
         count = f"; {self.differing} of {self.compared} live cells differ" if self.compared else ""
         how = f" ({self.how})" if self.how else ""
         return f"{self.kind.value}: {self.field}{at}{how}: got {self.got}, expected {self.expected}{count}"

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from nsa_oracle.harness.signals import postponed
 
-_ENDING = ("_exit", "execv", "execve")  # functions of ``os`` that end this program without any clean-up
+_ASKING = (signal.SIGINT, signal.SIGTERM)  # what others send to a process that is to end
+
+
+def _asks_itself(process: int, number: int) -> bool:
+    return process in (0, os.getpid()) and number in _ASKING
+
+
+def _asks_its_group(group: int, number: int) -> bool:
+    return group in (0, os.getpgrp()) and number in _ASKING
+
+
+def _is_asking(number: int = signal.SIGINT) -> bool:
+    return number in _ASKING
+
+
+def _always(*arguments: Any) -> bool:
+    return True
+
+
+_ENDING: dict[tuple[Any, str], Callable[..., bool]] = {  # functions, and with which arguments they end this program
+    (os, "_exit"): _always,
+    (os, "execv"): _always,
+    (os, "execve"): _always,
+    (os, "kill"): _asks_itself,
+    (os, "killpg"): _asks_its_group,
+    (os, "closerange"): _always,  # the pipe to the parent, at the latest when it is to answer
+    (signal, "raise_signal"): _is_asking,
+    (_thread, "interrupt_main"): _is_asking,
+}
 
 
 class ProcessExit(SystemExit):
@@ -32,30 +61,32 @@ class RefusedExits:
 
 @contextmanager
 def exits_refused() -> Iterator[RefusedExits]:
-    """In the body ``os._exit`` and ``os.exec*`` raise ProcessExit: a verdict must not get lost with the process.
+    """In the body ``os._exit``, ``os.exec*`` and signals to itself raise ProcessExit, and so does ``os.closerange``.
 
-    Processes that the body forks may end as they like.
+    A verdict must not get lost with the process. Processes that the body forks may end as they like.
     """
     refused, process = RefusedExits(), os.getpid()
 
-    def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(*arguments: Any, **options: Any) -> NoReturn:
-            if os.getpid() != process:
-                function(*arguments, **options)
-            said = ProcessExit(f"os.{name}({', '.join(map(repr, arguments))[:80]}), which ends the process")
+    def guarded(name: str, function: Callable[..., Any], ends: Callable[..., bool]) -> Callable[..., Any]:
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            if os.getpid() != process or not ends(*arguments, **options):
+                return function(*arguments, **options)
+            shown = ", ".join("os.getpid()" if one == process else repr(one) for one in arguments)[:80]
+            effect = "closes files of the process" if name.endswith("closerange") else "ends the process"
+            said = ProcessExit(f"{name}({shown}), which {effect}")
             refused.first = refused.first or said
             raise said
 
         return refuse
 
-    before = {name: getattr(os, name) for name in _ENDING}
-    for name, function in before.items():
-        setattr(os, name, guarded(name, function))
+    before = {(module, name): getattr(module, name) for module, name in _ENDING}
+    for (module, name), function in before.items():
+        setattr(module, name, guarded(f"{module.__name__}.{name}", function, _ENDING[module, name]))
     try:
         yield refused
     finally:
-        for name, function in before.items():
-            setattr(os, name, function)
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 class Interruptions:

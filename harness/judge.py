@@ -29,7 +29,7 @@ from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObserv
 from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.graphs.callers import is_judged_code, judged_frames
+from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import Interruptions, exits_refused, interruptions_noted
@@ -39,7 +39,7 @@ from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scenario import Eager, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario, Setup
 from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.global_state import kept_global_state
@@ -210,7 +210,7 @@ class _Run:
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
                     self._judge_event(engine, engine.run(event), number)
-            finding = _stray_write(engine)  # a capture without a replay can write astray, too
+            finding = _stray_write(engine) or _modified_input(engine)  # a capture without a replay can write, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             self.verdict.audit.add(engine.audit)
@@ -244,8 +244,11 @@ class _Run:
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:
         metadata: list[Metadata] = []
         batch: Batch | None = None
+        event = self.scenario.events[number]
         for seen in observations:
             batch = seen.batch
+            if (modified := _modified_input(engine, event)) is not None:  # first: wrong values may come of it
+                raise OracleFailure(self.scenario, modified, number)
             if isinstance(seen, Observation):
                 table, steps = engine.world.req_to_token, engine.num_steps(seen.batch.mode)
                 metadata = expected_metadata(engine.config, table, seen.batch, seen.in_graph, steps)
@@ -261,9 +264,11 @@ class _Run:
             finding = finding or _stray_write(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
+        if batch is None and (modified := _modified_input(engine, event)) is not None:  # by a capture
+            raise OracleFailure(self.scenario, modified, number)
         launched = self._counter.take()
         alone = not self.scenario.setup.neighbour_context_len  # another context length may select other variants
-        if batch is not None and alone and isinstance(self.scenario.events[number], Eager):
+        if batch is not None and alone and isinstance(event, Eager):
             self._growth.note_eager(batch, launched)
         else:
             self._growth.note(launched)
@@ -330,8 +335,17 @@ def _stray_write(engine: Engine) -> Finding | None:
     if overrun is not None:
         buffer = f"buffer of shape {list(overrun.shape)} made by {overrun.operation}"
         return Finding(Kind.GUARD, buffer, "a written guard band", "no write around it")
-    modified = engine.modified_input()
+    modified = engine.modified_input_of_layer()
     return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
+
+
+def _modified_input(engine: Engine, event: Event | None = None) -> Finding | None:
+    """An input of the backend that is not as the engine wrote it, or None. event: in which the backend was called."""
+    modified = engine.modified_input()
+    if modified is None:
+        return None
+    by = engine.instances.called_in(event)
+    return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=f"by {by}" if by else "")
 
 
 def _is_shortage(error: BaseException) -> bool:
@@ -343,7 +357,8 @@ def _is_shortage(error: BaseException) -> bool:
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames that the exception passed, without those of libraries."""
-    return [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f for f in frames if "site-packages" not in f.filename or Path(f.filename).is_relative_to(_HERE)]
 
 
 def _raised(error: BaseException) -> Finding:
@@ -357,12 +372,13 @@ def _raised(error: BaseException) -> Finding:
         error = error.__cause__
         frames += _judged_frames(error)
     calls = [frame for frame in _frames(error) if frame.line]
-    place = f"the call {calls[-1].line}" if calls else ""
+    place = defined_at(error) or (f"the call {calls[-1].line}" if calls else "")
     if frames:
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
     stack = tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-MOST_FRAMES:])
     kind = Kind.LAYER_CRASH if in_layer else Kind.CRASH
-    return Finding(kind, type(error).__name__, error_line(error), "no exception", place=place, stack=stack)
+    got = error_line(error, nothing=type(error).__name__)
+    return Finding(kind, type(error).__name__, got, "no exception", place=place, stack=stack)
 
 
 def _judged_frames(error: BaseException) -> Sequence[traceback.FrameSummary]:

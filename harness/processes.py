@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,7 @@ from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import bounds, promises
 from nsa_oracle.harness.interpreter.masks import accept_integer_masks
 from nsa_oracle.harness.interpreter.speed import speed_up
+from nsa_oracle.harness.signals import INTERRUPTED
 
 _T = TypeVar("_T")
 SECONDS_TO_END = 3
@@ -141,10 +142,14 @@ def _serve(pipe: Connection, device: str, number: int, output: Path | None) -> N
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
-    with suppress(KeyboardInterrupt):  # Ctrl-C reaches the parent too, which reports
+    code = 0
+    try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         _serve_calls(pipe)
+    except KeyboardInterrupt:  # Ctrl-C reaches the parent too, which reports
+        code = INTERRUPTED
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    sys.exit(code)
 
 
 def _serve_calls(pipe: Connection) -> None:

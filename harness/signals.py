@@ -13,15 +13,31 @@ _SECONDS_LATER = 0.05
 _kill = os.kill  # while a case is judged, ``os.kill`` is another function
 
 
-def postponed(number: int, frame: FrameType | None) -> bool:
-    """Whether a signal has arrived in a callback of the garbage collector; it is then sent again a little later.
+_is_collecting = False
 
-    Python prints and drops what such a callback raises, and Hypothesis has one.
-    """
+
+def _note_collection(phase: str, info: object) -> None:
+    global _is_collecting
+    _is_collecting = phase == "start"
+
+
+gc.callbacks.append(_note_collection)
+
+
+def _is_dropped(frame: FrameType | None) -> bool:
+    """Whether what is raised at ``frame`` gets lost: in another callback of the collector, or in a finaliser."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None and frame.f_code not in callbacks:
+    while frame is not None and frame.f_code not in callbacks and frame.f_code.co_name != "__del__":
         frame = frame.f_back
-    if frame is None:
+    return frame is not None
+
+
+def postponed(number: int, frame: FrameType | None) -> bool:
+    """Whether a signal has arrived while garbage is collected, or in a finaliser; it is then sent again soon.
+
+    Python prints and drops what callbacks raise then. Hypothesis, torch and the harness have some.
+    """
+    if not _is_collecting and not _is_dropped(frame):
         return False
     timer = threading.Timer(_SECONDS_LATER, _kill, (os.getpid(), number))
     timer.daemon = True

@@ -295,15 +295,21 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Report what cannot be judged in one line, without a traceback."""
     try:
         return (yield)
-    except ValueError as error:
-        if "nsa_oracle.harness.errors" in sys.modules:
-            from nsa_oracle.harness.errors import BackendError, ScenarioError
+    except (ValueError, pytest.UsageError) as error:
+        if not _is_refusal(error, item):
+            raise
+        refusal = str(error)
+    pytest.fail(refusal, pytrace=False)  # here, where the error is not printed with it
 
-            if isinstance(error, BackendError | ScenarioError) and (
-                _part_of(item) is not None or "oracle" in getattr(item, "fixturenames", ())
-            ):
-                pytest.fail(str(error), pytrace=False)
-        raise
+
+def _is_refusal(error: Exception, item: pytest.Item) -> bool:
+    """Whether the error says that the oracle cannot judge what ``item`` names."""
+    if "nsa_oracle.harness.errors" not in sys.modules:
+        return False
+    from nsa_oracle.harness.errors import BackendError, ScenarioError
+
+    uses_it = _part_of(item) is not None or "oracle" in getattr(item, "fixturenames", ())
+    return uses_it and isinstance(error, BackendError | ScenarioError | pytest.UsageError)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

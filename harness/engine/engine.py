@@ -232,12 +232,13 @@ class Engine:
         self._pool.send(req_to_token)
 
     def modified_input(self) -> str | None:
-        """The name of an input that the backend or the layer has modified, or None."""
+        """The name of an input that the backend has modified, or None."""
         self._delivery.deliver()
-        if self._pool.is_modified():
-            return "req_to_token"
-        written = None if self.layer is None else self.layer.driver.modified_input()  # a capture can write, too
-        return self.inputs.modified() or (None if written is None else written.name)
+        return "req_to_token" if self._pool.is_modified() else self.inputs.modified()
+
+    def modified_input_of_layer(self) -> str | None:
+        """The name of an input that the layer has modified, in a capture too, or None."""
+        return self.layer.modified_input() if self.layer is not None else None
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
         return self.declarations.padded(batch, bs, self.setup)

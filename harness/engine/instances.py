@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for
+from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for, prepares_in_graph
 from nsa_oracle.harness.engine.shown_metadata import shown_metadata, steps_of
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Setup
 from nsa_oracle.harness.subjects.declarations import Declarations, Role
 from nsa_oracle.harness.subjects.names import BuiltBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
@@ -70,3 +70,18 @@ class Instances:
     def serving(self, mode: ForwardMode) -> Instance:
         """The instance that serves ``mode``. An idle rank replays the graph of DECODE, so both have one instance."""
         return next(instance for instance in self.all if mode in instance.role.modes)
+
+    def called_in(self, event: Event | None) -> str:
+        """The backend's method that is called in ``event``, and what else may run then; "" if none is."""
+        match event:
+            case Capture():
+                act = Act.CAPTURE
+            case Replay():
+                act = Act.REPLAY
+            case Eager():
+                act = Act.EAGER
+            case _:
+                return ""
+        serving = self.serving(event.mode)
+        in_graph = " or in the graph" if act is not Act.EAGER and prepares_in_graph(serving.backend) else ""
+        return f"{type(serving.backend).__name__}.{serving.driver.names[act]}{in_graph}"

@@ -86,6 +86,11 @@ class LayerEngine:
         unjudged = self.method_calls.without(Feed.ISOLATED.value)
         return any(name != "forward" for name in unjudged)
 
+    def modified_input(self) -> str | None:
+        """The name of an input that the layer has modified, or None."""
+        written = self.driver.modified_input()
+        return None if written is None else written.name
+
     def load(self, batch: Batch) -> LayerLoad:
         """The passes of one call of ``batch`` (not padded), with new keys, and the caches before the first pass."""
         self.cache_state.settle(self.world)

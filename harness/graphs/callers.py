@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -37,6 +39,25 @@ def operation_name(func: Callable[..., Any]) -> str:
 def judged_frames(failure: TracebackType | None) -> list[traceback.FrameSummary]:
     """The frames of ``failure`` in judged code, outermost first: not those of torch, Triton, the harness or Python."""
     return [frame for frame in traceback.extract_tb(failure) if is_judged_code(frame.filename)]
+
+
+def defined_at(error: BaseException) -> str:
+    """Where the method is defined that could not be called with the harness's arguments; "" for any other error.
+
+    Such an error passes no line of judged code.
+    """
+    called = re.match(r"(?:[\w.<>]*\.)?(\w+)\(\) (?:takes|missing|got)\b", str(error))
+    if called is None or not isinstance(error, TypeError):
+        return ""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        there = frame.f_locals
+        for value in (*there.values(), *getattr(there.get("self"), "__dict__", {}).values()):
+            method = inspect.getattr_static(value, called[1], None)
+            function = inspect.unwrap(getattr(method, "__func__", method)) if method is not None else None
+            code = getattr(function, "__code__", None)
+            if code is not None and is_judged_code(code.co_filename):
+                return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+    return ""
 
 
 def judged_stack(frame: FrameType | None, outermost: FrameType) -> list[FrameType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.harness.errors import ScenarioError, counted
+from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
@@ -118,20 +120,27 @@ def _unreported(runs: Runs, session: Session) -> Iterator[tuple[Specs, FailureRe
     for count in counts:
         if count.saved and count.saved not in reported:
             specs = count.backend, count.layer
-            yield specs, _interrupted(session, specs, Path(count.saved))
+            yield specs, _interrupted(session, specs, count)
 
 
-def _interrupted(session: Session, specs: Specs, file: Path) -> FailureRecord:
-    """The record of a case that had failed, and was being shrunk when the run was interrupted."""
+def _interrupted(session: Session, specs: Specs, count: Count) -> FailureRecord:
+    """The record of a case that had failed, and was being shrunk when the run was interrupted.
+
+    It is alike to others of the same finding.
+    """
+    file = Path(count.saved)
     try:
         scenario = load(file)
     except ScenarioError as error:
         return _by_file(session, specs, file, "interrupted", str(error), str(error))
-    text = f"ORACLE FAILURE  {scenario.note}\n\n{story(scenario)}\n\nperhaps not the smallest case: interrupted"
-    return _by_file(session, specs, file, "interrupted", scenario.note, text)
+    told = story(scenario, count.event)
+    text = f"ORACLE FAILURE  {scenario.note}\n\n{told}\n\nperhaps not the smallest case: interrupted"
+    record = _by_file(session, specs, file, count.kind, scenario.note, text)
+    return dataclasses.replace(record, field=count.field, size=len(scenario.events))
 
 
 def _by_file(session: Session, specs: Specs, file: Path, kind: str, sentence: str, text: str) -> FailureRecord:
-    command = session.replay_command(Exploration(saved=file), specs)
+    is_timeout = kind == Kind.TIMEOUT.value
+    command = session.replay_command(Exploration(saved=file), specs, Kind.TIMEOUT if is_timeout else None)
     report = f"{text}\n\nsaved:  {file}\nreplay: {command}"
     return FailureRecord(kind, file.name, sentence, command, report, saved=str(file))

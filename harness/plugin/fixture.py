@@ -103,7 +103,7 @@ class Oracle:
             self._session.output.show()
         if death is not None:
             self._record(ItemRecord(failures=(death,), backend=part.backend, layer=part.layer))
-            pytest.fail(f"{death.sentence}\nreplay: {death.command}", pytrace=False)
+            pytest.fail(_told(death), pytrace=False)
         failures: tuple[FailureRecord, ...] = ()
         report = self._session.report_of(outcome, specs)
         if outcome.failure is not None and report is not None:
@@ -118,7 +118,12 @@ class Oracle:
         if part.file is None and not outcome.verdict.cases and not failures:
             pytest.skip("no case was judged: time was up")
         for failure in failures:  # the report of each different failure is printed once, at the end
-            pytest.fail(f"{failure.sentence}\nreplay: {failure.command}", pytrace=False)
+            pytest.fail(_told(failure), pytrace=False)
 
     def _record(self, record: ItemRecord) -> None:
         self._node.user_properties.append((PROPERTY, record.to_json()))
+
+
+def _told(failure: FailureRecord) -> str:
+    """The line of a failure, and the command that replays it if there is a case."""
+    return f"{failure.sentence}\nreplay: {failure.command}" if failure.command else failure.sentence

@@ -196,9 +196,9 @@ class Session:
         if (misfit := judge.misfit(scenario, part.file)) is not None:
             raise Unfit(f"{misfit} is not among the sizes and modes that are declared")
         outcome = judge.judge(scenario, self.save_dir)
-        outcome.saved = part.file
-        verdict = outcome.verdict
-        counter.note(verdict.cases, verdict.replays, part.file if outcome.failure is not None else None)
+        outcome.saved, verdict = part.file, outcome.verdict
+        saved = part.file if outcome.failure is not None else None
+        counter.note(verdict.cases, verdict.replays, saved, failure=outcome.failure)
         return outcome
 
     def unvisited(self, part: Part, outcome: Exploration) -> list[str]:

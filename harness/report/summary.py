@@ -175,6 +175,7 @@ def stories(failures: Sequence[FailureRecord], verbose: bool = False) -> str:
 def _listed_failures(failures: Sequence[FailureRecord]) -> list[str]:
     """Each different failure once, with the command that replays its smallest case."""
     return [
-        f"FAILED{f' ({len(group)} cases)' if len(group) > 1 else ''}: {group[0].sentence}\n  {group[0].command}"
+        f"FAILED{f' ({len(group)} cases)' if len(group) > 1 else ''}: {group[0].sentence}"
+        + (f"\n  {group[0].command}" if group[0].command else "")
         for group in grouped(failures)
     ]

@@ -62,17 +62,26 @@ RUNNING = ".running.json"
 
 @contextmanager
 def saved_while_judged(scenario: Scenario, folder: Path) -> Iterator[None]:
-    """Keep the case in ``folder`` while it is judged. The file stays behind if judging it kills the process."""
+    """Keep the case in ``folder`` while it is judged. The file stays behind if judging it kills the process.
+
+    It also does if the process is interrupted, as judged code may do to itself.
+    """
+    folder = folder.absolute()  # judged code may change the current folder
     path = folder / f"{digest(scenario)}.{os.getpid()}{RUNNING}"
     created = not folder.exists()
     with suppress(OSError):  # if the folder is not writable, the report of a failure says so
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(scenario), encoding="utf-8")
+    is_interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        is_interrupted = True
+        raise
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            if not is_interrupted:
+                path.unlink(missing_ok=True)
             if created:
                 folder.rmdir()  # fails unless the folder is empty
 

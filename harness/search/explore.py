@@ -21,6 +21,7 @@ from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.stream import ATTEMPTS, CaseStream, Drawn
 from nsa_oracle.harness.subjects.subject import Subject
 
+MOST_TRIALS_OF_A_HANG = 8
 SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
 
 
@@ -124,7 +125,10 @@ def explore(
         except OracleFailure as failure:
             finding = failure.finding
             is_first = counter is None or counter.claim(f"{finding.kind.value} {finding.field}")
-            search.shrink(drawn, most_shrinking if is_first else 0)  # one bug is shrunk once
+            if finding.kind is Kind.TIMEOUT:  # each trial takes the whole time limit
+                search.shrink_hang(MOST_TRIALS_OF_A_HANG if is_first else 0)
+            else:
+                search.shrink(drawn, most_shrinking if is_first else 0)  # one bug is shrunk once
             break
     return search.outcome
 
@@ -184,6 +188,11 @@ class _Search:
             self.outcome.flaky = True
             self.outcome.saved = None if self.outcome.unsaved else self._files.raw
 
+    def shrink_hang(self, most: int) -> None:
+        """Replace the failure of a case that does not end by a smaller one, with up to ``most`` trials."""
+        assert self.outcome.failure is not None
+        self._keep(minimised(self.outcome.failure, self._subject, self._device, most, self._shrinking_ends))
+
     def _shrink_by_hypothesis(self, drawn: Drawn) -> None:
         """Draw the case again and let Hypothesis shrink it. Raises OracleFailure, of the smallest case."""
         begun = False
@@ -216,7 +225,7 @@ class _Search:
     def _count(self) -> None:
         if self._counter is not None:
             verdict = self.outcome.verdict
-            self._counter.note(verdict.cases, verdict.replays, self.outcome.saved)
+            self._counter.note(verdict.cases, verdict.replays, self.outcome.saved, failure=self.outcome.failure)
 
 
 def minimised(

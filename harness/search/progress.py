@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nsa_oracle.harness.errors import counted
+from nsa_oracle.harness.judge import OracleFailure
 
 
 @dataclass(frozen=True)
 class Count:
     """What one process has judged of one part of a run, of ``backend`` and ``layer`` (``module:attribute`` or None).
 
-    saved: file of the case that failed; empty if none has. expected: cases that the whole run will judge.
+    saved: file of the case that failed; empty if none has. kind, field: of its finding; event: the index of the event
+    that shows it. expected: cases that the whole run will judge.
     """
 
     cases: int = 0
@@ -27,6 +29,9 @@ class Count:
     backend: str | None = None
     layer: str | None = None
     process: int = 0
+    kind: str = ""
+    field: str = ""
+    event: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,19 @@ class CaseCounter:
     backend: str | None = None
     layer: str | None = None
 
-    def note(self, cases: int = 0, replays: int = 0, saved: Path | None = None, expected: int = 0) -> None:
+    def note(
+        self,
+        cases: int = 0,
+        replays: int = 0,
+        saved: Path | None = None,
+        expected: int = 0,
+        failure: OracleFailure | None = None,
+    ) -> None:
         """Set the count. Where nothing can be written nothing is counted: a full disk must not end a run."""
         count = Count(cases, replays, str(saved or ""), expected, self.backend, self.layer, os.getpid())
+        if failure is not None:
+            found = failure.finding
+            count = replace(count, kind=found.kind.value, field=found.field, event=failure.event)
         path = self.folder / f"{self.name}.json"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
-from tests.support.backends import crashes
+from tests.support.backends import crashes, process
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -46,6 +47,31 @@ def test_an_exception_that_a_library_raises_is_located_in_judged_code(backend: A
     assert (finding.kind, finding.field) == (Kind.CRASH, field)
     assert "crashes.py" in finding.place
     assert "in refresh" in finding.place
+
+
+@pytest.mark.parametrize(
+    ("backend", "got"),
+    [
+        (process.SignalsItself, "os.kill(os.getpid(), <Signals.SIGINT: 2>), which ends the process"),
+        (process.ClosesFiles, "os.closerange(3, 64), which closes files of the process"),
+    ],
+)
+def test_a_signal_to_itself_and_closed_files_are_findings(backend: Any, got: str) -> None:
+    finding = failure_of(backend).finding
+    assert (finding.kind, finding.field, finding.got) == (Kind.CRASH, "ProcessExit", got)
+    assert "process.py" in finding.place
+    assert "in refresh" in finding.place
+
+
+def test_a_signal_that_ends_nothing_is_sent() -> None:
+    judge(one_replay(DECODE), factory_of(process.AsksForItself), CPU)
+
+
+def test_another_current_folder_is_a_finding_and_put_back() -> None:
+    before = Path.cwd()
+    finding = failure_of(process.ChangesFolder).finding
+    assert (finding.kind, finding.field, finding.got, finding.expected) == (Kind.STATE, "os.getcwd()", "/", str(before))
+    assert Path.cwd() == before
 
 
 def test_children_of_judged_code_end_as_they_like() -> None:

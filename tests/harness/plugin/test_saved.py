@@ -39,6 +39,32 @@ def test_saved_cases_that_are_asked_for_must_exist(
     assert "Traceback" not in done.output + done.errors
 
 
+NAMES = """
+from nsa_oracle.harness import judged
+
+@judged(backend="absent_module:X", cases=["metadata"])
+def test_judged():
+    pass
+
+def test_fixture(oracle):
+    oracle.judge(backend="absent_module:X", cases=["metadata"])
+
+def test_profile(oracle):
+    oracle.judge(backend="absent_module:X", profile="huge")
+"""
+
+
+def test_backend_of_a_test_that_cannot_be_judged_is_told_once_an_item(tmp_path: Path) -> None:
+    (tmp_path / "test_names.py").write_text(NAMES)
+    done = run(tmp_path, "test_names.py", "-p", "no:cacheprovider")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED
+    lines = done.output.splitlines()
+    assert sum(line.startswith("backend 'absent_module:X': cannot import absent_module") for line in lines) == 9
+    assert sum(line.startswith("profile: there is no 'huge'") for line in lines) == 1
+    assert "During handling" not in done.output
+    assert "Traceback" not in done.output
+
+
 def test_suite_in_a_repository_without_saved_cases(tmp_path: Path) -> None:
     words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
     done = run(tmp_path, *words, "-k", "saved or scenarios and 1")

@@ -11,17 +11,21 @@ import pytest
 import torch
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError
+from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subject
 from nsa_oracle.harness.report.failure import explain
 from nsa_oracle.harness.scenarios.files import RUNNING, from_json, load, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
-from nsa_oracle.harness.search.explore import explore
+from nsa_oracle.harness.search.explore import Exploration, explore
+from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from tests.support.backends import clean, crashes, lengths
 from tests.support.metadata_cases import factory_of
+
+CPU = torch.device("cpu")
 
 
 class Watched(lengths.VerifyForgetsDrafts):  # type: ignore[misc, valid-type]
@@ -182,6 +186,35 @@ class TestWhichCasesAreJudged:
     def test_no_case_is_judged_after_the_deadline(self, judged: list[Scenario], tmp_path: Path) -> None:
         outcome = explore(optimized_subject(), torch.device("cpu"), 8, 0, tmp_path, deadline=time.monotonic() - 1)
         assert (judged, outcome.failure) == ([], None)
+
+
+def test_a_hang_is_shrunk_once_in_a_run_and_with_few_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial takes the whole time limit."""
+    judged: list[Scenario] = []
+
+    def hangs(subject: Subject, scenario: Scenario, *_: Any) -> Verdict:
+        judged.append(scenario)
+        raise OracleFailure(scenario, Finding(Kind.TIMEOUT, "case", "still running", "an end"), 0)
+
+    monkeypatch.setattr(explore_module, "judge_subject", hangs)
+    (tmp_path / "counts").mkdir()
+
+    def search(name: str) -> Exploration:
+        judged.clear()
+        counter = CaseCounter(tmp_path / "counts", name)
+        return explore(Subject(factory_of(clean.Clean)), CPU, 30, 3, tmp_path / "saved", counter=counter)
+
+    first = search("first")
+    assert 1 < len(judged) <= 1 + explore_module.MOST_TRIALS_OF_A_HANG
+    assert first.failure is not None
+    assert first.first is not None
+    assert len(to_json(first.failure.scenario)) < len(to_json(first.first.scenario))
+    second = search("second")
+    assert len(judged) == 1
+    assert second.failure is not None
+    assert second.saved is not None
+    assert second.saved.exists()
+    assert not second.flaky
 
 
 def test_a_case_found_among_candidates_is_shrunk_from_there(

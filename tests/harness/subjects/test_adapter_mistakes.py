@@ -24,6 +24,7 @@ LAYER = layer_case(*EVENTS, layer=lattice())
 REFERENCE = "nsa_oracle.reference.multi_step:MultiStepBackend"
 MISTAKES = {mistake.name: mistake for mistake in mistakes()}
 STATE = {
+    "folder": Path.cwd,
     "dtype": torch.get_default_dtype,
     "device": torch.get_default_device,
     "threads": torch.get_num_threads,

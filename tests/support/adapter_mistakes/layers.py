@@ -217,6 +217,13 @@ def global_state() -> Iterator[Mistake]:
         *says,
         names="torch.get_default_device",
     )
+    says = "global state left changed: os.getcwd()", "got /, expected"
+    yield Mistake(
+        "current folder in the constructor", init("", "import os; os.chdir('/')").source, says, names="os.getcwd"
+    )
+    yield layer(
+        "current folder in a stage", "sparse_mla", "import os; os.chdir('/'); return right", *says, names="os.getcwd"
+    )
     for name, body in {
         "seed": "torch.manual_seed(3)",
         "threads": "torch.set_num_threads(3)",

@@ -31,7 +31,22 @@ def steps() -> Iterator[Mistake]:
         "self.attn_backends = dict(enumerate(self.attn_backends))",
         "must be a list of single-step backends, not dict",
     )
-    yield init("one step too few", "self.attn_backends.pop()", "attn_backends", "got 1 step, expected 2 steps")
+    writes = (
+        "class S(Step):\n    def init_forward_metadata(self, batch):\n        super().init_forward_metadata(batch)\n"
+        "        batch.seq_lens.add_(1)\n"
+    )
+    yield backend(
+        "a step writes what the next one reads",
+        writes + "class Mine(Backend):\n    def __init__(self, c, r):\n        super().__init__(c, r)\n"
+        "        self.attn_backends = [S(c, r) for _ in self.attn_backends]\n",
+        "input modified: seq_lens (by Mine.init_forward_metadata): got changed content",
+    )
+    yield init(
+        "one step too few",
+        "self.attn_backends.pop()",
+        "wrong shape: attn_backends of Mine: ",
+        "got 1 step, expected 2 steps",
+    )
     yield init("one step too many", "self.attn_backends *= 2", "attn_backends", "got 4 steps, expected 2 steps")
     yield init("no steps", "self.attn_backends = []", "attn_backends", "got 0 steps, expected 2 steps")
     yield init("a step is None", "self.attn_backends[1] = None", "attn_backends[1] is None")

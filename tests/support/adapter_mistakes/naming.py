@@ -126,18 +126,21 @@ def construction() -> Iterator[Mistake]:
         "method of no batch",
         "def init_forward_metadata(self): pass",
         "TypeError",
+        FILE + ":11 in init_forward_metadata",
         "Mine.init_forward_metadata() takes 1",
     )
     yield whole(
         "method of more",
         "def init_forward_metadata(self, a, b): pass",
         "TypeError",
+        FILE + ":11 in init_forward_metadata",
         "Mine.init_forward_metadata() missing 1",
     )
     yield whole(
         "other keyword",
         "def init_cuda_graph_state(self, max_bs): pass",
         "TypeError",
+        FILE + ":11 in init_cuda_graph_state",
         "Mine.init_cuda_graph_state() takes 2",
     )
     yield whole(

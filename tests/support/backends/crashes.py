@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from typing import ClassVar
@@ -103,7 +104,8 @@ class IsInterrupted(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         with suppress(BaseException):
-            signal.raise_signal(signal.SIGINT)
+            subprocess.run(["kill", "-INT", str(os.getpid())], check=True)
+            time.sleep(60)
         super().refresh(buffers, batch)
 
 

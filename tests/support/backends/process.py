@@ -1,0 +1,45 @@
+"""Backends that do something to the process which judges them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from nsa_oracle.reference.types import ForwardBatch, Metadata
+from tests.support.backends.seams import Step, backend_of
+
+
+@backend_of
+class SignalsItself(Step):
+    """Sends its process what a user's Ctrl-C sends."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class ClosesFiles(Step):
+    """Closes what it did not open."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.closerange(3, 64)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class AsksForItself(Step):
+    """Clean: looks whether its own process is alive."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.kill(os.getpid(), 0)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class ChangesFolder(Step):
+    """Leaves its process in another folder."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.chdir("/")
+        super().refresh(buffers, batch)
