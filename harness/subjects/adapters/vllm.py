@@ -274,6 +274,7 @@ class v0_33_fused_draft(v0_33):  # noqa: N801
         OwnField("decode_lens", reference.ones, ("DECODE",), (Axis.FLAT,)),
         OwnField("per_req_decode_lens", reference.ones, ("DECODE",), (Axis.REQUEST,)),
     )
+    padding: ClassVar = {"DECODE": Vllm.padding["DECODE"]}
     absent: ClassVar = {"*": Vllm.absent["*"]}
     waivers = ()
 
