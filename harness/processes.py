@@ -292,4 +292,8 @@ def prepare_process(device: str) -> None:
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         gluon.install()
+        if os.environ.get("NSA_ORACLE_KERNELS") == "compiled":
+            from nsa_oracle.harness.compiled import launcher
+
+            launcher.install()
     torch.set_num_threads(1)  # tensors are tiny, and threads of several processes would compete for cores
