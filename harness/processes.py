@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import bounds, promises
@@ -292,8 +293,9 @@ def prepare_process(device: str) -> None:
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         gluon.install()
-        if os.environ.get("NSA_ORACLE_KERNELS") == "compiled":
-            from nsa_oracle.harness.compiled import launcher
+        from nsa_oracle.harness.compiled import tracing  # late: it imports Triton
 
+        tracing.remember_language()
+        if os.environ.get(launcher.KERNELS) == launcher.COMPILED:
             launcher.install()
     torch.set_num_threads(1)  # tensors are tiny, and threads of several processes would compete for cores

@@ -10,9 +10,11 @@ import ctypes
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,6 +25,8 @@ from nsa_oracle.harness.compiled.faults import Fault, raise_fault
 from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
 from nsa_oracle.harness.errors import error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, parts_of
+
+KERNELS, COMPILED = "NSA_ORACLE_KERNELS", "compiled"  # the environment variable that chooses this tier, and its value
 
 interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
 
@@ -233,24 +237,35 @@ def _double_word(number: float) -> int:
     return int.from_bytes(bytes(ctypes.c_double(number)), "little")
 
 
-def install() -> None:
-    """Make the interpreter run kernels that can be compiled as C. Repeated calls do nothing. Raises BuildError if
-    there is no C compiler.
+@contextmanager
+def installed() -> Iterator[None]:
+    """Inside, the interpreter runs kernels as C that can be compiled. Raises BuildError if there is no C compiler.
 
-    Call it after what else changes the interpreter: kernels that are left to it are still checked there.
+    Enter it after what else changes the interpreter: kernels that are left to it are still checked there.
     """
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     from nsa_oracle.harness.compiled.tracing import remember_language
 
     remember_language()
-    numerics.install()
-    if hasattr(interpreter.GridExecutor.__call__, "compiles"):
-        return
-    interpreter.InterpretedFunction.rewrite = _remembering(
-        interpreter.InterpretedFunction.rewrite, interpreter.InterpretedFunction
-    )
-    interpreter.GridExecutor.__call__ = _compiling(interpreter.GridExecutor.__call__)
+    function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
+    with (
+        numerics.installed(),
+        patch.object(function, "rewrite", _remembering(function.rewrite, function)),
+        patch.object(executor, "__call__", _compiling(executor.__call__)),
+    ):
+        yield
+
+
+_for_good = ExitStack()
+
+
+def install() -> None:
+    """Enter ``installed`` for the rest of the process. Repeated calls do nothing."""
+    from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
+
+    if not hasattr(interpreter.GridExecutor.__call__, "compiles"):
+        _for_good.enter_context(installed())
 
 
 def _remembering(rewrite: Callable[[Any], Any], of: type) -> Callable[[Any], Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -37,18 +39,20 @@ _SOURCE = "#include <math.h>\n" + "".join(_UNARY.format(name=name) for name in F
 Array = npt.NDArray[Any]
 
 
-def install() -> None:
-    """Repeated calls do nothing. Raises BuildError if there is no C compiler."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Raises BuildError if there is no C compiler."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
     builder: Any = interpreter.interpreter_builder
-    if "create_fma" in vars(builder):
-        return
-    library = ctypes.CDLL(str(build(_SOURCE)))
-    handle = interpreter.TensorHandle
-    for name in FUNCTIONS:
-        setattr(builder, f"create_{name}", _unary(getattr(builder, f"create_{name}"), library[f"{name}_all"], handle))
-    builder.create_fma = _fma(builder.create_fma, library.fma_all, handle)
+    library, handle = ctypes.CDLL(str(build(_SOURCE))), interpreter.TensorHandle
+    replaced = {
+        f"create_{name}": _unary(getattr(builder, f"create_{name}"), library[f"{name}_all"], handle)
+        for name in FUNCTIONS
+    }
+    replaced["create_fma"] = _fma(builder.create_fma, library.fma_all, handle)
+    with patch.dict(vars(builder), replaced):
+        yield
 
 
 def _unary(original: Callable[..., Any], function: Any, handle: Any) -> Callable[..., Any]:

@@ -129,6 +129,8 @@ def _as_compiled(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
     """What a name of a kernel's module stands for where kernels are compiled."""
     if type(value) is InterpretedFunction:
         return _compilable(value)
+    if value is _volatile_load().__wrapped__:
+        return _volatile_load()
     if isinstance(value, ModuleType) and not value.__name__.startswith("triton"):
         return _Module(value)
     if isinstance(value, tl.constexpr | bool | tl.dtype):
@@ -182,7 +184,7 @@ def _front_end(traced: Traced) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.dict(vars(triton.knobs.runtime), interpret=False))
         stack.enter_context(patch.object(triton.runtime.driver, "_active", _Driver()))
-        for owner, members in remember_language().items():
+        for owner, members in _compilable_language().items():
             stack.enter_context(_having(owner, members))
         _tracing.append(traced)
         stack.callback(_tracing.pop)
@@ -211,9 +213,9 @@ def _having(owner: Any, members: Mapping[str, Any]) -> Iterator[None]:
 
 @functools.cache
 def remember_language() -> dict[Any, dict[str, Any]]:
-    """Triton's language for its front end: the members of its modules and classes.
+    """The members of the modules and classes of Triton's language, as they are before the first launch.
 
-    The interpreter patches the language at each launch and does not undo all of it. Call this before the first launch.
+    The interpreter patches the language at each launch and does not undo all of it.
     """
     modules = [module for name, module in sys.modules.items() if f"{name}.".startswith("triton.language.")]
     classes = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
@@ -223,16 +225,38 @@ def remember_language() -> dict[Any, dict[str, Any]]:
         if kind.__module__.startswith("triton.language.")
         and kind.__flags__ & (_HEAP_TYPE | _IMMUTABLE_TYPE) == _HEAP_TYPE
     ]
-    members = {owner: _original(vars(owner)) for owner in (*modules, *ours)}
-    functions: dict[str, Any] = {}
-    for module in modules:
-        for name, value in members[module].items():
+    return {owner: _original(vars(owner)) for owner in (*modules, *ours)}
+
+
+@functools.cache
+def _compilable_language() -> dict[Any, dict[str, Any]]:
+    """The same, with functions that are written in the language, and ``tl.load``, as the front end needs them."""
+    members = {owner: dict(own) for owner, own in remember_language().items()}
+    for own in members.values():
+        for name, value in own.items():
             if type(value) is InterpretedFunction:
-                functions[name] = members[module][name] = _compilable(value)
-    for name, function in functions.items():
-        if name in members[tl.tensor]:  # a method, which the interpreter has wrapped
-            members[tl.tensor][name] = function
+                own[name] = _compilable(value)
+            elif value is _volatile_load().__wrapped__:
+                own[name] = _volatile_load()
+    methods = members[tl.tensor]
+    for name, function in members[tl.standard].items():
+        if isinstance(function, _Compilable) and name in methods:  # a method, which the interpreter has wrapped
+            methods[name] = function
     return members
+
+
+@functools.cache
+def _volatile_load() -> Any:
+    """``tl.load`` as if it were always volatile: a load whose value is not used stays, so that it is checked."""
+    plain = remember_language()[tl]["load"]
+
+    @functools.wraps(plain)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(plain).bind(*args, **kwargs)
+        bound.arguments["volatile"] = True
+        return plain(*bound.args, **bound.kwargs)
+
+    return load
 
 
 def _original(members: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _LOCATION = re.compile(r" loc\((#loc\d*|unknown)\)$")
 _DEFINITION = re.compile(r"^(#loc\d*) = loc\((.*)\)$")
 _FILE = re.compile(r'^"([^"]*)":(\d+):')
-_RESULTS = re.compile(r"^(%[\w$.-]+)(?::(\d+))? = ")
+_RESULTS = re.compile(r"^(%[\w$.-]+(?::\d+)?(?:, %[\w$.-]+(?::\d+)?)*) = ")
 _ARGUMENT = re.compile(r"(%[\w$.-]+): (.+?) loc\(")
 _OPERATION = re.compile(r'^"?([a-z_]\w*\.[\w.]+)"?')
 
@@ -265,8 +265,9 @@ class _Reader:
             line = line[: found.start()]
         names: list[str] = []
         if results := _RESULTS.match(line):
-            count = int(results[2] or 1)
-            names = [results[1]] if results[2] is None else [f"{results[1]}#{number}" for number in range(count)]
+            for result in results[1].split(", "):
+                name, _, count = result.partition(":")
+                names += [f"{name}#{number}" for number in range(int(count))] if count else [name]
             line = line[results.end() :]
         named = _OPERATION.match(line)
         if named is None:
@@ -350,9 +351,12 @@ def _result_types(operation: Operation) -> list[Type]:
     name, text = operation.name, STRING.sub('""', operation.text)
     if name in _WITHOUT_RESULT:
         return []
+    if text in ("true", "false"):
+        return [Type("i1")]
     types = re.sub(r"^.*(?: : |^: )", "", text)
     if name in ("tt.elementwise_inline_asm", "tt.extern_elementwise", "tt.split") or " -> " in types:
-        return [type_of(part) for part in split_types(types.rpartition("-> ")[2].strip("()"))]
+        made = [type_of(part) for part in split_types(types.rpartition("-> ")[2].strip("()"))]
+        return made * 2 if name == "tt.split" and len(made) == 1 else made
     if " to " in types:
         return [type_of(types.rpartition(" to ")[2])]
     listed = [type_of(part) for part in split_types(types)]
