@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from nsa_oracle.harness.compiled import numerics
+from nsa_oracle.harness.compiled import numerics, races
 from nsa_oracle.harness.compiled.building import BuildError, build
 from nsa_oracle.harness.compiled.emit import Source, emit
 from nsa_oracle.harness.compiled.faults import Fault, raise_fault
@@ -43,7 +43,9 @@ class _ExtentC(ctypes.Structure):
 class _LaunchC(ctypes.Structure):
     _fields_ = [
         ("extents", ctypes.POINTER(_ExtentC)),
+        ("unordered", ctypes.POINTER(_ExtentC)),
         ("count", ctypes.c_int64),
+        ("unordered_count", ctypes.c_int64),
         ("programs", ctypes.c_int64),
         ("poll", ctypes.c_void_p),
         ("fault", Fault),
@@ -74,8 +76,9 @@ class Variant:
         words = [pack(values[place]) for pack, place in zip(self.pack, self.places, strict=True)]
         programs = grid[0] * grid[1] * grid[2]
         parts, extents = self._extents(names, values)
-        launch = _LaunchC(extents, len(parts), programs, _POLL)
         log = int(programs > 1 and self.source.is_checked)
+        unordered = [_ExtentC(part.begin, part.end) for part in races.unordered()] if log else []
+        launch = _LaunchC(extents, (_ExtentC * len(unordered))(*unordered), len(parts), len(unordered), programs, _POLL)
         if self.run((ctypes.c_uint64 * len(words))(*words), ctypes.byref(launch), (ctypes.c_int64 * 3)(*grid), log):
             raise_fault(self.kernel, launch.fault, self.source.sites, parts)
 

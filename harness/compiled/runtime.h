@@ -18,8 +18,8 @@ typedef struct {
 } Fault;
 
 typedef struct {
-    const Extent *extents;
-    int64_t count, programs;
+    const Extent *extents, *unordered;
+    int64_t count, unordered_count, programs;
     int (*poll)(void); /* nonzero if a signal handler has raised */
     Fault fault;
 } Launch;
@@ -203,6 +203,19 @@ static int is_race(const Entry *before, const Entry *after)
     return !are_ordered(before, after);
 }
 
+/* The first address that both accesses have, outside of memory that is unordered; 0 if there is none. */
+static uint64_t contended(const Launch *launch, const Entry *one, const Entry *other)
+{
+    uint64_t begin = one->begin > other->begin ? one->begin : other->begin;
+    uint64_t end = one->end < other->end ? one->end : other->end;
+    for (int64_t number = 0; number < launch->unordered_count; number++) {
+        const Extent *extent = &launch->unordered[number];
+        if (extent->begin <= begin && begin < extent->end)
+            begin = extent->end;
+    }
+    return begin < end ? begin : 0;
+}
+
 static int find_race(Launch *launch)
 {
     uint64_t begin = UINT64_MAX, end = 0;
@@ -232,10 +245,11 @@ static int find_race(Launch *launch)
                 continue;
             const Entry *before = one->program < other->program ? one : other;
             const Entry *after = before == one ? other : one;
-            if (is_race(before, after)) {
+            uint64_t address = contended(launch, one, other);
+            if (address && is_race(before, after)) {
                 launch->fault = (Fault){.kind = RACE, .site = after->site, .other_site = before->site,
                                         .program = after->program, .other_program = before->program,
-                                        .address = other->begin, .found = after->kind, .promised = before->kind};
+                                        .address = address, .found = after->kind, .promised = before->kind};
                 return 1;
             }
         }

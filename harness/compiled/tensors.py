@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from nsa_oracle.harness.compiled import scalars
@@ -9,6 +10,8 @@ from nsa_oracle.harness.compiled.emitter import Emitter, Rule
 from nsa_oracle.harness.compiled.scalars import narrowed, widened
 from nsa_oracle.harness.compiled.ttir import Block, Operation, Unsupported, Value
 from nsa_oracle.harness.compiled.writer import flat
+
+TERMS = 8  # products that are summed by themselves
 
 
 def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: Sequence[str]) -> None:
@@ -24,33 +27,42 @@ def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: S
         emitter.line(f"{total} = {copy};")
 
 
-def _first_elements(emitter: Emitter, sources: Sequence[Value], index: Sequence[str], prefix: str) -> list[str]:
-    names = []
-    for source in sources:
-        names.append(emitter.name(prefix))
-        emitter.line(f"{source.type.c} {names[-1]} = {emitter.at(source, index)};")
-    return names
-
-
 def _reduce(emitter: Emitter, operation: Operation) -> None:
-    """In the order of the axis. (A GPU's order is another one, and not specified.)"""
+    """Halves of the axis are combined until one element is left, as the lanes of a GPU's warps are.
+
+    So the bits of a sum depend on the places of its terms, and a kernel that puts the same terms in other places for
+    another batch is found.
+    """
     sources, axis = operation.operands, operation.integer("axis")
     emitter.need(*sources)
     shape = sources[0].type.shape
-    outer = [*shape[:axis], *shape[axis + 1 :]]
-    places = []
-    for result in operation.results:
-        places.append(emitter.array(result.type) if outer else emitter.name())
-        if not outer:
-            emitter.line(f"{result.type.c} {places[-1]};")
-    with emitter.loops(outer, "o") as kept, emitter.block(""):
-        totals = _first_elements(emitter, sources, [*kept[:axis], "0", *kept[axis:]], "r")
-        with emitter.block(f"for (int k = 1; k < {shape[axis]}; k++)"):
-            elements = _first_elements(emitter, sources, [*kept[:axis], "k", *kept[axis:]], "e")
-            _combine(emitter, operation.regions[0], totals, elements)
-        for place, total in zip(places, totals, strict=True):
-            emitter.line(f"{place}[{flat(kept, outer)}] = {total};" if outer else f"{place} = {total};")
+    outer, length = [*shape[:axis], *shape[axis + 1 :]], shape[axis]
+    places = [emitter.array(result.type) if outer else emitter.name() for result in operation.results]
+    lanes = [emitter.static_array(source.type.c, length) for source in sources]
+    with emitter.loops(outer, "o") as kept:
+        for lane, source in zip(lanes, sources, strict=True):
+            element = emitter.at(source, [*kept[:axis], "k", *kept[axis:]])
+            emitter.line(f"for (int k = 0; k < {length}; k++) {lane}[k] = {element};")
+        half = f"for (int half = {length} / 2; half > 0; half /= 2) for (int k = 0; k < half; k++)"
+        with emitter.block(half):
+            totals = _declared(emitter, sources, [f"{lane}[k]" for lane in lanes])
+            _combine(emitter, operation.regions[0], totals, [f"{lane}[k + half]" for lane in lanes])
+            for lane, total in zip(lanes, totals, strict=True):
+                emitter.line(f"{lane}[k] = {total};")
+        for place, lane, result in zip(places, lanes, operation.results, strict=True):
+            emitter.line(
+                f"{place}[{flat(kept, outer)}] = {lane}[0];" if outer else f"{result.type.c} {place} = {lane}[0];"
+            )
     emitter.names.update(zip(operation.results, places, strict=True))
+
+
+def _declared(emitter: Emitter, values: Sequence[Value], elements: Sequence[str]) -> list[str]:
+    """Variables with elements of ``values``."""
+    names = []
+    for value, element in zip(values, elements, strict=True):
+        names.append(emitter.name())
+        emitter.line(f"{value.type.c} {names[-1]} = {element};")
+    return names
 
 
 def _scan(emitter: Emitter, operation: Operation) -> None:
@@ -63,13 +75,13 @@ def _scan(emitter: Emitter, operation: Operation) -> None:
     with emitter.loops(outer, "o") as kept, emitter.block(""):
         begin = str(shape[axis] - 1) if is_reversed else "0"
         first = [*kept[:axis], begin, *kept[axis:]]
-        totals = _first_elements(emitter, sources, first, "r")
+        totals = _declared(emitter, sources, [emitter.at(source, first) for source in sources])
         for place, total in zip(places, totals, strict=True):
             emitter.line(f"{place}[{flat(first, shape)}] = {total};")
         with emitter.block(f"for (int s = 1; s < {shape[axis]}; s++)"):
             emitter.line(f"int k = {f'{begin} - s' if is_reversed else 's'};")
             here = [*kept[:axis], "k", *kept[axis:]]
-            elements = _first_elements(emitter, sources, here, "e")
+            elements = _declared(emitter, sources, [emitter.at(source, here) for source in sources])
             _combine(emitter, operation.regions[0], totals, elements)
             for place, total in zip(places, totals, strict=True):
                 emitter.line(f"{place}[{flat(here, shape)}] = {total};")
@@ -77,7 +89,7 @@ def _scan(emitter: Emitter, operation: Operation) -> None:
 
 
 def _dot(emitter: Emitter, operation: Operation) -> None:
-    """A @ b + c, each element a sum in the order of the inner dimension that begins with c.
+    """A @ b + c. Each element begins with c, to which sums of products are added: of 8 neighbours, in pairs.
 
     Products of narrow floats are exact in float32. Of float32 operands with the precision tf32, the last 13 bits are
     dropped, as tensor cores do.
@@ -110,12 +122,15 @@ def _dot(emitter: Emitter, operation: Operation) -> None:
             emitter.line(f"{name}[{flat(index, value.type.shape)}] = {operand(value, index)};")
     with emitter.loops(result.type.shape) as index:
         emitter.line(f"{total}[{flat(index, result.type.shape)}] = {widened(emitter.at(c, index), element)};")
-    head = f"for (int i = 0; i < {rows}; i++) for (int k = 0; k < {depth}; k++)"
+    step = math.gcd(depth, TERMS)
+    head = f"for (int i = 0; i < {rows}; i++) for (int k = 0; k < {depth}; k += {step})"
     with emitter.loops(batch, "z") as number, emitter.block(head):
         row, line = f"(({flat(number, batch)}) * {rows} + i)", f"(({flat(number, batch)}) * {depth} + k)"
-        emitter.line(f"{kind} x = {left}[{row} * {depth} + k];")
-        emitter.line(f"for (int j = 0; j < {columns}; j++)")
-        emitter.line(f"    {total}[{row} * {columns} + j] += x * {right}[{line} * {columns} + j];")
+        emitter.line(f"const {kind} *x = {left} + {row} * {depth} + k, *y = {right} + {line} * {columns};")
+        terms = [f"x[{term}] * y[{term} * {columns} + j]" for term in range(step)]
+        while len(terms) > 1:
+            terms = [f"({one} + {other})" for one, other in zip(terms[::2], terms[1::2], strict=True)]
+        emitter.line(f"for (int j = 0; j < {columns}; j++) {total}[{row} * {columns} + j] += {terms[0]};")
     if element in ("f16", "i32"):
         array = emitter.array(result.type)
         emitter.line(f"for (int i = 0; i < {result.type.size}; i++) {array}[i] = {narrowed(f'{total}[i]', element)};")

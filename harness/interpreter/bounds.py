@@ -45,7 +45,7 @@ def hand_out(tensor: torch.Tensor, memory: torch.Tensor) -> None:
     """
     if memory.device.type == "cpu":
         address = memory.untyped_storage().data_ptr()
-        _handed_out[address] = weakref.ref(memory, lambda gone: _forget(address, gone)), _part_of(tensor)
+        _handed_out[address] = weakref.ref(memory, lambda gone: _forget(address, gone)), extent_of(tensor)
 
 
 def _forget(address: int, gone: weakref.ref[torch.Tensor]) -> None:
@@ -53,7 +53,8 @@ def _forget(address: int, gone: weakref.ref[torch.Tensor]) -> None:
         del _handed_out[address]
 
 
-def _part_of(tensor: torch.Tensor) -> Extent:
+def extent_of(tensor: torch.Tensor) -> Extent:
+    """The addresses from the first cell of ``tensor`` to its last."""
     begin = tensor.data_ptr()
     if not tensor.numel():
         return Extent(begin, begin)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from nsa_oracle.harness.compiled.faults import Race
+from nsa_oracle.harness.compiled.races import leave_unordered, unordered
 
 pytestmark = pytest.mark.usefixtures("all_are_compiled")
 
@@ -26,8 +27,8 @@ def test_programs_with_cells_of_their_own_do_not_race() -> None:
 
 def test_two_programs_that_store_different_values_race() -> None:
     message = (
-        r"a race of two programs of blocks_kernel: program 0 stores byte 28 of target \(line 20\), program 1 stores it "
-        r"\(line 20\), and nothing orders them"
+        r"a race of two programs of blocks_kernel: program 0 stores byte 28 of target \(line 21\), program 1 stores it "
+        r"\(line 21\), and nothing orders them"
     )
     with pytest.raises(Race, match=message):
         blocks_kernel[(4,)](torch.zeros(32, dtype=torch.int32), 7, VALUE_OF_PROGRAM=True)
@@ -36,6 +37,23 @@ def test_two_programs_that_store_different_values_race() -> None:
 @pytest.mark.parametrize("before", [0, 5])
 def test_programs_that_store_the_same_value_do_not_race(before: int) -> None:
     blocks_kernel[(4,)](torch.full((32,), before, dtype=torch.int32), 4, VALUE_OF_PROGRAM=False)
+
+
+def test_memory_whose_content_is_unspecified_may_be_written_in_any_order() -> None:
+    target = torch.zeros(32, dtype=torch.int32)
+    leave_unordered(target[7:8], target)
+    blocks_kernel[(2,)](target, 7, VALUE_OF_PROGRAM=True)
+    with pytest.raises(Race, match="program 0 stores byte 24 of target"):
+        blocks_kernel[(2,)](target, 6, VALUE_OF_PROGRAM=True)
+
+
+def test_memory_is_unordered_while_it_lives() -> None:
+    target = torch.zeros(32, dtype=torch.int32)
+    leave_unordered(target[2:4], target)
+    begin = target.data_ptr() + 8
+    assert [part[:2] for part in unordered() if part.begin == begin] == [(begin, begin + 8)]
+    del target
+    assert not [part for part in unordered() if part.begin == begin]
 
 
 @triton.jit
