@@ -12,6 +12,7 @@ from nsa_oracle.harness.compiled.ttir import Block, Operation, Unsupported, Valu
 from nsa_oracle.harness.compiled.writer import flat
 
 TERMS = 8  # products that are summed by themselves
+PER_THREAD = 4  # neighbours along an axis that one thread of a GPU has
 
 
 def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: S
 
 
 def _reduce(emitter: Emitter, operation: Operation) -> None:
-    """Halves of the axis are combined until one element is left, as the lanes of a GPU's warps are.
+    """As a GPU does: first neighbours, which a thread has, then halves of the threads until one is left.
 
     So the bits of a sum depend on the places of its terms, and a kernel that puts the same terms in other places for
     another batch is found.
@@ -43,17 +44,27 @@ def _reduce(emitter: Emitter, operation: Operation) -> None:
         for lane, source in zip(lanes, sources, strict=True):
             element = emitter.at(source, [*kept[:axis], "k", *kept[axis:]])
             emitter.line(f"for (int k = 0; k < {length}; k++) {lane}[k] = {element};")
-        half = f"for (int half = {length} / 2; half > 0; half /= 2) for (int k = 0; k < half; k++)"
-        with emitter.block(half):
+        of_a_thread = min(length, PER_THREAD)
+        with emitter.block(f"for (int k = 0; k < {length // of_a_thread}; k++)"):
+            totals = _declared(emitter, sources, [f"{lane}[k * {of_a_thread}]" for lane in lanes])
+            with emitter.block(f"for (int e = 1; e < {of_a_thread}; e++)"):
+                _combine(emitter, operation.regions[0], totals, [f"{lane}[k * {of_a_thread} + e]" for lane in lanes])
+            _store(emitter, lanes, totals)
+        halves = f"for (int half = {length // of_a_thread // 2}; half > 0; half /= 2)"
+        with emitter.block(f"{halves} for (int k = 0; k < half; k++)"):
             totals = _declared(emitter, sources, [f"{lane}[k]" for lane in lanes])
             _combine(emitter, operation.regions[0], totals, [f"{lane}[k + half]" for lane in lanes])
-            for lane, total in zip(lanes, totals, strict=True):
-                emitter.line(f"{lane}[k] = {total};")
+            _store(emitter, lanes, totals)
         for place, lane, result in zip(places, lanes, operation.results, strict=True):
             emitter.line(
                 f"{place}[{flat(kept, outer)}] = {lane}[0];" if outer else f"{result.type.c} {place} = {lane}[0];"
             )
     emitter.names.update(zip(operation.results, places, strict=True))
+
+
+def _store(emitter: Emitter, lanes: Sequence[str], totals: Sequence[str]) -> None:
+    for lane, total in zip(lanes, totals, strict=True):
+        emitter.line(f"{lane}[k] = {total};")
 
 
 def _declared(emitter: Emitter, values: Sequence[Value], elements: Sequence[str]) -> list[str]:
