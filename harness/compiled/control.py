@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from nsa_oracle.harness.compiled.emitter import Emitter, Rule
 from nsa_oracle.harness.compiled.scalars import signed
-from nsa_oracle.harness.compiled.ttir import STRING, Block, Operation, Unsupported, Value
+from nsa_oracle.harness.compiled.ttir import STRING, Op, Region, Unsupported, Value
 
-PAUSE = "if (pause_for_signals(launch)) return 1;"
+_PAUSE = "if (pause_for_signals(launch)) return 1;"
 
 
 def _declare(emitter: Emitter, values: Sequence[Value]) -> list[str]:
@@ -51,13 +51,13 @@ def _assign(emitter: Emitter, places: Sequence[str], values: Sequence[Value]) ->
             emitter.copy(value, place)
 
 
-def yielded(region: Block) -> list[Value]:
+def yielded(region: Region) -> list[Value]:
     """The operands of the end of a region, which is not written if it has none."""
     last = region.operations[-1] if region.operations else None
     return last.operands if last is not None and last.name == "scf.yield" else []
 
 
-def _for(emitter: Emitter, operation: Operation) -> None:
+def _for(emitter: Emitter, operation: Op) -> None:
     emitter.flush_all()
     begin, end, step, *initial = operation.operands
     body = operation.regions[0]
@@ -69,7 +69,7 @@ def _for(emitter: Emitter, operation: Operation) -> None:
     limits = [f"(int64_t){signed(emitter.at(value, []), kind)}" for value in (begin, end, step)]
     name, place = emitter.name("n"), emitter.name()
     with emitter.block(f"for (int64_t {name} = {limits[0]}; {name} < {limits[1]}; {name} += {limits[2]})"):
-        emitter.line(PAUSE)
+        emitter.line(_PAUSE)
         emitter.line(f"{counter.type.c} {place} = ({counter.type.c}){name};")
         emitter.names[counter] = place
         emitter.emit_block(body)
@@ -78,7 +78,7 @@ def _for(emitter: Emitter, operation: Operation) -> None:
     emitter.names.update(zip(operation.results, places, strict=True))
 
 
-def _if(emitter: Emitter, operation: Operation) -> None:
+def _if(emitter: Emitter, operation: Op) -> None:
     emitter.flush_all()
     places = _declare(emitter, operation.results)
     for number, region in enumerate(operation.regions):
@@ -89,7 +89,7 @@ def _if(emitter: Emitter, operation: Operation) -> None:
     emitter.names.update(zip(operation.results, places, strict=True))
 
 
-def _while(emitter: Emitter, operation: Operation) -> None:
+def _while(emitter: Emitter, operation: Op) -> None:
     emitter.flush_all()
     before, after = operation.regions
     carried = _declare(emitter, before.arguments)
@@ -97,7 +97,7 @@ def _while(emitter: Emitter, operation: Operation) -> None:
     _assign(emitter, carried, operation.operands)
     emitter.names.update(zip(before.arguments, carried, strict=True))
     with emitter.block("for (;;)"):
-        emitter.line(PAUSE)
+        emitter.line(_PAUSE)
         emitter.emit_block(before)
         emitter.flush_all()
         condition, *forwarded = before.operations[-1].operands
@@ -112,12 +112,12 @@ def _while(emitter: Emitter, operation: Operation) -> None:
     emitter.names.update(zip(operation.results, results, strict=True))
 
 
-def _nothing(emitter: Emitter, operation: Operation) -> None:
+def _nothing(emitter: Emitter, operation: Op) -> None:
     """What ends a region: its operands are read where the region is emitted."""
 
 
 def _program_number(what: str) -> Rule:
-    def rule(emitter: Emitter, operation: Operation) -> None:
+    def rule(emitter: Emitter, operation: Op) -> None:
         name = emitter.name()
         emitter.line(f"uint32_t {name} = (uint32_t){what}[{'xyz'.index(operation.text[0])}];")
         emitter.names[operation.result] = name
@@ -125,22 +125,22 @@ def _program_number(what: str) -> Rule:
     return rule
 
 
-def _assert(emitter: Emitter, operation: Operation) -> None:
+def _assert(emitter: Emitter, operation: Op) -> None:
     emitter.flush_all()
     (condition,) = operation.operands
     message = STRING.search(operation.text)
     site = emitter.site("assertion", operation, text=message[1] if message else "")
     with emitter.loops(condition.type.shape) as index, emitter.block(f"if (!{emitter.at(condition, index)})"):
         fault = f".kind = ASSERTION, .site = {site}, .program = program_number"
-        emitter.line(f"launch->fault = (Fault){{{fault}}};")
+        emitter.line(f"launch->fault = (KernelFault){{{fault}}};")
         emitter.line("return 1;")
 
 
-def _print(emitter: Emitter, operation: Operation) -> None:
+def _print(emitter: Emitter, operation: Op) -> None:
     raise Unsupported("tl.device_print")
 
 
-RULES: dict[str, Rule] = {
+CONTROL: dict[str, Rule] = {
     "scf.for": _for,
     "scf.if": _if,
     "scf.while": _while,

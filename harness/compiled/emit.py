@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nsa_oracle.harness.compiled import control, memory, scalars, tensors, views
 from nsa_oracle.harness.compiled.emitter import Emitter, Rules, Site
-from nsa_oracle.harness.compiled.ttir import Kernel, Operation, Unsupported, Value
+from nsa_oracle.harness.compiled.ttir import Kernel, Op, Unsupported, Value
 
 RUNTIME = Path(__file__).parent / "runtime.h"
 
@@ -27,7 +27,7 @@ def emit(kernel: Kernel) -> Source:
     """Raises Unsupported for operations that this tier does not run."""
     # A pointer made from an integer may point anywhere, so nothing is checked.
     is_checked = all(operation.name != "tt.int_to_ptr" for operation in kernel.operations())
-    emitter = Emitter(RULES, is_checked)
+    emitter = Emitter(_RULES, is_checked)
     _parameters(emitter, kernel)
     emitter.emit_block(kernel.body)
     emitter.flush_all()
@@ -48,7 +48,7 @@ def _parameters(emitter: Emitter, kernel: Kernel) -> None:
         promises = kernel.promises[number]
         if parameter.type.is_pointer and promises:
             attributes = promises.replace(" : i32", ">").replace("= ", "= dense<")
-            emitter.check_promises(Operation("parameter", attributes, ""), parameter)
+            emitter.check_promises(Op("parameter", attributes, ""), parameter)
 
 
 def _written(kernel: Kernel) -> tuple[bool, ...]:
@@ -76,16 +76,16 @@ def _written(kernel: Kernel) -> tuple[bool, ...]:
     return tuple(value in found for value in kernel.body.arguments)
 
 
-def _computed(emitter: Emitter, operation: Operation, name: str, index: Sequence[str]) -> None:
+def _computed(emitter: Emitter, operation: Op, name: str, index: Sequence[str]) -> None:
     operands = [emitter.at(operand, index) for operand in operation.operands]
     emitter.declare(operation, name, scalars.TABLE[operation.name](operation, operands))
 
 
-RULES = Rules(
+_RULES = Rules(
     views=views.VIEWS,
-    elements={**dict.fromkeys(scalars.TABLE, _computed), **memory.ELEMENTS, **tensors.ELEMENTS},
-    effects=memory.EFFECTS,
-    others={**control.RULES, **tensors.RULES, **memory.RULES},
+    elements={**dict.fromkeys(scalars.TABLE, _computed), **memory.LOADS, **tensors.GATHERS},
+    effects=memory.STORED_LANES,
+    others={**control.CONTROL, **tensors.COMBINATIONS, **memory.ATOMICS},
 )
 
 _PROGRAM = """static int program(const uint64_t *arguments, Launch *launch, const int64_t *grid, const int64_t *place)

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nsa_oracle.harness.compiled.ttir import Block, Operation, Type, Unsupported, Value
-from nsa_oracle.harness.compiled.writer import Writer, flat
+from nsa_oracle.harness.compiled.ttir import Op, Region, Type, Unsupported, Value
+from nsa_oracle.harness.compiled.writer import CodeWriter, flat
 
 PROMISES = {"tt.divisibility": "DIVISIBILITY", "tt.contiguity": "CONTIGUITY"}
 IGNORED = (
@@ -44,13 +44,13 @@ class Rules:
     others: all that an operation does.
     """
 
-    views: Mapping[str, Callable[[Operation, Value, list[str], At], str]]
-    elements: Mapping[str, Callable[[Emitter, Operation, str, Sequence[str]], None]]
-    effects: Mapping[str, Callable[[Emitter, Operation, Sequence[str]], None]]
+    views: Mapping[str, Callable[[Op, Value, list[str], At], str]]
+    elements: Mapping[str, Callable[[Emitter, Op, str, Sequence[str]], None]]
+    effects: Mapping[str, Callable[[Emitter, Op, Sequence[str]], None]]
     others: Mapping[str, Rule]
 
 
-class Emitter(Writer):
+class Emitter(CodeWriter):
     """The C of one kernel, while it is written. is_checked: whether accesses are checked and noted."""
 
     def __init__(self, rules: Rules, is_checked: bool) -> None:
@@ -58,7 +58,7 @@ class Emitter(Writer):
         self._rules = rules
         self.names: dict[Value, str] = {}  # scalars: C variables; tensors: arrays
         self.local: dict[Value, str] = {}  # elements, in the loop of a group
-        self._groups: dict[tuple[int, ...], list[Operation]] = {}
+        self._groups: dict[tuple[int, ...], list[Op]] = {}
         self._pending: dict[Value, tuple[int, ...]] = {}
         self.sites: list[Site] = []
         self._is_checked = is_checked
@@ -115,7 +115,7 @@ class Emitter(Writer):
         for shape in list(self._groups):
             self._flush(shape)
 
-    def _wait(self, operation: Operation) -> None:
+    def _wait(self, operation: Op) -> None:
         """Add an operation to the group of its shape."""
         shape = operation.results[0].type.shape if operation.results else operation.operands[0].type.shape
         for operand in operation.operands:
@@ -132,7 +132,7 @@ class Emitter(Writer):
             for result in operation.results:
                 del self._pending[result]
         kept: list[tuple[Value, str]] = []
-        promised: list[tuple[Operation, Value]] = []
+        promised: list[tuple[Op, Value]] = []
         with self.loops(shape) as index:
             for operation in group:
                 if operation.name in self._rules.effects:
@@ -156,12 +156,12 @@ class Emitter(Writer):
         for operation, result in promised:
             self.check_promises(operation, result)
 
-    def declare(self, operation: Operation, name: str, text: str) -> None:
+    def declare(self, operation: Op, name: str, text: str) -> None:
         self.line(f"{operation.result.type.c} {name} = {text};")
 
     # Memory.
 
-    def site(self, what: str, operation: Operation, **more: object) -> int:
+    def site(self, what: str, operation: Op, **more: object) -> int:
         self.sites.append(Site(what, operation.where, **more))  # type: ignore[arg-type]
         return len(self.sites) - 1
 
@@ -170,7 +170,7 @@ class Emitter(Writer):
         if self._is_checked:
             self.line(f"if (__builtin_expect({call}, 0)) return 1;")
 
-    def _emit_effect(self, operation: Operation) -> None:
+    def _emit_effect(self, operation: Op) -> None:
         shape = operation.operands[0].type.shape
         for other in list(self._groups):
             if other != shape or any(waiting.name == "tt.load" for waiting in self._groups[other]):
@@ -178,7 +178,7 @@ class Emitter(Writer):
         self._wait(operation)
         self._flush(shape)
 
-    def check_promises(self, operation: Operation, value: Value) -> None:
+    def check_promises(self, operation: Op, value: Value) -> None:
         for name, kind in PROMISES.items():
             values = operation.integers(name)
             if not values or not value.type.is_pointer:
@@ -194,11 +194,11 @@ class Emitter(Writer):
 
     # Operations.
 
-    def emit_block(self, block: Block) -> None:
+    def emit_block(self, block: Region) -> None:
         for operation in block.operations:
             self._emit(operation)
 
-    def _emit(self, operation: Operation) -> None:
+    def _emit(self, operation: Op) -> None:
         name, rules = operation.name, self._rules
         if name in rules.views:
             self._emit_view(operation)
@@ -214,13 +214,13 @@ class Emitter(Writer):
         elif name not in IGNORED:
             raise Unsupported(f"the operation {name}")
 
-    def _emit_scalar(self, operation: Operation) -> None:
+    def _emit_scalar(self, operation: Op) -> None:
         variable = self.name()
         self._rules.elements[operation.name](self, operation, variable, [])
         self.names[operation.result] = variable
         self.check_promises(operation, operation.result)
 
-    def _emit_view(self, operation: Operation) -> None:
+    def _emit_view(self, operation: Op) -> None:
         if any(not result.type.shape for result in operation.results):
             self.need(*operation.operands)
             variable = self.name()
@@ -232,9 +232,9 @@ class Emitter(Writer):
             self.check_promises(operation, operation.result)
 
 
-def _has_promise(operation: Operation) -> bool:
+def _has_promise(operation: Op) -> bool:
     return operation.result.type.is_pointer and any(operation.integers(name) for name in PROMISES)
 
 
-Rule = Callable[[Emitter, Operation], None]
+Rule = Callable[[Emitter, Op], None]
 At = Callable[[Value, Sequence[str]], str]

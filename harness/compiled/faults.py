@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nsa_oracle.harness.compiled.emitter import Site
-from nsa_oracle.harness.interpreter.bounds import Extent, OutOfBounds, complaint
+from nsa_oracle.harness.interpreter.bounds import Extent, OutOfBounds, out_of_bounds_line
 from nsa_oracle.harness.interpreter.promises import BrokenPromise, broken
 
-LOAD, STORE, ATOMIC, DIVISIBILITY, CONTIGUITY, ASSERTION, RACE, INTERRUPTED, NO_MEMORY = range(1, 10)
-_ACCESSES = {LOAD: "load", STORE: "store", ATOMIC: "atomic operation"}
-_PROMISES = {DIVISIBILITY: "tt.divisibility", CONTIGUITY: "tt.contiguity"}
+
+class FaultKind(enum.IntEnum):
+    """As in runtime.h."""
+
+    LOAD = 1
+    STORE = 2
+    ATOMIC = 3
+    DIVISIBILITY = 4
+    CONTIGUITY = 5
+    ASSERTION = 6
+    RACE = 7
+    INTERRUPTED = 8
+    NO_MEMORY = 9
+
+
+_ACCESSES = {FaultKind.LOAD: "load", FaultKind.STORE: "store", FaultKind.ATOMIC: "atomic operation"}
 _KINDS = ("loads", "stores", "stores", "updates", "updates")  # by the kind of an entry of the log
 
 
@@ -20,7 +34,7 @@ class Race(RuntimeError):
     """Two programs of a launch use the same memory, and the result depends on their order. The message is one line."""
 
 
-class Fault(ctypes.Structure):
+class KernelFault(ctypes.Structure):
     """As in runtime.h."""
 
     _fields_ = [
@@ -32,24 +46,24 @@ class Fault(ctypes.Structure):
     ]  # fmt: skip
 
 
-def raise_fault(kernel: str, fault: Fault, sites: Sequence[Site], extents: Sequence[Extent]) -> NoReturn:
+def raise_fault(kernel: str, fault: KernelFault, sites: Sequence[Site], extents: Sequence[Extent]) -> NoReturn:
     """Raise what ``fault`` says, from the line of the kernel that it is about."""
-    if fault.kind == NO_MEMORY:
+    if fault.kind == FaultKind.NO_MEMORY:
         raise MemoryError(f"{kernel}: the log of its accesses, in which races are found, does not fit")
     site = sites[fault.site]
     error: Exception
     if fault.kind in _ACCESSES:
-        error = OutOfBounds(complaint(_ACCESSES[fault.kind], extents, fault.address, fault.size))
-    elif fault.kind in _PROMISES:
+        error = OutOfBounds(out_of_bounds_line(_ACCESSES[FaultKind(fault.kind)], extents, fault.address, fault.size))
+    elif fault.kind in (FaultKind.DIVISIBILITY, FaultKind.CONTIGUITY):
         error = BrokenPromise(_broken(fault, site))
-    elif fault.kind == RACE:
+    elif fault.kind == FaultKind.RACE:
         error = Race(_race(kernel, fault, sites, extents))
     else:
         error = AssertionError(site.text)
     _raise_at(site.where, kernel, error)
 
 
-def _broken(fault: Fault, site: Site) -> str:
+def _broken(fault: KernelFault, site: Site) -> str:
     lane, rest = [], fault.lane
     for size in reversed(site.shape):
         lane.append(rest % size)
@@ -57,7 +71,7 @@ def _broken(fault: Fault, site: Site) -> str:
     return broken(site.what, fault.promised, fault.dim, lane[::-1], fault.found)
 
 
-def _race(kernel: str, fault: Fault, sites: Sequence[Site], extents: Sequence[Extent]) -> str:
+def _race(kernel: str, fault: KernelFault, sites: Sequence[Site], extents: Sequence[Extent]) -> str:
     owner = next(part for part in extents if part.begin <= fault.address < part.end)
     before, after = _KINDS[fault.promised], _KINDS[fault.found]
     return (

@@ -10,6 +10,8 @@ import ctypes
 import functools
 import inspect
 import itertools
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +23,15 @@ import torch
 from nsa_oracle.harness.compiled import numerics, races
 from nsa_oracle.harness.compiled.building import BuildError, build
 from nsa_oracle.harness.compiled.emit import Source, emit
-from nsa_oracle.harness.compiled.faults import Fault, raise_fault
+from nsa_oracle.harness.compiled.faults import KernelFault, raise_fault
 from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
 from nsa_oracle.harness.errors import error_line, one_line
-from nsa_oracle.harness.interpreter.bounds import Extent, parts_of
+from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
 
-KERNELS, COMPILED = "NSA_ORACLE_KERNELS", "compiled"  # the environment variable that chooses this tier, and its value
+TIER_VARIABLE, COMPILED_TIER = (
+    "NSA_ORACLE_KERNELS",
+    "compiled",
+)  # the environment variable that chooses this tier, and its value
 
 interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
 
@@ -48,7 +53,7 @@ class _LaunchC(ctypes.Structure):
         ("unordered_count", ctypes.c_int64),
         ("programs", ctypes.c_int64),
         ("poll", ctypes.c_void_p),
-        ("fault", Fault),
+        ("fault", KernelFault),
     ]
 
 
@@ -90,7 +95,7 @@ class Variant:
             value = values[place]
             if isinstance(value, int | float):
                 continue
-            for part in parts_of(names[place], value):
+            for part in extents_of(names[place], value):
                 key = (part.begin, part.end)
                 if key not in parts or (is_written and not shared[key]):
                     parts[key] = part
@@ -125,7 +130,8 @@ class CompiledKernel:
         except TypeError:
             raise _Left("a constant that is not hashable") from None
         if variant is None or (isinstance(variant, Variant) and not variant.is_current()):
-            variant = self._variants[key] = self._compile(values, key, kwargs)
+            with _time_limit_later():
+                variant = self._variants[key] = self._compile(values, key)
         if isinstance(variant, str):
             raise _Left(variant)
         for hook in executor.pre_run_hooks:
@@ -145,7 +151,7 @@ class CompiledKernel:
             raise TypeError(f"{self._function.fn.__name__}() is called without {', '.join(missing)}")
         return [given[name] for name in self._names]
 
-    def _compile(self, values: Sequence[Any], key: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant | str:
+    def _compile(self, values: Sequence[Any], key: tuple[Any, ...]) -> Variant | str:
         """The variant, or why there is none."""
         from nsa_oracle.harness.compiled import tracing  # late: importing Triton fixes how kernels run
 
@@ -167,8 +173,20 @@ class CompiledKernel:
         except Exception as error:  # the front end, or this tier, does not know what the kernel does
             last = (str(error).splitlines() or [""])[-1]  # the front end shows the kernel's source first
             reason = f"{type(error).__name__}: {one_line(last)}"
+        if name not in interpreted:
+            print(f"interpreted: {name}: {reason}", file=sys.stderr)
         interpreted[name] = reason
         return reason
+
+
+@contextmanager
+def _time_limit_later() -> Iterator[None]:
+    """A case's time limit interrupts after this: the front end would take the exception for an error of the kernel."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _parameters(function: Any) -> Sequence[Any]:
@@ -253,7 +271,7 @@ def installed() -> Iterator[None]:
     remember_language()
     function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
     with (
-        numerics.installed(),
+        numerics.by_the_c_library(),
         patch.object(function, "rewrite", _remembering(function.rewrite, function)),
         patch.object(executor, "__call__", _compiling(executor.__call__)),
     ):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from nsa_oracle.harness.compiled import scalars
 from nsa_oracle.harness.compiled.emitter import Emitter, Rule
-from nsa_oracle.harness.compiled.ttir import Operation, Type, Unsupported, Value
+from nsa_oracle.harness.compiled.ttir import Op, Type, Unsupported, Value
 from nsa_oracle.harness.compiled.writer import flat
 
 
-def _load(emitter: Emitter, operation: Operation, name: str, index: Sequence[str]) -> None:
+def _load(emitter: Emitter, operation: Op, name: str, index: Sequence[str]) -> None:
     pointer, *others = operation.operands
     loaded = operation.result.type
     other = emitter.at(others[1], index) if len(others) > 1 else "0"
@@ -24,7 +24,7 @@ def _load(emitter: Emitter, operation: Operation, name: str, index: Sequence[str
         emitter.line(f"{name} = {f'({read}) & 1' if loaded.element == 'i1' else read};")
 
 
-def _store(emitter: Emitter, operation: Operation, index: Sequence[str]) -> None:
+def _store(emitter: Emitter, operation: Op, index: Sequence[str]) -> None:
     pointer, value, *masks = operation.operands
     stored = value.type
     site = emitter.site("store", operation)
@@ -35,7 +35,7 @@ def _store(emitter: Emitter, operation: Operation, index: Sequence[str]) -> None
         emitter.line(f"*({stored.memory} *)p = x;")
 
 
-def _atomic_result(emitter: Emitter, operation: Operation) -> tuple[str, tuple[int, ...]]:
+def _atomic_result(emitter: Emitter, operation: Op) -> tuple[str, tuple[int, ...]]:
     emitter.flush_all()
     type_ = operation.result.type
     if type_.shape:
@@ -45,7 +45,7 @@ def _atomic_result(emitter: Emitter, operation: Operation) -> tuple[str, tuple[i
     return name, ()
 
 
-def _guarded_update(emitter: Emitter, operation: Operation, size: int, semantics: str) -> None:
+def _guarded_update(emitter: Emitter, operation: Op, size: int, semantics: str) -> None:
     site = emitter.site("atomic operation", operation)
     kind = "RELAXED" if semantics == "relaxed" else "ORDERED"
     emitter.guard(f"updates(launch, p, {size}, {site}, &last_extents[{site}], {kind})")
@@ -57,7 +57,7 @@ _UPDATES = {
 }  # fmt: skip
 
 
-def _update(emitter: Emitter, operation: Operation) -> None:
+def _update(emitter: Emitter, operation: Op) -> None:
     kind, semantics = (word.strip() for word in operation.text.split(",")[:2])
     pointer, value, *masks = operation.operands
     name, shape = _atomic_result(emitter, operation)
@@ -77,12 +77,12 @@ def _update(emitter: Emitter, operation: Operation) -> None:
     emitter.names[operation.result] = name
 
 
-def _like(name: str, result: Value) -> Operation:
+def _like(name: str, result: Value) -> Op:
     operand = Value("", Type(result.type.element))
-    return Operation(name, "", "", [operand, operand], [operand])
+    return Op(name, "", "", [operand, operand], [operand])
 
 
-def _compare_and_swap(emitter: Emitter, operation: Operation) -> None:
+def _compare_and_swap(emitter: Emitter, operation: Op) -> None:
     semantics = operation.text.partition(",")[0].strip()
     pointer, compared, value = operation.operands
     name, shape = _atomic_result(emitter, operation)
@@ -96,6 +96,6 @@ def _compare_and_swap(emitter: Emitter, operation: Operation) -> None:
     emitter.names[operation.result] = name
 
 
-ELEMENTS: dict[str, Callable[[Emitter, Operation, str, Sequence[str]], None]] = {"tt.load": _load}
-EFFECTS: dict[str, Callable[[Emitter, Operation, Sequence[str]], None]] = {"tt.store": _store}
-RULES: dict[str, Rule] = {"tt.atomic_rmw": _update, "tt.atomic_cas": _compare_and_swap}
+LOADS: dict[str, Callable[[Emitter, Op, str, Sequence[str]], None]] = {"tt.load": _load}
+STORED_LANES: dict[str, Callable[[Emitter, Op, Sequence[str]], None]] = {"tt.store": _store}
+ATOMICS: dict[str, Rule] = {"tt.atomic_rmw": _update, "tt.atomic_cas": _compare_and_swap}

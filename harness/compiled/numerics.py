@@ -36,11 +36,11 @@ void fma_all(const float *a, const float *b, const float *c, float *y, long n)
 """
 _SOURCE = "#include <math.h>\n" + "".join(_UNARY.format(name=name) for name in FUNCTIONS) + _FMA
 
-Array = npt.NDArray[Any]
+_Array = npt.NDArray[Any]
 
 
 @contextmanager
-def installed() -> Iterator[None]:
+def by_the_c_library() -> Iterator[None]:
     """Raises BuildError if there is no C compiler."""
     from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
 
@@ -75,7 +75,7 @@ def _fma(original: Callable[..., Any], function: Any, handle: Any) -> Callable[.
     return create
 
 
-def _called(function: Any, *arrays: Array) -> Array:
+def _called(function: Any, *arrays: _Array) -> _Array:
     given = [np.ascontiguousarray(array) for array in arrays]
     result = np.empty(given[0].shape, np.float32)
     function(*(ctypes.c_void_p(array.ctypes.data) for array in (*given, result)), ctypes.c_long(result.size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from nsa_oracle.harness.compiled.ttir import STRING, Operation, Type, Unsupported
+from nsa_oracle.harness.compiled.ttir import STRING, Op, Type, Unsupported
 
 INTEGERS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "index": 64}
 NARROW = ("bf16", "f16", "f8E4M3FN", "f8E5M2")
@@ -33,21 +33,21 @@ def _wrapped(text: str, element: str) -> str:
     return f"(({text}) & 1)" if element == "i1" else f"(({Type(element).c})({text}))"
 
 
-_Rule = Callable[[Operation, Sequence[str]], str]
+_Rule = Callable[[Op, Sequence[str]], str]
 
 
-def _element(operation: Operation) -> str:
+def _element(operation: Op) -> str:
     return operation.result.type.element
 
 
-def _from(operation: Operation) -> str:
+def _from(operation: Op) -> str:
     return operation.operands[0].type.element
 
 
 def _integer(template: str) -> _Rule:
     """An operation on unsigned numbers; ``{0}`` and ``{1}`` are the operands."""
 
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         return _wrapped(template.format(*operands), _element(operation))
 
     return rule
@@ -56,7 +56,7 @@ def _integer(template: str) -> _Rule:
 def _helper(name: str, signs: str) -> _Rule:
     """A function of the runtime for each width. signs: ``s`` or ``u`` for each operand."""
 
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         element = _element(operation)
         if element == "i1":
             raise Unsupported(f"{operation.name} of booleans")
@@ -67,7 +67,7 @@ def _helper(name: str, signs: str) -> _Rule:
 
 
 def _extreme(comparison: str, is_signed: bool) -> _Rule:
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         a, b = operands
         one, other = (signed(a, _element(operation)), signed(b, _element(operation))) if is_signed else (a, b)
         return f"({one} {comparison} {other} ? {a} : {b})"
@@ -78,7 +78,7 @@ def _extreme(comparison: str, is_signed: bool) -> _Rule:
 def _float(template: str) -> _Rule:
     """An operation on floats. ``{f}``: the ending of the C library's functions; ``{d}``: of the runtime's."""
 
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         element = _element(operation)
         wide = [widened(text, element) for text in operands]
         is_double = element == "f64"
@@ -91,7 +91,7 @@ _SIGNED = {"slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 _UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">=", "eq": "==", "ne": "!="}
 
 
-def _compare_integers(operation: Operation, operands: Sequence[str]) -> str:
+def _compare_integers(operation: Op, operands: Sequence[str]) -> str:
     a, b = operands
     predicate, element = operation.text.partition(",")[0], _from(operation)
     if predicate in _SIGNED:
@@ -107,26 +107,26 @@ _FLOAT_PREDICATES = {
 }  # fmt: skip
 
 
-def _compare_floats(operation: Operation, operands: Sequence[str]) -> str:
+def _compare_floats(operation: Op, operands: Sequence[str]) -> str:
     predicate = re.sub(r" fastmath<\w+>", "", operation.text.partition(",")[0])
     return f"({_FLOAT_PREDICATES[predicate].format(*(widened(x, _from(operation)) for x in operands))})"
 
 
-def _select(operation: Operation, operands: Sequence[str]) -> str:
+def _select(operation: Op, operands: Sequence[str]) -> str:
     condition, a, b = operands
     return f"({condition} ? {a} : {b})"
 
 
-def _extend_sign(operation: Operation, operands: Sequence[str]) -> str:
+def _extend_sign(operation: Op, operands: Sequence[str]) -> str:
     return _wrapped(signed(operands[0], _from(operation)), _element(operation))
 
 
-def _cast(operation: Operation, operands: Sequence[str]) -> str:
+def _cast(operation: Op, operands: Sequence[str]) -> str:
     return _wrapped(operands[0], _element(operation))
 
 
 def _to_float(is_signed: bool) -> _Rule:
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         number = signed(operands[0], _from(operation)) if is_signed else operands[0]
         element = _element(operation)
         return narrowed(f"(({'double' if element == 'f64' else 'float'}){number})", element)
@@ -137,7 +137,7 @@ def _to_float(is_signed: bool) -> _Rule:
 def _to_integer(is_signed: bool) -> _Rule:
     """Towards zero. What does not fit saturates, and NaN gives 0, as on a GPU."""
 
-    def rule(operation: Operation, operands: Sequence[str]) -> str:
+    def rule(operation: Op, operands: Sequence[str]) -> str:
         number, bits = widened(operands[0], _from(operation)), INTEGERS[_element(operation)]
         if is_signed:
             least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - (bits < 64)
@@ -149,7 +149,7 @@ def _to_integer(is_signed: bool) -> _Rule:
     return rule
 
 
-def _convert(operation: Operation, operands: Sequence[str]) -> str:
+def _convert(operation: Op, operands: Sequence[str]) -> str:
     """Between floats, to nearest even."""
     if operation.word("rounding") not in ("", "rtne"):
         raise Unsupported(f"rounding {operation.word('rounding')}")
@@ -160,7 +160,7 @@ def _convert(operation: Operation, operands: Sequence[str]) -> str:
     return narrowed(wide, target) if target in NARROW else f"(({Type(target).c}){wide})"
 
 
-def _bitcast(operation: Operation, operands: Sequence[str]) -> str:
+def _bitcast(operation: Op, operands: Sequence[str]) -> str:
     source, target = operation.operands[0].type.c, operation.result.type.c
     if source == target:
         return operands[0]
@@ -168,7 +168,7 @@ def _bitcast(operation: Operation, operands: Sequence[str]) -> str:
     return {"float": "f32_of({})", "double": "f64_of({})"}.get(target, "{}").format(named)
 
 
-def _add_pointer(operation: Operation, operands: Sequence[str]) -> str:
+def _add_pointer(operation: Op, operands: Sequence[str]) -> str:
     pointer, offset = operands
     element = operation.operands[1].type.element
     size = Type(operation.result.type.pointee).bytes
@@ -186,7 +186,7 @@ _SYMBOLS = {  # of libdevice; those that the C library computes as accurately or
 } | {"__nv_rsqrtf": "(1.0f / sqrtf({0}))"}  # fmt: skip
 
 
-def _extern(operation: Operation, operands: Sequence[str]) -> str:
+def _extern(operation: Op, operands: Sequence[str]) -> str:
     symbol = operation.word("symbol")
     if symbol not in _SYMBOLS or _element(operation) != "f32":
         raise Unsupported(f"the function {symbol} of a library")
@@ -196,7 +196,7 @@ def _extern(operation: Operation, operands: Sequence[str]) -> str:
 _PTX_COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
-def _inline_asm(operation: Operation, operands: Sequence[str]) -> str:
+def _inline_asm(operation: Op, operands: Sequence[str]) -> str:
     quoted = STRING.search(operation.text)
     asm = " ".join(quoted[1].replace("\\0A", " ").split()) if quoted else ""
     found = re.fullmatch(r"set\.(\w+)\.f32\.f32 \$0, \$1, \$2;", asm)
@@ -207,13 +207,13 @@ def _inline_asm(operation: Operation, operands: Sequence[str]) -> str:
     return f"({operands[0]} {_PTX_COMPARISONS[found[1]]} {operands[1]} ? 1.0f : 0.0f)"
 
 
-def _high_product(operation: Operation, operands: Sequence[str]) -> str:
+def _high_product(operation: Op, operands: Sequence[str]) -> str:
     bits = INTEGERS[_element(operation)]
     wide = "unsigned __int128" if bits == 64 else "uint64_t"
     return f"((uint{bits}_t)((({wide}){operands[0]} * {operands[1]}) >> {bits}))"
 
 
-def _clamp(operation: Operation, operands: Sequence[str]) -> str:
+def _clamp(operation: Op, operands: Sequence[str]) -> str:
     if _element(operation) != "f32":
         raise Unsupported("tt.clampf of another type than f32")
     x, least, most = operands
@@ -222,7 +222,7 @@ def _clamp(operation: Operation, operands: Sequence[str]) -> str:
     return f"minnum(maxnum({x}, {least}), {most})"
 
 
-def _absolute(operation: Operation, operands: Sequence[str]) -> str:
+def _absolute(operation: Op, operands: Sequence[str]) -> str:
     number = signed(operands[0], _element(operation))
     return _wrapped(f"{number} < 0 ? 0 - {operands[0]} : {operands[0]}", _element(operation))
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from nsa_oracle.harness.compiled import scalars
 from nsa_oracle.harness.compiled.emitter import Emitter, Rule
 from nsa_oracle.harness.compiled.scalars import narrowed, widened
-from nsa_oracle.harness.compiled.ttir import Block, Operation, Unsupported, Value
+from nsa_oracle.harness.compiled.ttir import Op, Region, Unsupported, Value
 from nsa_oracle.harness.compiled.writer import flat
 
 TERMS = 8  # products that are summed by themselves
 PER_THREAD = 4  # neighbours along an axis that one thread of a GPU has
 
 
-def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: Sequence[str]) -> None:
+def _combine(emitter: Emitter, region: Region, totals: Sequence[str], elements: Sequence[str]) -> None:
     """Emit the region that combines two elements; the results replace ``totals``."""
     emitter.names.update(zip(region.arguments, [*totals, *elements], strict=True))
     emitter.emit_block(region)
@@ -28,7 +28,7 @@ def _combine(emitter: Emitter, region: Block, totals: Sequence[str], elements: S
         emitter.line(f"{total} = {copy};")
 
 
-def _reduce(emitter: Emitter, operation: Operation) -> None:
+def _reduce(emitter: Emitter, operation: Op) -> None:
     """As a GPU does: first neighbours, which a thread has, then halves of the threads until one is left.
 
     So the bits of a sum depend on the places of its terms, and a kernel that puts the same terms in other places for
@@ -76,7 +76,7 @@ def _declared(emitter: Emitter, values: Sequence[Value], elements: Sequence[str]
     return names
 
 
-def _scan(emitter: Emitter, operation: Operation) -> None:
+def _scan(emitter: Emitter, operation: Op) -> None:
     sources, axis = operation.operands, operation.integer("axis")
     emitter.need(*sources)
     shape = sources[0].type.shape
@@ -99,7 +99,7 @@ def _scan(emitter: Emitter, operation: Operation) -> None:
     emitter.names.update(zip(operation.results, places, strict=True))
 
 
-def _dot(emitter: Emitter, operation: Operation) -> None:
+def _dot(emitter: Emitter, operation: Op) -> None:
     """A @ b + c. Each element begins with c, to which sums of products are added: of 8 neighbours, in pairs.
 
     Products of narrow floats are exact in float32. Of float32 operands with the precision tf32, the last 13 bits are
@@ -149,7 +149,7 @@ def _dot(emitter: Emitter, operation: Operation) -> None:
     emitter.names[result] = total
 
 
-def _histogram(emitter: Emitter, operation: Operation) -> None:
+def _histogram(emitter: Emitter, operation: Op) -> None:
     source, *masks = operation.operands
     emitter.need(*operation.operands)
     array, bins = emitter.array(operation.result.type), operation.result.type.size
@@ -161,7 +161,7 @@ def _histogram(emitter: Emitter, operation: Operation) -> None:
     emitter.names[operation.result] = array
 
 
-def _gather(emitter: Emitter, operation: Operation, name: str, index: Sequence[str]) -> None:
+def _gather(emitter: Emitter, operation: Op, name: str, index: Sequence[str]) -> None:
     """An index beyond the axis is wrong; it is kept within the tensor here."""
     source, chosen = operation.operands
     axis = operation.integer("axis")
@@ -169,8 +169,8 @@ def _gather(emitter: Emitter, operation: Operation, name: str, index: Sequence[s
     emitter.declare(operation, name, emitter.at(source, [*index[:axis], place, *index[axis + 1 :]]))
 
 
-ELEMENTS: dict[str, Callable[[Emitter, Operation, str, Sequence[str]], None]] = {"tt.gather": _gather}
-RULES: dict[str, Rule] = {
+GATHERS: dict[str, Callable[[Emitter, Op, str, Sequence[str]], None]] = {"tt.gather": _gather}
+COMBINATIONS: dict[str, Rule] = {
     "tt.reduce": _reduce,
     "tt.scan": _scan,
     "tt.dot": _dot,

@@ -91,23 +91,23 @@ class Value:
     def __init__(self, name: str, type_: Type) -> None:
         self.name = name
         self.type = type_
-        self.users: list[Operation] = []
-        self.definition: Operation | None = None
+        self.users: list[Op] = []
+        self.definition: Op | None = None
 
     def __repr__(self) -> str:
         return self.name
 
 
 @dataclass(eq=False)
-class Block:
+class Region:
     """Arguments and operations of a region with one block, which is all that TTIR's control flow has."""
 
     arguments: list[Value] = field(default_factory=list)
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[Op] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Operation:
+class Op:
     """One operation. text: behind its name, without location. where: file and line, or "" if it is not known."""
 
     name: str
@@ -115,7 +115,7 @@ class Operation:
     where: str
     operands: list[Value] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
-    regions: list[Block] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
 
     @property
     def result(self) -> Value:
@@ -144,10 +144,10 @@ class Kernel:
     """One function: a kernel whose device functions have been inlined. promises: attributes of its parameters."""
 
     name: str
-    body: Block
+    body: Region
     promises: list[str]
 
-    def operations(self) -> Iterator[Operation]:
+    def operations(self) -> Iterator[Op]:
         """All operations, those of regions included."""
         waiting = [self.body]
         while waiting:
@@ -209,7 +209,7 @@ class _Reader:
             type_text, _, attributes = parameter.partition(" {")
             arguments.append(self._define(name, type_of(type_text)))
             promises.append(attributes.removesuffix("}"))
-        block = Block(arguments)
+        block = Region(arguments)
         self._read_block(block)
         return Kernel(found[1], block, promises)
 
@@ -224,7 +224,7 @@ class _Reader:
                 return scope[name]
         raise Unsupported(f"the name {name} is used before it is defined")
 
-    def _read_block(self, block: Block) -> str:
+    def _read_block(self, block: Region) -> str:
         """Read operations up to the line that closes the region, which is returned."""
         while True:
             line = self._lines[self._next]
@@ -238,9 +238,9 @@ class _Reader:
                 continue
             block.operations.append(self._operation(line))
 
-    def _region(self, arguments: list[tuple[str, Type]]) -> tuple[Block, str]:
+    def _region(self, arguments: list[tuple[str, Type]]) -> tuple[Region, str]:
         self._scopes.append({})
-        block = Block([self._define(*argument) for argument in arguments])
+        block = Region([self._define(*argument) for argument in arguments])
         end = self._read_block(block)
         self._scopes.pop()
         return block, end
@@ -258,7 +258,7 @@ class _Reader:
             text = self._locations.get(parts[0], "") if parts else ""
         return ""
 
-    def _operation(self, line: str) -> Operation:
+    def _operation(self, line: str) -> Op:
         found = _LOCATION.search(line)
         where = self._where(found[1]) if found else ""
         if found:
@@ -272,7 +272,7 @@ class _Reader:
         named = _OPERATION.match(line)
         if named is None:
             raise Unsupported(f"the line {line!r}")
-        operation = Operation(named[1], line[named.end() :].strip(), where)
+        operation = Op(named[1], line[named.end() :].strip(), where)
         types = self._regions(operation) if line.endswith("{") else _result_types(operation)
         if operation.name not in _WITH_NAMES_OF_THEIR_OWN:
             self._use(operation, STRING.sub("", operation.text))
@@ -283,13 +283,13 @@ class _Reader:
             value.definition = operation
         return operation
 
-    def _use(self, operation: Operation, text: str) -> None:
+    def _use(self, operation: Op, text: str) -> None:
         for name in NAME.findall(text):
             value = self._named(name)
             operation.operands.append(value)
             value.users.append(operation)
 
-    def _regions(self, operation: Operation) -> list[Type]:
+    def _regions(self, operation: Op) -> list[Type]:
         """Read the regions of an operation, and give it its operands. Returns the types of its results."""
         text = operation.text
         match operation.name:
@@ -323,7 +323,7 @@ class _Reader:
                 return [type_of(part) for part in split_types(end.partition(" -> ")[2].strip("()"))]
         raise Unsupported(operation.name)
 
-    def _for(self, operation: Operation, text: str) -> list[Type]:
+    def _for(self, operation: Op, text: str) -> list[Type]:
         found = re.match(r"(?:unsigned )?(%[\w$.-]+) = (\S+) to (\S+) step (\S+)(.*) \{$", text)
         if found is None or text.startswith("unsigned"):
             raise Unsupported("a loop over unsigned numbers")
@@ -346,7 +346,7 @@ def _types_behind_arrow(text: str) -> list[Type]:
     return [type_of(part) for part in split_types(types.removeprefix("(").removesuffix(")"))] if arrow else []
 
 
-def _result_types(operation: Operation) -> list[Type]:
+def _result_types(operation: Op) -> list[Type]:
     """The types of the results of an operation without regions, from the types behind its last colon."""
     name, text = operation.name, STRING.sub('""', operation.text)
     if name in _WITHOUT_RESULT:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from nsa_oracle.harness.compiled.ttir import Operation, Type, Unsupported, Value
+from nsa_oracle.harness.compiled.ttir import Op, Type, Unsupported, Value
 
 _NARROW = {
     "bf16": torch.bfloat16, "f16": torch.float16, "f8E4M3FN": torch.float8_e4m3fn, "f8E5M2": torch.float8_e5m2,
 }  # fmt: skip
-At = Callable[[Value, Sequence[str]], str]
+_At = Callable[[Value, Sequence[str]], str]
 Index = list[str]
 
 
@@ -29,43 +29,43 @@ def bases(value: Value, names: Collection[Value]) -> Iterator[Value]:
         yield from bases(operand, names)
 
 
-def element(value: Value, index: Index, at: At) -> str:
+def element(value: Value, index: Index, at: _At) -> str:
     """C for the element of a view at ``index``. at: gives that of an operand."""
     assert value.definition is not None
     return VIEWS[value.definition.name](value.definition, value, index, at)
 
 
-def _constant(operation: Operation, value: Value, index: Index, at: At) -> str:
-    return constant(operation)
+def _constant(operation: Op, value: Value, index: Index, at: _At) -> str:
+    return _constant_text(operation)
 
 
-def _poison(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _poison(operation: Op, value: Value, index: Index, at: _At) -> str:
     return "0"
 
 
-def _splat(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _splat(operation: Op, value: Value, index: Index, at: _At) -> str:
     return at(operation.operands[0], [])
 
 
-def _unsplat(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _unsplat(operation: Op, value: Value, index: Index, at: _At) -> str:
     return at(operation.operands[0], ["0"] * len(operation.operands[0].type.shape))
 
 
-def _range(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _range(operation: Op, value: Value, index: Index, at: _At) -> str:
     return f"(uint32_t)({index[0]} + {operation.integer('start')})"
 
 
-def _expand(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _expand(operation: Op, value: Value, index: Index, at: _At) -> str:
     axis = operation.integer("axis")
     return at(operation.operands[0], index[:axis] + index[axis + 1 :])
 
 
-def _broadcast(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _broadcast(operation: Op, value: Value, index: Index, at: _At) -> str:
     source = operation.operands[0]
     return at(source, [name if size > 1 else "0" for name, size in zip(index, source.type.shape, strict=True)])
 
 
-def _transpose(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _transpose(operation: Op, value: Value, index: Index, at: _At) -> str:
     order = operation.integers("order")
     places = ["0"] * len(order)
     for name, dim in zip(index, order, strict=True):
@@ -73,7 +73,7 @@ def _transpose(operation: Operation, value: Value, index: Index, at: At) -> str:
     return at(operation.operands[0], places)
 
 
-def _reshape(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _reshape(operation: Op, value: Value, index: Index, at: _At) -> str:
     source = operation.operands[0]
     return at(source, reshaped(index, value.type, source.type))
 
@@ -97,16 +97,16 @@ def reshaped(index: Sequence[str], of: Type, to: Type) -> Index:
     return found
 
 
-def _join(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _join(operation: Op, value: Value, index: Index, at: _At) -> str:
     first, second = (at(operand, index[:-1]) for operand in operation.operands)
     return f"({index[-1]} ? {second} : {first})"
 
 
-def _split(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _split(operation: Op, value: Value, index: Index, at: _At) -> str:
     return at(operation.operands[0], [*index, str(operation.results.index(value))])
 
 
-def _concatenate(operation: Operation, value: Value, index: Index, at: At) -> str:
+def _concatenate(operation: Op, value: Value, index: Index, at: _At) -> str:
     first, second = operation.operands
     length = first.type.shape[0]
     # The index of the side that is not chosen is kept within its tensor.
@@ -115,7 +115,7 @@ def _concatenate(operation: Operation, value: Value, index: Index, at: At) -> st
     return f"(({index[0]}) < {length} ? {low} : {high})"
 
 
-def constant(operation: Operation) -> str:
+def _constant_text(operation: Op) -> str:
     """The C literal of ``arith.constant``: a number, or a tensor of one number."""
     text = re.sub(r"^\{[^}]*\} ", "", operation.text).rpartition(" : ")[0] or operation.text
     found = re.fullmatch(r"dense<([^\[\"]*)>", text)
@@ -148,7 +148,7 @@ def _narrow_bits(number: float, element: str) -> int:
     return int(bits.view(torch.uint8 if bits.element_size() == 1 else torch.int16).item()) & 0xFFFF
 
 
-VIEWS: dict[str, Callable[[Operation, Value, Index, At], str]] = {
+VIEWS: dict[str, Callable[[Op, Value, Index, _At], str]] = {
     "arith.constant": _constant,
     "ub.poison": _poison,
     "tt.splat": _splat,

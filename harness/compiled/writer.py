@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-class Writer:
+class CodeWriter:
     """Lines of C with indentation, and names."""
 
     def __init__(self) -> None:

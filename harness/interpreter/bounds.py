@@ -92,16 +92,16 @@ def _noting_arguments(to_host: Callable[..., Any]) -> Callable[..., Any]:
     def noted(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host_args, host_kwargs = to_host(executor, args, kwargs)
         named = [*zip(executor.arg_names, host_args, strict=False), *host_kwargs.items()]
-        _launches[-1] = [part for name, value in named if type(value) is not int for part in parts_of(name, value)]
+        _launches[-1] = [part for name, value in named if type(value) is not int for part in extents_of(name, value)]
         return host_args, host_kwargs
 
     return noted
 
 
-def parts_of(name: str, value: Any) -> Iterable[Extent]:
+def extents_of(name: str, value: Any) -> Iterable[Extent]:
     """What may be touched of an argument: a tensor, or a tuple or a descriptor of tensors."""
     if isinstance(value, tuple):
-        return [part for each in value for part in parts_of(name, each)]
+        return [part for each in value for part in extents_of(name, each)]
     if not isinstance(value, torch.Tensor):
         value = getattr(value, "base", None)  # a tensor descriptor, or a tensor seen as another type
     if not isinstance(value, torch.Tensor):
@@ -165,7 +165,7 @@ def _check(access: str, pointers: Pointers, mask: npt.NDArray[Any], size: int) -
         return
     for pointer in np.unique(selected):  # of several tensors, or wrong
         if not _are_within_one(parts, pointer, size):
-            raise OutOfBounds(complaint(access, parts, int(pointer), size))
+            raise OutOfBounds(out_of_bounds_line(access, parts, int(pointer), size))
 
 
 def _are_within_one(parts: list[Extent], pointers: Pointers | np.uint64, size: int) -> bool:
@@ -183,7 +183,7 @@ def _are_within_one(parts: list[Extent], pointers: Pointers | np.uint64, size: i
 _least, _largest = np.minimum.reduce, np.maximum.reduce  # faster than the methods
 
 
-def complaint(access: str, parts: Sequence[Extent], pointer: int, size: int) -> str:
+def out_of_bounds_line(access: str, parts: Sequence[Extent], pointer: int, size: int) -> str:
     """What is wrong with an access that lies in none of ``parts``, in one line."""
     if not parts:
         return f"a {access} of {size} bytes by a kernel without a tensor argument"

@@ -64,11 +64,11 @@ def _refuse(wrong: npt.NDArray[Any], name: str, value: int, dim: int) -> None:
 
 def broken(name: str, value: int, dim: int, lane: list[int], beyond: int) -> str:
     """The promise ``name`` of ``value`` in ``dim``, and what ``lane`` does instead: ``beyond`` the promised place."""
-    promise, truth = TEXTS[name]
+    promise, truth = _TEXTS[name]
     return f"{promise.format(value=value, dim=dim)} lane {lane} {truth.format(beyond)}"
 
 
-TEXTS = {
+_TEXTS = {
     "tt.divisibility": (
         "tl.multiple_of promises that contiguous cells in dimension {dim} start at a multiple of {value} bytes, but",
         "points {} bytes past one: a GPU would fault",
