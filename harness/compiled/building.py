@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from nsa_oracle.harness.errors import BackendError
+
 FLAGS = (
     "-O1",  # -O2 takes twice the time to compile and saves little of what a launch takes
     "-std=gnu11", "-shared", "-fPIC", "-w",
@@ -25,7 +27,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-class BuildError(Exception):
+class BuildError(BackendError):
     """There is no C compiler, or it refused a source. The message is one line."""
 
 

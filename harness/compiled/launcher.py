@@ -32,6 +32,7 @@ TIER_VARIABLE, COMPILED_TIER = (
     "NSA_ORACLE_KERNELS",
     "compiled",
 )  # the environment variable that chooses this tier, and its value
+LEFT_TO_THE_INTERPRETER = "left to the interpreter: "  # begins a line on standard error for each such kernel
 
 interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
 
@@ -174,7 +175,7 @@ class CompiledKernel:
             last = (str(error).splitlines() or [""])[-1]  # the front end shows the kernel's source first
             reason = f"{type(error).__name__}: {one_line(last)}"
         if name not in interpreted:
-            print(f"interpreted: {name}: {reason}", file=sys.stderr)
+            print(f"{LEFT_TO_THE_INTERPRETER}{name}: {reason}", file=sys.stderr)
         interpreted[name] = reason
         return reason
 
@@ -204,7 +205,7 @@ def _key(value: Any, kind: _Kind) -> Any:
     is_constant, annotated, may_specialize = kind
     of = type(value)
     if is_constant:
-        return of, value
+        return of, value.hex() if of is float else value  # as keys, both zeros are equal
     if of is torch.Tensor:
         return value.dtype
     if of is int:

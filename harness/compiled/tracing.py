@@ -98,6 +98,13 @@ class _Compilable(JITFunction):  # type: ignore[misc]
     def _is_of_triton(self) -> bool:
         return f"{self.__module__}.".startswith("triton.")
 
+    @functools.cached_property
+    def _tree(self) -> Any:
+        return super().parse()
+
+    def parse(self) -> Any:
+        return self._tree
+
     @property
     def cache_key(self) -> str:  # Triton's own would look for the dependencies among functions of the other type
         return str(id(self))
@@ -163,11 +170,7 @@ def _constant(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
 @functools.cache
 def _definitions(module: ModuleType, name: str) -> tuple[tuple[ModuleType, Any], ...]:
     """Where ``name`` is defined, and its definition compiled, if that mentions the interpreter; it may be imported."""
-    try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    for node in tree.body:
+    for node in _statements(module):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             if any(word in ast.unparse(node.value) for word in _MENTIONS):
                 return ((module, compile(ast.Expression(node.value), module.__file__ or name, "eval")),)
@@ -176,6 +179,15 @@ def _definitions(module: ModuleType, name: str) -> tuple[tuple[ModuleType, Any],
                 if (alias.asname or alias.name) == name and node.module in sys.modules:
                     return _definitions(sys.modules[node.module], alias.name)
     return ()
+
+
+@functools.cache
+def _statements(module: ModuleType) -> list[ast.stmt]:
+    """The statements of a module; none if its source is not known."""
+    try:
+        return ast.parse(inspect.getsource(module)).body
+    except (OSError, TypeError, SyntaxError):
+        return []
 
 
 @contextmanager
