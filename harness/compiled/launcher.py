@@ -14,8 +14,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -28,10 +28,8 @@ from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
 from nsa_oracle.harness.errors import error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
 
-TIER_VARIABLE, COMPILED_TIER = (
-    "NSA_ORACLE_KERNELS",
-    "compiled",
-)  # the environment variable that chooses this tier, and its value
+TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; this tier is chosen by
+COMPILED_TIER = "compiled"
 LEFT_TO_THE_INTERPRETER = "left to the interpreter: "  # begins a line on standard error for each such kernel
 
 interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
@@ -76,9 +74,11 @@ class Variant:
     places: tuple[int, ...]  # of the runtime arguments among all
     is_current: Callable[[], bool]
     library: ctypes.CDLL
+    number: int = field(default_factory=itertools.count(1).__next__)
 
     def launch(self, names: Sequence[str], values: Sequence[Any], grid: Sequence[int]) -> None:
         """Run all programs. Raises what the kernel does wrong, and what a signal handler raises meanwhile."""
+        _announce(self.kernel, self.number)
         words = [pack(values[place]) for pack, place in zip(self.pack, self.places, strict=True)]
         programs = grid[0] * grid[1] * grid[2]
         parts, extents = self._extents(names, values)
@@ -105,6 +105,21 @@ class Variant:
             _ExtentC(part.begin, part.end, number, shared[key]) for number, (key, part) in enumerate(parts.items())
         ]
         return list(parts.values()), (_ExtentC * len(found))(*found)
+
+
+class _Launched(NamedTuple):
+    """What Triton's hook is given: the name of a kernel, and a number for what is compiled."""
+
+    data: Mapping[str, Any]
+
+
+def _announce(kernel: str, function: int) -> None:
+    """Tell who listens to Triton's launches on a GPU, as the count of compiled variants does."""
+    from triton import knobs  # late: importing Triton fixes how kernels run
+
+    hook: Any = knobs.runtime.launch_enter_hook
+    if getattr(hook, "calls", ()):
+        hook(_Launched({"name": kernel, "function": function}))
 
 
 class CompiledKernel:

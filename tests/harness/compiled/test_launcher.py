@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from nsa_oracle.harness.bugs.mutate import Mutation, mutated
+from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.compiled import building, launcher
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.interpreter.bounds import OutOfBounds, hand_out
@@ -168,6 +169,23 @@ def test_libraries_are_kept_in_the_cache(cache: Path, all_are_compiled: None) ->
     fresh_kernel[(1,)](torch.zeros(8, dtype=torch.int32))
     assert before
     assert {file: file.stat().st_mtime_ns for file in cache.glob("*.so")} == before
+
+
+@triton.jit
+def length_kernel(target: tl.tensor, length: tl.tensor, WIDTH: tl.constexpr) -> None:
+    lanes = tl.arange(0, 8)
+    tl.store(target + lanes, WIDTH, mask=lanes < length)
+
+
+def test_variants_are_counted_as_on_a_gpu(all_are_compiled: None) -> None:
+    counter, target = VariantCounter(), torch.zeros(8, dtype=torch.int32)
+    with counter.counting():
+        for length in (2, 3, 300):
+            length_kernel[(1,)](target, length, WIDTH=1)
+        assert [len(handles) for handles in counter.take().values()] == [1]
+        for length in (2, 3, 4):
+            length_kernel[(1,)](target, length, WIDTH=length)
+        assert [len(handles) for handles in counter.take().values()] == [3]
 
 
 OFFSET = tl.constexpr(5)
