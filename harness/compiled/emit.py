@@ -10,7 +10,7 @@ from nsa_oracle.harness.compiled import control, memory, scalars, tensors, views
 from nsa_oracle.harness.compiled.emitter import Emitter, Rules, Site
 from nsa_oracle.harness.compiled.ttir import Kernel, Op, Unsupported, Value
 
-RUNTIME = Path(__file__).parent / "runtime.h"
+HEADERS = [Path(__file__).parent / name for name in ("runtime.h", "races.h", "numbers.h")]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ def emit(kernel: Kernel) -> Source:
     emitter.emit_block(kernel.body)
     emitter.flush_all()
     body = "\n".join([*emitter.statics, "", _PROGRAM, *emitter.lines, "    return 0;", "}"])
-    text = f"#define SITES {max(1, len(emitter.sites))}\n{RUNTIME.read_text(encoding='utf-8')}\n{body}\n{_LAUNCH}"
+    head = [f"#define SITES {max(1, len(emitter.sites))}", *(file.read_text(encoding="utf-8") for file in HEADERS)]
+    text = "\n".join([*head, body, _LAUNCH])
     return Source(text, tuple(emitter.sites), _written(kernel), is_checked)
 
 

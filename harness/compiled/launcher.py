@@ -187,8 +187,9 @@ class CompiledKernel:
         except (Unsupported, BuildError, _Left) as error:
             reason = error_line(error)
         except Exception as error:  # the front end, or this tier, does not know what the kernel does
-            last = (str(error).splitlines() or [""])[-1]  # the front end shows the kernel's source first
-            reason = f"{type(error).__name__}: {one_line(last)}"
+            # The front end shows the kernel's source first, and a caret below it.
+            lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+            reason = f"{type(error).__name__}: {one_line(lines[-1] if lines else 'no message')}"
         if name not in interpreted:
             print(f"{LEFT_TO_THE_INTERPRETER}{name}: {reason}", file=sys.stderr)
         interpreted[name] = reason
