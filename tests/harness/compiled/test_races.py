@@ -7,8 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_oracle.harness.bugs.mutate import Mutation, mutated
 from nsa_oracle.harness.compiled.faults import Race
 from nsa_oracle.harness.compiled.races import leave_unordered, unordered
+from nsa_oracle.harness.judge import OracleFailure, judge
+from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.subjects.default import optimized_backend
+from tests.support.project import PROJECT
 
 pytestmark = pytest.mark.usefixtures("all_are_compiled")
 
@@ -27,8 +32,8 @@ def test_programs_with_cells_of_their_own_do_not_race() -> None:
 
 def test_two_programs_that_store_different_values_race() -> None:
     message = (
-        r"a race of two programs of blocks_kernel: program 0 stores byte 28 of target \(line 21\), program 1 stores it "
-        r"\(line 21\), and nothing orders them"
+        r"a race of two programs of blocks_kernel: program 0 stores byte 28 of target \(line 26\), program 1 stores it "
+        r"\(line 26\), and nothing orders them"
     )
     with pytest.raises(Race, match=message):
         blocks_kernel[(4,)](torch.zeros(32, dtype=torch.int32), 7, VALUE_OF_PROGRAM=True)
@@ -143,3 +148,16 @@ def test_two_views_of_one_memory_race() -> None:
 
 def test_one_program_does_not_race_with_itself() -> None:
     own_copy_kernel[(1,)](torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32), WRITES=False)
+
+
+def test_a_race_that_the_interpreter_hides_is_found_in_optimized() -> None:
+    """Programs also fill the row behind their own. The program of that row runs later here, and makes it right."""
+    one_row_more = Mutation(
+        "nsa_oracle.optimized.kernels.metadata:fill_metadata_kernel",
+        "        row_end = row_begin + rows_per_request\n",
+        "        row_end = tl.minimum(row_begin + rows_per_request + 1, num_rows)\n",
+    )
+    scenario = load(PROJECT / "tests" / "cases" / "same-batch-on-other-pages.json")
+    with mutated(one_row_more), pytest.raises(OracleFailure, match=r"Race at .*page_table.py:.* in fill_metadata"):
+        judge(scenario, optimized_backend, torch.device("cpu"))
+    judge(scenario, optimized_backend, torch.device("cpu"))
