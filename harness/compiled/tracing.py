@@ -28,6 +28,8 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from nsa_oracle.harness.compiled.ttir import Unsupported
+
 TARGET = GPUTarget("cuda", 90, 32)
 _FIXED = ("__dict__", "__weakref__", "__doc__", "__abstractmethods__", "_abc_impl")  # members that nobody sets
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of CPython's classes
@@ -250,11 +252,19 @@ def _compilable_language() -> dict[Any, dict[str, Any]]:
                 own[name] = _compilable(value)
             elif value is _volatile_load().__wrapped__:
                 own[name] = _volatile_load()
+    members[tl.pointer_type]["to_ir"] = _pointer_to_ir
     methods = members[tl.tensor]
     for name, function in members[tl.standard].items():
         if isinstance(function, _Compilable) and name in methods:  # a method, which the interpreter has wrapped
             methods[name] = function
     return members
+
+
+def _pointer_to_ir(type_: Any, builder: Any) -> Any:
+    """The type of a pointer. The front end ends the process for one that points to pointers."""
+    if type_.element_ty.is_ptr():
+        raise Unsupported("a pointer to pointers")
+    return remember_language()[tl.pointer_type]["to_ir"](type_, builder)
 
 
 @functools.cache

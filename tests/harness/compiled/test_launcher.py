@@ -140,6 +140,19 @@ def test_what_is_not_supported_runs_in_the_interpreter(compiled: dict[str, str])
     assert compiled == {"printing_kernel": "tl.device_print"}
 
 
+@triton.jit
+def pointers_kernel(memory: tl.tensor) -> None:
+    table = memory.to(tl.pointer_type(tl.pointer_type(tl.float32)))
+    tl.store(table.to(tl.pointer_type(tl.float32)), 1.0)
+
+
+def test_a_type_that_the_front_end_does_not_survive_is_left_to_the_interpreter(compiled: dict[str, str]) -> None:
+    memory = torch.zeros(4)
+    pointers_kernel[(1,)](memory)
+    assert memory[0].item() == 1.0
+    assert "a pointer to pointers" in compiled["pointers_kernel"]
+
+
 @pytest.mark.parametrize("compiler", ["false", "a-compiler-that-does-not-exist"])
 def test_without_a_working_compiler_kernels_are_interpreted(
     compiler: str, compiled: dict[str, str], monkeypatch: pytest.MonkeyPatch
