@@ -38,17 +38,23 @@ def build(source: str) -> Path:
     digest = hashlib.sha256("\0".join([source, compiler, version, *flags]).encode()).hexdigest()
     library = cache_folder() / f"{digest[:32]}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
-            file, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-            file.write_text(source, encoding="utf-8")
-            command = [compiler, *flags, "-o", str(made), str(file), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line]
-                raise BuildError(f"{compiler} refuses the kernel: {(errors or ['no message'])[0]}")
-            made.replace(library)
+        try:
+            _build(source, [compiler, *flags], library)
+        except OSError as error:
+            raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
     return library
+
+
+def _build(source: str, command: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
+        file, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+        file.write_text(source, encoding="utf-8")
+        done = subprocess.run([*command, "-o", str(made), str(file), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise BuildError(f"{command[0]} refuses the kernel: {(errors or ['no message'])[0]}")
+        made.replace(library)
 
 
 def cache_folder() -> Path:

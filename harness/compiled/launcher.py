@@ -10,6 +10,7 @@ import ctypes
 import functools
 import inspect
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from nsa_oracle.harness.compiled.building import BuildError, build
 from nsa_oracle.harness.compiled.emit import Source, emit
 from nsa_oracle.harness.compiled.faults import KernelFault, raise_fault
 from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
-from nsa_oracle.harness.errors import error_line, one_line
+from nsa_oracle.harness.errors import BackendError, error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
 
 TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; this tier is chosen by
@@ -33,6 +34,14 @@ COMPILED_TIER = "compiled"
 LEFT_TO_THE_INTERPRETER = "left to the interpreter: "  # begins a line on standard error for each such kernel
 
 interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
+
+
+def is_chosen() -> bool:
+    """Whether the environment chooses this tier. Raises BackendError for a tier that does not exist."""
+    value = os.environ.get(TIER_VARIABLE) or "interpreted"
+    if value not in ("interpreted", COMPILED_TIER):
+        raise BackendError(f"{TIER_VARIABLE}: there is no '{value}'; choose interpreted or {COMPILED_TIER}")
+    return value == COMPILED_TIER
 
 
 class _ExtentC(ctypes.Structure):

@@ -14,7 +14,8 @@ import triton.language as tl
 from nsa_oracle.harness.bugs.mutate import Mutation, mutated
 from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.compiled import building, launcher
-from nsa_oracle.harness.errors import CaseTimeout
+from nsa_oracle.harness.compiled.building import BuildError
+from nsa_oracle.harness.errors import BackendError, CaseTimeout
 from nsa_oracle.harness.interpreter.bounds import OutOfBounds, hand_out
 from nsa_oracle.harness.interpreter.promises import BrokenPromise
 from nsa_oracle.harness.processes import time_limit
@@ -140,6 +141,20 @@ def test_what_is_not_supported_runs_in_the_interpreter(compiled: dict[str, str])
     assert compiled == {"printing_kernel": "tl.device_print"}
 
 
+@pytest.mark.parametrize(("value", "chosen"), [(None, False), ("", False), ("interpreted", False), ("compiled", True)])
+def test_the_environment_chooses(value: str | None, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launcher.TIER_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(launcher.TIER_VARIABLE, value)
+    assert launcher.is_chosen() is chosen
+
+
+def test_another_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launcher.TIER_VARIABLE, "compile")
+    with pytest.raises(BackendError, match="NSA_ORACLE_KERNELS: there is no 'compile'; choose interpreted or compiled"):
+        launcher.is_chosen()
+
+
 @triton.jit
 def pointers_kernel(memory: tl.tensor) -> None:
     table = memory.to(tl.pointer_type(tl.pointer_type(tl.float32)))
@@ -173,6 +188,15 @@ def test_without_a_working_compiler_kernels_are_interpreted(
 @triton.jit
 def fresh_kernel(target: tl.tensor) -> None:
     tl.store(target + tl.arange(0, 8), 2)
+
+
+def test_what_cannot_be_built_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"refuses the kernel: .*error"):
+        building.build("no C")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NSA_ORACLE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"NSA_ORACLE_CACHE: .*file cannot be used: "):
+        building.build("int works;")
 
 
 def test_libraries_are_kept_in_the_cache(cache: Path, all_are_compiled: None) -> None:
