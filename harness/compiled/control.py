@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from nsa_oracle.harness.compiled.emitter import Emitter, Rule
@@ -112,6 +113,53 @@ def _while(emitter: Emitter, operation: Op) -> None:
     emitter.names.update(zip(operation.results, results, strict=True))
 
 
+def declare_labels(emitter: Emitter, body: Region) -> None:
+    """Declare the arguments of the blocks of a kernel, which branches assign."""
+    for operation in body.operations:
+        if operation.name == "cf.label":
+            emitter.targets[operation.text] = _declare(emitter, operation.results)
+            emitter.names.update(zip(operation.results, emitter.targets[operation.text], strict=True))
+
+
+def _label(emitter: Emitter, operation: Op) -> None:
+    emitter.flush_all()
+    emitter.line(f"{operation.text}: ;")
+    del emitter.targets[operation.text]  # branches go forward: there is no loop of blocks
+
+
+def _branch(emitter: Emitter, operation: Op) -> None:
+    emitter.flush_all()
+    _go(emitter, _targets(operation)[0], operation.operands)
+
+
+def _conditional_branch(emitter: Emitter, operation: Op) -> None:
+    emitter.flush_all()
+    condition, *values = operation.operands
+    first, second = _targets(operation)
+    with emitter.block(f"if ({emitter.at(condition, [])})"):
+        _go(emitter, first, values[: first[1]])
+    _go(emitter, second, values[first[1] :])
+
+
+def _targets(operation: Op) -> list[tuple[str, int]]:
+    """The labels that a branch names, each with the number of values that it passes."""
+    found = re.findall(r"\^(bb\d+)(?:\(([^)]*)\))?", operation.text)
+    return [(label, values.count("%")) for label, values in found]
+
+
+def _go(emitter: Emitter, target: tuple[str, int], values: Sequence[Value]) -> None:
+    label, count = target
+    if label not in emitter.targets or count != len(values):
+        raise Unsupported("a loop of blocks")
+    _assign(emitter, emitter.targets[label], values)
+    emitter.line(f"goto {label};")
+
+
+def _return(emitter: Emitter, operation: Op) -> None:
+    emitter.flush_all()
+    emitter.line("return 0;")
+
+
 def _nothing(emitter: Emitter, operation: Op) -> None:
     """What ends a region: its operands are read where the region is emitted."""
 
@@ -146,6 +194,10 @@ CONTROL: dict[str, Rule] = {
     "scf.while": _while,
     "scf.yield": _nothing,
     "scf.condition": _nothing,
+    "tt.return": _return,
+    "cf.label": _label,
+    "cf.br": _branch,
+    "cf.cond_br": _conditional_branch,
     "tt.assert": _assert,
     "tt.print": _print,
     "tt.get_program_id": _program_number("place"),

@@ -29,6 +29,7 @@ def emit(kernel: Kernel) -> Source:
     is_checked = all(operation.name != "tt.int_to_ptr" for operation in kernel.operations())
     emitter = Emitter(_RULES, is_checked)
     _parameters(emitter, kernel)
+    control.declare_labels(emitter, kernel.body)
     emitter.emit_block(kernel.body)
     emitter.flush_all()
     body = "\n".join([*emitter.statics, "", _PROGRAM, *emitter.lines, "    return 0;", "}"])
@@ -63,7 +64,7 @@ def _written(kernel: Kernel) -> tuple[bool, ...]:
     def roots_of(value: Value) -> frozenset[Value]:
         if value not in roots:
             made = value.definition
-            if made is None or made.regions or made.name in ("tt.load", "tt.int_to_ptr"):
+            if made is None or made.regions or made.name in ("tt.load", "tt.int_to_ptr", "cf.label"):
                 roots[value] = everything
             else:
                 given = [roots_of(operand) for operand in made.operands if operand.type.is_pointer]

@@ -19,7 +19,7 @@ from nsa_oracle.harness.compiled.writer import CodeWriter, flat
 PROMISES = {"tt.divisibility": "DIVISIBILITY", "tt.contiguity": "CONTIGUITY"}
 IGNORED = (
     "ttg.barrier", "gpu.barrier", "tt.grid_dependency_wait", "ttng.grid_dependency_wait", "llvm.intr.assume",
-    "tt.grid_dependency_launch_dependents", "tt.return", "tt.reduce.return",
+    "tt.grid_dependency_launch_dependents", "tt.reduce.return",
     "tt.scan.return",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ class Emitter(CodeWriter):
         self._groups: dict[tuple[int, ...], list[Op]] = {}
         self._pending: dict[Value, tuple[int, ...]] = {}
         self.sites: list[Site] = []
+        self.targets: dict[str, list[str]] = {}  # for each label: where the arguments of its block are
         self._is_checked = is_checked
 
     # Elements.

@@ -100,7 +100,7 @@ class Value:
 
 @dataclass(eq=False)
 class Region:
-    """Arguments and operations of a region with one block, which is all that TTIR's control flow has."""
+    """Arguments and operations of a region. Only a kernel that returns early has several blocks: see ``_label``."""
 
     arguments: list[Value] = field(default_factory=list)
     operations: list[Op] = field(default_factory=list)
@@ -232,9 +232,13 @@ class _Reader:
             if line.startswith("}"):
                 return line
             if line.startswith("^bb"):
-                if block.operations:
-                    raise Unsupported("control flow between blocks")
-                block.arguments += [self._define(name, type_of(of)) for name, of in _ARGUMENT.findall(line)]
+                arguments = [self._define(name, type_of(of)) for name, of in _ARGUMENT.findall(line)]
+                if not block.operations:
+                    block.arguments += arguments
+                elif len(self._scopes) > 1:
+                    raise Unsupported("control flow between the blocks of a region")
+                else:
+                    block.operations.append(_label(line, arguments))
                 continue
             block.operations.append(self._operation(line))
 
@@ -369,7 +373,16 @@ def _result_types(operation: Op) -> list[Type]:
     return [listed[0]]
 
 
+def _label(line: str, arguments: list[Value]) -> Op:
+    """Where another block of a kernel begins, as an operation whose results are the arguments of the block."""
+    label = Op("cf.label", line[1 : re.search(r"[(:]", line).start()], "", results=arguments)  # type: ignore[union-attr]
+    for value in arguments:
+        value.definition = label
+    return label
+
+
 _WITHOUT_RESULT = (
+    "cf.br", "cf.cond_br",
     "tt.store", "tt.return", "scf.yield", "scf.condition", "tt.reduce.return", "tt.scan.return", "ttg.barrier",
     "gpu.barrier", "tt.grid_dependency_wait", "ttng.grid_dependency_wait", "tt.assert", "tt.print", "llvm.intr.assume",
     "tt.grid_dependency_launch_dependents",

@@ -380,6 +380,27 @@ def test_control_flow(n: int) -> None:
 
 
 @triton.jit
+def early_kernel(x, out, n, N: tl.constexpr):
+    """Returns early in two places."""
+    lanes = tl.arange(0, N)
+    row = tl.program_id(0)
+    if row >= n:
+        return
+    value = tl.load(x + row * N + lanes)
+    if tl.sum(value) > 20:
+        tl.store(out + row * N + lanes, value * 2)
+        return
+    tl.store(out + row * N + lanes, value + row)
+
+
+def test_a_program_may_return_early() -> None:
+    x = torch.arange(16, dtype=torch.int32).reshape(4, 4)
+    out = torch.zeros(5, 4, dtype=torch.int32)
+    early_kernel[(5,)](x, out, 3, N=4)
+    assert torch.equal(out, torch.cat([x[:1], x[1:3] * 2, torch.zeros(2, 4, dtype=torch.int32)]))
+
+
+@triton.jit
 def atomics_kernel(counters, old, floats, N: tl.constexpr):
     lanes = tl.arange(0, N)
     tl.store(old + lanes, tl.atomic_add(counters + lanes % 2, lanes, mask=lanes != 3))
