@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.errors import CaseTimeout
 from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import bounds, promises
@@ -310,4 +311,9 @@ def prepare_process(device: str) -> None:
         from nsa_oracle.harness.interpreter import gluon  # late: it imports Triton
 
         gluon.install()
+        from nsa_oracle.harness.compiled import tracing  # late: it imports Triton
+
+        tracing.remember_language()
+        if launcher.is_chosen():
+            launcher.install()
     torch.set_num_threads(1)  # tensors are tiny, and threads of several processes would compete for cores

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from nsa_oracle.harness import processes
+from nsa_oracle.harness.errors import BackendError
 
 app = typer.Typer(
     help="Judge saved cases, survey layers, and measure how good the oracle is.\n\nExit codes: 0 everything passed, "
@@ -51,12 +52,15 @@ LayerOption = Annotated[
 def torch_device(wanted: Device) -> torch.device:
     """The device to use. Fixes how kernels run in this process, so call it before anything imports Triton.
 
-    Raises typer.Exit(2) if ``wanted`` is CUDA and there is no such device.
+    Raises typer.Exit(2) if ``wanted`` is CUDA and there is no such device, or kernels cannot run as is wanted.
     """
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise unusable("--device cuda: torch sees no CUDA device here; use cpu or auto")
     device = torch.device("cuda" if wanted is not Device.CPU and torch.cuda.is_available() else "cpu")
-    processes.prepare_process(device.type)
+    try:
+        processes.prepare_process(device.type)
+    except BackendError as error:
+        raise unusable(str(error)) from None
     return device
 
 

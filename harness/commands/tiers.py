@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from nsa_oracle.harness.compiled.building import BuildError, build
+from nsa_oracle.harness.compiled.launcher import COMPILED_TIER, LEFT_TO_THE_INTERPRETER, TIER_VARIABLE
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.processes import how_it_ended
 
@@ -28,6 +30,7 @@ class Tier(enum.Enum):
 
     REFERENCE = "CPU reference"
     INTERPRETER = "interpreter"
+    COMPILED = "compiled kernels"
     SIMULATED = "simulated graph"
     EAGER = "eager GPU"
     GRAPH = "captured graph"
@@ -39,6 +42,8 @@ class Tier(enum.Enum):
                 return "case itself"
             case Tier.INTERPRETER:
                 return "logic"
+            case Tier.COMPILED:
+                return "code for GPUs"
             case Tier.EAGER:
                 return "compile"
             case _:
@@ -47,7 +52,7 @@ class Tier(enum.Enum):
     @property
     def arguments(self) -> list[str]:
         device = "cuda" if self in (Tier.EAGER, Tier.GRAPH) else "cpu"
-        eager = ["--no-graphs"] if self in (Tier.REFERENCE, Tier.INTERPRETER, Tier.EAGER) else []
+        eager = ["--no-graphs"] if self in (Tier.REFERENCE, Tier.INTERPRETER, Tier.COMPILED, Tier.EAGER) else []
         return ["--device", device, *eager]
 
 
@@ -73,6 +78,12 @@ def run_tiers(
         if tier in (Tier.EAGER, Tier.GRAPH) and not torch.cuda.is_available():
             yield TierOutcome(tier, None, "torch sees no CUDA device here")
             continue
+        if tier is Tier.COMPILED:
+            try:
+                build("int works;")
+            except BuildError as error:
+                yield TierOutcome(tier, None, str(error))
+                continue
         spec = ["nsa_oracle.reference.multi_step:MultiStepBackend", "nsa_oracle.reference.layer:SparseAttention"]
         if tier is not Tier.REFERENCE:
             spec = [backend or "", layer or ""]
@@ -82,11 +93,14 @@ def run_tiers(
         if timeout is not None:
             options += ["--timeout", f"{timeout:g}"]
         command = [sys.executable, "-m", "nsa_oracle", "replay", str(file), *tier.arguments, *options]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": module_path()})
+        kernels = COMPILED_TIER if tier is Tier.COMPILED else ""
+        environment = {**os.environ, "PYTHONPATH": module_path(), TIER_VARIABLE: kernels}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode == UNUSABLE:
             raise BackendError(done.stderr.strip().removeprefix("error: "))
         if done.returncode == 0:
-            yield TierOutcome(tier, True)
+            left = [line for line in done.stderr.splitlines() if line.startswith(LEFT_TO_THE_INTERPRETER)]
+            yield TierOutcome(tier, True, left[0] if left else "")
             continue
         gaps = [line for line in done.stdout.splitlines() if line.startswith("NOT JUDGED")]
         if gaps:  # the case passed, but does not call everything that the layer brings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nsa_oracle.harness.compiled.races import leave_unordered
 from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
 from nsa_oracle.harness.engine.passes import Pass, map_tensors
@@ -40,6 +41,9 @@ class LayerDriver:
         banded = new_caches(setup, self.config, num_pages, device, poison, cache_margin)
         dense = AttentionCaches(_inner(banded.kv, cache_margin), _inner(banded.index_k, cache_margin))
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
+        # Rows that stand for no token all store their keys in slot 0.
+        leave_unordered(self.caches.kv[: setup.page_size], self.caches.kv)
+        leave_unordered(self.caches.index_k[:1], self.caches.index_k)
         self._poison = poison
         self._bands = {
             name: (cache[:cache_margin], cache[len(cache) - cache_margin :])

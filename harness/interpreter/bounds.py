@@ -12,7 +12,7 @@ its beginning. A launch that makes pointers from integers is not checked from th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ def hand_out(tensor: torch.Tensor, memory: torch.Tensor) -> None:
     """
     if memory.device.type == "cpu":
         address = memory.untyped_storage().data_ptr()
-        _handed_out[address] = weakref.ref(memory, lambda gone: _forget(address, gone)), _part_of(tensor)
+        _handed_out[address] = weakref.ref(memory, lambda gone: _forget(address, gone)), extent_of(tensor)
 
 
 def _forget(address: int, gone: weakref.ref[torch.Tensor]) -> None:
@@ -53,7 +53,8 @@ def _forget(address: int, gone: weakref.ref[torch.Tensor]) -> None:
         del _handed_out[address]
 
 
-def _part_of(tensor: torch.Tensor) -> Extent:
+def extent_of(tensor: torch.Tensor) -> Extent:
+    """The addresses from the first cell of ``tensor`` to its last."""
     begin = tensor.data_ptr()
     if not tensor.numel():
         return Extent(begin, begin)
@@ -91,16 +92,16 @@ def _noting_arguments(to_host: Callable[..., Any]) -> Callable[..., Any]:
     def noted(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host_args, host_kwargs = to_host(executor, args, kwargs)
         named = [*zip(executor.arg_names, host_args, strict=False), *host_kwargs.items()]
-        _launches[-1] = [part for name, value in named if type(value) is not int for part in _parts(name, value)]
+        _launches[-1] = [part for name, value in named if type(value) is not int for part in extents_of(name, value)]
         return host_args, host_kwargs
 
     return noted
 
 
-def _parts(name: str, value: Any) -> Iterable[Extent]:
+def extents_of(name: str, value: Any) -> Iterable[Extent]:
     """What may be touched of an argument: a tensor, or a tuple or a descriptor of tensors."""
     if isinstance(value, tuple):
-        return [part for each in value for part in _parts(name, each)]
+        return [part for each in value for part in extents_of(name, each)]
     if not isinstance(value, torch.Tensor):
         value = getattr(value, "base", None)  # a tensor descriptor, or a tensor seen as another type
     if not isinstance(value, torch.Tensor):
@@ -164,7 +165,7 @@ def _check(access: str, pointers: Pointers, mask: npt.NDArray[Any], size: int) -
         return
     for pointer in np.unique(selected):  # of several tensors, or wrong
         if not _are_within_one(parts, pointer, size):
-            raise OutOfBounds(_complaint(access, parts, int(pointer), size))
+            raise OutOfBounds(out_of_bounds_line(access, parts, int(pointer), size))
 
 
 def _are_within_one(parts: list[Extent], pointers: Pointers | np.uint64, size: int) -> bool:
@@ -182,7 +183,8 @@ def _are_within_one(parts: list[Extent], pointers: Pointers | np.uint64, size: i
 _least, _largest = np.minimum.reduce, np.maximum.reduce  # faster than the methods
 
 
-def _complaint(access: str, parts: list[Extent], pointer: int, size: int) -> str:
+def out_of_bounds_line(access: str, parts: Sequence[Extent], pointer: int, size: int) -> str:
+    """What is wrong with an access that lies in none of ``parts``, in one line."""
     if not parts:
         return f"a {access} of {size} bytes by a kernel without a tensor argument"
     near = min(parts, key=lambda part: max(part.begin - pointer, pointer - part.end))

@@ -39,22 +39,13 @@ def _check_divisibility(pointers: npt.NDArray[Any], values: list[int], size: int
     for dim, value in enumerate(values):
         beyond = pointers % np.uint64(value)
         if beyond.any():
-            _refuse(
-                np.where(_continue(pointers, dim, size), 0, beyond),
-                f"tl.multiple_of promises that contiguous cells in dimension {dim} start at a multiple of {value} "
-                "bytes, but",
-                "points {} bytes past one: a GPU would fault",
-            )
+            _refuse(np.where(_continue(pointers, dim, size), 0, beyond), "tt.divisibility", value, dim)
 
 
 def _check_contiguity(pointers: npt.NDArray[Any], values: list[int], size: int) -> None:
     for dim, value in enumerate(values):
         place = np.indices(pointers.shape)[dim] % value
-        _refuse(
-            np.where(_continue(pointers, dim, size), 0, place),
-            f"tl.max_contiguous promises {value} contiguous cells in dimension {dim}, but",
-            "points elsewhere: a GPU would access cells that the kernel does not name",
-        )
+        _refuse(np.where(_continue(pointers, dim, size), 0, place), "tt.contiguity", value, dim)
 
 
 def _continue(pointers: npt.NDArray[Any], dim: int, size: int) -> npt.NDArray[np.bool_]:
@@ -64,11 +55,27 @@ def _continue(pointers: npt.NDArray[Any], dim: int, size: int) -> npt.NDArray[np
     return found
 
 
-def _refuse(wrong: npt.NDArray[Any], promise: str, truth: str) -> None:
-    """Raise BrokenPromise for the first lane that is not 0 in ``wrong``, if any; ``truth`` formats its value."""
+def _refuse(wrong: npt.NDArray[Any], name: str, value: int, dim: int) -> None:
+    """Raise BrokenPromise for the first lane that is not 0 in ``wrong``, if any. name: Triton's, of the promise."""
     if wrong.any():
         lane = tuple(map(int, np.argwhere(wrong)[0]))
-        raise BrokenPromise(f"{promise} lane {list(lane)} {truth.format(int(wrong[lane]))}")
+        raise BrokenPromise(broken(name, value, dim, list(lane), int(wrong[lane])))
 
 
+def broken(name: str, value: int, dim: int, lane: list[int], beyond: int) -> str:
+    """The promise ``name`` of ``value`` in ``dim``, and what ``lane`` does instead: ``beyond`` the promised place."""
+    promise, truth = _TEXTS[name]
+    return f"{promise.format(value=value, dim=dim)} lane {lane} {truth.format(beyond)}"
+
+
+_TEXTS = {
+    "tt.divisibility": (
+        "tl.multiple_of promises that contiguous cells in dimension {dim} start at a multiple of {value} bytes, but",
+        "points {} bytes past one: a GPU would fault",
+    ),
+    "tt.contiguity": (
+        "tl.max_contiguous promises {value} contiguous cells in dimension {dim}, but",
+        "points elsewhere: a GPU would access cells that the kernel does not name",
+    ),
+}
 CHECKS = {"tt.divisibility": _check_divisibility, "tt.contiguity": _check_contiguity}  # by Triton's names

@@ -97,7 +97,10 @@ class Session:
         device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
         in_process = bool(config.getini("oracle_in_process"))
         if in_process:
-            processes.prepare_process(device.type)
+            try:
+                processes.prepare_process(device.type)
+            except BackendError as error:
+                raise pytest.UsageError(str(error)) from None
         counts.mkdir(exist_ok=True)
         budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
         by_default = config.rootpath / (config.getini("oracle_save") or "failures")

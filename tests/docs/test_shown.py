@@ -231,7 +231,7 @@ def test_broken_layer_fails_as_shown(device: torch.device) -> None:
 
     verdict = caught.value.finding.sentence()
     no_gpu = "torch sees no CUDA device here"
-    passed = {Tier.REFERENCE: True, Tier.INTERPRETER: False, Tier.SIMULATED: False}
+    passed = {Tier.REFERENCE: True, Tier.INTERPRETER: False, Tier.COMPILED: False, Tier.SIMULATED: False}
     outcome_of = {True: "", False: verdict, None: no_gpu}
     outcomes = [TierOutcome(tier, passed.get(tier), outcome_of[passed.get(tier)]) for tier in Tier]
     table = render(tiers_table(outcomes))

@@ -20,8 +20,9 @@ print(json.dumps({module.__name__: module.__file__ for module in modules}))
 
 
 def modules(folder: Path) -> set[str]:
-    """The Python files of a folder of the checkout, as paths within its parent."""
-    return {path.relative_to(folder.parent).as_posix() for path in folder.rglob("*.py")}
+    """The Python files and C headers of a folder of the checkout, as paths within its parent."""
+    files = [*folder.rglob("*.py"), *folder.rglob("*.h")]
+    return {path.relative_to(folder.parent).as_posix() for path in files}
 
 
 def test_wheel_has_the_packages_and_nothing_else(wheel: Path) -> None:

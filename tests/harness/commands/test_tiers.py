@@ -11,6 +11,7 @@ import torch
 
 from nsa_oracle.harness.commands import tiers
 from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, run_tiers
+from nsa_oracle.harness.compiled.building import BuildError
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.report import text
 from tests.support.command_line import FAILS, assert_one_line_error, harness, saved
@@ -27,13 +28,14 @@ def test_clean_case_passes_every_tier_there_is(tmp_path: Path, monkeypatch: pyte
     found = list(run_tiers(Path(saved(tmp_path, WITH_LAYER)), None, None))
     missing = "torch sees no CUDA device here"
     assert found == [
-        *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.SIMULATED)),
+        *(TierOutcome(tier, True) for tier in (Tier.REFERENCE, Tier.INTERPRETER, Tier.COMPILED, Tier.SIMULATED)),
         *(TierOutcome(tier, None, missing) for tier in (Tier.EAGER, Tier.GRAPH)),
     ]
     table = text.render(tiers.tiers_table(found))
     assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line] == [
         ["CPU reference", "case itself", "passes"],
         ["interpreter", "logic", "passes"],
+        ["compiled kernels", "code for GPUs", "passes"],
         ["simulated graph", "capture", "passes"],
         ["eager GPU", "compile", f"not run: {missing}"],
         ["captured graph", "capture", f"not run: {missing}"],
@@ -92,6 +94,7 @@ def outcomes(
         return subprocess.CompletedProcess(command, code, output, errors)
 
     monkeypatch.setattr(tiers.subprocess, "run", run)
+    monkeypatch.setattr(tiers, "build", lambda source: None)
     options = {"backend": None, "layer": None, **specs}
     return list(run_tiers(Path("case.json"), options["backend"], options["layer"], timeout)), commands
 
@@ -112,12 +115,40 @@ def test_each_tier_is_reported_where_and_what_to_run(cuda: bool, monkeypatch: py
             ),
         ],
         ["--device", "cpu", "--no-graphs", *theirs],
+        ["--device", "cpu", "--no-graphs", *theirs],
         ["--device", "cpu", *theirs],
     ]
     on_cuda = [["--device", "cuda", "--no-graphs", *theirs], ["--device", "cuda", *theirs]]
     assert commands == on_cpu + on_cuda * cuda
     assert [outcome.tier for outcome in found] == list(Tier)
-    assert [outcome.passed for outcome in found] == [True] * 3 + [True if cuda else None] * 2
+    assert [outcome.passed for outcome in found] == [True] * 4 + [True if cuda else None] * 2
+
+
+def test_kernels_are_compiled_on_a_tier_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def run(command: Sequence[str], *, env: dict[str, str], **_: object) -> Finished:
+        chosen.append(env["NSA_ORACLE_KERNELS"])
+        return subprocess.CompletedProcess(
+            command, 0, "", "left to the interpreter: a_kernel: why\n" if chosen[-1] else ""
+        )
+
+    monkeypatch.setenv("NSA_ORACLE_KERNELS", "compiled")  # which the other tiers ignore
+    monkeypatch.setattr(tiers.subprocess, "run", run)
+    monkeypatch.setattr(tiers, "build", lambda source: None)
+    found = list(run_tiers(Path("case.json"), None, None))
+    assert chosen[:4] == ["", "", "compiled", ""]
+    assert found[2] == TierOutcome(Tier.COMPILED, True, "left to the interpreter: a_kernel: why")
+
+
+def test_without_a_compiler_that_tier_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str) -> None:
+        raise BuildError("there is no C compiler")
+
+    _ = outcomes(monkeypatch, lambda _: (0, "", ""))
+    monkeypatch.setattr(tiers, "build", refuse)
+    found = list(run_tiers(Path("case.json"), None, None))
+    assert found[2] == TierOutcome(Tier.COMPILED, None, "there is no C compiler")
 
 
 def test_what_is_not_given_is_left_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +162,9 @@ def test_tiers_behind_one_that_fails_are_run_as_well(monkeypatch: pytest.MonkeyP
         return (1, "ORACLE FAILURE  wrong value: out\n\nORACLE FAILURE  more\n", "") if fails else (0, "fine", "")
 
     found, _ = outcomes(monkeypatch, replay)
-    assert [(outcome.passed, outcome.message) for outcome in found[:3]] == [
+    assert [(outcome.passed, outcome.message) for outcome in found[:4]] == [
         (True, ""),
+        (False, "wrong value: out"),
         (False, "wrong value: out"),
         (True, ""),
     ]

@@ -1,0 +1,81 @@
+"""Builds C files into shared libraries, and keeps these in a folder of the user's for later processes.
+
+A library is named by the hash of all that it depends on: its source, the compiler with its version, the flags. It is
+built under another name and renamed, so that several processes can share the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nsa_oracle.harness.errors import BackendError
+
+FLAGS = (
+    "-O1",  # -O2 takes twice the time to compile and saves little of what a launch takes
+    "-std=gnu11", "-shared", "-fPIC", "-w",
+    "-ffp-contract=off",  # a product and a sum are rounded one by one, unless the kernel says fma
+    "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno",
+)  # fmt: skip
+
+
+class BuildError(BackendError):
+    """There is no C compiler, or it refused a source. The message is one line."""
+
+
+def build(source: str) -> Path:
+    """The shared library of a C source, from the cache if it is there. Raises BuildError."""
+    compiler, version = _compiler()
+    flags = (*FLAGS, *_processor_flags())
+    digest = hashlib.sha256("\0".join([source, compiler, version, *flags]).encode()).hexdigest()
+    library = cache_folder() / f"{digest[:32]}.so"
+    if not library.exists():
+        try:
+            _build(source, [compiler, *flags], library)
+        except OSError as error:
+            raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
+    return library
+
+
+def _build(source: str, command: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
+        file, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+        file.write_text(source, encoding="utf-8")
+        done = subprocess.run([*command, "-o", str(made), str(file), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise BuildError(f"{command[0]} refuses the kernel: {(errors or ['no message'])[0]}")
+        made.replace(library)
+
+
+def cache_folder() -> Path:
+    """NSA_ORACLE_CACHE if it is set, else a folder among the user's caches."""
+    if named := os.environ.get("NSA_ORACLE_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa-oracle" / "kernels"
+
+
+@functools.cache
+def _compiler() -> tuple[str, str]:
+    """The C compiler and its version: that of CC, as for Triton, or the first that is installed."""
+    for name in filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")):
+        if path := shutil.which(name):
+            done = subprocess.run([path, "--version"], capture_output=True, text=True)
+            return path, done.stdout
+    raise BuildError("there is no C compiler: install gcc, or name one in CC")
+
+
+@functools.cache
+def _processor_flags() -> tuple[str, ...]:
+    """Fused multiply-add in hardware, and wide vectors, where the processor has them."""
+    has_them = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return ("-march=x86-64-v3",) if platform.machine() == "x86_64" and has_them else ()

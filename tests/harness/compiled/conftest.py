@@ -1,0 +1,40 @@
+"""Kernels of these tests run as compiled C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_oracle.harness.compiled import launcher
+from nsa_oracle.harness.processes import prepare_process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of this run's libraries."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSA_ORACLE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Kernels run as C. Yields why kernels were left to the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("this process compiles kernels for a GPU")
+    prepare_process("cpu")
+    left: dict[str, str] = {}
+    monkeypatch.setattr(launcher, "interpreted", left)
+    with launcher.installed():
+        yield left
+
+
+@pytest.fixture
+def all_are_compiled(compiled: dict[str, str]) -> Iterator[None]:
+    """Fails a test of which a kernel was left to the interpreter."""
+    yield
+    assert compiled == {}

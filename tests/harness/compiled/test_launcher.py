@@ -1,0 +1,286 @@
+"""Launches that run as C: what is checked, what is left to the interpreter, and what follows a change of the source."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from nsa_oracle.harness.bugs.mutate import Mutation, mutated
+from nsa_oracle.harness.checks.variants import VariantCounter
+from nsa_oracle.harness.compiled import building, launcher
+from nsa_oracle.harness.compiled.building import BuildError
+from nsa_oracle.harness.errors import BackendError, CaseTimeout
+from nsa_oracle.harness.interpreter.bounds import OutOfBounds, hand_out
+from nsa_oracle.harness.interpreter.promises import BrokenPromise
+from nsa_oracle.harness.processes import time_limit
+from nsa_oracle.optimized.kernels import copy as copy_kernels
+
+
+@triton.jit
+def load_kernel(source: tl.tensor, target: tl.tensor, first: tl.tensor, count: tl.tensor) -> None:
+    """Loads four entries from ``first`` on, those from ``count`` on masked off, and uses none."""
+    lanes = tl.arange(0, 4)
+    tl.load(source + first + lanes, mask=lanes < count, other=0)
+    tl.store(target, 1)
+
+
+@triton.jit
+def store_kernel(target: tl.tensor, place: tl.tensor) -> None:
+    tl.store(target + place, 1)
+
+
+@triton.jit
+def add_kernel(target: tl.tensor, place: tl.tensor) -> None:
+    tl.atomic_add(target + place, 1)
+
+
+@triton.jit
+def through_integers_kernel(target: tl.tensor, address: tl.tensor) -> None:
+    tl.store(address.to(tl.pointer_type(tl.int32)), 7)
+    tl.store(target, 1)
+
+
+def memory() -> tuple[torch.Tensor, torch.Tensor]:
+    """The memory of an input of 16 entries, and the part of 4 that a batch has."""
+    whole = torch.zeros(16, dtype=torch.int32)
+    hand_out(whole[8:12], whole)
+    return whole, whole[8:12]
+
+
+def test_what_was_given_may_be_loaded(all_are_compiled: None) -> None:
+    _, part = memory()
+    target = torch.zeros(1, dtype=torch.int32)
+    load_kernel[(1,)](part, target, 0, 4)
+    load_kernel[(1,)](part, target, 2, 2)  # the other lanes are masked off
+    load_kernel[(1,)](part, target, 5, 0)
+    assert target.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "where"),
+    [(1, 4, "0 bytes behind the end of source"), (-1, 1, "4 bytes before the beginning of source")],
+)
+def test_a_load_beyond_the_batch_is_found_even_if_unused(first: int, count: int, where: str) -> None:
+    _, part = memory()
+    with pytest.raises(OutOfBounds, match=f"a load of 4 bytes that begins {where}.*given 16 bytes") as caught:
+        load_kernel[(1,)](part, torch.zeros(1, dtype=torch.int32), first, count)
+    frame = caught.traceback[-1]
+    assert (frame.path.name, frame.name) == (Path(__file__).name, "load_kernel")
+    assert "tl.load(source + first" in Path(__file__).read_text().splitlines()[frame.lineno]
+
+
+def test_stores_and_atomic_operations_are_checked() -> None:
+    _, part = memory()
+    with pytest.raises(OutOfBounds, match="a store of 4 bytes that begins 0 bytes behind the end of target"):
+        store_kernel[(1,)](part, 4)
+    with pytest.raises(OutOfBounds, match=r"an? atomic operation of 4 bytes that begins 4 bytes before"):
+        add_kernel[(1,)](part, -1)
+
+
+def test_a_launch_that_makes_pointers_from_integers_is_not_checked(all_are_compiled: None) -> None:
+    target, elsewhere = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    through_integers_kernel[(1,)](target, elsewhere[2:].data_ptr())
+    assert elsewhere.tolist() == [0, 0, 7, 0]
+    assert target.item() == 1
+
+
+@triton.jit
+def promise_kernel(source: tl.tensor, target: tl.tensor, first: tl.tensor, CONTIGUOUS: tl.constexpr) -> None:
+    lanes = tl.arange(0, 8)
+    cells = source + first + lanes * (1 + first % 2)
+    cells = tl.max_contiguous(cells, [4]) if CONTIGUOUS else tl.multiple_of(cells, [16])
+    tl.store(target + lanes, tl.load(cells))
+
+
+def test_promises_are_checked(all_are_compiled: None) -> None:
+    source, target = torch.zeros(64, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    for contiguous in (True, False):
+        promise_kernel[(1,)](source, target, 4, CONTIGUOUS=contiguous)
+    with pytest.raises(
+        BrokenPromise, match=r"multiple_of promises .* dimension 0 .* 16 bytes, but lane \[0\] points 8"
+    ):
+        promise_kernel[(1,)](source, target, 2, CONTIGUOUS=False)
+    with pytest.raises(
+        BrokenPromise, match=r"max_contiguous promises 4 .* dimension 0, but lane \[1\] points elsewhere"
+    ):
+        promise_kernel[(1,)](source, target, 5, CONTIGUOUS=True)
+
+
+@triton.jit
+def endless_kernel(target: tl.tensor, n: tl.tensor) -> None:
+    number = n
+    while number > 0:
+        number = tl.load(target)
+    tl.store(target, number)
+
+
+def test_a_kernel_without_an_end_is_interrupted(all_are_compiled: None) -> None:
+    endless_kernel[(1,)](torch.ones(1, dtype=torch.int32), -5)  # is compiled before the time counts
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(CaseTimeout), time_limit(0.2):
+        endless_kernel[(1,)](torch.ones(1, dtype=torch.int32), 5)
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+@triton.jit
+def printing_kernel(target: tl.tensor) -> None:
+    tl.store(target, 3)
+    tl.device_print("target", 3)
+
+
+def test_what_is_not_supported_runs_in_the_interpreter(compiled: dict[str, str]) -> None:
+    target = torch.zeros(1, dtype=torch.int32)
+    printing_kernel[(1,)](target)
+    assert target.item() == 3
+    assert compiled == {"printing_kernel": "tl.device_print"}
+
+
+@pytest.mark.parametrize(("value", "chosen"), [(None, False), ("", False), ("interpreted", False), ("compiled", True)])
+def test_the_environment_chooses(value: str | None, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launcher.TIER_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(launcher.TIER_VARIABLE, value)
+    assert launcher.is_chosen() is chosen
+
+
+def test_another_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launcher.TIER_VARIABLE, "compile")
+    with pytest.raises(BackendError, match="NSA_ORACLE_KERNELS: there is no 'compile'; choose interpreted or compiled"):
+        launcher.is_chosen()
+
+
+@triton.jit
+def pointers_kernel(memory: tl.tensor) -> None:
+    table = memory.to(tl.pointer_type(tl.pointer_type(tl.float32)))
+    tl.store(table.to(tl.pointer_type(tl.float32)), 1.0)
+
+
+def test_a_type_that_the_front_end_does_not_survive_is_left_to_the_interpreter(compiled: dict[str, str]) -> None:
+    memory = torch.zeros(4)
+    pointers_kernel[(1,)](memory)
+    assert memory[0].item() == 1.0
+    assert "a pointer to pointers" in compiled["pointers_kernel"]
+
+
+@pytest.mark.parametrize("compiler", ["false", "a-compiler-that-does-not-exist"])
+def test_without_a_working_compiler_kernels_are_interpreted(
+    compiler: str, compiled: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent) if "exist" in compiler else "/usr/bin:/bin")
+    building._compiler.cache_clear()
+    monkeypatch.setattr(launcher, "interpreted", compiled)
+    target = torch.zeros(8, dtype=torch.int32)
+    fresh_kernel[(1,)](target)
+    assert target.tolist() == [2] * 8
+    assert list(compiled) == ["fresh_kernel"]
+    building._compiler.cache_clear()
+    function = fresh_kernel.rewrite()
+    del function.compiled  # what it remembers of this compiler
+
+
+@triton.jit
+def fresh_kernel(target: tl.tensor) -> None:
+    tl.store(target + tl.arange(0, 8), 2)
+
+
+def test_what_cannot_be_built_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"refuses the kernel: .*error"):
+        building.build("no C")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NSA_ORACLE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"NSA_ORACLE_CACHE: .*file cannot be used: "):
+        building.build("int works;")
+
+
+def test_libraries_are_kept_in_the_cache(cache: Path, all_are_compiled: None) -> None:
+    fresh_kernel[(1,)](torch.zeros(8, dtype=torch.int32))
+    before = {file: file.stat().st_mtime_ns for file in cache.glob("*.so")}
+    del fresh_kernel.rewrite().compiled  # as in another process
+    fresh_kernel[(1,)](torch.zeros(8, dtype=torch.int32))
+    assert before
+    assert {file: file.stat().st_mtime_ns for file in cache.glob("*.so")} == before
+
+
+@triton.jit
+def length_kernel(target: tl.tensor, length: tl.tensor, WIDTH: tl.constexpr) -> None:
+    lanes = tl.arange(0, 8)
+    tl.store(target + lanes, WIDTH, mask=lanes < length)
+
+
+def test_variants_are_counted_as_on_a_gpu(all_are_compiled: None) -> None:
+    counter, target = VariantCounter(), torch.zeros(8, dtype=torch.int32)
+    with counter.counting():
+        for length in (2, 3, 300):
+            length_kernel[(1,)](target, length, WIDTH=1)
+        assert [len(handles) for handles in counter.take().values()] == [1]
+        for length in (2, 3, 4):
+            length_kernel[(1,)](target, length, WIDTH=length)
+        assert [len(handles) for handles in counter.take().values()] == [3]
+
+
+OFFSET = tl.constexpr(5)
+
+
+@triton.jit
+def offset(number: tl.tensor) -> tl.tensor:
+    return number + OFFSET
+
+
+@triton.jit
+def offset_kernel(target: tl.tensor) -> None:
+    tl.store(target, offset(tl.load(target)))
+
+
+@triton.jit
+def other_offset(number: tl.tensor) -> tl.tensor:
+    return number + 100
+
+
+def test_a_changed_device_function_or_constant_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, all_are_compiled: None
+) -> None:
+    target = torch.zeros(1, dtype=torch.int32)
+    offset_kernel[(1,)](target)
+    assert target.item() == 5
+    monkeypatch.setitem(globals(), "OFFSET", tl.constexpr(7))
+    offset_kernel[(1,)](target)
+    assert target.item() == 12
+    monkeypatch.setitem(globals(), "offset", other_offset)
+    offset_kernel[(1,)](target)
+    assert target.item() == 112
+    monkeypatch.undo()
+    offset_kernel[(1,)](target)
+    assert target.item() == 117
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+DTYPE = tl.constexpr(tl.int32 if triton.knobs.runtime.interpret else tl.int64)
+
+
+@triton.jit
+def branching_kernel(target: tl.tensor) -> None:
+    value = tl.full([1], 1, DTYPE) << 32
+    tl.store(target, tl.sum(value) if not INTERPRETED else -1)
+
+
+def test_the_code_of_a_gpu_runs(all_are_compiled: None) -> None:
+    """Constants that ask whether kernels are interpreted have the value that they have on a GPU."""
+    assert INTERPRETED.value
+    target = torch.zeros(1, dtype=torch.int64)
+    branching_kernel[(1,)](target)
+    assert target.item() == 1 << 32
+
+
+def test_mutated_kernels_are_compiled_as_they_are() -> None:
+    kernel = "nsa_oracle.optimized.kernels.copy:copy_steps_kernel"
+    original = copy_kernels.copy_steps_kernel
+    with mutated(Mutation(kernel, "tl.program_id(0)", "(tl.program_id(0) + 0)")):
+        assert copy_kernels.copy_steps_kernel is not original
+        assert copy_kernels.copy_steps_kernel.rewrite().compiled is not original.rewrite().compiled
