@@ -125,8 +125,7 @@ class Engine:
             yield from self.replay(bucket, batch, load)
             yield from self._replay_again(bucket, batch, load)
             if load is not None and self.layer is not None and self.layer.has_unjudged_stages():
-                padded = self._padded(batch, bucket)
-                yield self.layer.run_stages(padded, batch.size, load, True, self.guards)
+                yield self.layer.run_stages(self._padded(batch, bucket), batch.size, load, True, self.guards)
 
     def _replay_again(self, bs: int, batch: Batch, load: LayerLoad | None) -> Iterator[LayerObservation]:
         """Replay again without a preparation, to observe the layer. Once per graph, because it costs a replay."""
@@ -173,8 +172,8 @@ class Engine:
     ) -> Iterator[Observation | LayerObservation]:
         """Prepare ``batch`` without a graph. Then run the layer stage by stage and as a whole, as ``feeds`` says."""
         raw_bs, batch = batch.size, self.declarations.padded_eagerly(batch, self.setup)
-        forward_batch, serving = self.inputs.load(batch), self.instances.serving(batch.mode)
-        own = self.declarations.own_names
+        forward_batch, own = self.inputs.load(batch), self.declarations.own_names
+        serving = self.instances.serving(batch.mode)
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
                 serving.prepare_eagerly(forward_batch, self._preparations)
@@ -238,7 +237,7 @@ class Engine:
 
     def modified_input_of_layer(self) -> str | None:
         """The name of an input that the layer has modified, in a capture too, or None."""
-        return self.layer.modified_input() if self.layer is not None else None
+        return None if self.layer is None else self.layer.modified_input()
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
         return self.declarations.padded(batch, bs, self.setup)

@@ -187,14 +187,8 @@ class Session:
         judge = self.judge_of((part.backend, part.layer))
         counter = CaseCounter(self.counts, name, part.backend, part.layer)
         if part.file is None:
-            return judge.explore(
-                part.numbers,
-                self.seed_of(part.profile),
-                self.save_dir,
-                self.deadline,
-                with_layer=part.with_layer,
-                counter=counter,
-            )
+            seed, within = self.seed_of(part.profile), (self.save_dir, self.deadline)
+            return judge.explore(part.numbers, seed, *within, with_layer=part.with_layer, counter=counter)
         scenario = load(part.file)
         if (misfit := judge.misfit(scenario, part.file)) is not None:
             raise Unfit(f"{misfit} is not among the sizes and modes that are declared")

@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from nsa_oracle.harness.errors import counted
-from nsa_oracle.harness.judge import OracleFailure
+from nsa_oracle.harness.findings import Finding
+
+
+class Failure(Protocol):
+    """What a count tells of an ``OracleFailure``."""
+
+    finding: Finding
+    event: int | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class CaseCounter:
         replays: int = 0,
         saved: Path | None = None,
         expected: int = 0,
-        failure: OracleFailure | None = None,
+        failure: Failure | None = None,
     ) -> None:
         """Set the count. Where nothing can be written nothing is counted: a full disk must not end a run."""
         count = Count(cases, replays, str(saved or ""), expected, self.backend, self.layer, os.getpid())
