@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,12 +83,19 @@ class SurveyedBackend:
 
 
 def surveyed_backend(
-    backend: str, device: Device, cases: int, seed: int, deadline: float | None, report_progress: Callable[[int], None]
+    backend: str,
+    device: Device,
+    cases: int,
+    seed: int,
+    deadline: float | None,
+    report_progress: Callable[[int], None],
+    known: Sequence[Scenario] = (),
 ) -> SurveyedBackend:
     """Survey ``backend`` and make the case of each broken row small.
 
-    A case that ends its process is a violation of a row of its own. Raises BackendError or ValueError if the backend
-    cannot be surveyed. The other arguments are those of ``BackendSurvey.run``.
+    known: cases of earlier breaks, which are surveyed before the drawn ones and not counted. A case that ends its
+    process is a violation of a row of its own. Raises BackendError or ValueError if the backend cannot be surveyed. The
+    other arguments are those of ``BackendSurvey.run``.
     """
     last, has_begun = SurveyedBackend(), False
 
@@ -109,6 +116,10 @@ def surveyed_backend(
         begin()
         try:
             with ended_by_a_signal():
+                for case in () if last.found.cases else known:
+                    if survey.subject.misfit(case) is None:
+                        begin(case)
+                        survey.survey(case)
                 survey.run(cases, seed, deadline, begin=begin)
                 survey.shrink(deadline, begin=lambda row: begin(row=row))
         except KeyboardInterrupt:

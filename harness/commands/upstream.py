@@ -16,6 +16,7 @@ from nsa_oracle.harness.commands.surveying import SurveyedBackend, backend_repor
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
+from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.search.backend_survey import BUILDS, BackendFound, Property
 from nsa_oracle.harness.search.upstream import (
     VersionRecord,
@@ -80,7 +81,9 @@ def upstream(
             os.environ[package.folder] = str(folder)
             backend = f"{ADAPTERS}.{name}:{'installed' if near == found_version else 'nearest'}"
             with progress_of("surveying", cases) as show_progress:
-                done = surveyed_backend(backend, Device.CPU, cases, seed, None, show_progress)
+                files = [records / row.case for row in (old.rows if old else ()) if row.case]
+                known = [load(file) for file in files if file.is_file()]
+                done = surveyed_backend(backend, Device.CPU, cases, seed, None, show_progress, known)
             _check_layout(done.found)
         except BackendError as error:
             raise BackendError(

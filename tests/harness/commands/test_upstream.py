@@ -118,6 +118,16 @@ def test_what_is_mended_or_no_longer_checked_is_said(
     assert done.stdout.splitlines()[-1] == f"nothing new is broken of {len(verdict['rows'])} properties"
 
 
+def test_what_few_cases_would_not_draw_is_judged_by_its_case(cache: Path, tmp_path: Path) -> None:
+    miniature_sglang.wheel(cache)
+    words = ("upstream", "--version", "0.5.8", "--cases")
+    assert harness(*words, "6", "--seed", "1", "--record", cwd=tmp_path).returncode == PASSES
+    done = harness(*words, "1", "--seed", "3", cwd=tmp_path)
+    assert done.returncode == PASSES, done.stdout + done.stderr
+    assert f"mended: {STALE}" not in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("; 1 on record are")
+
+
 def test_without_any_verdict_every_break_is_new(cache: Path, upstream: Upstream) -> None:
     miniature_sglang.wheel(cache)
     done = upstream("--version", "0.5.8")
