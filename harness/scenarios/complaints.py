@@ -35,6 +35,15 @@ def complaint(error: ValidationError) -> str:
     versions = [mistake for mistake in mistakes if mistake["loc"] == ("schema_version",)]
     if versions:
         return _version(versions[0]["input"])
+    places = [mistake["loc"] for mistake in mistakes]
+    mistakes = [  # a list whose elements are refused counts as empty
+        mistake
+        for mistake in mistakes
+        if mistake["type"] != "too_short"
+        or not any(
+            len(place) > len(mistake["loc"]) and place[: len(mistake["loc"])] == mistake["loc"] for place in places
+        )
+    ]
     ordered = sorted(mistakes, key=lambda mistake: mistake["type"] != "extra_forbidden")
     named = [_one(ordered[0])]
     for mistake in ordered[1:MOST]:

@@ -189,9 +189,22 @@ class _Search:
             self.outcome.saved = None if self.outcome.unsaved else self._files.raw
 
     def shrink_hang(self, most: int) -> None:
-        """Replace the failure of a case that does not end by a smaller one, with up to ``most`` trials."""
-        assert self.outcome.failure is not None
-        self._keep(minimised(self.outcome.failure, self._subject, self._device, most, self._shrinking_ends))
+        """Replace the failure of a case that does not end by a smaller one, with up to ``most`` trials.
+
+        The first of them is the case without the events behind the one that does not end.
+        """
+        failure = self.outcome.failure
+        assert failure is not None
+        events = failure.scenario.events[: (failure.event or 0) + 1]
+        if most and len(events) < len(failure.scenario.events) and time.monotonic() < self._shrinking_ends:
+            most -= 1
+            try:
+                judge_subject(self._subject, failure.scenario.model_copy(update={"events": events}), self._device)
+            except OracleFailure as shorter:
+                failure = shorter if shorter.finding.is_like(failure.finding) else failure
+            except (BackendError, ScenarioError):
+                pass
+        self._keep(minimised(failure, self._subject, self._device, most, self._shrinking_ends))
 
     def _shrink_by_hypothesis(self, drawn: Drawn) -> None:
         """Draw the case again and let Hypothesis shrink it. Raises OracleFailure, of the smallest case."""

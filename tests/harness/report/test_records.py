@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict
-from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord, grouped
+from nsa_oracle.harness.report.records import NOTHING_COMPARED, FailureRecord, ItemRecord, RunRecord, grouped
 from nsa_oracle.harness.report.summary import stories
 from tests.support.layer_cases import WITH_LAYER, case
 
@@ -34,6 +35,10 @@ def test_each_group_is_reported_once() -> None:
     )
 
 
+def passed(cases: int) -> Verdict:
+    return Verdict(cases=cases, tally=Tally(fields=cases, cells=cases))
+
+
 def run_of(*items: ItemRecord) -> RunRecord:
     run = RunRecord()
     for item in items:
@@ -44,17 +49,22 @@ def run_of(*items: ItemRecord) -> RunRecord:
 def test_run_without_a_case_has_a_gap() -> None:
     assert run_of().gaps() == [], "no item of the oracle was run at all"
     assert run_of(ItemRecord(Verdict())).gaps() == ["NOT JUDGED: no case at all was judged"]
-    assert run_of(ItemRecord(Verdict(cases=1))).gaps() == []
+    assert run_of(ItemRecord(passed(1))).gaps() == []
+
+
+def test_run_that_compared_no_cell_has_a_gap() -> None:
+    assert run_of(ItemRecord(Verdict(cases=1))).gaps() == [NOTHING_COMPARED]
+    assert run_of(ItemRecord(Verdict(cases=1)), ItemRecord(passed(1))).gaps() == []
 
 
 def test_test_that_drew_nothing_is_a_gap() -> None:
-    saved, drawn = ItemRecord(Verdict(cases=1)), ItemRecord(Verdict(cases=0), drawn_by="test_layers")
+    saved, drawn = ItemRecord(passed(1)), ItemRecord(Verdict(cases=0), drawn_by="test_layers")
     assert run_of(saved, drawn).gaps() == ["NOT JUDGED: test_layers drew no case; give it more time"]
-    assert run_of(drawn, ItemRecord(Verdict(cases=3), drawn_by="test_layers")).gaps() == []
+    assert run_of(drawn, ItemRecord(passed(3), drawn_by="test_layers")).gaps() == []
 
 
 def test_method_that_nothing_called_is_a_gap() -> None:
-    verdict = Verdict(cases=1)
+    verdict = passed(1)
     verdict.layers.count_calls({"sparse_mla": {"isolated stage": 2}, "topk_indices": {}})
     (gap,) = run_of(ItemRecord(verdict)).gaps()
     assert gap.startswith("NOT JUDGED: topk_indices: no call in this run")
@@ -63,7 +73,7 @@ def test_method_that_nothing_called_is_a_gap() -> None:
 
 
 def test_layer_that_no_case_judged_is_a_gap() -> None:
-    verdict = Verdict(cases=1)
+    verdict = passed(1)
     assert run_of(ItemRecord(verdict)).gaps("a:B") == ["NOT JUDGED: layer 'a:B': no case of this run has a layer"]
     verdict.layers.count_calls({"sparse_mla": {"isolated stage": 2}})
     assert run_of(ItemRecord(verdict)).gaps("a:B") == []

@@ -250,6 +250,12 @@ MALFORMED = {
 }
 
 
+def test_a_bucket_that_is_too_large_is_not_also_no_bucket(tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    path.write_text(with_event(event="capture", mode="DECODE", buckets=[100_000]), encoding="utf-8")
+    assert refusal(path) == f"{path}: events[0].buckets[0]: must be at most 4096, not 100000"
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     text, place, cause = MALFORMED[name]
