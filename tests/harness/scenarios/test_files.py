@@ -95,6 +95,9 @@ def test_case_is_kept_for_as_long_as_it_is_judged(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), saved_while_judged(ONE, folder):
         1 / 0  # noqa: B018
     assert list(folder.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), saved_while_judged(ONE, folder):
+        raise KeyboardInterrupt
+    assert [load(file) for file in folder.iterdir()] == [ONE], "judged code may interrupt its process"
     (tmp_path / "file").write_text("")
     with saved_while_judged(ONE, tmp_path / "file"):
         pass  # where nothing can be written, judging goes on
