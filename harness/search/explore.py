@@ -201,7 +201,9 @@ class _Search:
             try:
                 judge_subject(self._subject, failure.scenario.model_copy(update={"events": events}), self._device)
             except OracleFailure as shorter:
-                failure = shorter if shorter.finding.is_like(failure.finding) else failure
+                if shorter.finding.is_like(failure.finding):
+                    failure = shorter
+                    self._keep(shorter)  # the next trials may be interrupted
             except (BackendError, ScenarioError):
                 pass
         self._keep(minimised(failure, self._subject, self._device, most, self._shrinking_ends))

@@ -77,5 +77,7 @@ def test_a_single_step_backend_is_driven_alone() -> None:
 def test_an_incomplete_set_of_names_is_refused_in_one_line() -> None:
     with pytest.raises(BackendError, match=r"^backend 'a:B' lacks TodaysHalf.init_forward_metadata_in_graph"):
         checked(declared.TodaysHalf(CONFIG, POOL), "a:B")
-    with pytest.raises(BackendError, match=r"^backend 'a:B' lacks object.init_forward_metadata; harness/protocol.py"):
+    with pytest.raises(
+        BackendError, match=r"^backend 'a:B' lacks object.init_forward_metadata; nsa_oracle/harness/protocol.py"
+    ):
         checked(object(), "a:B")
