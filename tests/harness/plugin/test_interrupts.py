@@ -64,7 +64,8 @@ def interrupted(folder: Path, backend: str, sent: signal.Signals, until: str, *w
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
 @pytest.mark.parametrize("processes", ["0", "2"])
 def test_while_a_failure_is_shrunk(tmp_path: Path, sent: signal.Signals, code: int, processes: str) -> None:
-    done = interrupted(tmp_path, "Broken", sent, "*.min.json", "-n", processes)
+    # -v lists the commands of all cases of one story.
+    done = interrupted(tmp_path, "Broken", sent, "*.min.json", "-v", "-n", processes)
     assert done.exit_code == code, done.output + done.errors
     assert re.search(r"^oracle: [\d,]+ of 48 cases, .* finding", done.output, re.MULTILINE), done.output
     files = sorted((tmp_path / "failures").iterdir())
