@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import resolve_name
 
+from nsa_oracle.harness.errors import error_line
+
 _RUNNERS = f"{Path(__file__).parent}/"
 _HARNESS = f"{Path(__file__).parents[1]}/"
 _TORCH = Path(torch.__file__).parent
@@ -46,8 +48,10 @@ def defined_at(error: BaseException) -> str:
 
     Such an error passes no line of judged code.
     """
-    called = re.match(r"(?:[\w.<>]*\.)?(\w+)\(\) (?:takes|missing|got)\b", str(error))
-    if called is None or not isinstance(error, TypeError):
+    if not isinstance(error, TypeError):
+        return ""
+    called = re.match(r"(?:[\w.<>]*\.)?(\w+)\(\) (?:takes|missing|got)\b", error_line(error))
+    if called is None:
         return ""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         there = frame.f_locals

@@ -286,12 +286,12 @@ PLANTS = (
     ),
     Plant(
         in_graph.FreezesLimit, one_replay(DECODE), Kind.FROZEN, "max", "~aten.clamp",
-        "114 when captured at lengths 14", "101, as when captured at lengths of 1", step=None,
+        "114 when captured at lengths 14", "101, as when captured on padding", step=None,
         id="limit frozen into the graph, which only long requests reach",
     ),
     Plant(
         in_graph.ClearsByTheMirror, one_replay(DECODE), Kind.FROZEN, "",  # of a slice, or of what fills it
-        "~of the DECODE graph of bucket 1", "~13", "~as when captured at lengths of 1", step=None,
+        "~of the DECODE graph of bucket 1", "~13", "~as when captured on padding", step=None,
         id="size of the host's frozen, which no replay shows",
     ),
     Plant(

@@ -39,7 +39,7 @@ class ExitsAtReplay(MultiStepBackend):
 class CannotTell(MultiStepBackend):
     """Raises what raises when it is asked for its text."""
 
-    class Mute(Exception):
+    class Mute(TypeError):
         def __str__(self) -> str:
             raise ValueError("no text")
 
