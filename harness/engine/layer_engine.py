@@ -113,7 +113,8 @@ class LayerEngine:
         stages = IsolatedStages(self.driver, self.expected, sentinel)
         count = self.num_steps(batch.mode)
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph, count))
-        keys = edge_keys(*(where := (self.setup, self.driver.config, self.seed, poison, call)))
+        where = self.setup, self.driver.config, self.seed, poison, call
+        keys = edge_keys(*where)
         stored = stages.store(keys)
         scored = stages.score(edge_scores(keys.kinds, keys.inputs.index_k, *where))
         is_ragged = batch.mode is ForwardMode.EXTEND

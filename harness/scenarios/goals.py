@@ -41,7 +41,7 @@ from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, MAX_STEPS
 from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
-MOST_DRAWN = 9  # draft steps, and draft tokens: what a length must leave room for
+MOST_DRAWN = max(*Scale.num_steps, *Scale.num_draft_tokens)  # what a length must leave room for
 PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
 # The situations of the first cases, so of short profiles, in an order chosen from partial hunts of the zoo: 30 of
 # 33 bugs died in the 16 cases of smoke, on some of which the order was tuned. It is not known to be the best.

@@ -16,41 +16,12 @@ from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.compiled import building, launcher
 from nsa_oracle.harness.compiled.building import BuildError
 from nsa_oracle.harness.errors import BackendError, CaseTimeout
-from nsa_oracle.harness.interpreter.bounds import OutOfBounds, hand_out
+from nsa_oracle.harness.interpreter.bounds import OutOfBounds
 from nsa_oracle.harness.interpreter.promises import BrokenPromise
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.optimized.kernels import copy as copy_kernels
-
-
-@triton.jit
-def load_kernel(source: tl.tensor, target: tl.tensor, first: tl.tensor, count: tl.tensor) -> None:
-    """Loads four entries from ``first`` on, those from ``count`` on masked off, and uses none."""
-    lanes = tl.arange(0, 4)
-    tl.load(source + first + lanes, mask=lanes < count, other=0)
-    tl.store(target, 1)
-
-
-@triton.jit
-def store_kernel(target: tl.tensor, place: tl.tensor) -> None:
-    tl.store(target + place, 1)
-
-
-@triton.jit
-def add_kernel(target: tl.tensor, place: tl.tensor) -> None:
-    tl.atomic_add(target + place, 1)
-
-
-@triton.jit
-def through_integers_kernel(target: tl.tensor, address: tl.tensor) -> None:
-    tl.store(address.to(tl.pointer_type(tl.int32)), 7)
-    tl.store(target, 1)
-
-
-def memory() -> tuple[torch.Tensor, torch.Tensor]:
-    """The memory of an input of 16 entries, and the part of 4 that a batch has."""
-    whole = torch.zeros(16, dtype=torch.int32)
-    hand_out(whole[8:12], whole)
-    return whole, whole[8:12]
+from tests.support import bounded
+from tests.support.bounded import add_kernel, load_kernel, memory, store_kernel, through_integers_kernel
 
 
 def test_what_was_given_may_be_loaded(all_are_compiled: None) -> None:
@@ -71,8 +42,9 @@ def test_a_load_beyond_the_batch_is_found_even_if_unused(first: int, count: int,
     with pytest.raises(OutOfBounds, match=f"a load of 4 bytes that begins {where}.*given 16 bytes") as caught:
         load_kernel[(1,)](part, torch.zeros(1, dtype=torch.int32), first, count)
     frame = caught.traceback[-1]
-    assert (frame.path.name, frame.name) == (Path(__file__).name, "load_kernel")
-    assert "tl.load(source + first" in Path(__file__).read_text().splitlines()[frame.lineno]
+    file = Path(bounded.__file__)
+    assert (frame.path.name, frame.name) == (file.name, "load_kernel")
+    assert "tl.load(source + first" in file.read_text().splitlines()[frame.lineno]
 
 
 def test_stores_and_atomic_operations_are_checked() -> None:

@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.interpreter.bounds import hand_out
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import GuardedAllocations
 from nsa_oracle.reference.types import ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
+from tests.support.bounded import add_kernel, load_kernel, memory, store_kernel, through_integers_kernel
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
-
-
-@triton.jit
-def load_kernel(source: tl.tensor, target: tl.tensor, first: tl.tensor, count: tl.tensor) -> None:
-    """Loads four entries from ``first`` on, those from ``count`` on masked off, and uses none."""
-    lanes = tl.arange(0, 4)
-    tl.load(source + first + lanes, mask=lanes < count, other=0)
-    tl.store(target, 1)
-
-
-@triton.jit
-def store_kernel(target: tl.tensor, place: tl.tensor) -> None:
-    tl.store(target + place, 1)
-
-
-@triton.jit
-def add_kernel(target: tl.tensor, place: tl.tensor) -> None:
-    tl.atomic_add(target + place, 1)
-
-
-@triton.jit
-def through_integers_kernel(target: tl.tensor, address: tl.tensor) -> None:
-    tl.store(address.to(tl.pointer_type(tl.int32)), 7)
-    tl.store(target, 1)
-
-
-def memory() -> tuple[torch.Tensor, torch.Tensor]:
-    """The memory of an input of 16 entries, and the part of 4 that a batch has."""
-    whole = torch.zeros(16, dtype=torch.int32)
-    hand_out(whole[8:12], whole)
-    return whole, whole[8:12]
 
 
 def test_what_was_given_may_be_loaded() -> None:
