@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,14 +23,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Kernels run as C. Yields why kernels were left to the interpreter."""
+def compiled() -> Iterator[dict[str, str]]:
+    """Kernels run as C. Yields why kernels were left to the interpreter.
+
+    Without the fixture ``monkeypatch``, which would be undone later than this one: a launch that a test replaced would
+    be put back, and with it the tier, for all tests that follow in the process.
+    """
     if torch.cuda.is_available():
         pytest.skip("this process compiles kernels for a GPU")
     prepare_process("cpu")
     left: dict[str, str] = {}
-    monkeypatch.setattr(launcher, "interpreted", left)
-    with launcher.installed():
+    with patch.object(launcher, "interpreted", left), launcher.installed():
         yield left
 
 
