@@ -23,6 +23,7 @@ from nsa_oracle.harness.checks.metadata import compare_metadata
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs
 from nsa_oracle.harness.checks.tally import LayerTally, Tally
 from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
+from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
@@ -73,7 +74,10 @@ class OracleFailure(AssertionError):
 
 @dataclass
 class Verdict:
-    """What was covered by scenarios that passed. Both runs of each scenario count."""
+    """What was covered by scenarios that passed. Both runs of each scenario count.
+
+    interpreted: by the name of a kernel that could not be compiled for the CPU, so that races in it are not found: why.
+    """
 
     cases: int = 0
     replays: int = 0
@@ -83,6 +87,7 @@ class Verdict:
     audit: AuditTally = field(default_factory=AuditTally)
     boundary_classes: Counter[str] = field(default_factory=Counter)
     declared: DeclaredTally = field(default_factory=DeclaredTally)
+    interpreted: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: Verdict) -> None:
         self.cases += other.cases
@@ -94,6 +99,7 @@ class Verdict:
         self.audit.add(other.audit)
         self.boundary_classes.update(other.boundary_classes)
         self.declared.add(other.declared)
+        self.interpreted.update(other.interpreted)
 
 
 @speed.deep_stack
@@ -112,6 +118,7 @@ def judge(
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
+    launcher.interpreted.clear()
     with (
         memory_for(scenario.setup.is_far, device),
         nullcontext() if is_ours else shown_warnings(),
@@ -127,6 +134,7 @@ def judge(
             _forget_locals(failure)
             interruptions.check()
             raise
+    covered.interpreted.update(launcher.left_to_the_interpreter())
     total = verdict or Verdict()
     total.add(covered)
     return total

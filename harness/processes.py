@@ -314,6 +314,5 @@ def prepare_process(device: str) -> None:
         from nsa_oracle.harness.compiled import tracing  # late: it imports Triton
 
         tracing.remember_language()
-        if launcher.is_chosen():
-            launcher.install()
+        launcher.install()
     torch.set_num_threads(1)  # tensors are tiny, and threads of several processes would compete for cores

@@ -17,9 +17,10 @@ import torch
 from rich.table import Table
 
 from nsa_oracle.harness.compiled.building import BuildError, build
-from nsa_oracle.harness.compiled.launcher import COMPILED_TIER, LEFT_TO_THE_INTERPRETER, TIER_VARIABLE
+from nsa_oracle.harness.compiled.launcher import COMPILED_TIER, INTERPRETED_TIER, TIER_VARIABLE
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.processes import how_it_ended
+from nsa_oracle.harness.report.summary import LEFT_TO_THE_INTERPRETER
 
 FAILED, UNUSABLE = 1, 2  # exit codes of ``nsa-oracle replay``
 VERDICT = "ORACLE FAILURE  "
@@ -74,6 +75,7 @@ def run_tiers(
 
     Raises BackendError if the backend or layer cannot be judged at all.
     """
+    compiled = COMPILED_TIER
     for tier in Tier:
         if tier in (Tier.EAGER, Tier.GRAPH) and not torch.cuda.is_available():
             yield TierOutcome(tier, None, "torch sees no CUDA device here")
@@ -83,6 +85,7 @@ def run_tiers(
                 build("int works;")
             except BuildError as error:
                 yield TierOutcome(tier, None, str(error))
+                compiled = INTERPRETED_TIER
                 continue
         spec = ["nsa_oracle.reference.multi_step:MultiStepBackend", "nsa_oracle.reference.layer:SparseAttention"]
         if tier is not Tier.REFERENCE:
@@ -93,13 +96,13 @@ def run_tiers(
         if timeout is not None:
             options += ["--timeout", f"{timeout:g}"]
         command = [sys.executable, "-m", "nsa_oracle", "replay", str(file), *tier.arguments, *options]
-        kernels = COMPILED_TIER if tier is Tier.COMPILED else ""
+        kernels = INTERPRETED_TIER if tier in (Tier.REFERENCE, Tier.INTERPRETER) else compiled
         environment = {**os.environ, "PYTHONPATH": module_path(), TIER_VARIABLE: kernels}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode == UNUSABLE:
             raise BackendError(done.stderr.strip().removeprefix("error: "))
         if done.returncode == 0:
-            left = [line for line in done.stderr.splitlines() if line.startswith(LEFT_TO_THE_INTERPRETER)]
+            left = [line for line in done.stdout.splitlines() if line.startswith(LEFT_TO_THE_INTERPRETER)]
             yield TierOutcome(tier, True, left[0] if left else "")
             continue
         gaps = [line for line in done.stdout.splitlines() if line.startswith("NOT JUDGED")]

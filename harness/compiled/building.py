@@ -6,6 +6,7 @@ built under another name and renamed, so that several processes can share the fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -20,11 +21,13 @@ import torch
 from nsa_oracle.harness.errors import BackendError
 
 FLAGS = (
-    "-O1",  # -O2 takes twice the time to compile and saves little of what a launch takes
+    "-Og",  # -O1 takes twice the time to compile, and a launch three quarters; most libraries run few launches
     "-std=gnu11", "-shared", "-fPIC", "-w",
     "-ffp-contract=off",  # a product and a sum are rounded one by one, unless the kernel says fma
     "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno",
 )  # fmt: skip
+
+MOST_LIBRARIES = 8192  # of some 30 kB each; a run of all mutants makes a few thousand
 
 
 class BuildError(BackendError):
@@ -37,12 +40,34 @@ def build(source: str) -> Path:
     flags = (*FLAGS, *_processor_flags())
     digest = hashlib.sha256("\0".join([source, compiler, version, *flags]).encode()).hexdigest()
     library = cache_folder() / f"{digest[:32]}.so"
-    if not library.exists():
-        try:
-            _build(source, [compiler, *flags], library)
-        except OSError as error:
-            raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
+    if library.exists():
+        with contextlib.suppress(OSError):  # of a folder that others fill
+            os.utime(library)  # it is of use
+        return library
+    try:
+        _build(source, [compiler, *flags], library)
+    except OSError as error:
+        raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
     return library
+
+
+def _prune(folder: Path) -> None:
+    """Remove the half of the libraries that were not used for longest, if there are too many.
+
+    A library that a process has loaded stays mapped there.
+    """
+    libraries = list(folder.glob("*.so"))
+    if len(libraries) <= MOST_LIBRARIES:
+        return
+    for library in sorted(libraries, key=_last_used)[: len(libraries) // 2]:
+        library.unlink(missing_ok=True)
+
+
+def _last_used(library: Path) -> float:
+    try:
+        return library.stat().st_mtime
+    except FileNotFoundError:  # another process removed it
+        return 0.0
 
 
 def _build(source: str, command: list[str], library: Path) -> None:
@@ -55,6 +80,7 @@ def _build(source: str, command: list[str], library: Path) -> None:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise BuildError(f"{command[0]} refuses the kernel: {(errors or ['no message'])[0]}")
         made.replace(library)
+    _prune(library.parent)
 
 
 def cache_folder() -> Path:

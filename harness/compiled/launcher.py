@@ -1,7 +1,7 @@
 """Runs launches of Triton kernels on CPU tensors as compiled C, in place of Triton's interpreter.
 
 The first launch of a variant (types, constants, integers that are 1) traces the kernel, writes it as C and builds it.
-A kernel that this cannot do is left to the interpreter, and ``interpreted`` says why.
+A kernel that this cannot do is left to the interpreter, and ``interpreted`` says why; reports show it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,23 @@ from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
 from nsa_oracle.harness.errors import BackendError, error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
 
-TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; this tier is chosen by
-COMPILED_TIER = "compiled"
-LEFT_TO_THE_INTERPRETER = "left to the interpreter: "  # begins a line on standard error for each such kernel
+TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; the tier is chosen by
+COMPILED_TIER, INTERPRETED_TIER = "compiled", "interpreted"
 
-interpreted: dict[str, str] = {}  # by the name of a kernel that is left to the interpreter: why
+interpreted: dict[str, str] = {}  # by the name of a kernel of which a launch was left to the interpreter: why
 
 
-def is_chosen() -> bool:
-    """Whether the environment chooses this tier. Raises BackendError for a tier that does not exist."""
-    value = os.environ.get(TIER_VARIABLE) or "interpreted"
-    if value not in ("interpreted", COMPILED_TIER):
-        raise BackendError(f"{TIER_VARIABLE}: there is no '{value}'; choose interpreted or {COMPILED_TIER}")
-    return value == COMPILED_TIER
+def chosen_tier() -> str:
+    """What the environment chooses, "" if it leaves the choice. Raises BackendError for a tier that does not exist."""
+    value = os.environ.get(TIER_VARIABLE, "")
+    if value not in ("", INTERPRETED_TIER, COMPILED_TIER):
+        raise BackendError(f"{TIER_VARIABLE}: there is no '{value}'; choose {INTERPRETED_TIER} or {COMPILED_TIER}")
+    return value
+
+
+def left_to_the_interpreter() -> dict[str, str]:
+    """Why, by the name of a kernel of which a launch was not compiled; or of all, if there is no C compiler."""
+    return {"all kernels": _refused} if _refused else dict(interpreted)
 
 
 class _ExtentC(ctypes.Structure):
@@ -180,7 +184,6 @@ class CompiledKernel:
         """The variant, or why there is none."""
         from nsa_oracle.harness.compiled import tracing  # late: importing Triton fixes how kernels run
 
-        name = self._function.fn.__name__
         try:
             signature = {
                 n: _type(v, k, kind) for n, v, k, kind in zip(self._names, values, key, self._kinds, strict=True)
@@ -192,16 +195,14 @@ class CompiledKernel:
             library = ctypes.PyDLL(str(build(source.text)))  # holds the interpreter's lock: signals are looked for
             library.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
             places = tuple(number for number, n in enumerate(self._names) if signature[n] != "constexpr")
-            return Variant(name, source, library.run, _packers(kernel), places, traced.is_current, library)
+            kernel_name = self._function.fn.__name__
+            return Variant(kernel_name, source, library.run, _packers(kernel), places, traced.is_current, library)
         except (Unsupported, BuildError, _Left) as error:
             reason = error_line(error)
         except Exception as error:  # the front end, or this tier, does not know what the kernel does
             # The front end shows the kernel's source first, and a caret below it.
             lines = [line for line in str(error).splitlines() if line.strip(" ^")]
             reason = f"{type(error).__name__}: {one_line(lines[-1] if lines else 'no message')}"
-        if name not in interpreted:
-            print(f"{LEFT_TO_THE_INTERPRETER}{name}: {reason}", file=sys.stderr)
-        interpreted[name] = reason
         return reason
 
 
@@ -305,14 +306,31 @@ def installed() -> Iterator[None]:
 
 
 _for_good = ExitStack()
+_refused = ""  # why kernels are interpreted although nobody asked for it
 
 
 def install() -> None:
-    """Enter ``installed`` for the rest of the process. Repeated calls do nothing."""
-    from triton.runtime import interpreter  # late: importing Triton fixes how kernels run
+    """Compile kernels for the rest of the process, unless the environment wants them interpreted.
 
-    if not hasattr(interpreter.GridExecutor.__call__, "compiles"):
+    Without a C compiler they are interpreted as well, unless the environment wants them compiled: then BuildError.
+    Repeated calls do nothing.
+    """
+    global _refused
+    tier = chosen_tier()
+    if tier == INTERPRETED_TIER or is_installed():
+        return
+    try:
         _for_good.enter_context(installed())
+    except BuildError as error:
+        if tier == COMPILED_TIER:
+            raise
+        _refused = error_line(error)
+
+
+def is_installed() -> bool:
+    """Whether kernels of this process are compiled."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    return interpreter is not None and hasattr(interpreter.GridExecutor.__call__, "compiles")
 
 
 def _remembering(rewrite: Callable[[Any], Any], of: type) -> Callable[[Any], Any]:
@@ -335,8 +353,8 @@ def _compiling(call: Callable[..., None]) -> Callable[..., None]:
         if kernel is not None:
             try:
                 kernel.launch(executor, args, kwargs)
-            except _Left:
-                pass
+            except _Left as left:
+                interpreted[executor.fn.__name__] = str(left)
             else:
                 return
         call(executor, *args, **kwargs)

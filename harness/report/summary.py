@@ -61,7 +61,7 @@ def summary(
     if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
         parts.append(_audited(audit))
 
-    parts += declared_lines(verdict.declared)
+    parts += interpreted_lines(verdict) + declared_lines(verdict.declared)
     unvisited = [name for name in classes if name not in covered]
     if verbose:
         visits = [f"{name} {verdict.boundary_classes[name]}" for name in classes if name not in of_switches]
@@ -81,6 +81,14 @@ def summary(
 def bugs_line(killed: int, planted: int) -> str:
     """How many bugs of the zoo were killed, each judged on its saved case."""
     return f"bugs: {killed} of {counted(planted, 'planted bug')} killed by a check that is meant to find them"
+
+
+LEFT_TO_THE_INTERPRETER = "left to Triton's interpreter, where no race is found: "
+
+
+def interpreted_lines(verdict: Verdict) -> list[str]:
+    """A line for each kernel that could not be compiled for the CPU."""
+    return [f"{LEFT_TO_THE_INTERPRETER}{name} ({why})" for name, why in sorted(verdict.interpreted.items())]
 
 
 def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,18 +117,75 @@ def test_what_is_not_supported_runs_in_the_interpreter(compiled: dict[str, str])
     assert compiled == {"printing_kernel": "tl.device_print"}
 
 
-@pytest.mark.parametrize(("value", "chosen"), [(None, False), ("", False), ("interpreted", False), ("compiled", True)])
-def test_the_environment_chooses(value: str | None, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As in a process whose tier is not chosen yet. Returns a list to which each installation is added."""
+    entered: list[str] = []
+
+    @contextmanager
+    def installed() -> Iterator[None]:
+        building._compiler()
+        entered.append(launcher.COMPILED_TIER)
+        yield
+
+    monkeypatch.setattr(launcher, "is_installed", lambda: False)
+    monkeypatch.setattr(launcher, "installed", installed)
+    monkeypatch.setattr(launcher, "_refused", "")
     monkeypatch.delenv(launcher.TIER_VARIABLE, raising=False)
+    return entered
+
+
+@pytest.mark.parametrize(("value", "chosen"), [(None, True), ("", True), ("interpreted", False), ("compiled", True)])
+def test_the_environment_chooses(
+    value: str | None, chosen: bool, not_installed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if value is not None:
         monkeypatch.setenv(launcher.TIER_VARIABLE, value)
-    assert launcher.is_chosen() is chosen
+    launcher.install()
+    assert not_installed == [launcher.COMPILED_TIER] * chosen
+    assert launcher.left_to_the_interpreter() == {}
 
 
 def test_another_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launcher.TIER_VARIABLE, "compile")
     with pytest.raises(BackendError, match="NSA_ORACLE_KERNELS: there is no 'compile'; choose interpreted or compiled"):
-        launcher.is_chosen()
+        launcher.install()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    building._compiler.cache_clear()
+    yield
+    building._compiler.cache_clear()
+
+
+def test_without_a_compiler_kernels_are_interpreted_and_it_is_said(not_installed: list[str], no_compiler: None) -> None:
+    launcher.install()
+    assert not_installed == []
+    assert launcher.left_to_the_interpreter() == {
+        "all kernels": "there is no C compiler: install gcc, or name one in CC"
+    }
+
+
+def test_without_a_compiler_compiled_kernels_are_refused(
+    not_installed: list[str], no_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launcher.TIER_VARIABLE, "compiled")
+    with pytest.raises(BuildError, match="there is no C compiler: install gcc, or name one in CC"):
+        launcher.install()
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MOST_LIBRARIES", 3)
+    monkeypatch.setenv("NSA_ORACLE_CACHE", str(cache / "small"))
+    built = [building.build(f"int number_{number};") for number in range(3)]
+    for age, library in zip((30, 20, 10), built, strict=True):
+        os.utime(library, (time.time() - age,) * 2)
+    assert building.build("int number_0;") == built[0]  # and is now the youngest
+    latest = building.build("int number_3;")
+    assert sorted((cache / "small").iterdir()) == sorted([built[0], latest])
 
 
 @triton.jit
@@ -173,11 +234,11 @@ def test_what_cannot_be_built_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_libraries_are_kept_in_the_cache(cache: Path, all_are_compiled: None) -> None:
     fresh_kernel[(1,)](torch.zeros(8, dtype=torch.int32))
-    before = {file: file.stat().st_mtime_ns for file in cache.glob("*.so")}
+    before = {file: file.stat().st_ino for file in cache.glob("*.so")}
     del fresh_kernel.rewrite().compiled  # as in another process
     fresh_kernel[(1,)](torch.zeros(8, dtype=torch.int32))
     assert before
-    assert {file: file.stat().st_mtime_ns for file in cache.glob("*.so")} == before
+    assert {file: file.stat().st_ino for file in cache.glob("*.so")} == before
 
 
 @triton.jit
