@@ -15,7 +15,8 @@ _store_cache = Launcher(store_cache_kernel, "slot_stride")
 def store_cache(config: AttentionConfig, caches: AttentionCaches, inputs: AttentionInputs) -> None:
     """Write the rows' own keys and index keys to both caches, in one launch.
 
-    A row writes only the bytes of its slot. Rows with the same slot write in no particular order.
+    A row writes only the bytes of its slot, and nothing if that is -1. Rows with the same slot write in no particular
+    order.
     """
     store_cache_op(
         caches.kv,

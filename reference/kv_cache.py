@@ -49,10 +49,11 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, tile_size: int) -> to
 def store_kv(config: AttentionConfig, kv_cache: torch.Tensor, k: torch.Tensor, out_cache_loc: torch.Tensor) -> None:
     """Write the keys ``k`` [R, qk_head_dim] bf16 to the slots ``out_cache_loc`` [R] of ``kv_cache``, in place.
 
+    A row whose slot is -1 writes nothing.
     BF16: the key as it is. FP8, kv_token_bytes a token: the latent in e4m3, a float32 scale of each quant_tile of it,
     then the RoPE part in bf16. Source: FlashMLA's FP8 sparse decode format.
     """
-    slots = out_cache_loc.to(torch.int64)  # [R]
+    k, slots = k[out_cache_loc >= 0], out_cache_loc[out_cache_loc >= 0].to(torch.int64)
     if config.kv_cache_dtype is KVCacheDtype.BF16:
         kv_cache[slots, 0] = k
         return
@@ -79,10 +80,12 @@ def store_index_k(
 ) -> None:
     """Write the index keys ``index_k`` [R, index_head_dim] bf16 to the slots ``out_cache_loc`` [R], in place.
 
+    A row whose slot is -1 writes nothing.
     index_k_cache [num_pages, index_page_bytes] uint8: each page has the e4m3 keys of all its tokens, then a float32
     scale of each. Source: DeepGEMM's paged MQA logits, which read the two planes separately.
     """
-    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, out_cache_loc)
+    index_k, slots = index_k[out_cache_loc >= 0], out_cache_loc[out_cache_loc >= 0]
+    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, slots)
     values, scales = quantize(index_k, config.index_head_dim)  # [R, index_head_dim], [R, 1]
     index_k_cache[pages, key_bytes] = _to_bytes(values)
     index_k_cache[pages, scale_bytes] = _to_bytes(scales)

@@ -249,8 +249,9 @@ class AttentionInputs:
     k: [R, qk_head_dim] bf16, the row's own key: latent, then RoPE.
     index_q: [R, index_n_heads, index_head_dim] float8_e4m3fn. index_weights: [R, index_n_heads] float32.
     index_k: [R, index_head_dim] bf16, the row's own index key.
-    out_cache_loc: [R] int64, slot that the row's own key is written to; rows without a token write to slot 0.
-        Rows with the same slot have the same keys, unless the slot lies in page 0, whose content is unspecified.
+    out_cache_loc: [R] int64, slot that the row's own key is written to; rows without a token write to slot 0, or
+        nowhere where the engine gives them slot -1. Rows with the same slot have the same keys, unless the slot lies in
+        page 0, whose content is unspecified.
     """
 
     q: torch.Tensor

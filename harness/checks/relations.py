@@ -122,26 +122,29 @@ class Relations:
         pages[1 : last + 1] = pages[last:0:-1]
         slots = pages[:, None] * page_size + np.arange(page_size)
         new_slot = torch.from_numpy(slots.reshape(-1))  # its own inverse
+
+        def moved(these: torch.Tensor) -> torch.Tensor:
+            """New slots for original ones, and the reverse. What is no slot, as -1, stays."""
+            known = (these >= 0) & (these < len(new_slot))
+            there = new_slot.to(these.device)[these.clamp(0, len(new_slot) - 1)]
+            return torch.where(known, there.to(these.dtype), these)
+
         caches = variation.load.caches
         device = caches.kv.device
         kv, index_k = torch.empty_like(caches.kv), torch.empty_like(caches.index_k)
         kv[new_slot.to(device)] = caches.kv
         index_k[torch.from_numpy(pages).to(device)] = caches.index_k
         passes = tuple(
-            replace(p, inputs=replace(p.inputs, out_cache_loc=new_slot[p.inputs.out_cache_loc]))
+            replace(p, inputs=replace(p.inputs, out_cache_loc=moved(p.inputs.out_cache_loc)))
             for p in variation.load.passes
         )
-
-        def original(indices: torch.Tensor) -> torch.Tensor:
-            known = (indices >= 0) & (indices < len(new_slot))
-            return torch.where(known, new_slot.to(indices.device)[indices.clamp(0, len(new_slot) - 1)].int(), indices)
 
         table = new_slot.numpy()[variation.req_to_token].astype(np.int32)
         return replace(
             variation,
             load=LayerLoad(passes, AttentionCaches(kv, index_k)),
             req_to_token=table,
-            original_slot=original,
+            original_slot=moved,
         )
 
     def _compare(

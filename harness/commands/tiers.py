@@ -17,10 +17,9 @@ import torch
 from rich.table import Table
 
 from nsa_oracle.harness.compiled.building import BuildError, build
-from nsa_oracle.harness.compiled.launcher import COMPILED_TIER, INTERPRETED_TIER, TIER_VARIABLE
+from nsa_oracle.harness.compiled.launcher import COMPILED_TIER, INTERPRETED_TIER, LEFT_TO_THE_INTERPRETER, TIER_VARIABLE
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.processes import how_it_ended
-from nsa_oracle.harness.report.summary import LEFT_TO_THE_INTERPRETER
 
 FAILED, UNUSABLE = 1, 2  # exit codes of ``nsa-oracle replay``
 VERDICT = "ORACLE FAILURE  "

@@ -31,6 +31,7 @@ from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
 
 TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; the tier is chosen by
 COMPILED_TIER, INTERPRETED_TIER = "compiled", "interpreted"
+LEFT_TO_THE_INTERPRETER = "left to Triton's interpreter, where no race is found: "  # begins a line of reports
 
 interpreted: dict[str, str] = {}  # by the name of a kernel of which a launch was left to the interpreter: why
 

@@ -25,13 +25,19 @@ Bf16Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flus
 
 @dataclass(frozen=True)
 class EdgeKeys:
-    """Rows to store, each of one kind, in distinct slots. All tensors are on the CPU.
+    """Rows to store, each of one kind, in distinct slots; perhaps a row of padding behind them. Tensors are on the CPU.
 
     inputs: keys, index keys and slots; the inputs that the store does not read are 0.
     """
 
     kinds: tuple[KeyKind, ...]
     inputs: AttentionInputs
+
+    def with_padding(self) -> EdgeKeys:
+        """The same rows, then one that stands for no token: a key like the first one's, for slot -1."""
+        padded = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in vars(self.inputs).items()}
+        padded["out_cache_loc"][-1] = -1
+        return EdgeKeys(self.kinds, AttentionInputs(**padded))
 
     def kind_in(self, slot: int) -> KeyKind | None:
         """The kind of the row that is stored in ``slot``, or None."""

@@ -80,7 +80,8 @@ class CacheState:
         for a_pass in passes:
             inputs = a_pass.inputs
             self._store(inputs.k, inputs.index_k, inputs.out_cache_loc)
-            self._written[inputs.out_cache_loc.numpy()] = True
+            slots = inputs.out_cache_loc.numpy()
+            self._written[slots[slots >= 0]] = True
         self._written[: self.setup.page_size] = False
 
     def _pass(self, world: World, batch: Batch, config: BackendConfig, step: int) -> Pass:
@@ -98,7 +99,9 @@ class CacheState:
         keys, index_keys = self.content.keys(slots, self._version)
         q, index_q, index_weights = self.content.queries(ids, self._version, candidates)
         requests, tokens, seqlens, positions = zip(*rows, strict=True) if rows else ((), (), (), ())
-        out_cache_loc = torch.tensor(slots, dtype=torch.int64)
+        padding_slot = self.setup.layer.padding_slot if self.setup.layer is not None else 0
+        where = [padding_slot if position < 0 else slot for slot, position in zip(slots, positions, strict=True)]
+        out_cache_loc = torch.tensor(where, dtype=torch.int64)
         inputs = AttentionInputs(q, keys, index_q, index_weights, index_keys, out_cache_loc)
         return Pass(step, requests, tokens, seqlens, positions, inputs)
 

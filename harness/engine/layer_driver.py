@@ -41,9 +41,10 @@ class LayerDriver:
         banded = new_caches(setup, self.config, num_pages, device, poison, cache_margin)
         dense = AttentionCaches(_inner(banded.kv, cache_margin), _inner(banded.index_k, cache_margin))
         self.caches = AttentionCaches(far_apart(dense.kv), far_apart(dense.index_k)) if far else dense
-        # Rows that stand for no token all store their keys in slot 0.
+        # Rows that stand for no token may all store their keys in slot 0.
         leave_unordered(self.caches.kv[: setup.page_size], self.caches.kv)
         leave_unordered(self.caches.index_k[:1], self.caches.index_k)
+        self._padding_slot = setup.layer.padding_slot
         self._poison = poison
         self._bands = {
             name: (cache[:cache_margin], cache[len(cache) - cache_margin :])
@@ -73,12 +74,12 @@ class LayerDriver:
         self._cache_copies = self._cache_copies or [self.cached() for _ in self._static]
 
     def load(self, load: LayerLoad) -> None:
-        """Set the caches and static inputs to the engine's state before a replay. Padding rows are NaN, with slot 0."""
+        """Set the caches and static inputs to the engine's state before a replay. Padding rows are NaN."""
         self.load_caches(load.caches)
         for number, (static, loaded) in enumerate(zip(self._static, self._loaded, strict=True)):
             for name, tensor in vars(static).items():
                 if name == "out_cache_loc":
-                    tensor.zero_()
+                    tensor.fill_(self._padding_slot)
                 else:
                     as_bytes(tensor).fill_(NAN_BYTE)
                 if number < len(load.passes):  # none for a capture, which runs on padding alone

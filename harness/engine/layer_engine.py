@@ -61,6 +61,7 @@ class LayerEngine:
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)
         self.num_steps = num_steps
+        self._skips_padding = layer.padding_slot < 0
         self._edge_sets = 0  # number of sets of edge-case rows used so far
 
     def judged(self) -> JudgedLayer:
@@ -115,7 +116,7 @@ class LayerEngine:
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph, count))
         where = self.setup, self.driver.config, self.seed, poison, call
         keys = edge_keys(*where)
-        stored = stages.store(keys)
+        stored = stages.store(keys.with_padding() if self._skips_padding else keys)
         scored = stages.score(edge_scores(keys.kinds, keys.inputs.index_k, *where))
         is_ragged = batch.mode is ForwardMode.EXTEND
         brings_ragged = "topk_transform_ragged" in self.method_calls.names

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally
+from nsa_oracle.harness.compiled.launcher import LEFT_TO_THE_INTERPRETER
 from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import Verdict
@@ -81,9 +82,6 @@ def summary(
 def bugs_line(killed: int, planted: int) -> str:
     """How many bugs of the zoo were killed, each judged on its saved case."""
     return f"bugs: {killed} of {counted(planted, 'planted bug')} killed by a check that is meant to find them"
-
-
-LEFT_TO_THE_INTERPRETER = "left to Triton's interpreter, where no race is found: "
 
 
 def interpreted_lines(verdict: Verdict) -> list[str]:

@@ -66,7 +66,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
-    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache"),
+    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "padding of slot -1"),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -187,6 +187,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     yield from _bucket_classes(batch, bucket)
                     if bucket is not None and batch.size < bucket and not setup.padding_len:
                         yield "padding of length 0"
+                    if bucket is not None and batch.size < bucket and setup.layer and setup.layer.padding_slot < 0:
+                        yield "padding of slot -1"
                     if bucket is not None and batch.size:
                         served.add((event.mode, bucket))
                     elif (event.mode, bucket) in served:

@@ -124,6 +124,7 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     many_heads = {"num_heads": _more_than(scale.drawn()["num_heads"], MANY_HEADS - 1)}
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
+    yield Want("padding of slot -1", {SITUATION: ("replay, padded",), "padding_slot": (-1,)})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
     yield Want("fewer keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K-1",)})
     drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2

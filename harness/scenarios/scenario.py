@@ -62,7 +62,8 @@ class Inputs(_Record):
 class Layer(_Record):
     """The sparse attention layer behind the metadata: its sizes and the content of its inputs. See ``AttentionConfig``.
 
-    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap.
+    far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap. padding_slot: where
+    rows that stand for no token write their keys; -1 for nowhere.
     """
 
     num_heads: int = Field(default=2, ge=1, le=128)
@@ -73,6 +74,7 @@ class Layer(_Record):
     kv_cache_dtype: KVCacheDtype = KVCacheDtype.BF16
     regime: Regime = Regime.DOMINATING
     far_slots: bool = False
+    padding_slot: int = Field(default=0, ge=-1, le=0)
 
     def attention_config(self) -> AttentionConfig:
         exact = self.regime is not Regime.RANDOM

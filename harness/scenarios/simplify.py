@@ -42,6 +42,7 @@ SIMPLEST_SETUP: dict[str, Any] = {
 SMALLEST_LAYER = Layer()
 SIMPLEST_LAYER: dict[str, Any] = {
     "far_slots": False,
+    "padding_slot": 0,
     "regime": SMALLEST_LAYER.regime,
     "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }

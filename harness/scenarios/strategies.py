@@ -16,7 +16,7 @@ from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reus
 from nsa_oracle.harness.scenarios.goal import ANYTHING, CACHE, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
-from nsa_oracle.harness.scenarios.scales import SMALL, Scale, restricted
+from nsa_oracle.harness.scenarios.scales import PADDING_SLOTS, SMALL, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     MAX_CACHE_BYTES,
@@ -48,7 +48,12 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
     if not scale.layers:
         return None
     regimes = (*Regime, Regime.RANDOM)  # RANDOM twice: only its numbers are rounded when they are stored
-    anything: Sizes = {"regime": regimes, "kv_cache_dtype": tuple(KVCacheDtype), "far_slots": scale.far_slots}
+    anything: Sizes = {
+        "regime": regimes,
+        "kv_cache_dtype": tuple(KVCacheDtype),
+        "far_slots": scale.far_slots,
+        "padding_slot": PADDING_SLOTS,
+    }
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
     return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})
 

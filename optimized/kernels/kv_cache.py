@@ -71,40 +71,42 @@ def store_cache_kernel(
 ) -> None:
     """Programs by id: one per row for its key, then one per row for its index key. They share nothing but the slot.
 
-    Only the bytes of the row's own slot are written. Strides are in elements. Each of the LANES is a size rounded up to
-    a power of two.
+    Only the bytes of the row's own slot are written; nothing, if the slot is -1. Strides are in elements. Each of the
+    LANES is a size rounded up to a power of two.
     """
     pid = tl.program_id(0)
-    if pid < num_rows:
-        slot = tl.load(out_cache_loc + pid * loc_stride.to(tl.int64)).to(tl.int64)
-        source = k + pid * k_stride.to(tl.int64)
-        target = kv + slot * slot_stride
-        tile: tl.constexpr = LATENT // TILES
-        tile_lanes = tl.arange(0, TILE_LANES)[None, :]
-        latent = tl.arange(0, TILES)[:, None] * tile + tile_lanes  # [TILES, TILE_LANES]
-        in_latent = (tile_lanes < tile) & (latent >= 0)
-        values = tl.load(source + latent, mask=in_latent, other=0.0)
-        if IS_FP8:
-            codes, scales = quantize(values)
-            tl.store(target + latent, codes, mask=in_latent)
-            store_scales(target + LATENT, scales)
-            rope_bytes = tl.arange(0, ROPE_LANES * ROPE_BYTES)
-            in_rope = rope_bytes < ROPE * ROPE_BYTES
-            rope = tl.load((source + LATENT).to(tl.pointer_type(tl.uint8)) + rope_bytes, mask=in_rope, other=0)
-            tl.store(target + LATENT + TILES * SCALE_BYTES + rope_bytes, rope, mask=in_rope)
+    is_key = pid < num_rows
+    row = tl.where(is_key, pid, pid - num_rows)
+    slot = tl.load(out_cache_loc + row * loc_stride.to(tl.int64)).to(tl.int64)
+    if slot >= 0:
+        if is_key:
+            source = k + row * k_stride.to(tl.int64)
+            target = kv + slot * slot_stride
+            tile: tl.constexpr = LATENT // TILES
+            tile_lanes = tl.arange(0, TILE_LANES)[None, :]
+            latent = tl.arange(0, TILES)[:, None] * tile + tile_lanes  # [TILES, TILE_LANES]
+            in_latent = (tile_lanes < tile) & (latent >= 0)
+            values = tl.load(source + latent, mask=in_latent, other=0.0)
+            if IS_FP8:
+                codes, scales = quantize(values)
+                tl.store(target + latent, codes, mask=in_latent)
+                store_scales(target + LATENT, scales)
+                rope_bytes = tl.arange(0, ROPE_LANES * ROPE_BYTES)
+                in_rope = rope_bytes < ROPE * ROPE_BYTES
+                rope = tl.load((source + LATENT).to(tl.pointer_type(tl.uint8)) + rope_bytes, mask=in_rope, other=0)
+                tl.store(target + LATENT + TILES * SCALE_BYTES + rope_bytes, rope, mask=in_rope)
+            else:
+                tl.store(target + latent, values, mask=in_latent)
+                rope_lanes = tl.arange(0, ROPE_LANES)
+                rope = tl.load(source + LATENT + rope_lanes, mask=rope_lanes < ROPE, other=0.0)
+                tl.store(target + LATENT + rope_lanes, rope, mask=rope_lanes < ROPE)
         else:
-            tl.store(target + latent, values, mask=in_latent)
-            rope_lanes = tl.arange(0, ROPE_LANES)
-            rope = tl.load(source + LATENT + rope_lanes, mask=rope_lanes < ROPE, other=0.0)
-            tl.store(target + LATENT + rope_lanes, rope, mask=rope_lanes < ROPE)
-    else:
-        row = pid - num_rows
-        index_slot = tl.load(out_cache_loc + row * loc_stride.to(tl.int64)).to(tl.int64)
-        page = index_slot // PAGE_SIZE
-        offset = index_slot - page * PAGE_SIZE
-        page_begin = index_k_cache + page * page_stride
-        lanes = tl.arange(0, INDEX_LANES)[None, :]
-        index_values = tl.load(index_k + row * index_k_stride.to(tl.int64) + lanes, mask=lanes < INDEX_DIM, other=0.0)
-        index_codes, index_scales = quantize(index_values)
-        tl.store(page_begin + offset * INDEX_DIM + lanes, index_codes, mask=lanes < INDEX_DIM)
-        store_scales(page_begin + PAGE_SIZE * INDEX_DIM + offset * SCALE_BYTES, index_scales)
+            page = slot // PAGE_SIZE
+            offset = slot - page * PAGE_SIZE
+            page_begin = index_k_cache + page * page_stride
+            lanes = tl.arange(0, INDEX_LANES)[None, :]
+            index_row = index_k + row * index_k_stride.to(tl.int64)
+            index_values = tl.load(index_row + lanes, mask=lanes < INDEX_DIM, other=0.0)
+            index_codes, index_scales = quantize(index_values)
+            tl.store(page_begin + offset * INDEX_DIM + lanes, index_codes, mask=lanes < INDEX_DIM)
+            store_scales(page_begin + PAGE_SIZE * INDEX_DIM + offset * SCALE_BYTES, index_scales)
