@@ -38,10 +38,10 @@ from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario, Setup
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario
+from nsa_oracle.harness.scenarios.setup import Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.global_state import kept_global_state
 from nsa_oracle.harness.subjects.result_checks import WrongResult

@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     option(
         "device",
-        "where the backend runs; cuda: real CUDA graphs; cpu: Triton's interpreter and a simulated graph; auto: cuda "
+        "where the backend runs; cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: cuda "
         "if there is a GPU",
         "auto|cpu|cuda",
         "auto",

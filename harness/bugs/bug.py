@@ -35,7 +35,7 @@ class Bug:
     caught_by: the bug counts as killed only if one of these checks reports it.
     plant: returns a context manager that plants the bug and yields the subject to judge.
     layer: needs an attention layer behind the metadata. gpu: needs a real GPU.
-    interpreted: shows only where kernels are interpreted, which checks every access.
+    cpu: shows only without a GPU, where every access of a kernel is checked.
     faults: leaves the GPU unusable for the process. drawn: False if cases that show it are drawn too rarely to hunt it.
     """
 
@@ -48,13 +48,13 @@ class Bug:
     plant: Callable[[], AbstractContextManager[Subject]]
     layer: bool = False
     gpu: bool = False
-    interpreted: bool = False
+    cpu: bool = False
     faults: bool = False
     drawn: bool = True
 
     def shows_on(self, device: str) -> bool:
         """Whether cases on ``device`` ("cpu" or "cuda") can show the defect."""
-        return not self.interpreted if device == "cuda" else not self.gpu
+        return not self.cpu if device == "cuda" else not self.gpu
 
 
 def by_mutation(*mutations: Mutation) -> Callable[[], AbstractContextManager[Subject]]:

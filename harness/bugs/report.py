@@ -25,7 +25,7 @@ def listing(bugs: Sequence[Bug]) -> Table:
     """A table of ``bugs``: name, what is wrong, reference, and what each needs to be hunted."""
     table = Table("bug", "what is wrong", "seen in", "needs")
     for bug in bugs:
-        needs = ["a GPU"] * bug.gpu + ["the interpreter"] * bug.interpreted + ["a layer"] * bug.layer
+        needs = ["a GPU"] * bug.gpu + ["no GPU"] * bug.cpu + ["a layer"] * bug.layer
         table.add_row(bug.name, bug.sentence, bug.reference, ", ".join(needs))
     return table
 

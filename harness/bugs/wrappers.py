@@ -16,7 +16,7 @@ import torch
 
 from nsa_oracle.harness import fields
 from nsa_oracle.harness.protocol import SingleStepBackend
-from nsa_oracle.harness.scenarios.world import PAD_REQ_POOL_INDEX, PAD_SEQ_LEN
+from nsa_oracle.harness.scenarios.batch import PAD_REQ_POOL_INDEX, PAD_SEQ_LEN
 from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata, SpecInfo
 

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from nsa_oracle.harness.bugs.bug import Bug
-from nsa_oracle.harness.bugs.catalogue import accepts, buffers, graphs, limits, padding, repeats, tables
-from nsa_oracle.harness.bugs.catalogue import layer as layers
+from nsa_oracle.harness.bugs.catalogue import (
+    accepts,
+    attention,
+    buffers,
+    caches,
+    graphs,
+    layer,
+    limits,
+    padding,
+    prefills,
+    repeats,
+    selection,
+    tables,
+)
 
-MODULES = (buffers, padding, accepts, tables, repeats, limits, layers, graphs)
+MODULES = (
+    buffers, padding, accepts, tables, repeats, limits, caches, selection, attention, layer, prefills, graphs
+)  # fmt: skip
 ZOO: dict[str, Bug] = {bug.name: bug for module in MODULES for bug in module.BUGS}

@@ -14,7 +14,7 @@ from nsa_oracle.harness.engine.observations import LayerStep, Scored
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
 from nsa_oracle.harness.protocol import Strictness
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
 from nsa_oracle.reference import attention, indexer, kv_cache
 from nsa_oracle.reference.types import AttentionConfig

@@ -15,8 +15,9 @@ from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.host_values import STRUCTURE, NodeValues, differences
-from nsa_oracle.harness.scenarios.scenario import Scenario, Setup
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.types import ForwardMode
 
 

@@ -11,7 +11,7 @@ import dataclasses
 
 from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 
 LENGTHS = ("cache_seqlens_int32", "seqlens_expanded", "nsa_cache_seqlens_int32")
 RUNNING_SUMS = ("cu_seqlens_q", "cu_seqlens_k", "nsa_cu_seqlens_q", "nsa_cu_seqlens_k", "flashmla_num_splits")

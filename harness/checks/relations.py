@@ -17,8 +17,8 @@ import torch
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Scenario, graph_mode
-from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
 
 WARM_UP = 2  # first calls of a kind, which are not judged
 FRESH = 8  # number of calls after those, all with new variants, that makes a finding

@@ -11,7 +11,7 @@ from nsa_oracle.harness.commands.app import app, unusable
 from nsa_oracle.harness.errors import ScenarioError, counted, meant, one_line
 from nsa_oracle.harness.scenarios.files import MAX_FILE_BYTES, save, to_json
 from nsa_oracle.harness.scenarios.recorded import read_record
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.scenarios.translation import Import, imported
 
 MOST_NOTES = 20

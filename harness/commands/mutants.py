@@ -44,7 +44,7 @@ def mutants(
     device: Annotated[
         Device,
         typer.Option(
-            help="cuda: compiled kernels, including the Gluon kernel; cpu: Triton's interpreter; auto: cuda if there "
+            help="cuda: compiled kernels, including the Gluon kernel; cpu: compiled for the CPU; auto: cuda if there "
             "is a GPU."
         ),
     ] = Device.CPU,

@@ -27,7 +27,7 @@ import torch
 
 from nsa_oracle.harness.content.exact import MAX_SLOTS, VERSIONS, ExactContent, Origin
 from nsa_oracle.harness.content.ordinary import OrdinaryContent
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig
 
 

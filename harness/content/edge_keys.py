@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nsa_oracle.harness.content.conversions import Ints, as_bf16
 from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig, AttentionInputs
 
 Bf16Bits = NDArray[np.uint16]  # bf16 numbers as bits, so that no processor flushes a denormal or quietens a NaN

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.conversions import Ints
 from nsa_oracle.harness.scenarios.rng import Stream, coprime_step
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 
 FloatBits = NDArray[np.uint32]  # float32 numbers as bits, so that no processor flushes a denormal or quietens a NaN
 

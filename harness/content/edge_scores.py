@@ -14,7 +14,7 @@ import torch
 from nsa_oracle.harness.content.conversions import as_e4m3
 from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.scenarios.rng import Stream
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.kv_cache import store_index_k
 from nsa_oracle.reference.types import AttentionConfig
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.conversions import Ints, Small, as_e4m3, bf16_of_integers, places_of, signs_of
 from nsa_oracle.harness.content.index_keys import EXTREME, MIN_INDEX_DIM, CodeWords, IndexKeys
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import NUM_QUANT_TILES, AttentionConfig
 
 MAX_SLOTS = 1 << 24

@@ -44,7 +44,7 @@ import math
 import numpy as np
 import torch
 
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import FP8_MAX, AttentionConfig, KVCacheDtype
 
 MAX_KEYS = 2048

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.content.conversions import Ints, Small, places_of, signs_of
-from nsa_oracle.harness.scenarios.regime import MAX_CODE_BITS, Regime
 from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.setup import MAX_CODE_BITS, Regime
 from nsa_oracle.reference.types import AttentionConfig
 
 EXTREME = 7  # in eighths, before the tile's multiplier m: the scale is 7/8 m / 448 = m 2^-9

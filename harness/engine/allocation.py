@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.harness.memory.bits import as_bytes
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, KVCacheDtype
 
 

@@ -16,9 +16,10 @@ from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.memory.bits import as_bytes
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.rng import Stream
-from nsa_oracle.harness.scenarios.scenario import Setup
-from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.scenarios.setup import Setup
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference import kv_cache
 from nsa_oracle.reference.types import AttentionInputs, BackendConfig, ForwardMode
 

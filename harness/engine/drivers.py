@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol, TypeGuard, cast
 
 from nsa_oracle.harness.protocol import MultiStepBackend, PreparesInGraph, PreparesOutOfGraph, SingleStepBackend
-from nsa_oracle.harness.scenarios.choices import Drive
+from nsa_oracle.harness.scenarios.setup import Drive
 from nsa_oracle.harness.subjects.names import BuiltBackend, attn_backends_of, has_older_names
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 

@@ -35,8 +35,9 @@ from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocations
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
+from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario, graph_mode
-from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.subjects.declarations import declarations_of
 from nsa_oracle.reference.types import ForwardMode, Metadata
 

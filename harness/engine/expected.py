@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness.engine.passes import Pass, map_tensors
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.reference import layer
 from nsa_oracle.reference.metadata import compute_metadata
 from nsa_oracle.reference.types import (

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.interpreter.bounds import hand_out
 from nsa_oracle.harness.memory.poison import BandedInput
-from nsa_oracle.harness.scenarios.choices import IntDtype
-from nsa_oracle.harness.scenarios.scenario import Inputs, Setup
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.setup import Inputs, IntDtype, Setup
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo
 
 INT_DTYPES = {IntDtype.INT32: torch.int32, IntDtype.INT64: torch.int64}

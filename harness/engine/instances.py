@@ -10,7 +10,8 @@ import torch
 from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for, prepares_in_graph
 from nsa_oracle.harness.engine.shown_metadata import shown_metadata, steps_of
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.subjects.declarations import Declarations, Role
 from nsa_oracle.harness.subjects.names import BuiltBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata

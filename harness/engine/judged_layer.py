@@ -10,7 +10,7 @@ import torch
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.engine.expected import ExpectedLayer
 from nsa_oracle.harness.protocol import Strictness
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import AttentionConfig
 

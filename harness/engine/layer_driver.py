@@ -13,7 +13,7 @@ from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes, same_bits, unwrit
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
 from nsa_oracle.harness.protocol import SparseAttention
-from nsa_oracle.harness.scenarios.scenario import Setup
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.subjects.result_checks import locating_results, outputs_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, Metadata
 

@@ -26,8 +26,10 @@ from nsa_oracle.harness.engine.observations import (
 )
 from nsa_oracle.harness.memory.poison import GuardedAllocations
 from nsa_oracle.harness.protocol import LayerFactory
-from nsa_oracle.harness.scenarios.scenario import Layer, Scenario
-from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.setup import Layer
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.reference.types import ForwardMode, Metadata
 

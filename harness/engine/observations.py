@@ -14,7 +14,7 @@ from nsa_oracle.harness.content.edge_logits import EdgeLogits
 from nsa_oracle.harness.content.edge_scores import EdgeScores
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.memory.bits import NAN_WORD
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 

@@ -12,8 +12,8 @@ from nsa_oracle.harness.engine.inputs import StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.scenarios.world import Batch
 from nsa_oracle.harness.subjects.declarations import Declarations
 from nsa_oracle.reference.types import ForwardMode
 

@@ -27,7 +27,8 @@ from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.mutants.cases import ANY_LINE, CPU, Case, Line
 from nsa_oracle.harness.mutants.mutants import TREE, import_replaced, is_of_kernels, tree_sources
 from nsa_oracle.harness.scenarios.files import from_json
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Layer, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Layer, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.reference.layer import SparseAttention
 from nsa_oracle.reference.multi_step import MultiStepBackend

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from nsa_oracle.harness.errors import meant, one_line
-from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Event, FieldError, Layer, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Event, Scenario
+from nsa_oracle.harness.scenarios.setup import FieldError, Layer, Setup
 
 MOST = 3  # mistakes that one line names
 MOST_CHARACTERS = 40  # of a value or a name of the file

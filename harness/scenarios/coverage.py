@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nsa_oracle.harness.scenarios.choices import Drive, Mirror, Order, PageLayout, Reuse
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -22,10 +21,10 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Scenario,
     SetLengths,
-    Setup,
 )
+from nsa_oracle.harness.scenarios.setup import Drive, Mirror, Order, PageLayout, Regime, Reuse, Setup
 from nsa_oracle.harness.scenarios.switches import Switches
-from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 COPY_CHUNK = 2048  # tokens; kernels copy a longer row in several pieces

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.coverage import (
     COPY_CHUNK,
     FLASHMLA_BLOCK,
@@ -35,9 +34,9 @@ from nsa_oracle.harness.scenarios.goal import (
     Pins,
     Want,
 )
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import Scale
-from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, MAX_STEPS
+from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES
+from nsa_oracle.harness.scenarios.setup import MAX_STEPS, Drive, IntDtype, Mirror, Order, PageLayout, Regime, Reuse
 from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 

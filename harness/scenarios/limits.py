@@ -11,10 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from nsa_oracle.harness.errors import meant, one_line
-from nsa_oracle.harness.scenarios.choices import Mirror
+from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.complaints import complaint_about_value
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Inputs, Layer, Replay, Scenario, Setup
-from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Mirror, Setup
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 
 Sizes = Mapping[str, Sequence[Any]]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_oracle.harness.scenarios.choices import PageLayout, Reuse
 from nsa_oracle.harness.scenarios.rng import Stream
+from nsa_oracle.harness.scenarios.setup import PageLayout, Reuse
 
 
 class PagePool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.recorded import RecordedCall, SlotRuns
-from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, MAX_BATCH, Setup, graph_mode
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, graph_mode
+from nsa_oracle.harness.scenarios.setup import MAX_BATCH, Setup
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 ACTS = ("capture", "replay", "eager")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits, Sizes, shown
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Drive, IntDtype, PageLayout, Regime, Reuse
 from nsa_oracle.reference.types import KVCacheDtype, StepSemantics
 
 RARELY = (False,) * 5 + (True,)

@@ -8,7 +8,6 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nsa_oracle.harness.scenarios.choices import Mirror, Order
 from nsa_oracle.harness.scenarios.goal import LENGTH, MIRROR, ORDER, OWN, Goal
 from nsa_oracle.harness.scenarios.scales import Scale
 from nsa_oracle.harness.scenarios.scenario import (
@@ -21,8 +20,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Join,
     Replay,
     Scenario,
-    Setup,
 )
+from nsa_oracle.harness.scenarios.setup import Mirror, Order, Setup
 from nsa_oracle.harness.scenarios.world import Request, World
 from nsa_oracle.reference.types import ForwardMode
 

@@ -10,20 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from nsa_oracle.harness.scenarios.choices import Mirror, Order
-from nsa_oracle.harness.scenarios.scenario import (
-    Capture,
-    Eager,
-    Event,
-    Finish,
-    Inputs,
-    Join,
-    Layer,
-    Replay,
-    Scenario,
-    SetLengths,
-    Setup,
-)
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Finish, Join, Replay, Scenario, SetLengths
+from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Mirror, Order, Setup
 
 SIMPLEST_SETUP: dict[str, Any] = {
     "paged_mqa_num_sms": 0,

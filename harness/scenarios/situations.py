@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from nsa_oracle.harness.scenarios.choices import Order
 from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Remap, Replay
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
+from nsa_oracle.harness.scenarios.setup import Order
 from nsa_oracle.reference.types import ForwardMode
 
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND

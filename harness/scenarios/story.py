@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nsa_oracle.harness.errors import one_line
-from nsa_oracle.harness.scenarios.choices import Mirror, Order, Reuse
+from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
     Capture,
@@ -13,14 +13,13 @@ from nsa_oracle.harness.scenarios.scenario import (
     Event,
     Finish,
     Join,
-    Layer,
     Remap,
     Replay,
     Scenario,
     SetLengths,
-    Setup,
 )
-from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.harness.scenarios.setup import Layer, Mirror, Order, Reuse, Setup
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 MAX_NAMES = 1000  # characters of the names of optimisations

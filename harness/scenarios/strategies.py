@@ -12,10 +12,8 @@ from typing import Any
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
 from nsa_oracle.harness.scenarios.goal import ANYTHING, CACHE, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
-from nsa_oracle.harness.scenarios.regime import Regime, most_coded_slots
 from nsa_oracle.harness.scenarios.scales import PADDING_SLOTS, SMALL, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
@@ -25,15 +23,23 @@ from nsa_oracle.harness.scenarios.scenario import (
     Eager,
     Event,
     Finish,
-    Inputs,
     Join,
-    Layer,
     Remap,
     Replay,
     Scenario,
-    Setup,
 )
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script, accept_lengths, new_tokens, seq_lens
+from nsa_oracle.harness.scenarios.setup import (
+    Inputs,
+    Layer,
+    Mirror,
+    Order,
+    PageLayout,
+    Regime,
+    Reuse,
+    Setup,
+    most_coded_slots,
+)
 from nsa_oracle.harness.scenarios.situations import HAPPENINGS, SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics

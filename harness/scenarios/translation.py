@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
-from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, Mirror, Order, Reuse
+from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.complaints import complaint
 from nsa_oracle.harness.scenarios.recorded import RecordedCall, ServerRecord
 from nsa_oracle.harness.scenarios.recorded_batches import ACTS, Asked, Held, NotACase, Requests
@@ -23,10 +23,10 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Scenario,
     SetLengths,
-    Setup,
     graph_mode,
 )
-from nsa_oracle.harness.scenarios.world import Batch, World, choose_bucket
+from nsa_oracle.harness.scenarios.setup import Drive, IntDtype, Mirror, Order, Reuse, Setup
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 
 MOST_TIMES = 16  # of one replay event

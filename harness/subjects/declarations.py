@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from nsa_oracle.harness import fields
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.scenario import Setup, graph_mode
-from nsa_oracle.harness.scenarios.world import Batch, Padding
+from nsa_oracle.harness.scenarios.batch import Batch, Padding
+from nsa_oracle.harness.scenarios.scenario import graph_mode
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.subjects.names import BuiltBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
 

@@ -24,7 +24,7 @@ from nsa_oracle.harness.protocol import (
     Strictness,
 )
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, EVERYTHING, LAYER_FIELDS, Limits, declared
-from nsa_oracle.harness.scenarios.scenario import Layer, Setup
+from nsa_oracle.harness.scenarios.setup import Layer, Setup
 from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
@@ -77,7 +77,7 @@ class LoadedBackend:
 def limits_of_backend(spec: str) -> Limits:
     """The limits that the callable ``module:attribute`` declares in its attributes ``sizes`` and ``modes``.
 
-    sizes: allowed values by name of a field of ``scenarios.scenario.Setup`` or ``Inputs``. modes: supported forward
+    sizes: allowed values by name of a field of ``scenarios.setup.Setup`` or ``Inputs``. modes: supported forward
     modes. Raises BackendError if they are malformed, or if ``spec`` does not name such a callable.
     """
     found, shown = _found(spec, "backend", _BACKEND_ARGUMENTS)
@@ -89,7 +89,7 @@ def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
 
     The callable may return any object with at least one method of ``SparseAttention``; missing methods are taken from
     ``optimized/``. Its attributes ``sizes`` and ``modes`` are like those of a backend; sizes may also name fields of
-    ``scenarios.scenario.Layer``. Raises BackendError if ``spec`` does not name such a callable.
+    ``scenarios.setup.Layer``. Raises BackendError if ``spec`` does not name such a callable.
     """
     found, shown = _found(spec, "layer", "config, attention")
     _check_signature(found, shown, "config, attention")

@@ -8,9 +8,9 @@ from typing import Any
 
 from nsa_oracle.harness.errors import meant
 from nsa_oracle.harness.fields import FIELDS
-from nsa_oracle.harness.scenarios.choices import Mirror
+from nsa_oracle.harness.scenarios.batch import Padding
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS
-from nsa_oracle.harness.scenarios.world import Padding
+from nsa_oracle.harness.scenarios.setup import Mirror
 from nsa_oracle.harness.subjects.declarations import ANY_MODE, STEP_COUNTS, OwnField, Waiver
 from nsa_oracle.reference.types import ForwardMode
 

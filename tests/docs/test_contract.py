@@ -9,7 +9,7 @@ import torch
 
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.fields import HOST_SCALARS
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.metadata import compute_metadata
 from nsa_oracle.reference.types import (
     AttentionConfig,

@@ -17,22 +17,11 @@ from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
 from nsa_oracle.harness.report import failure
 from nsa_oracle.harness.report.failure import explain, replay_command
 from nsa_oracle.harness.report.text import render
-from nsa_oracle.harness.scenarios.choices import Drive, Mirror
 from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER, restricted
-from nsa_oracle.harness.scenarios.scenario import (
-    GRAPH_MODES,
-    Accept,
-    Capture,
-    Eager,
-    Join,
-    Layer,
-    Replay,
-    Scenario,
-    Setup,
-)
+from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Accept, Capture, Eager, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Drive, Layer, Mirror, Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.harness.subjects.loading import limits_of_backend, load_backend, load_layer
 from nsa_oracle.reference.types import ForwardMode, StepSemantics

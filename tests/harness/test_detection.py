@@ -14,7 +14,6 @@ from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
-from nsa_oracle.harness.scenarios.choices import Drive, Mirror, PageLayout
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     Accept,
@@ -22,11 +21,11 @@ from nsa_oracle.harness.scenarios.scenario import (
     Eager,
     Event,
     Finish,
-    Inputs,
     Join,
     Replay,
     Scenario,
 )
+from nsa_oracle.harness.scenarios.setup import Drive, Inputs, Mirror, PageLayout
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 from tests.support.backends import clean, crashes, eager, form, in_graph, lengths, memory, replays, seams, tables
 from tests.support.metadata_cases import (

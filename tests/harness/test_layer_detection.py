@@ -16,8 +16,6 @@ import torch
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
-from nsa_oracle.harness.scenarios.choices import Order, PageLayout
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
@@ -30,6 +28,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Replay,
     Scenario,
 )
+from nsa_oracle.harness.scenarios.setup import Order, PageLayout, Regime
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search.drawing import draw
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics

@@ -298,3 +298,22 @@ def test_store_cache_writes_both() -> None:
     assert torch.equal(caches.kv, kv)
     assert torch.equal(caches.index_k, index)
     assert load_index_k(SMALL, caches.index_k, slots)[1].tolist() == [2.0**-6, 2.0**-5]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("config", [SMALL, SMALL_BF16], ids=["fp8", "bf16"])
+def test_a_row_of_slot_minus_1_is_written_nowhere(config: AttentionConfig, dtype: torch.dtype) -> None:
+    kv_width, kv_dtype = (40, torch.uint8) if config is SMALL else (20, torch.bfloat16)
+    with_it, without = (
+        AttentionCaches(torch.zeros(8, 1, kv_width, dtype=kv_dtype), torch.zeros(2, 4 * 12, dtype=torch.uint8))
+        for _ in range(2)
+    )
+    keys, index_keys = bf16([KEY, [7.0] * 20, [-1.0] * 20]), bf16([[1.0] * 8, [7.0] * 8, [-2.0] * 8])
+    store_kv(config, with_it.kv, keys, torch.tensor([5, -1, 2], dtype=dtype))
+    store_index_k(config, with_it.index_k, index_keys, torch.tensor([5, -1, 2], dtype=dtype))
+    store_kv(config, without.kv, keys[[0, 2]], torch.tensor([5, 2], dtype=dtype))
+    store_index_k(config, without.index_k, index_keys[[0, 2]], torch.tensor([5, 2], dtype=dtype))
+    assert with_it.kv.equal(without.kv)
+    assert with_it.index_k.equal(without.index_k)
+    assert with_it.kv[[5, 2]].any(dim=-1).all()
+    assert not with_it.kv[7].any(), "the last slot, which -1 names to Python"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.content.content import Content
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig
 
 SMALL = AttentionConfig(4, 64, 16, 3, 32, sm_scale=math.log(2))

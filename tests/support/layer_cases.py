@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nsa_oracle.harness.checks.relations import Relation
-from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scenario import Capture, Event, Join, Layer, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Event, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Layer, Regime, Setup
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 from tests.support.backends.clean import Clean
 from tests.support.metadata_cases import DECODE, factory_of

@@ -8,7 +8,8 @@ from typing import Any
 
 from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, Limits, declared
 from nsa_oracle.harness.scenarios.scales import Scale
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Inputs, Join, Layer, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Setup
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search import drawing
 from nsa_oracle.reference.types import ForwardMode

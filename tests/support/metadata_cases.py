@@ -6,8 +6,8 @@ from typing import Any
 
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.protocol import BackendFactory
-from nsa_oracle.harness.scenarios.choices import Mirror
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Event, Finish, Join, Replay, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Event, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Mirror, Setup
 from nsa_oracle.harness.subjects.loading import checked
 from nsa_oracle.reference.types import ForwardMode
 

@@ -28,8 +28,8 @@ from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.protocol import Strictness
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.types import AttentionOutputs, ForwardMode, KVCacheDtype, Metadata
 from tests.support.layer_cases import BACKEND, BF16, case

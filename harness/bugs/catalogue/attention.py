@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import REVIEW, Group, layer_bug
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, layer_bug
 from nsa_oracle.harness.bugs.catalogue.targets import ATTEND, COMBINE, LOAD_KEYS, RESULT
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
 
-ATTENTIONS = (
+BUGS: tuple[Bug, ...] = (
     layer_bug(
         "masked-slot-leaks-in",
         "A negative slot gets the weight of a key of zeros instead of no weight.",

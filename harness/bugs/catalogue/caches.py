@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import REVIEW, layer_bug
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, layer_bug
 from nsa_oracle.harness.bugs.catalogue.targets import QUANTIZE, STORE, TO_E4M3
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
 
-STORES = (
+BUGS: tuple[Bug, ...] = (
     layer_bug(
         "e4m3-rounding-truncates",
         "Quantisation truncates to e4m3 instead of rounding to nearest even.",
@@ -80,5 +80,21 @@ STORES = (
         "an FP8 cache",
         Check.STORE,
         Mutation(STORE, "in_rope = rope_bytes < ROPE * ROPE_BYTES", "in_rope = rope_bytes < ROPE"),
+    ),
+    layer_bug(
+        "padding-written-before-the-cache",
+        "A row of slot -1 is stored like any other, before the first slot.",
+        "sglang#33816",
+        "padding of slot -1",
+        frozenset({Check.CRASH, Check.BOUNDS}),
+        Mutation(STORE, "if slot >= 0:", "if slot >= -1:"),
+    ),
+    layer_bug(
+        "index-key-of-padding-written",
+        "The store leaves out the key of a row of slot -1, but not its index key.",
+        REVIEW,
+        "padding of slot -1",
+        frozenset({Check.CRASH, Check.BOUNDS}),
+        Mutation(STORE, "    if slot >= 0:", "    if (slot >= 0) | (pid >= num_rows):"),
     ),
 )

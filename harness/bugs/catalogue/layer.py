@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_wrapping, layer_bug
-from nsa_oracle.harness.bugs.catalogue.attention import ATTENTIONS
-from nsa_oracle.harness.bugs.catalogue.caches import STORES
-from nsa_oracle.harness.bugs.catalogue.prefills import PREFILL_BUGS
-from nsa_oracle.harness.bugs.catalogue.selection import INDEXERS, SELECTIONS
 from nsa_oracle.harness.bugs.catalogue.targets import FORWARD
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
@@ -49,7 +45,7 @@ def reusing_selections(config: BackendConfig, attention: AttentionConfig) -> Spa
     return ReusingSelections(config, attention)
 
 
-_FORWARDS = (
+BUGS: tuple[Bug, ...] = (
     layer_bug(
         "stored-after-it-is-read",
         "A forward pass writes its keys after attention, so rows do not see their own keys.",
@@ -109,5 +105,3 @@ _FORWARDS = (
         layer=True,
     ),
 )
-
-BUGS: tuple[Bug, ...] = (*STORES, *INDEXERS, *SELECTIONS, *ATTENTIONS, *_FORWARDS, *PREFILL_BUGS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import REVIEW, layer_bug
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, layer_bug
 from nsa_oracle.harness.bugs.catalogue.targets import FORWARD, TOPK
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
@@ -10,7 +10,7 @@ from nsa_oracle.harness.checks.check import Check
 TOPK_MODULE = "nsa_oracle.optimized.kernels.topk"
 _SELECTED = "indices = self.topk_transform_paged(logits, lengths, page_table_1)"
 
-PREFILL_BUGS = (
+BUGS: tuple[Bug, ...] = (
     layer_bug(
         "short-prefill-not-selected",
         "A prefill of at most index_topk tokens selects nothing, for a dense attention that does not follow.",

@@ -213,12 +213,29 @@ BUGS = (
         reference=REVIEW,
         trigger="any call",
         caught_by=frozenset({Check.CRASH}),
-        interpreted=True,
+        cpu=True,
         plant=by_mutation(
             Mutation(
                 "nsa_oracle.optimized.kernels.lengths:load_lengths",
                 "mask=valid, other=0).to(tl.int32) + extra",
                 "mask=requests <= tl.max(tl.where(valid, requests, -1), 0) + 1, other=0).to(tl.int32) + extra",
+            )
+        ),
+    ),
+    Bug(
+        name="place-read-before-it-is-there",
+        group=Group.TABLES,
+        sentence="A request's first row in a prefill is read from the running sum that another program stores.",
+        reference=REVIEW,
+        trigger="a prefill of two requests",
+        caught_by=frozenset({Check.CRASH}),
+        cpu=True,
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.lengths:expand_seqlens_kernel",
+                "        kv_len = tl.load(seq_lens + request * seq_stride)",
+                "        row_begin = tl.load(packed + pitch * CU_SEQLENS_Q + request)\n"
+                "        kv_len = tl.load(seq_lens + request * seq_stride)",
             )
         ),
     ),

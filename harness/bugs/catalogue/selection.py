@@ -31,7 +31,7 @@ def selecting_into_a_workspace(config: BackendConfig, attention: AttentionConfig
     return SelectingIntoAWorkspace()
 
 
-INDEXERS = (
+_INDEXERS = (
     layer_bug(
         "nan-scores-as-zero",
         "The score of a key with a NaN is 0, which exceeds every negative score.",
@@ -116,7 +116,7 @@ INDEXERS = (
     ),
 )
 
-SELECTIONS = (
+_SELECTIONS = (
     layer_bug(
         "threshold-bin-by-arrival",
         "Scores that agree in sign, exponent and two mantissa bits count as equal: the first to arrive are selected.",
@@ -197,3 +197,4 @@ SELECTIONS = (
         Mutation(TOPK, "tl.load(offsets + row * offsets_stride)", "tl.load(offsets)"),
     ),
 )
+BUGS: tuple[Bug, ...] = (*_INDEXERS, *_SELECTIONS)

@@ -20,7 +20,7 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import FIELDS, Axis
-from nsa_oracle.harness.scenarios.world import Padding
+from nsa_oracle.harness.scenarios.batch import Padding
 from nsa_oracle.harness.subjects.adapters import sglang_stand_ins as stand_ins
 from nsa_oracle.harness.subjects.adapters.packages import Package, PackageLayout
 from nsa_oracle.harness.subjects.declarations import Call, OwnField, Waiver, behind_last_token, of_negative_lengths

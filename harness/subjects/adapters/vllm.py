@@ -18,7 +18,7 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.fields import Axis
-from nsa_oracle.harness.scenarios.world import Padding
+from nsa_oracle.harness.scenarios.batch import Padding
 from nsa_oracle.harness.subjects.adapters import vllm_reference as reference
 from nsa_oracle.harness.subjects.adapters import vllm_stand_ins as stand_ins
 from nsa_oracle.harness.subjects.adapters.packages import Package, PackageLayout

@@ -10,7 +10,7 @@ import torch
 
 from nsa_oracle.harness.checks.bounds import Sums, attention_bound, fraction_used, logits_bound
 from nsa_oracle.harness.content.content import Content
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig
 from tests.support.tensor_core import truncated_dot
 

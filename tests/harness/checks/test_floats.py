@@ -12,7 +12,7 @@ from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.observations import LayerObservation, dense_copy
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.protocol import Strictness
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference import kv_cache
 from tests.support.seen_layers import outputs, put, verified
 

@@ -12,8 +12,8 @@ from nsa_oracle.harness.checks.frozen import frozen_value, other_batch
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.observations import Conditions
 from nsa_oracle.harness.judge import judge
+from nsa_oracle.harness.scenarios.batch import PAD_SEQ_LEN
 from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay, Scenario
-from nsa_oracle.harness.scenarios.world import PAD_SEQ_LEN
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.metadata import compute_metadata
 from nsa_oracle.reference.multi_step import copy_into

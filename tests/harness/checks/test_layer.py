@@ -13,8 +13,8 @@ from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.observations import Feed, LayerObservation, dense_copy
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.protocol import STAGES
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Join
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference import attention
 from nsa_oracle.reference.types import StepSemantics
 from tests.support.layer_cases import FP8, case

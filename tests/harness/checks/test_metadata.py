@@ -16,7 +16,7 @@ from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
 
 CPU = torch.device("cpu")

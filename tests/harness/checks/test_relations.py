@@ -14,9 +14,8 @@ from nsa_oracle.harness.engine.observations import Conditions, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge, sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
-from nsa_oracle.harness.scenarios.choices import PageLayout
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import PageLayout, Regime
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
 from nsa_oracle.reference.types import AttentionOutputs, ForwardMode, KVCacheDtype
 from tests.support.layer_cases import BACKEND, BF16, FP8, IN_TURN, case, random, replay_of_two

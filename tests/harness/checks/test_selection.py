@@ -9,8 +9,8 @@ from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.observations import Feed
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.protocol import Strictness
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scenario import Eager
+from nsa_oracle.harness.scenarios.setup import Regime
 from tests.support.layer_cases import case
 from tests.support.metadata_cases import EXTEND, VERIFY
 from tests.support.seen_layers import MADE_UP, TWO, outputs, put, seen, verified

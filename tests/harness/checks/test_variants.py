@@ -10,7 +10,7 @@ import pytest
 
 from nsa_oracle.harness.checks.variants import FRESH, WARM_UP, VariantCounter, VariantGrowth
 from nsa_oracle.harness.findings import Kind
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.reference.types import ForwardMode
 
 DECODE, EXTEND = ForwardMode.DECODE, ForwardMode.EXTEND

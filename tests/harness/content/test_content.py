@@ -10,7 +10,7 @@ import torch
 
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.content.exact import MAX_SLOTS, VERSIONS
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig
 from tests.support.contents import BIG, SLOTS, SMALL, as_bytes, both, each
 

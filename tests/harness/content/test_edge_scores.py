@@ -13,7 +13,7 @@ from nsa_oracle.harness.content.edge_keys import edge_keys
 from nsa_oracle.harness.content.edge_scores import EdgeScores, edge_scores
 from nsa_oracle.harness.content.key_kinds import KeyKind
 from nsa_oracle.harness.memory.bits import as_bytes
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.indexer import indexer_logits
 from tests.support.layer_cases import case
 

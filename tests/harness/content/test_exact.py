@@ -6,7 +6,7 @@ import torch
 
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.content.exact import VERSIONS, Origin
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig
 from tests.support.contents import BIG, SLOTS, SMALL, both, each_exact, index_logits, row
 

@@ -13,7 +13,7 @@ import torch
 
 from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.content.exactness import NotExact, check_exact, check_exact_index
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 from tests.support.contents import BIG, SLOTS, SMALL, as_bytes, both, each_exact, index_logits, quantize, row
 from tests.support.tensor_core import truncated_dot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsa_oracle.harness.content.content import Content
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.setup import Regime
 from tests.support.contents import BIG
 
 

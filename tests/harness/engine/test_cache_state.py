@@ -8,9 +8,9 @@ from hypothesis import given, settings
 
 from nsa_oracle.harness.engine.observations import LayerLoad, dense_copy
 from nsa_oracle.harness.memory.bits import as_bytes
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import SMALL
-from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Finish, Join, Layer, Remap, Scenario
+from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Finish, Join, Remap, Scenario
+from nsa_oracle.harness.scenarios.setup import Layer, Regime
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.reference.types import KVCacheDtype
 from tests.support.layer_cases import case

@@ -10,8 +10,8 @@ import torch
 from nsa_oracle.harness.engine.drivers import MultiStepDriver, OutOfGraphDriver, SingleStepDriver, driver_for
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.scenarios.choices import Drive
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Drive
 from nsa_oracle.harness.subjects.loading import checked
 from nsa_oracle.optimized.multi_step import MultiStepBackend as Optimized
 from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend

@@ -14,9 +14,9 @@ from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
 from nsa_oracle.harness.protocol import MultiStepBackend
-from nsa_oracle.harness.scenarios.choices import IntDtype
-from nsa_oracle.harness.scenarios.scenario import Eager, Inputs, Join, Scenario, Setup
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs, IntDtype, Setup
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.multi_step import MultiStepBackend as Reference
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode

@@ -13,8 +13,9 @@ from nsa_oracle.harness.engine.observations import Conditions, Observation
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.memory.poison import SENTINELS
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Inputs, Join, Replay, Scenario
-from nsa_oracle.harness.scenarios.world import Batch
+from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.reference.multi_step import MultiStepBackend

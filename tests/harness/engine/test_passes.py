@@ -12,11 +12,12 @@ from nsa_oracle.harness.engine.expected import _as_forward_batch, expected_metad
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.bits import as_bytes
-from nsa_oracle.harness.scenarios.regime import Regime
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Accept, Eager, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.cycle import out_cache_loc, query_positions, request_of_row
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata, StepSemantics
 from tests.support.layer_cases import case

@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 from nsa_oracle.harness.bugs.mutate import Mutation, mutated
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.files import CORPUS, load
-from nsa_oracle.harness.scenarios.scenario import Inputs
+from nsa_oracle.harness.scenarios.setup import Inputs
 from nsa_oracle.harness.subjects.default import optimized_backend
 from nsa_oracle.optimized import indexer
 

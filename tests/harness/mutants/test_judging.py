@@ -13,7 +13,8 @@ from nsa_oracle.harness.mutants.mutants import Mutant, all_mutants, tree_sources
 from nsa_oracle.harness.mutants.operators import Edit
 from nsa_oracle.harness.mutants.score import Fate, ScoringError
 from nsa_oracle.harness.scenarios.files import to_json
-from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario, Setup
+from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.mutants import STORE
 

@@ -17,9 +17,9 @@ from nsa_oracle.harness.engine.drivers import prepares_in_graph
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.recorder.wrapper import flush
-from nsa_oracle.harness.scenarios.choices import Drive, Mirror
 from nsa_oracle.harness.scenarios.recorded import read_record
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Drive, Mirror
 from nsa_oracle.reference.multi_step import MultiStepBackend as Reference
 from nsa_oracle.reference.types import BackendConfig
 from tests.support.backends import declared, replays

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import Reuse
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Layer, Remap, Replay
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay
+from nsa_oracle.harness.scenarios.setup import Layer, Reuse
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 

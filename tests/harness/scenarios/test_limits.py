@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import Drive, IntDtype, Mirror
 from nsa_oracle.harness.scenarios.limits import (
     BACKEND_FIELDS,
     EVERYTHING,
@@ -17,7 +16,8 @@ from nsa_oracle.harness.scenarios.limits import (
     within,
 )
 from nsa_oracle.harness.scenarios.scales import SMALL
-from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Inputs, Join, Layer, Replay, Setup
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
+from nsa_oracle.harness.scenarios.setup import Drive, Inputs, IntDtype, Layer, Mirror, Setup
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 from tests.support.limits import CASE, limits, only
 from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY, case

@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.judge import judge
-from nsa_oracle.harness.scenarios.choices import Mirror, Order
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.files import from_json, to_json
-from nsa_oracle.harness.scenarios.scenario import Eager, Event, Finish, Join, Layer, Replay, Scenario, SetLengths
+from nsa_oracle.harness.scenarios.scenario import Eager, Event, Finish, Join, Replay, Scenario, SetLengths
+from nsa_oracle.harness.scenarios.setup import Layer, Mirror, Order
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.scenarios.story import story
-from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.subjects.default import optimized_backend
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import PageLayout
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, modes_of
 from nsa_oracle.harness.scenarios.scales import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay
+from nsa_oracle.harness.scenarios.setup import PageLayout
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.limits import drawn, limits, only, values
 from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY

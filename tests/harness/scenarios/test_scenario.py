@@ -11,23 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_oracle.harness.errors import ScenarioError
-from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.files import from_json, load, to_json
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER
-from nsa_oracle.harness.scenarios.scenario import (
-    Accept,
-    Capture,
-    Eager,
-    Finish,
-    Join,
-    Layer,
-    Remap,
-    Replay,
-    Scenario,
-    Setup,
-)
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Remap, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Layer, Mirror, Regime, Setup
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import IntDtype, Mirror, Order, PageLayout
-from nsa_oracle.harness.scenarios.regime import Regime
-from nsa_oracle.harness.scenarios.scenario import (
-    Accept,
-    Capture,
-    Finish,
-    Inputs,
-    Join,
-    Layer,
-    Remap,
-    Replay,
-    Scenario,
-    Setup,
-)
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Finish, Join, Remap, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs, IntDtype, Layer, Mirror, Order, PageLayout, Regime, Setup
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, SIMPLEST_SETUP, simplify
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype
 

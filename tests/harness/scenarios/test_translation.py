@@ -12,11 +12,11 @@ from docs.examples.staging import main as serve
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.recorder.wrapper import flush
-from nsa_oracle.harness.scenarios.choices import Mirror, Reuse
 from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.recorded import read_record
 from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Mirror, Reuse
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES

@@ -9,23 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_oracle.harness.scenarios.choices import Mirror, Order, PageLayout, Reuse
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scales import LARGE, SMALL
-from nsa_oracle.harness.scenarios.scenario import (
-    Accept,
-    Capture,
-    Eager,
-    Event,
-    Finish,
-    Inputs,
-    Join,
-    Remap,
-    Replay,
-    Scenario,
-    Setup,
-)
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Inputs, Mirror, Order, PageLayout, Reuse, Setup
 from nsa_oracle.harness.scenarios.strategies import scenarios
-from nsa_oracle.harness.scenarios.world import Batch, World
+from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import SIZES
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import Drive
 from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, classes_of
 from nsa_oracle.harness.scenarios.goals import PERIODS
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Eager, Replay, Scenario
+from nsa_oracle.harness.scenarios.setup import Drive
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.stream import CaseStream, Drawn

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nsa_oracle.harness.fields import FIELDS, Axis
-from nsa_oracle.harness.scenarios.world import Batch, Padding
+from nsa_oracle.harness.scenarios.batch import Batch, Padding
 from nsa_oracle.harness.subjects.declarations import (
     ASKS_THE_MOST,
     Call,

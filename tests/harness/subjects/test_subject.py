@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError
-from nsa_oracle.harness.scenarios.regime import Regime
 from nsa_oracle.harness.scenarios.scales import LARGE_LAYER
-from nsa_oracle.harness.scenarios.scenario import Layer
+from nsa_oracle.harness.scenarios.setup import Layer, Regime
 from nsa_oracle.harness.subjects.default import check_optimizations, optimized_backend
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, BackendConfig, StepSemantics

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from nsa_oracle.harness.fields import Axis
-from nsa_oracle.harness.scenarios.world import Padding
+from nsa_oracle.harness.scenarios.batch import Padding
 from nsa_oracle.harness.subjects.declarations import Call, OwnField, Waiver, behind_last_token
 from nsa_oracle.optimized.multi_step import MultiStepBackend as OptimizedSteps
 from nsa_oracle.optimized.optimizations import Optimizations

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.scenarios.choices import Mirror
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Join, Replay
+from nsa_oracle.harness.scenarios.setup import Mirror
 from nsa_oracle.harness.subjects.adapters.vllm import PUBLISHED
 from nsa_oracle.reference.types import StepSemantics
 from tests.support import miniature_vllm
