@@ -56,8 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     option(
         "device",
-        "where the backend runs; cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: cuda "
-        "if there is a GPU",
+        "where the backend runs; cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: "
+        "cuda if it is there",
         "auto|cpu|cuda",
         "auto",
         type=_device,

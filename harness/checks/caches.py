@@ -9,8 +9,8 @@ import torch
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
-from nsa_oracle.reference.kv_cache import index_k_bytes
-from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, KVCacheDtype
+from nsa_oracle.reference.kv_cache import index_k_bytes, store_index_k, store_kv
+from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, KVCacheDtype
 
 
 def compare_caches(
@@ -20,10 +20,13 @@ def compare_caches(
     expected: AttentionCaches,
     slot_name: Callable[[int], str],
     tally: LayerTally,
+    inputs: AttentionInputs,
+    row_name: Callable[[int], str],
 ) -> Finding | None:
     """Compare every byte of both dense caches, except page 0, whose content is unspecified.
 
-    slot_name: returns the name of a slot in reports.
+    slot_name: returns the name of a slot in reports. inputs: of the pass, on any device, whose keys the caches have
+    now; a row of it that was stored where it does not belong is named by ``row_name``.
     """
     for name, got, want, skipped in (
         ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), page_size),
@@ -37,16 +40,60 @@ def compare_caches(
         unit, byte = (int(i) for i in wrong.nonzero()[0])
         slot, part = _place_of(config, page_size, name, unit + skipped, byte)
         begin, dtype = _number_at(config, page_size, name, byte)
+        writer = writer_of(config, name, slot, seen, expected, inputs)
+        origin = "" if writer is None else f", as {row_name(writer)} stores"
         return Finding(
             Kind.VALUE,
             name,
-            _shown(got_bytes[unit], byte, begin, dtype),
+            _shown(got_bytes[unit], byte, begin, dtype) + origin,
             _shown(want_bytes[unit], byte, begin, dtype),
             place=f"{slot_name(slot)}, {part}",
             differing=int(wrong.sum()),
             compared=want_bytes.numel(),
         )
     return None
+
+
+FEWEST_BYTES = 4  # that tell the key of one row from another's
+
+
+def writer_of(
+    config: AttentionConfig,
+    name: str,
+    slot: int,
+    seen: AttentionCaches,
+    expected: AttentionCaches,
+    inputs: AttentionInputs,
+) -> int | None:
+    """The one row whose key, or index key, is what differs in ``slot`` of the cache ``name``; None: no or several rows.
+
+    A row that belongs to the slot is not taken: its key is wrong there, or was not expected yet.
+    """
+    got, want = _token(config, name, seen, slot), _token(config, name, expected, slot)
+    differing = got != want
+    if int(differing.sum()) < FEWEST_BYTES:
+        return None
+    alone = AttentionCaches(torch.zeros_like(seen.kv[:1]), torch.zeros_like(seen.index_k[:1]))
+    first = torch.tensor([0], device=got.device)
+    found = []
+    for row in range(len(inputs.out_cache_loc)):
+        if int(inputs.out_cache_loc[row]) == slot:
+            continue
+        keys, index_keys = inputs.k[row : row + 1].to(got.device), inputs.index_k[row : row + 1].to(got.device)
+        store_kv(config, alone.kv, keys, first)
+        store_index_k(config, alone.index_k, index_keys, first)
+        if _token(config, name, alone, 0)[differing].equal(got[differing]):
+            found.append(row)
+    return found[0] if len(found) == 1 else None
+
+
+def _token(config: AttentionConfig, name: str, caches: AttentionCaches, slot: int) -> torch.Tensor:
+    """The bytes of one slot of the cache ``name``: of the index-K cache, the key and its scale."""
+    if name == "kv_cache":
+        return as_bytes(caches.kv[slot, 0])
+    where = torch.tensor([slot], device=caches.index_k.device)
+    pages, values, scales = index_k_bytes(config, caches.index_k, where)
+    return torch.cat([caches.index_k[pages, values][0], caches.index_k[pages, scales][0]])
 
 
 def _number_at(config: AttentionConfig, page_size: int, name: str, byte: int) -> tuple[int, torch.dtype]:

@@ -27,7 +27,7 @@ from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.memory.bits import same_bits
 from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
 from nsa_oracle.reference import kv_cache
-from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, ForwardMode, Metadata
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, ForwardMode, Metadata
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class StageJudge:
             rows = self.expected.rows(a_pass, metadata[step], caches)
             known = before[step] if step < len(before) and before[step].is_repeated_by(got, a_pass.rows) else None
             finding = (
-                self._compare_caches(got.caches, caches, self.labels.slot)
+                self._compare_caches(
+                    got.caches, caches, self.labels.slot, a_pass.inputs, partial(self.labels.row, a_pass)
+                )
                 or self._compare_pass(got, rows, a_pass, seen, known)
                 or self._compare_unused_tail(got, seen)
             )
@@ -107,7 +109,7 @@ class StageJudge:
             return self.labels.slot(slot) if kind is None else f"slot {slot} (a made-up key: {kind.value})"
 
         got, want = (with_canonical_nans(self.config, stored, inputs.out_cache_loc) for stored in (seen.caches, caches))
-        finding = self._compare_caches(got, want, name)
+        finding = self._compare_caches(got, want, name, inputs, "row {} of the made-up keys".format)
         if finding is not None:
             return dataclasses.replace(finding, step=0)
         for kind in given.kinds:
@@ -115,9 +117,15 @@ class StageJudge:
         return None
 
     def _compare_caches(
-        self, seen: AttentionCaches, expected: AttentionCaches, slot_name: Callable[[int], str]
+        self,
+        seen: AttentionCaches,
+        expected: AttentionCaches,
+        slot_name: Callable[[int], str],
+        inputs: AttentionInputs,
+        row_name: Callable[[int], str],
     ) -> Finding | None:
-        return compare_caches(self.config, self.layer.setup.page_size, seen, expected, slot_name, self.tally)
+        page_size = self.layer.setup.page_size
+        return compare_caches(self.config, page_size, seen, expected, slot_name, self.tally, inputs, row_name)
 
     def _compare_pass(
         self, got: LayerStep, rows: LayerRows, a_pass: Pass, seen: LayerObservation, known: JudgedPass | None

@@ -35,7 +35,7 @@ Files = Annotated[list[Path], typer.Argument(help="Saved cases (JSON).", show_de
 DeviceOption = Annotated[
     Device,
     typer.Option(
-        help="cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: cuda if there is a GPU."
+        help="cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: cuda if it is there."
     ),
 ]
 SPEC = "MODULE:ATTRIBUTE"

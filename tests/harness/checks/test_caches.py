@@ -60,6 +60,34 @@ def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
     assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+def test_a_row_that_is_stored_elsewhere_is_named(dtype: KVCacheDtype) -> None:
+    clean = verified(dtype=dtype)
+    own = int(clean.layer.load.passes[0].inputs.out_cache_loc[3])
+
+    def store_elsewhere(layer: LayerObservation) -> None:
+        layer.steps[0].caches.kv[70] = layer.steps[0].caches.kv[own]
+
+    finding = clean.found(store_elsewhere)
+    assert finding.place.startswith("slot 70 (no running request), latent element")
+    assert finding.got.endswith(", as row 3 (request 1, draft token 1) stores")
+
+
+def test_an_index_key_that_is_stored_elsewhere_is_named() -> None:
+    clean = verified()
+    own = int(clean.layer.load.passes[0].inputs.out_cache_loc[3])
+
+    def store_elsewhere(layer: LayerObservation) -> None:
+        pages = layer.steps[0].caches.index_k  # 4 keys of 32 bytes, then 4 scales of 4
+        page, offset = divmod(own, 4)
+        pages[17, 64:96] = pages[page, 32 * offset : 32 * (offset + 1)]
+        pages[17, 136:140] = pages[page, 128 + 4 * offset : 132 + 4 * offset]
+
+    finding = clean.found(store_elsewhere)
+    assert finding.place.startswith("slot 70 (no running request), ")
+    assert finding.got.endswith(", as row 3 (request 1, draft token 1) stores")
+
+
 def test_write_into_a_page_of_nobody_is_reported() -> None:
     finding = verified().found(lambda layer: layer.steps[0].caches.kv[-1].fill_(1))
     assert finding.place == "slot 71 (no running request), latent element 0"
