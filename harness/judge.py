@@ -263,6 +263,8 @@ class _Run:
                 declared = Declared(engine.config, engine.declarations, self.verdict.declared)
                 found = compare_metadata(seen, metadata, self.device, self.verdict.tally, declared)
                 finding = diagnosed(found, engine.setup)
+                if finding is not None and seen.again:
+                    finding = replace(finding, how=Relation.REPEATED.value)
                 if seen.in_graph:
                     self.verdict.replays += 1
                 else:

@@ -161,7 +161,7 @@ class Engine:
         yield Observation(padded, batch.size, True, bound.observe(shown, stress))
         if self.layer is None:
             if bound.changes_when_replayed_again(sentinel, spoilt):
-                yield Observation(padded, batch.size, True, bound.observe(shown, stress))
+                yield Observation(padded, batch.size, True, bound.observe(shown, stress), again=True)
         else:
             assert load is not None
             steps = bound.shown_steps()

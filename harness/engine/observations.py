@@ -62,13 +62,15 @@ class StepObservation:
 class Observation:
     """The metadata of one replay (``in_graph``) or eager call. Its tensors are valid until the engine's next call.
 
-    batch: padded to the graph's bucket. Its first ``raw_bs`` requests are real.
+    batch: padded to the graph's bucket. Its first ``raw_bs`` requests are real. again: a second replay, without a
+    preparation since the first.
     """
 
     batch: Batch
     raw_bs: int
     in_graph: bool
     steps: tuple[StepObservation, ...]
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,16 @@ def test_scenario_of_a_plant_passes_without_it(plant: Plant, device: torch.devic
     assert verdict.replays + verdict.eager_calls == 2 * len(runs)
 
 
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [(in_graph.AccumulatesInGraph, "replayed again without a preparation"), (in_graph.FreezesLength, "")],
+)
+def test_it_is_told_if_only_a_second_replay_is_wrong(backend: Any, how: str, device: torch.device) -> None:
+    with pytest.raises(OracleFailure) as caught:
+        judge(one_replay(DECODE), factory_of(backend), device)
+    assert caught.value.finding.how == how
+
+
 FREEDOMS = (
     clean.Clean,
     clean.FillsDeadCells,
