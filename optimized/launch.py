@@ -15,6 +15,9 @@ from typing import Any, NewType
 import torch
 
 Signature = tuple[Hashable, ...]
+# Products and sums may be contracted to fused multiply-adds. Said at each launch, because a version of Triton may
+# change its default (TRITON_DEFAULT_FP_FUSION), and with it bits.
+FUSED = True
 
 # Values of one group of a kernel's parameters, in the order of its signature. Types of their own, so that mypy refuses
 # one group in the place of another.
@@ -68,11 +71,11 @@ class Launcher:
         compiled = self._compiled.get(key := (tensors[0].get_device(), *variant, *options.values()))
         args = (*tensors, *numbers, *constants)
         if compiled is None:
-            compiled = self.kernel[(programs,)](*args, **options)
+            compiled = self.kernel[(programs,)](*args, enable_fp_fusion=FUSED, **options)
             self._compiled[key] = signature(self.kernel, args) if compiled is None else compiled
         elif type(compiled) is tuple:
             _check(self.kernel, compiled, signature(self.kernel, args))
-            self.kernel[(programs,)](*args, **options)
+            self.kernel[(programs,)](*args, enable_fp_fusion=FUSED, **options)
         else:
             compiled[(programs, 1, 1)](*args)
 

@@ -63,12 +63,14 @@ class Compilations:
 
     def __init__(self, capability: int) -> None:
         self.cubins: dict[str, dict[str, int]] = {}
+        self.fused: set[bool] = set()  # whether products and sums are contracted
         triton.runtime.driver.set_active(StandInDriver(capability))
         run = JITFunction.run
 
         def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
             name = compiled.metadata.name
+            self.fused.add(compiled.metadata.enable_fp_fusion)
             self.cubins.setdefault(name, {})[compiled.hash] = len(compiled.asm["cubin"])
             return  # nothing that a launch site could launch
 
@@ -232,7 +234,8 @@ def main() -> None:
     for attention_sizes, dtype, heads in itertools.product(ATTENTION_SIZES, KVCacheDtype, ATTENTION_HEADS):
         drive_attention(attention_sizes, dtype, *heads)
     smallest = min(size for variants in compilations.cubins.values() for size in variants.values())
-    json.dump({"first": first, "after": compilations.count(), "smallest_cubin": smallest}, sys.stdout)
+    result = {"first": first, "after": compilations.count(), "smallest_cubin": smallest}
+    json.dump({**result, "fused": sorted(compilations.fused)}, sys.stdout)
 
 
 if __name__ == "__main__":
