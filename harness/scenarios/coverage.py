@@ -48,6 +48,7 @@ ROWS_OF_STEPS = (
     *(f"eager {mode.value}, N > 1" for mode in ForwardMode if mode is not ForwardMode.IDLE),
 )
 CYCLES = ("drafts behind a verification", "prefill between replays")
+MIXED = "prefill mixed with decodes"
 COMPANY = ("second backend", "prepared twice")
 OVER_COMMITTED = "more tokens than slots"
 SEGMENTS = (
@@ -58,7 +59,7 @@ SEGMENTS = (
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
 ALSO_WITH_A_LAYER = (
     *(*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, OVER_COMMITTED),
-    "prefill without a new token",
+    *("prefill without a new token", MIXED),
 )
 
 LAYER_CLASSES: tuple[str, ...] = (
@@ -94,8 +95,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *COMPANY,
     *CYCLES,
-    OVER_COMMITTED,
-    "prefill without a new token",
+    *(OVER_COMMITTED, "prefill without a new token", MIXED),
 )
 
 
@@ -315,6 +315,9 @@ def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
         yield "prefill of several requests"
         if 0 in batch.extend_lens and any(batch.extend_lens):
             yield "prefill without a new token"
+        decodes = [new == 1 < length for new, length in zip(batch.extend_lens, batch.seq_lens, strict=True)]
+        if any(decodes) and max(batch.extend_lens) > 1:
+            yield MIXED
     if max(batch.seq_lens) > topk:
         yield "prefill beyond K"
     if min(batch.seq_lens) <= topk:

@@ -14,6 +14,7 @@ from nsa_oracle.harness.scenarios.coverage import (
     FLASHMLA_BLOCK,
     MANY_HEADS,
     MANY_STEPS,
+    MIXED,
     MQA_SEGMENT,
     OVER_COMMITTED,
     PREFILLS,
@@ -310,6 +311,8 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
     pool = _more_than(scale.drawn()["pool_size"], 1)
     nothing_new: Pins = {SITUATION: ("nothing new",), "pool_size": pool, LENGTH: OWN}
     yield Want(f"{prefix}prefill without a new token", nothing_new, cycle[2:])
+    mixed: Pins = {SITUATION: ("mixed",), "pool_size": pool, "max_context_len": _more_than(scale.max_context_lens, 30)}
+    yield Want(f"{prefix}{MIXED}", {**mixed, LENGTH: OWN}, cycle[2:])
     yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
     yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
     wide = _more_than(scale.max_context_lens, 100)

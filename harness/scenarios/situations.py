@@ -55,6 +55,16 @@ def _nothing_new(script: Script) -> None:
     script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
 
 
+def _mixed(script: Script) -> None:
+    """Decodes beside prefills in one batch: requests with one new token each, before and behind one with several."""
+    script.join(script.pick((2, 3, script.setup.max_seq_len)))
+    script.join()
+    if script.most > 2 and script.pick((False, True)):
+        script.join()
+    new = min(script.scale.most_new_tokens or 3, 3)
+    script.eager(EXTEND, script.pick(((1, new), (new, 1), (1, new, 1))), order=Order.JOINED)
+
+
 def _whole_prompts(script: Script) -> None:
     """A prompt within K, prefilled from its first token, beside one beyond K."""
     limit, topk = script.setup.max_seq_len, script.setup.index_topk
@@ -328,6 +338,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "several copy chunks": _long,
     "wide rows": _wide,
     "nothing new": _nothing_new,
+    "mixed": _mixed,
 }
 HAPPENINGS = (  # those that can occur in any history
     _same_batch_on_other_pages,

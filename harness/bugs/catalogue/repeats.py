@@ -133,7 +133,28 @@ class LosesCachedPrompts(BackendWrapper):
             )
 
 
+class TakenForDecodes(BackendWrapper):
+    """A prefill whose first request has one new token has one row a request."""
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        new = batch.extend_seq_lens
+        is_prefill = batch.forward_mode is ForwardMode.EXTEND and new is not None and len(new) > 0
+        if not is_prefill or new is None or int(new[0]) != 1:
+            return batch
+        ones = torch.ones_like(new)
+        return dataclasses.replace(batch, extend_seq_lens=ones, extend_prefix_lens=batch.seq_lens.to(new.dtype) - 1)
+
+
 BUGS = (
+    Bug(
+        name="mixed-batch-taken-for-decodes",
+        group=Group.TABLES,
+        sentence="A prefill whose first request has one new token is taken for a batch of decodes, of one row each.",
+        reference="vllm#47381",
+        trigger="a prefill of a decode and of a request with several new tokens",
+        caught_by=frozenset({Check.SHAPE, Check.METADATA}),
+        plant=by_wrapping(TakenForDecodes),
+    ),
     Bug(
         name="cached-prompt-lost",
         group=Group.TABLES,

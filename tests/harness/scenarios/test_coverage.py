@@ -124,6 +124,15 @@ def test_prefill_without_a_new_token() -> None:
     assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(0,))), "of no request"
 
 
+def test_prefill_mixed_with_decodes() -> None:
+    joins, name = (Join(seq_len=3), Join(seq_len=9)), "prefill mixed with decodes"
+    assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(1, 2)))
+    assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(3, 1)))
+    assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(1, 1))), "decodes alone"
+    assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(2, 2))), "prefills alone"
+    assert name not in visited(Join(seq_len=1), Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(1, 2))), "no prefix"
+
+
 def test_serving_cycle() -> None:
     verify = ForwardMode.TARGET_VERIFY
     graphs = (GRAPH, Capture(mode=verify, buckets=(2,)), Join(seq_len=5))
