@@ -37,13 +37,16 @@ class Live:
     def _run(self) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         began, before = time.monotonic(), -1
+        first = began  # when cases began to be judged: other tests may come first
         wait = FIRST
         while terminal is not None and not self._end.wait(wait):
             counts = counts_in(self._folder)
             judged = sum(count.cases + bool(count.saved) for count in counts)
+            now = time.monotonic()
+            first = first if judged else now
             if judged > before:
                 before = judged
                 terminal.ensure_newline()
-                line = progress_line(counts, time.monotonic() - began)
+                line = progress_line(counts, now - began, now - first)
                 terminal.write_line(line, red=any(count.saved for count in counts))
                 wait = LATER if terminal.isatty else IN_A_LOG

@@ -91,15 +91,15 @@ def counts_in(folder: Path) -> list[Count]:
     return found
 
 
-def progress_line(counts: Sequence[Count], seconds: float) -> str:
-    """How far a run is after ``seconds``."""
+def progress_line(counts: Sequence[Count], seconds: float, judging: float | None = None) -> str:
+    """How far a run is after ``seconds``. judging: for how many of them cases were judged; None: for all."""
     cases, replays, expected = (sum(getattr(c, name) for c in counts) for name in ("cases", "replays", "expected"))
     findings = sum(bool(count.saved) for count in counts)
     of_all = f"{cases:,} of {expected:,} cases" if expected else counted(cases, "case")
     found = counted(findings, "finding") if findings else "no finding"
     line = f"oracle: {of_all}, {counted(replays, 'replay')}, {found} after {duration(seconds)}"
     if 0 < cases < expected:
-        line += f", about {duration(seconds * (expected - cases) / cases)} left"
+        line += f", about {duration((judging or seconds) * (expected - cases) / cases)} left"
     return line
 
 
