@@ -215,6 +215,8 @@ class _Run:
         number: int | None = None
         try:
             engine = self.build(self.scenario)
+            if (modified := _modified_input(engine)) is not None:  # by the constructor
+                raise OracleFailure(self.scenario, modified, None)
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
                     self._judge_event(engine, engine.run(event), number)

@@ -68,10 +68,13 @@ class StaticInputs:
         self.positions = positions(capacity * num_draft_tokens)
         self.prefill_positions = self.positions  # a prefill has any number of rows, and no graph
         self._new_positions = positions
+        self._mirror: torch.Tensor | None = None  # the host's lengths of the last batch, and what they are
+        self._mirrored: tuple[int, ...] = ()
 
     def load(self, batch: Batch) -> ForwardBatch:
         """Write ``batch`` into the static tensors. Returns it as a backend receives it."""
         mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
+        self._mirror, self._mirrored = mirror, batch.seq_lens_cpu or ()
         accept_length = self.accept_length.write(batch.accept_lengths)
         drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
         forward_batch = ForwardBatch(
@@ -106,6 +109,8 @@ class StaticInputs:
 
     def modified(self) -> str | None:
         """The name of an input whose memory differs from what the engine wrote, or None."""
+        if self._mirror is not None and self._mirror.tolist() != list(self._mirrored):
+            return "seq_lens_cpu"
         inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
         return next((static.name for static in inputs if static.is_modified()), None)
 

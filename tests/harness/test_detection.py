@@ -273,6 +273,14 @@ PLANTS = (
         memory.WritesBesideReqToToken, one_replay(DECODE, inputs=Inputs(wide_req_to_token=True)),
         Kind.INPUT, "req_to_token", step=None, id="writes beside the pool",
     ),
+    Plant(
+        memory.WritesTheMirror, one_replay(DECODE), Kind.INPUT, "seq_lens_cpu", step=None,
+        id="writes the host's lengths",
+    ),
+    Plant(
+        memory.WritesReqToTokenWhenBuilt, one_replay(DECODE), Kind.INPUT, "req_to_token", step=None, event=None,
+        id="writes the pool when it is built",
+    ),
     Plant(memory.WritesSeqLens, one_replay(DECODE), Kind.INPUT, "seq_lens", step=None, id="writes the lengths"),
     # Captured graphs
     Plant(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.reference.multi_step import MultiStepBackend
-from nsa_oracle.reference.types import ForwardBatch, Metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
 
 
@@ -62,6 +62,23 @@ class WritesBesideReqToToken(Step):
         super().refresh(buffers, batch)
         pool = self.req_to_token
         pool.as_strided((1,), (1,), pool.storage_offset() + pool.shape[1]).fill_(7)
+
+
+class WritesTheMirror(MultiStepBackend):
+    """Adds the drafts to the host's copy of the lengths, which is the engine's."""
+
+    def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        super().init_forward_metadata_replay_cuda_graph(forward_batch, bs)
+        if forward_batch.seq_lens_cpu is not None:
+            forward_batch.seq_lens_cpu.add_(1)
+
+
+class WritesReqToTokenWhenBuilt(MultiStepBackend):
+    """Clears the pool as it is built."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        super().__init__(config, req_to_token)
+        req_to_token.zero_()
 
 
 class WritesSeqLens(MultiStepBackend):
