@@ -15,7 +15,7 @@ from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
-from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of
+from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of, to_json
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
 from nsa_oracle.harness.search.explore import Exploration
@@ -136,7 +136,7 @@ def _interrupted(session: Session, specs: Specs, count: Count) -> FailureRecord:
     told = story(scenario, count.event)
     text = f"ORACLE FAILURE  {scenario.note}\n\n{told}\n\nperhaps not the smallest case: interrupted"
     record = _by_file(session, specs, file, count.kind, scenario.note, text)
-    return dataclasses.replace(record, field=count.field, size=len(scenario.events))
+    return dataclasses.replace(record, field=count.field, size=len(to_json(scenario)))
 
 
 def _by_file(session: Session, specs: Specs, file: Path, kind: str, sentence: str, text: str) -> FailureRecord:

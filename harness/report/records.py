@@ -15,11 +15,12 @@ from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import OracleFailure, Verdict
 from nsa_oracle.harness.report.declared import unneeded_declarations
+from nsa_oracle.harness.scenarios.files import to_json
 
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """One failing case. report: the whole text for a person. size: its number of events. saved: its file, if any."""
+    """One failing case. report: the whole text for a person. size: letters of its record. saved: its file, if any."""
 
     kind: str
     field: str
@@ -41,7 +42,7 @@ class FailureRecord:
             command,
             report,
             scenario.optimizations,
-            len(scenario.events),
+            len(to_json(scenario)),
             str(saved or ""),
         )
 

@@ -125,13 +125,17 @@ class FailureFiles:
     def minimal(self) -> Path:
         return self.directory / f"{self._stem}.min.json"
 
-    def record(self, scenario: Scenario, sentence: str) -> None:
-        """Save a failing scenario, noted with ``sentence``, as the smallest so far; the first one also as raw case."""
+    def record(self, scenario: Scenario, sentence: str, smaller: bool = True) -> None:
+        """Save a failing scenario, noted with ``sentence``, as the smallest so far; the first one also as raw case.
+
+        smaller: if False, as the raw case alone.
+        """
         noted = scenario.model_copy(update={"note": sentence})
         if self._stem is None:
             self._stem = digest(scenario)
             save(noted, self.raw)
-        save(noted, self.minimal)
+        if smaller:
+            save(noted, self.minimal)
 
 
 def to_json(scenario: Scenario) -> str:

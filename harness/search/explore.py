@@ -123,18 +123,19 @@ def explore(
         try:
             search.judge(drawn.scenario)
         except OracleFailure as failure:
-            finding = failure.finding
-            is_first = counter is None or counter.claim(f"{finding.kind.value} {finding.field}")
-            if finding.kind is Kind.TIMEOUT:  # each trial takes the whole time limit
-                search.shrink_hang(MOST_TRIALS_OF_A_HANG if is_first else 0)
+            if failure.finding.kind is Kind.TIMEOUT:  # each trial takes the whole time limit
+                search.shrink_hang(MOST_TRIALS_OF_A_HANG if search.is_first else 0)
             else:
-                search.shrink(drawn, most_shrinking if is_first else 0)  # one bug is shrunk once
+                search.shrink(drawn, most_shrinking if search.is_first else 0)  # one bug is shrunk once
             break
     return search.outcome
 
 
 class _Search:
-    """Judges drawn scenarios, and shrinks the first that fails."""
+    """Judges drawn scenarios, and shrinks the first that fails.
+
+    is_first: whether no other part of the run has failed like this one. The case of a later part stays as it was found.
+    """
 
     def __init__(self, subject: Subject, device: torch.device, save_dir: Path, counter: CaseCounter | None) -> None:
         self.outcome = Exploration()
@@ -143,6 +144,7 @@ class _Search:
         self._save_dir = save_dir
         self._counter = counter
         self._files = FailureFiles(save_dir)
+        self.is_first = True
         self._shrinking_ends = math.inf
         self._count()  # also says which process judges
 
@@ -229,10 +231,13 @@ class _Search:
     def _keep(self, failure: OracleFailure) -> None:
         outcome = self.outcome
         outcome.failure = failure
-        outcome.first = outcome.first or failure
+        if outcome.first is None:
+            outcome.first = failure
+            found = f"{failure.finding.kind.value} {failure.finding.field}"
+            self.is_first = self._counter is None or self._counter.claim(found)
         try:
-            self._files.record(failure.scenario, failure.finding.sentence())
-            outcome.saved = self._files.minimal
+            self._files.record(failure.scenario, failure.finding.sentence(), smaller=self.is_first)
+            outcome.saved = self._files.minimal if self.is_first else self._files.raw
         except OSError as error:  # the finding is reported even if the disk is full
             outcome.saved, outcome.unsaved = None, f"{self._save_dir}: {error.strerror or error}"
         self._count()

@@ -156,9 +156,9 @@ def test_broken_backend_is_explained_saved_and_replayed(folder: Path, device: to
     assert done.summary.endswith(f"{counted(count, 'case')} FAILED")
     minimal = sorted((folder / "kept").glob("*.min.json"))
     raw = sorted((folder / "kept").glob("*.raw.json"))
-    assert [p.name[:12] for p in minimal] == [p.name[:12] for p in raw]
-    assert 1 <= len(minimal) <= count
-    assert len(failure_files(folder / "kept")) == 2 * len(minimal), "nothing else is left there"
+    assert {p.name[:12] for p in minimal} <= {p.name[:12] for p in raw}, "only the first of each finding is shrunk"
+    assert 1 <= len(minimal) <= len(raw) <= count
+    assert len(failure_files(folder / "kept")) == len(minimal) + len(raw), "nothing else is left there"
     for path in minimal:
         with pytest.raises(OracleFailure):
             judge(load(path), factory_of(lengths.VerifyForgetsDrafts), device)

@@ -235,3 +235,21 @@ def test_a_case_found_among_candidates_is_shrunk_from_there(
     first = judged.index(found)
     assert judged[first + 1] == found
     assert not outcome.flaky
+
+
+def test_a_failure_like_that_of_another_part_leaves_its_file_alone(device: torch.device, tmp_path: Path) -> None:
+    """Two tests of one run that judge the same backend draw the same cases, which have files of the same names."""
+    subject, counts = Subject(factory_of(Watched)), tmp_path / "counts"
+    counts.mkdir()
+    saved = []
+    for part in ("one", "two"):
+        counter = CaseCounter(counts, part)
+        outcome = explore(subject, device, 30, seed=3, save_dir=tmp_path / "kept", counter=counter)
+        assert outcome.failure is not None
+        assert outcome.saved is not None
+        assert load(outcome.saved) == outcome.failure.scenario.model_copy(update={"note": load(outcome.saved).note})
+        saved.append((outcome.saved, outcome.saved.read_text(encoding="utf-8")))
+    (first, text), (second, _) = saved
+    assert (first.name[:12], first.name[12:]) == (second.name[:12], ".min.json")
+    assert second.name.endswith(".raw.json")
+    assert first.read_text(encoding="utf-8") == text
