@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 _end_process = os._exit  # while a backend is loaded, ``os._exit`` is another function
+SEARCHED = tuple(sys.path)  # where modules are found before pytest or judged code adds folders
 MESSAGE = "interrupted before anything was judged\n"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -15,6 +17,7 @@ from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.story import story
+from nsa_oracle.starting import SEARCHED
 
 
 def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: str = "") -> str:
@@ -63,7 +66,11 @@ def replay_command(
     graphs: bool = True,
     timeout: float | None = None,
 ) -> str:
-    """The command line that replays saved cases as they were found, on the same device and with the same Python."""
+    """The command line that replays saved cases as they were found, on the same device and with the same Python.
+
+    For a shell in the current folder. A backend or layer that pytest made importable, as it does with the folder of a
+    test, needs that folder on PYTHONPATH.
+    """
     words = [python_command(), "-m", "nsa_oracle", "replay", *map(str, files), "--device", device]
     if backend is not None:
         words += ["--backend", backend]
@@ -73,4 +80,20 @@ def replay_command(
         words.append("--no-graphs")
     if timeout is not None:
         words += ["--timeout", f"{timeout:g}"]
-    return shlex.join(words)
+    folders = dict.fromkeys(folder for spec in (backend, layer) if spec for folder in _added_folders(spec))
+    return (f"PYTHONPATH={shlex.quote(os.pathsep.join(folders))} " if folders else "") + shlex.join(words)
+
+
+def _added_folders(spec: str) -> Iterator[str]:
+    """The folder in which the module of ``spec`` is found, if this process has added it to those that are searched."""
+    top = spec.partition(":")[0].partition(".")[0]
+    found = sys.modules.get(top)
+    try:
+        place = found.__spec__ if found is not None else importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return
+    if place is None or place.origin is None:
+        return
+    folder = Path(place.origin).parent.parent if place.submodule_search_locations else Path(place.origin).parent
+    if str(folder) in sys.path and str(folder) not in SEARCHED and folder != Path.cwd():
+        yield str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
