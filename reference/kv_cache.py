@@ -49,17 +49,19 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, tile_size: int) -> to
 def store_kv(config: AttentionConfig, kv_cache: torch.Tensor, k: torch.Tensor, out_cache_loc: torch.Tensor) -> None:
     """Write the keys ``k`` [R, qk_head_dim] bf16 to the slots ``out_cache_loc`` [R] of ``kv_cache``, in place.
 
-    A row whose slot is -1 writes nothing.
+    A row whose slot is -1 changes nothing.
     BF16: the key as it is. FP8, kv_token_bytes a token: the latent in e4m3, a float32 scale of each quant_tile of it,
     then the RoPE part in bf16. Source: FlashMLA's FP8 sparse decode format.
     """
-    k, slots = k[out_cache_loc >= 0], out_cache_loc[out_cache_loc >= 0].to(torch.int64)
+    slots = out_cache_loc.to(torch.int64).clamp(min=0)  # [R]
+    before = kv_cache[slots, 0]  # [R, ...]: what a row of slot -1 writes, to slot 0; a graph cannot leave out rows
+    is_padding = (out_cache_loc < 0).unsqueeze(-1)  # [R, 1]
     if config.kv_cache_dtype is KVCacheDtype.BF16:
-        kv_cache[slots, 0] = k
+        kv_cache[slots, 0] = torch.where(is_padding, before, k)
         return
     values, scales = quantize(k[:, : config.kv_lora_rank], config.quant_tile)  # [R, rank], [R, 4]
     parts = (_to_bytes(values), _to_bytes(scales), _to_bytes(k[:, config.kv_lora_rank :]))
-    kv_cache[slots, 0] = torch.cat(parts, dim=-1)  # [R, kv_token_bytes]
+    kv_cache[slots, 0] = torch.where(is_padding, before, torch.cat(parts, dim=-1))  # [R, kv_token_bytes]
 
 
 def load_kv(config: AttentionConfig, kv_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -80,15 +82,15 @@ def store_index_k(
 ) -> None:
     """Write the index keys ``index_k`` [R, index_head_dim] bf16 to the slots ``out_cache_loc`` [R], in place.
 
-    A row whose slot is -1 writes nothing.
+    A row whose slot is -1 changes nothing.
     index_k_cache [num_pages, index_page_bytes] uint8: each page has the e4m3 keys of all its tokens, then a float32
     scale of each. Source: DeepGEMM's paged MQA logits, which read the two planes separately.
     """
-    index_k, slots = index_k[out_cache_loc >= 0], out_cache_loc[out_cache_loc >= 0]
-    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, slots)
+    pages, key_bytes, scale_bytes = index_k_bytes(config, index_k_cache, out_cache_loc.clamp(min=0))
+    is_padding = (out_cache_loc < 0).unsqueeze(-1)  # [R, 1]; such a row writes what is there, as in store_kv
     values, scales = quantize(index_k, config.index_head_dim)  # [R, index_head_dim], [R, 1]
-    index_k_cache[pages, key_bytes] = _to_bytes(values)
-    index_k_cache[pages, scale_bytes] = _to_bytes(scales)
+    for where, stored in ((key_bytes, _to_bytes(values)), (scale_bytes, _to_bytes(scales))):
+        index_k_cache[pages, where] = torch.where(is_padding, index_k_cache[pages, where], stored)
 
 
 def load_index_k(

@@ -66,7 +66,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
-    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "padding of slot -1"),
+    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -186,8 +186,6 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     yield from _bucket_classes(batch, bucket)
                     if bucket is not None and batch.size < bucket and not setup.padding_len:
                         yield "padding of length 0"
-                    if bucket is not None and batch.size < bucket and setup.layer and setup.layer.padding_slot < 0:
-                        yield "padding of slot -1"
                     if bucket is not None and batch.size:
                         served.add((event.mode, bucket))
                     elif (event.mode, bucket) in served:
@@ -360,6 +358,8 @@ def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
         yield "fewer keys than K"
     if batch.mode is ForwardMode.DRAFT_EXTEND_V2 and min(batch.seq_lens) < setup.num_draft_tokens:
         yield "rows without a key"
+        if setup.layer is not None and setup.layer.padding_slot < 0:
+            yield "rows of slot -1"
 
 
 def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]:

@@ -124,12 +124,12 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     many_heads = {"num_heads": _more_than(scale.drawn()["num_heads"], MANY_HEADS - 1)}
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
-    yield Want("padding of slot -1", {SITUATION: ("replay, padded",), "padding_slot": (-1,)})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
     yield Want("fewer keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K-1",)})
     drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
     yield Want("rows without a key", pins, (v2,))
+    yield Want("rows of slot -1", {**pins, "padding_slot": (-1,)}, (v2,))
     yield from _company(scale, prefix)
     few = {"num_steps": (1,), "num_draft_tokens": (1,), "pool_size": (1,), "num_heads": (1,), "kv_lora_rank": (64,)}
     wide = {"max_context_len": scale.wide_context_lens, "index_topk": tuple(k for k in scale.index_topks if k < 100)}
@@ -309,10 +309,9 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want("drafts behind a verification", {SITUATION: ("serving cycle",)}, cycle[:2])
         yield Want("prefill between replays", {SITUATION: ("serving cycle",)}, cycle)
     pool = _more_than(scale.drawn()["pool_size"], 1)
-    nothing_new: Pins = {SITUATION: ("nothing new",), "pool_size": pool, LENGTH: OWN}
-    yield Want(f"{prefix}prefill without a new token", nothing_new, cycle[2:])
-    mixed: Pins = {SITUATION: ("mixed",), "pool_size": pool, "max_context_len": _more_than(scale.max_context_lens, 30)}
-    yield Want(f"{prefix}{MIXED}", {**mixed, LENGTH: OWN}, cycle[2:])
+    chunks: Pins = {SITUATION: ("chunks",), "pool_size": pool, LENGTH: OWN}
+    yield Want(f"{prefix}prefill without a new token", chunks, cycle[2:])
+    yield Want(f"{prefix}{MIXED}", chunks, cycle[2:])
     yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
     yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
     wide = _more_than(scale.max_context_lens, 100)

@@ -15,10 +15,10 @@ from nsa_oracle.harness.scenarios.setup import (
     MAX_CONTEXT,
     MAX_POOL_CELLS,
     MAX_STEPS,
+    CasePart,
     FieldError,
     Mirror,
     Order,
-    Record,
     Regime,
     Setup,
     most_coded_slots,
@@ -54,7 +54,7 @@ PoolRows = Annotated[tuple[PoolRow, ...], FailFast()]
 MirrorLens = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], FailFast()]
 
 
-class Capture(Record):
+class Capture(CasePart):
     """Capture a graph of ``mode`` for each bucket (padded batch size)."""
 
     event: Literal["capture"] = "capture"
@@ -62,7 +62,7 @@ class Capture(Record):
     buckets: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...], FailFast()] = Field(min_length=1)
 
 
-class Join(Record):
+class Join(CasePart):
     """A request joins with ``seq_len`` cached tokens, on a free pool row and free pages, in the order of ``Reuse``.
 
     With ``prefix_of`` it shares up to its first ``prefix_pages`` pages with that running request (an index modulo the
@@ -83,7 +83,7 @@ class Join(Record):
     pages: Annotated[tuple[Annotated[int, Field(ge=1)], ...], FailFast()] = ()
 
 
-class Finish(Record):
+class Finish(CasePart):
     """Running request ``request`` (an index modulo the number running) finishes; its row and pages are free at once.
 
     ``count`` requests finish one after another, each the one that has that index then; all, if fewer are running.
@@ -94,14 +94,14 @@ class Finish(Record):
     count: int = Field(default=1, ge=1, le=MAX_BATCH)
 
 
-class Accept(Record):
+class Accept(CasePart):
     """Verification accepted ``accept_lengths[i]`` tokens of running request i; the tuple repeats for more requests."""
 
     event: Literal["accept"] = "accept"
     accept_lengths: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...], FailFast()] = Field(min_length=1)
 
 
-class SetLengths(Record):
+class SetLengths(CasePart):
     """The requests on ``pool_rows`` have ``seq_lens`` tokens now, and ``accept_lengths`` of them were accepted last.
 
     For what no Accept says: records of servers, prefill in chunks, growth of some requests alone. A request never
@@ -121,7 +121,7 @@ class SetLengths(Record):
         return self
 
 
-class Remap(Record):
+class Remap(CasePart):
     """The first ``prefix_pages`` pages of running request ``request`` are replaced by those of ``prefix_of``."""
 
     event: Literal["remap"] = "remap"
@@ -130,7 +130,7 @@ class Remap(Record):
     prefix_pages: int = Field(default=1, ge=1)
 
 
-class Replay(Record):
+class Replay(CasePart):
     """The graph of ``mode`` runs on the running requests: ``times`` times a preparation, followed by a replay.
 
     preparations: how often the same batch is prepared before each replay.
@@ -153,7 +153,7 @@ class Replay(Record):
     seq_lens_cpu: MirrorLens = ()
 
 
-class Eager(Record):
+class Eager(CasePart):
     """The running requests go through ``mode`` without a graph.
 
     preparations: how often the same batch is prepared.
@@ -187,7 +187,7 @@ def _an_int(version: object) -> object:
     return version
 
 
-class Scenario(Record):
+class Scenario(CasePart):
     """What happens to one backend from its construction on.
 
     optimizations: names of the backend's switches (see ``Switches``); a backend without switches ignores them.

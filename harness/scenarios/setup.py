@@ -90,13 +90,13 @@ class FieldError(ValueError):
         self.field = field
 
 
-class Record(BaseModel):
+class CasePart(BaseModel):
     """A part of a scenario: frozen, and without fields that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Inputs(Record):
+class Inputs(CasePart):
     """Layout of the engine's input tensors: dtypes, and whether they are views with gaps between the elements.
 
     accept_length: also the dtype of ``extend_seq_lens`` and ``extend_prefix_lens``. strided: per-request inputs are
@@ -113,7 +113,7 @@ class Inputs(Record):
     far_req_to_token: bool = False
 
 
-class Layer(Record):
+class Layer(CasePart):
     """The sparse attention layer behind the metadata: its sizes and the content of its inputs. See ``AttentionConfig``.
 
     far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap. padding_slot: where
@@ -143,7 +143,7 @@ class Layer(Record):
         )
 
 
-class Setup(Record):
+class Setup(CasePart):
     """Sizes of the backend and of the engine around it. See ``reference.types.BackendConfig`` for the first eight.
 
     neighbour_context_len: if it is not 0, a second backend of this max_context_len lives in the process, and prepares

@@ -47,22 +47,15 @@ def _cached_prefixes(script: Script) -> None:
     script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
 
 
-def _nothing_new(script: Script) -> None:
-    """A prefill in which all tokens of a request are cached already, beside one that has new tokens."""
-    script.join(_full_page(script))
-    script.join()
-    new = min(script.scale.most_new_tokens or 3, 3)
-    script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
-
-
-def _mixed(script: Script) -> None:
-    """Decodes beside prefills in one batch: requests with one new token each, before and behind one with several."""
+def _chunks(script: Script) -> None:
+    """Prefills in chunks: of a request whose tokens are all cached beside one with new tokens, then beside a decode."""
+    script.join(max(2, _full_page(script)))
     script.join(script.pick((2, 3, script.setup.max_seq_len)))
-    script.join()
+    new = max(2, min(script.scale.most_new_tokens or 3, 3))
+    script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
     if script.most > 2 and script.pick((False, True)):
         script.join()
-    new = min(script.scale.most_new_tokens or 3, 3)
-    script.eager(EXTEND, script.pick(((1, new), (new, 1), (1, new, 1))), order=Order.JOINED)
+    script.eager(EXTEND, script.pick(((1, new), (new, 1))), order=Order.JOINED)
 
 
 def _whole_prompts(script: Script) -> None:
@@ -337,8 +330,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
     "wide rows": _wide,
-    "nothing new": _nothing_new,
-    "mixed": _mixed,
+    "chunks": _chunks,
 }
 HAPPENINGS = (  # those that can occur in any history
     _same_batch_on_other_pages,

@@ -12,6 +12,7 @@ import torch
 from nsa_oracle.harness.commands import tiers
 from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, run_tiers
 from nsa_oracle.harness.compiled.building import BuildError
+from nsa_oracle.harness.compiled.launcher import LEFT_TO_THE_INTERPRETER
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.report import text
 from tests.support.command_line import FAILS, assert_one_line_error, harness, saved
@@ -130,15 +131,15 @@ def test_kernels_are_compiled_on_a_tier_of_their_own(monkeypatch: pytest.MonkeyP
     def run(command: Sequence[str], *, env: dict[str, str], **_: object) -> Finished:
         chosen.append(env["NSA_ORACLE_KERNELS"])
         return subprocess.CompletedProcess(
-            command, 0, "", "left to the interpreter: a_kernel: why\n" if chosen[-1] else ""
+            command, 0, f"{LEFT_TO_THE_INTERPRETER}a_kernel (why)\n" if len(chosen) == 3 else "", ""
         )
 
     monkeypatch.setenv("NSA_ORACLE_KERNELS", "compiled")  # which the other tiers ignore
     monkeypatch.setattr(tiers.subprocess, "run", run)
     monkeypatch.setattr(tiers, "build", lambda source: None)
     found = list(run_tiers(Path("case.json"), None, None))
-    assert chosen[:4] == ["", "", "compiled", ""]
-    assert found[2] == TierOutcome(Tier.COMPILED, True, "left to the interpreter: a_kernel: why")
+    assert chosen[:4] == ["interpreted", "interpreted", "compiled", "compiled"]
+    assert found[2] == TierOutcome(Tier.COMPILED, True, f"{LEFT_TO_THE_INTERPRETER}a_kernel (why)")
 
 
 def test_without_a_compiler_that_tier_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ MALFORMED = {
         {"roles": {"a": ("DECODE",), "b": ("DECODE",)}, "modes": ("DECODE",)},
         "roles: DECODE must have one role, not 2",
     ),
-    "padding": ({"padding": {"DECODE": 1}}, "padding must map modes to nsa_oracle.harness.scenarios.world.Padding"),
+    "padding": ({"padding": {"DECODE": 1}}, "padding must map modes to nsa_oracle.harness.scenarios.batch.Padding"),
     "absent": ({"absent": ("page_table_1",)}, "absent must map modes to fields; it is of type tuple"),
     "a field": ({"absent": {"DECODE": ("page_table_2",)}}, "absent: there is no field 'page_table_2'"),
     "a field that is nowhere": (
