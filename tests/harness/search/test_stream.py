@@ -64,9 +64,9 @@ def test_shards_divide_the_cases() -> None:
             assert sorted(shares) == list(range(count))
 
 
-@pytest.mark.parametrize("scale", [SMALL, SMALL_LAYER], ids=["metadata", "layer"])
-def test_few_batches_are_empty(scale: Scale) -> None:
-    made = [call for drawn in stream(scale, 3 * PERIODS[bool(scale.layers)]) for call in calls(drawn.scenario)]
+@pytest.mark.parametrize(("scale", "rounds"), [(SMALL, 3), (SMALL_LAYER, 8)], ids=["metadata", "layer"])
+def test_few_batches_are_empty(scale: Scale, rounds: int) -> None:
+    made = [call for drawn in stream(scale, rounds * PERIODS[bool(scale.layers)]) for call in calls(drawn.scenario)]
     assert 0 < sum(size == 0 for _, size in made) < len(made) / 8
 
 
