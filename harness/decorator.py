@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
@@ -10,6 +13,13 @@ _Test = TypeVar("_Test", bound=Callable[..., Any])
 KINDS = ("saved", "metadata", "layers")
 """What can be judged: the repository's saved cases, drawn cases of metadata alone, drawn cases with a layer."""
 SAVED_IF_ANY = "saved if any"  # the saved cases; a repository without any is no mistake
+GUARD = "_oracle_judges_this_test"  # the plugin's fixture that a marked class asks for
+NOT_JUDGED = (
+    "not judged: the nsa_oracle pytest plugin is not active for this test; load it with -p nsa_oracle.pytest_plugin "
+    "(methods of unittest.TestCase cannot be judged)"
+)
+
+_judged_items = 0  # items that the plugin has judged and whose bodies are running
 
 
 def judged(
@@ -24,9 +34,51 @@ def judged(
     attention). The options --oracle-backend and --oracle-layer, and then ``optimized/``, stand for those not given.
     profile: how many cases to draw, as --oracle-profile. cases: some of ``KINDS``, or SAVED_IF_ANY; by default the
     saved ones if there are any, metadata alone for a backend, and those with a layer for a layer. The test's own body
-    runs after each item has passed.
+    runs after each item has passed, and fails if the plugin has not judged the item, because it is not loaded.
     """
     import pytest  # late: importing nsa_oracle.harness loads no pytest
 
     mark = pytest.mark.oracle(backend=backend, layer=layer, profile=profile, cases=cases)
-    return cast("Callable[[_Test], _Test]", mark)
+
+    def decorate(test: _Test) -> _Test:
+        if isinstance(test, type):
+            return cast("_Test", pytest.mark.usefixtures(GUARD)(mark(test)))
+        return cast("_Test", mark(_guarded(test)))
+
+    return decorate
+
+
+@contextmanager
+def judged_item() -> Iterator[None]:
+    """While it lasts, the bodies of tests may run: the plugin has judged the item."""
+    global _judged_items
+    _judged_items += 1
+    try:
+        yield
+    finally:
+        _judged_items -= 1
+
+
+def _guarded(test: Callable[..., Any]) -> Callable[..., Any]:
+    """``test``, which fails in one line unless it is called within ``judged_item``."""
+
+    @functools.wraps(test)
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        __tracebackhide__ = True
+        _check_judged()
+        return test(*arguments, **named)
+
+    @functools.wraps(test)
+    async def guarded_coroutine(*arguments: Any, **named: Any) -> Any:
+        __tracebackhide__ = True
+        _check_judged()
+        return await test(*arguments, **named)
+
+    return guarded_coroutine if inspect.iscoroutinefunction(test) else guarded
+
+
+def _check_judged() -> None:
+    import pytest
+
+    if not _judged_items:
+        pytest.fail(NOT_JUDGED, pytrace=False)

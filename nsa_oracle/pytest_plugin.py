@@ -242,6 +242,15 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     return Oracle(session_of(request.config), request.node)
 
 
+@pytest.fixture
+def _oracle_judges_this_test(request: pytest.FixtureRequest) -> None:
+    """Of the methods of a marked class: fails those that are not judged, as ``judged`` makes functions fail."""
+    if _part_of(request.node) is None:
+        from nsa_oracle.harness.decorator import NOT_JUDGED
+
+        pytest.fail(NOT_JUDGED, pytrace=False)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the items of a marked test: one for each saved case, and one for each shard of the drawn ones."""
     marker = metafunc.definition.get_closest_marker(MARKER)
@@ -280,14 +289,18 @@ def _part_of(item: pytest.Item) -> Any:
     return item.callspec.params.get(PART) if hasattr(item, "callspec") else None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     """Judge what an item of a marked test stands for, before its own body runs."""
     part = _part_of(pyfuncitem)
-    if part is not None:
-        from nsa_oracle.harness.plugin.fixture import Oracle
+    if part is None:
+        return (yield)
+    from nsa_oracle.harness.decorator import judged_item
+    from nsa_oracle.harness.plugin.fixture import Oracle
 
-        Oracle(session_of(pyfuncitem.config), pyfuncitem).judge_part(part)
+    Oracle(session_of(pyfuncitem.config), pyfuncitem).judge_part(part)
+    with judged_item():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

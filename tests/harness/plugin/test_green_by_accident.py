@@ -1,0 +1,112 @@
+"""Runs that judge nothing, or not what was asked for, and must not be green."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa_oracle.harness.decorator import NOT_JUDGED, judged, judged_item
+from tests.support.pytest_runs import Run, environment, run
+
+CLEAN = "tests.support.backends.clean:Clean"
+OWN = f"""
+import unittest
+from nsa_oracle.harness import judged
+
+@judged(backend="{CLEAN}", profile="smoke", cases=["metadata"])
+def test_judged():
+    pass
+
+@judged(backend="{CLEAN}", profile="smoke", cases=["metadata"])
+async def test_coroutine():
+    pass
+
+@judged(backend="{CLEAN}", profile="smoke", cases=["metadata"])
+class TestMarked:
+    def test_method(self):
+        pass
+
+class TestOfUnittest(unittest.TestCase):
+    @judged(backend="{CLEAN}", profile="smoke", cases=["metadata"])
+    def test_marked(self):
+        pass
+
+@judged(backend="{CLEAN}", profile="smoke", cases=["metadata"])
+class TestMarkedOfUnittest(unittest.TestCase):
+    def test_within(self):
+        pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository with tests of its own, and no settings."""
+    (tmp_path / "test_own.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    return tmp_path
+
+
+def without_plugin(folder: Path, *words: str) -> Run:
+    """A run for which nothing loads the plugin, unless a conftest.py of this repository does."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    switched_off = {**environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=folder, env=switched_off, capture_output=True, text=True, timeout=600)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "failed"),
+    [
+        (("test_own.py", "-k", "test_judged or test_marked"), 2),
+        (("-p", "no:nsa_oracle.pytest_plugin", "test_own.py", "-k", "test_judged"), 1),
+        (("--noconftest", "--pyargs", "nsa_oracle.harness.suite"), 3),
+    ],
+    ids=["own", "blocked", "suite"],
+)
+def test_marked_tests_fail_without_the_plugin(words: tuple[str, ...], failed: int, folder: Path) -> None:
+    done = without_plugin(folder, *words)
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert done.output.splitlines().count(NOT_JUDGED) == failed
+    assert f"{failed} failed" in done.output
+    assert " passed" not in done.output
+    assert "Traceback" not in done.output
+
+
+def test_methods_of_a_marked_class_fail_without_the_plugin(folder: Path) -> None:
+    done = without_plugin(folder, "test_own.py", "-k", "test_method or test_within")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert done.output.count("fixture '_oracle_judges_this_test' not found") == 2
+    assert "2 errors" in done.output
+
+
+def test_what_unittest_runs_is_not_judged_and_fails(folder: Path) -> None:
+    done = run(folder, "test_own.py", "-p", "no:cacheprovider", "-k", "test_marked or test_within")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert done.output.splitlines().count(NOT_JUDGED) == 2, done.output
+    assert "passed" not in done.output
+
+
+def test_with_the_plugin_functions_and_methods_are_judged(folder: Path) -> None:
+    done = run(folder, "test_own.py", "-p", "no:cacheprovider", "-k", "(test_judged or test_method) and 1")
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert "2 passed" in done.output
+    assert done.totals[0] == 4
+
+
+def test_coroutines_stay_coroutines_and_fail_alike() -> None:
+    @judged(backend=CLEAN)
+    async def body() -> str:
+        return "ran"
+
+    def outcome() -> object:
+        with pytest.raises(StopIteration) as ended:
+            body().send(None)
+        return ended.value.value
+
+    with pytest.raises(pytest.fail.Exception, match="not judged: "):
+        body().send(None)
+    with judged_item():
+        assert outcome() == "ran"
