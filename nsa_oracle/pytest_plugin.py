@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +67,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "backend to judge: a callable of (config, req_to_token)",
         "MODULE:ATTRIBUTE",
         "optimized/",
+        type=_name,
     )
     option(
         "layer",
         "attention layer to judge: a callable of (config, attention) that returns a layer or single stages of one",
         "MODULE:ATTRIBUTE",
         "optimized/",
+        type=_name,
     )
-    option("save", "folder to save failing cases in", "DIR", "failures")
-    option("cases", "folder of saved cases that are judged first", "DIR", "tests/cases")
+    option("save", "folder to save failing cases in", "DIR", "failures", type=_name)
+    option("cases", "folder of saved cases that are judged first", "DIR", "tests/cases", type=_name)
     option(
         "case-timeout",
         "a case that is still running in judged code after this time has failed; 0: no limit",
@@ -111,6 +113,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _name(text: str) -> str:
+    """The type of options that name something: an unset variable of a CI job must not stand for the default."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give one, or leave the option out")
+    return text
+
+
 def _profile(name: str) -> str:
     """The type of --oracle-profile."""
     with ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
@@ -144,6 +153,32 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 48:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {(1 << 48) - 1}")
     return int(text)
+
+
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "profile": _profile,
+    "device": _device,
+    "backend": _name,
+    "layer": _name,
+    "save": _name,
+    "cases": _name,
+    "case_timeout": _seconds,
+}
+"""The types of the settings of the configuration file, by name without ``oracle_``."""
+
+
+def setting(config: pytest.Config, name: str) -> Any:
+    """The option ``name``, or else the setting in the configuration file, or else None.
+
+    Raises UsageError for a setting that the option would refuse.
+    """
+    given, text = config.getoption(f"oracle_{name}"), config.getini(f"oracle_{name}")
+    if given is not None or text is None:
+        return given
+    try:
+        return SETTINGS[name](text)
+    except argparse.ArgumentTypeError as error:
+        raise pytest.UsageError(f"oracle_{name}: {error}") from None
 
 
 class Interruption:
@@ -239,7 +274,13 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     """Judges backends and layers within a test: ``oracle.judge(backend=...)``."""
     from nsa_oracle.harness.plugin.fixture import Oracle
 
-    return Oracle(session_of(request.config), request.node)
+    try:
+        session = session_of(request.config)
+    except pytest.UsageError as error:
+        refusal = str(error)
+    else:
+        return Oracle(session, request.node)
+    pytest.fail(refusal, pytrace=False)  # here, where the error is not printed with it
 
 
 @pytest.fixture
@@ -340,13 +381,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a session in which not everything was judged; end an interrupted one as shells expect."""
     terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if not is_worker(session.config) and terminalreporter is not None and _is_used(session.config):
+    if is_worker(session.config) or terminalreporter is None:
+        return
+    if _is_used(session.config):
         from nsa_oracle.harness.plugin.closing import exit_code
 
         session.exitstatus = exit_code(exitstatus, terminalreporter, session_of(session.config))
-        errors = terminalreporter.stats.get("error", ())
-        if errors and all(getattr(error, "oracle_refused", False) for error in errors):
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+    errors = terminalreporter.stats.get("error", ())
+    if errors and all(getattr(error, "oracle_refused", False) for error in errors):
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -30,8 +30,11 @@ def parts_of(
 
     Raises UsageError for an argument that cannot be used.
     """
-    specs = spec_of(backend, "backend") or session.specs[0], spec_of(layer, "layer") or session.specs[1]
-    profile = profile or session.profile
+    specs = (
+        session.specs[0] if backend is None else spec_of(backend, "backend"),
+        session.specs[1] if layer is None else spec_of(layer, "layer"),
+    )
+    profile = session.profile if profile is None else profile
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
     kinds = kinds_of(cases, *specs, PROFILES[profile])

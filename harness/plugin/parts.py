@@ -71,7 +71,7 @@ def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None
     Raises UsageError for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
     """
     if cases is None:
-        alone, behind = not (layer and not backend), not (backend and not layer)
+        alone, behind = layer is None or backend is not None, backend is None or layer is not None
         wanted = {"saved": profile.saved, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
@@ -84,8 +84,11 @@ def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None
 def spec_of(judged: object, what: str) -> str | None:
     """``module:attribute`` of a backend or a layer that a test names; None stands for itself.
 
-    Raises UsageError for an object that another process cannot import. what: "backend" or "layer".
+    Raises UsageError for an empty name, which would stand for the default if it were that of an unset variable, and for
+    an object that another process cannot import. what: "backend" or "layer".
     """
+    if isinstance(judged, str) and not judged.strip():
+        raise pytest.UsageError(f"{what}: the name is empty; give one, or leave the argument out")
     if judged is None or isinstance(judged, str):
         return judged
     module, name = getattr(judged, "__module__", None), getattr(judged, "__qualname__", None)

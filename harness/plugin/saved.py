@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.scenarios.files import corpus
+from nsa_oracle.pytest_plugin import setting
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class SavedCases:
     @staticmethod
     def of(config: pytest.Config, device: torch.device) -> SavedCases:
         """Those that the options and the configuration file name."""
-        given, set_to = config.getoption("oracle_cases"), config.getini("oracle_cases")
-        folder = config.rootpath / (given or set_to or "tests/cases")
+        given, named = config.getoption("oracle_cases"), setting(config, "cases")
+        folder = config.rootpath / ("tests/cases" if named is None else named)
         here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        return SavedCases(here, "--oracle-cases" if given else "oracle_cases" if set_to else "", device)
+        named_by = "" if named is None else "oracle_cases" if given is None else "--oracle-cases"
+        return SavedCases(here, named_by, device)
 
     def files(self) -> Sequence[Path]:
         """Their files. Raises UsageError if the folder was named and has none."""

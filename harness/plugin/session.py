@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.recovery import Recovery
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import Termination
+from nsa_oracle.pytest_plugin import setting
 
 Specs = tuple[str | None, str | None]
 """The backend and the layer that are judged, as ``module:attribute``; None stands for ``optimized/``."""
@@ -84,14 +84,9 @@ class Session:
         Raises UsageError for options that cannot be used. If cases are judged in this process, this fixes how its
         kernels run, so it must come before anything imports Triton.
         """
-
-        def setting(name: str, default: str) -> Any:
-            """The option ``name``, or else the setting in the configuration file, or else ``default``."""
-            given = config.getoption(f"oracle_{name}")
-            return given if given is not None else config.getini(f"oracle_{name}") or default
-
         share_gpus(config)
-        wanted = setting("device", "auto")
+        backend, layer, wanted = (setting(config, name) for name in ("backend", "layer", "device"))
+        profile, timeout, kept = (setting(config, name) for name in ("profile", "case_timeout", "save"))
         if wanted == "cuda" and not torch.cuda.is_available():
             raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
         device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -103,19 +98,18 @@ class Session:
                 raise pytest.UsageError(str(error)) from None
         counts.mkdir(exist_ok=True)
         budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
-        by_default = config.rootpath / (config.getini("oracle_save") or "failures")
-        save_dir = Path(saved_in) if saved_in else _near(by_default)
+        save_dir = Path(saved_in) if saved_in is not None else _near(config.rootpath / (kept or "failures"))
         return Session(
             config=config,
             started=started,
             is_worker=is_worker,
             in_process=in_process,
             device=device,
-            specs=(setting("backend", "") or None, setting("layer", "") or None),
-            profile=setting("profile", "pr"),
+            specs=(backend, layer),
+            profile="pr" if profile is None else profile,
             save_dir=save_dir,
             saved=SavedCases.of(config, device),
-            case_timeout=float(setting("case_timeout", "600")) or None,
+            case_timeout=600.0 if timeout is None else timeout or None,
             replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
             deadline=None if budget is None else time.monotonic() + budget,
             seed=config.getoption("oracle_seed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,55 @@ def test_coroutines_stay_coroutines_and_fail_alike() -> None:
         body().send(None)
     with judged_item():
         assert outcome() == "ran"
+
+
+BY_FIXTURE = """
+def test_backend(oracle):
+    oracle.judge(backend="", profile="smoke", cases=["metadata"])
+
+def test_layer(oracle):
+    oracle.judge(layer=" ", profile="smoke", cases=["layers"])
+
+def test_settings(oracle):
+    oracle.judge(profile="smoke", cases=["metadata"])
+"""
+
+
+@pytest.mark.parametrize("name", ["backend", "layer", "profile", "save", "cases"])
+def test_empty_option_is_refused_in_one_line(name: str, folder: Path) -> None:
+    done = run(folder, f"--oracle-{name}=", "--noconftest", "--pyargs", "nsa_oracle.harness.suite", "-k", "0")
+    assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output
+    assert re.findall(rf"error: argument --oracle-{name}: (.*)", done.errors), done.errors
+    assert "Traceback" not in done.errors
+
+
+@pytest.mark.parametrize(
+    ("setting", "cause"),
+    [
+        ("oracle_backend =", "oracle_backend: the name is empty; give one, or leave the option out"),
+        ("oracle_layer =", "oracle_layer: the name is empty; give one, or leave the option out"),
+        ("oracle_profile = huge", "oracle_profile: invalid choice: 'huge'"),
+        ("oracle_device = tpu", "oracle_device: invalid choice: 'tpu'"),
+        ("oracle_case_timeout = soon", "oracle_case_timeout: 'soon' is not a number of seconds, 0 or more"),
+    ],
+)
+def test_setting_that_an_option_would_refuse_is_refused_in_one_line(setting: str, cause: str, folder: Path) -> None:
+    (folder / "pytest.ini").write_text(f"[pytest]\n{setting}\n", encoding="utf-8")
+    (folder / "test_fixture.py").write_text(BY_FIXTURE, encoding="utf-8")
+    words = ("-p", "no:cacheprovider", "-p", "nsa_oracle.pytest_plugin")
+    marked = without_plugin(folder, *words, "test_own.py", "-k", "test_judged")
+    assert marked.exit_code == pytest.ExitCode.USAGE_ERROR, marked.output
+    assert sum(line.startswith(cause) for line in marked.output.splitlines()) == 1, marked.output
+    by_fixture = without_plugin(folder, *words, "test_fixture.py", "-k", "settings")
+    assert by_fixture.exit_code == pytest.ExitCode.TESTS_FAILED, by_fixture.output
+    assert sum(line.startswith(cause) for line in by_fixture.output.splitlines()) == 1, by_fixture.output
+    assert "Traceback" not in marked.output + by_fixture.output
+
+
+def test_empty_name_in_a_test_is_refused_in_one_line(folder: Path) -> None:
+    (folder / "test_fixture.py").write_text(BY_FIXTURE, encoding="utf-8")
+    done = run(folder, "test_fixture.py", "-p", "no:cacheprovider", "-k", "backend or layer")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "2 failed" in done.output
+    for name in ("backend", "layer"):
+        assert done.output.splitlines().count(f"{name}: the name is empty; give one, or leave the argument out") == 1
