@@ -68,6 +68,9 @@ def bugs(
         typer.echo(text.render(report.listing(chosen)))
         return
     hunted = [bug for bug in chosen if bug.shows_on(where.type)]
+    if not hunted:
+        lacking = "no GPU" if where.type == "cuda" else "a GPU"
+        raise unusable(f"nothing was hunted: {', '.join(bug.name for bug in chosen)}: to be seen it needs {lacking}")
     found: dict[str, Kill] = {}
     interrupted = False
     try:

@@ -35,6 +35,12 @@ BUG = ZOO["workspace-cleared-by-the-mirror"]
 THREE = [ZOO["limit-frozen-above-the-capture"], BUG, ZOO["maximum-of-no-lengths"]]
 
 
+def test_a_hunt_of_nothing_is_refused() -> None:
+    name = next(bug.name for bug in ZOO.values() if bug.gpu)
+    done = harness("bugs", "--only", name, "--device", "cpu")
+    assert_one_line_error(done, f"nothing was hunted: {name}: to be seen it needs a GPU")
+
+
 @pytest.mark.parametrize(("meant", "code"), [(True, INTERRUPTED), (False, 1)])
 def test_a_hunt_that_is_interrupted_prints_its_results(
     meant: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
