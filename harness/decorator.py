@@ -35,7 +35,14 @@ def judged(
     profile: how many cases to draw, as --oracle-profile. cases: some of ``KINDS``, or SAVED_IF_ANY; by default the
     saved ones if there are any, metadata alone for a backend, and those with a layer for a layer. The test's own body
     runs after each item has passed, and fails if the plugin has not judged the item, because it is not loaded.
+
+    Raises TypeError for ``@judged`` without a call, which would give it the test as a backend.
     """
+    if layer is None and profile is None and cases is None and _is_test(backend):
+        raise TypeError(
+            f"write @judged() above {getattr(backend, '__name__', '')}, not @judged; if it is no test but a backend, "
+            "give its name as 'module:attribute'"
+        )
     import pytest  # late: importing nsa_oracle.harness loads no pytest
 
     mark = pytest.mark.oracle(backend=backend, layer=layer, profile=profile, cases=cases)
@@ -57,6 +64,22 @@ def judged_item() -> Iterator[None]:
         yield
     finally:
         _judged_items -= 1
+
+
+def _is_test(given: object) -> bool:
+    """Whether it is a test and no backend: named like one, or a function that cannot take a backend's arguments."""
+    if not isinstance(given, type):
+        return inspect.isfunction(given) and (given.__name__.startswith("test") or not _takes_two(given))
+    return given.__name__.startswith("Test") and not _takes_two(given)
+
+
+def _takes_two(given: Callable[..., object]) -> bool:
+    """Whether it can be called with two arguments, as a backend is."""
+    try:
+        inspect.signature(given).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _guarded(test: Callable[..., Any]) -> Callable[..., Any]:

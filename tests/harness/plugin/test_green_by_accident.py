@@ -163,3 +163,44 @@ def test_empty_name_in_a_test_is_refused_in_one_line(folder: Path) -> None:
     assert "2 failed" in done.output
     for name in ("backend", "layer"):
         assert done.output.splitlines().count(f"{name}: the name is empty; give one, or leave the argument out") == 1
+
+
+def test_bare_decorator_is_refused() -> None:
+    def test_something(one: object, other: object) -> None: ...
+
+    def check_something(config: object) -> None: ...
+
+    class TestSomething: ...
+
+    for test in (test_something, check_something, TestSomething):
+        with pytest.raises(TypeError, match=rf"write @judged\(\) above {test.__name__}, not @judged; "):
+            judged(test)
+
+
+def test_backend_may_be_given_by_position() -> None:
+    class TestDouble:
+        def __init__(self, config: object, req_to_token: object) -> None: ...
+
+    def factory(config: object, req_to_token: object) -> None: ...
+
+    def body() -> None: ...
+
+    for backend in (TestDouble, factory, CLEAN, lambda *sizes: None):
+        (mark,) = vars(judged(backend)(body))["pytestmark"]
+        assert mark.kwargs["backend"] is backend
+
+
+BARE = """
+from nsa_oracle.harness import judged
+
+@judged
+def test_bare():
+    pass
+"""
+
+
+def test_bare_decorator_does_not_hide_the_test(folder: Path) -> None:
+    (folder / "test_bare.py").write_text(BARE, encoding="utf-8")
+    done = run(folder, "test_bare.py", "-p", "no:cacheprovider")
+    assert done.exit_code == pytest.ExitCode.INTERRUPTED, done.output
+    assert done.output.count("TypeError: write @judged() above test_bare, not @judged") >= 1
