@@ -392,11 +392,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     if _is_used(config):
         from nsa_oracle.harness.plugin.closing import write_report
 
-        write_report(terminalreporter, session_of(config))
+        write_report(terminalreporter, session_of(config), exitstatus)
 
 
 def _is_used(config: pytest.Config) -> bool:

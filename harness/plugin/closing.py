@@ -13,6 +13,7 @@ import pytest
 from nsa_oracle.harness.errors import ScenarioError, counted
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
+from nsa_oracle.harness.plugin.unused import unused_options
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of, to_json
@@ -46,12 +47,13 @@ def exit_code(exitstatus: int, terminalreporter: pytest.TerminalReporter, sessio
     """The exit code of the run: 1 if nothing failed because something was not judged; that of a signal if one came."""
     if session.config.stash[INTERRUPTION].arrived:
         return session.termination.exit_code if session.termination is not None else exitstatus
-    gaps = any(_gaps(run, specs) for specs, run in reported(terminalreporter)[0].items())
+    runs = reported(terminalreporter)[0]
+    gaps = any(_gaps(run, specs) for specs, run in runs.items()) or unused_options(session, exitstatus, runs.values())
     return int(pytest.ExitCode.TESTS_FAILED) if gaps and exitstatus == pytest.ExitCode.OK else exitstatus
 
 
-def write_report(terminalreporter: pytest.TerminalReporter, session: Session) -> None:
-    """Print the closing report, one part for each backend and layer that was judged."""
+def write_report(terminalreporter: pytest.TerminalReporter, session: Session, exitstatus: int) -> None:
+    """Print the closing report, one part for each backend and layer that was judged. exitstatus: that of the tests."""
     if session.config.stash[INTERRUPTION].arrived:
         session.end_children()  # which were judging when the signal came
         terminalreporter.section("oracle: interrupted (the tables below count tests that had ended)")
@@ -63,6 +65,11 @@ def write_report(terminalreporter: pytest.TerminalReporter, session: Session) ->
         if run.items or run.failures:
             terminalreporter.section("oracle" if len(runs) == 1 else f"oracle: {name_of(specs)}")
             _write_run(terminalreporter, session, specs, run)
+    if unused := unused_options(session, exitstatus, runs.values()):
+        if len(runs) != 1:
+            terminalreporter.section("oracle")
+        for line in unused:
+            terminalreporter.write_line(line, red=True)
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ def parts_of(
         session.specs[0] if backend is None else spec_of(backend, "backend"),
         session.specs[1] if layer is None else spec_of(layer, "layer"),
     )
+    named = {"backend": backend, "layer": layer, "profile": profile}
+    options = tuple(name for name, value in named.items() if value is None)
     profile = session.profile if profile is None else profile
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
@@ -42,7 +45,7 @@ def parts_of(
     without = f"no saved case: {session.saved.why_none()}" if "saved" in kinds and not files else ""
     if without and cases is not None and "saved" in ((cases,) if isinstance(cases, str) else cases):
         raise pytest.UsageError(f"cases: 'saved' is asked for, and there is {without}")
-    return parts(Part(*specs, profile), kinds, files, without)
+    return parts(Part(*specs, profile, options=options), kinds, files, without)
 
 
 class Oracle:
@@ -87,7 +90,7 @@ class Oracle:
         """
         specs = part.backend, part.layer
         if part.without:
-            self._record(ItemRecord(backend=part.backend, layer=part.layer, without=part.without))
+            self._record(part, ItemRecord(backend=part.backend, layer=part.layer, without=part.without))
             pytest.skip(part.without)
         name = hashlib.sha256(f"{self._node.nodeid} {part}".encode()).hexdigest()[:16]
         drawn_by = getattr(self._node, "originalname", self._node.name) if part.file is None else ""
@@ -98,14 +101,14 @@ class Oracle:
             missing = self._session.unvisited(part, outcome)
         except Unfit as unfit:
             assert part.file is not None
-            self._record(ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
+            self._record(part, ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
             pytest.skip(str(unfit))
         except ChildDied as died:
             death = self._session.death(died, part)
         finally:
             self._session.output.show()
         if death is not None:
-            self._record(ItemRecord(failures=(death,), backend=part.backend, layer=part.layer))
+            self._record(part, ItemRecord(failures=(death,), backend=part.backend, layer=part.layer))
             pytest.fail(_told(death), pytrace=False)
         failures: tuple[FailureRecord, ...] = ()
         report = self._session.report_of(outcome, specs)
@@ -114,16 +117,18 @@ class Oracle:
             failures = (FailureRecord.of(outcome.failure, command, report, outcome.saved),)
         seed = self._session.seed_of(part.profile) if drawn_by else None
         self._record(
+            part,
             ItemRecord(
                 outcome.verdict, failures, *specs, drawn_by, seed, part.with_layer, tuple(missing), tuple(left_out)
-            )
+            ),
         )
         if part.file is None and not outcome.verdict.cases and not failures:
             pytest.skip("no case was judged: time was up")
         for failure in failures:  # the report of each different failure is printed once, at the end
             pytest.fail(_told(failure), pytrace=False)
 
-    def _record(self, record: ItemRecord) -> None:
+    def _record(self, part: Part, record: ItemRecord) -> None:
+        record = dataclasses.replace(record, options=part.taken)
         self._node.user_properties.append((PROPERTY, record.to_json()))
 
 

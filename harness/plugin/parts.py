@@ -18,7 +18,8 @@ class Part:
 
     backend, layer: ``module:attribute``, or None for ``optimized/``. profile: how many cases are drawn. file: the saved
     case; None: cases are drawn. shard: which of ``SHARDS``; with_layer: with an attention layer behind the metadata.
-    without: why there is no saved case to judge; empty if there is anything.
+    without: why there is no saved case to judge; empty if there is anything. options: the names of those that stand for
+    what the test does not name itself.
     """
 
     backend: str | None
@@ -28,6 +29,7 @@ class Part:
     shard: int = 0
     with_layer: bool = False
     without: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> range:
@@ -40,6 +42,11 @@ class Part:
         if self.without:
             return 0
         return 1 if self.file is not None else len(self.numbers)
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The options that it takes, ``options`` and the seed of drawn cases."""
+        return (*self.options, "seed") if self.kind != "saved" else self.options
 
     @property
     def kind(self) -> str:

@@ -138,7 +138,7 @@ class Session:
     def header(self) -> str:
         """What is judged, for the head of the run."""
         how = f"profile {self.profile}, seed {self.seed_of(self.profile)}"
-        return f"oracle: judging {name_of(self.specs)} on {self.device.type}, {how}"
+        return f"oracle: judging {name_of(self.specs)} on {self.device.type}, {how}, unless a test names its own"
 
     def seed_of(self, profile: str) -> int:
         """The seed from which the cases of ``profile`` are drawn."""

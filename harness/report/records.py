@@ -62,7 +62,7 @@ class ItemRecord:
     drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. with_layer:
     whether they have a layer. missing: classes that they were to visit and did not. left_out: what
     could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them. without:
-    why there is no saved case.
+    why there is no saved case. options: the names of the options that it took.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -76,6 +76,7 @@ class ItemRecord:
     left_out: tuple[str, ...] = ()
     unfit: str = ""
     without: str = ""
+    options: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line."""
@@ -106,7 +107,7 @@ class ItemRecord:
             boundary_classes=Counter(verdict.pop("boundary_classes")),
             **verdict,
         )
-        lists = {name: tuple(data[name]) for name in ("missing", "left_out")}
+        lists = {name: tuple(data[name]) for name in ("missing", "left_out", "options")}
         return ItemRecord(**{**data, **lists, "verdict": covered, "failures": failures})
 
 
@@ -115,7 +116,7 @@ class RunRecord:
     """What the items of a run that judge the same backend and layer add up to.
 
     drawn: cases drawn and judged, by test. seeds: from which they were drawn. missing: classes that some item was to
-    visit and did not, by whether its cases have a layer. left_out, unfit, without: as in ``ItemRecord``.
+    visit and did not, by whether its cases have a layer. left_out, unfit, without, options: as in ``ItemRecord``.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -126,6 +127,7 @@ class RunRecord:
     left_out: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     without: str = ""
+    options: set[str] = field(default_factory=set)
     items: int = 0
 
     def add(self, item: ItemRecord) -> None:
@@ -139,6 +141,7 @@ class RunRecord:
             self.seeds.add(item.seed)
         self.missing[item.with_layer] += item.missing
         self.without = self.without or item.without
+        self.options.update(item.options)
         if item.unfit and item.unfit not in self.unfit:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]

@@ -204,3 +204,74 @@ def test_bare_decorator_does_not_hide_the_test(folder: Path) -> None:
     done = run(folder, "test_bare.py", "-p", "no:cacheprovider")
     assert done.exit_code == pytest.ExitCode.INTERRUPTED, done.output
     assert done.output.count("TypeError: write @judged() above test_bare, not @judged") >= 1
+
+
+BROKEN = "tests.support.backends.lengths:VerifyForgetsDrafts"
+LAYER = "tests.support.layers.clean:SharesOutputs"
+NAMES_ALL = f"""
+import pytest
+from nsa_oracle.harness import judged
+
+@pytest.mark.parametrize("again", [0])
+@judged("{CLEAN}", "{LAYER}", profile="smoke", cases=["metadata"])
+def test_marked(again):
+    pass
+
+def test_by_fixture(oracle):
+    oracle.judge("{CLEAN}", profile="smoke", cases=["saved"])
+
+def test_other():
+    pass
+"""
+TAKEN_BY_NONE = {
+    f"--oracle-backend={BROKEN}": f"backend {BROKEN}: no test of this run takes it; the tests name their own backend",
+    f"--oracle-layer={LAYER}": f"layer {LAYER}: no test of this run takes it; the tests name their own layer",
+    "--oracle-profile=dev": "profile dev: no test of this run takes it; the tests name their own profile",
+}
+
+
+def of_tests_that_name_all(folder: Path, *words: str) -> Run:
+    (folder / "test_names.py").write_text(NAMES_ALL, encoding="utf-8")
+    return run(folder, "test_names.py", "-p", "no:cacheprovider", *words)
+
+
+@pytest.mark.parametrize("processes", [("-p", "no:xdist"), ("-n", "1")])
+def test_options_that_no_test_takes_are_told_and_fail_the_run(processes: tuple[str, ...], folder: Path) -> None:
+    some = ("-k", "marked and 1 or other")
+    done = of_tests_that_name_all(folder, *TAKEN_BY_NONE, "--oracle-seed=3", *some, *processes)
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "2 passed" in done.output
+    said = [line for line in done.output.splitlines() if line.startswith("NOT JUDGED: ")]
+    assert said == [f"NOT JUDGED: --oracle-{line}" for line in TAKEN_BY_NONE.values()]
+    assert f"judging {BROKEN} and {LAYER} on cpu, profile dev, seed 3, unless a test names its own" in done.output
+
+
+def test_options_without_a_test_of_the_oracle_fail_the_run(folder: Path) -> None:
+    done = of_tests_that_name_all(folder, f"--oracle-backend={CLEAN}", "--oracle-seed", "3", "-k", "other")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    said = [line for line in done.output.splitlines() if line.startswith("NOT JUDGED: ")]
+    why = "no test of this run uses the oracle"
+    assert said == [f"NOT JUDGED: --oracle-backend {CLEAN}: {why}", f"NOT JUDGED: --oracle-seed 3: {why}"]
+
+
+def test_options_of_the_settings_and_of_a_listing_may_go_unused(folder: Path) -> None:
+    listed = of_tests_that_name_all(folder, f"--oracle-backend={CLEAN}", "--collect-only")
+    assert listed.exit_code == pytest.ExitCode.OK, listed.output
+    (folder / "pytest.ini").write_text(f"[pytest]\naddopts = --oracle-backend={CLEAN}\n", encoding="utf-8")
+    set_so = of_tests_that_name_all(folder, "-k", "other")
+    assert set_so.exit_code == pytest.ExitCode.OK, set_so.output
+    assert "NOT JUDGED" not in listed.output + set_so.output
+
+
+TAKES = f"""
+def test_by_fixture(oracle):
+    oracle.judge("{CLEAN}", cases=["metadata"])
+"""
+
+
+def test_an_option_that_one_test_takes_is_used(folder: Path) -> None:
+    (folder / "test_takes.py").write_text(TAKES, encoding="utf-8")
+    words = ("-p", "no:cacheprovider", "-k", "by_fixture or judged and 0")
+    done = run(folder, "test_own.py", "test_takes.py", "--oracle-profile=smoke", "--oracle-seed=3", *words)
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert "2 passed" in done.output

@@ -1,0 +1,42 @@
+"""Options that a run was given and no test took, because the tests name their own: such a run must not be green."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from nsa_oracle.harness.plugin.session import Session
+from nsa_oracle.harness.report.records import RunRecord
+
+TAKEN = ("backend", "layer", "profile", "seed")
+"""Options that stand for what a test does not name itself."""
+DRAWN = ("profile", "seed")  # those of drawn cases, of which --oracle-replay has none
+LISTS = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")  # pytest's: no test runs
+
+
+def unused_options(session: Session, exitstatus: int, runs: Iterable[RunRecord]) -> list[str]:
+    """One line for each option of the command line that no item took; none for a run that failed otherwise.
+
+    An option of ``addopts`` is meant for many runs, and may go unused in some.
+    """
+    config = session.config
+    if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return []
+    if any(config.getoption(name, default=False) for name in LISTS):
+        return []
+    words = [str(word).partition("=")[0] for word in config.invocation_params.args]
+    runs = list(runs)
+    taken = {name for run in runs for name in run.options}
+    lines = []
+    for name in TAKEN:
+        if f"--oracle-{name}" not in words or name in taken or (session.replayed and name in DRAWN):
+            continue
+        if not runs:
+            why = "no test of this run uses the oracle"
+        elif name == "seed":
+            why = "no test of this run draws a case"
+        else:
+            why = f"no test of this run takes it; the tests name their own {name}"
+        lines.append(f"NOT JUDGED: --oracle-{name} {config.getoption(f'oracle_{name}')}: {why}")
+    return lines
