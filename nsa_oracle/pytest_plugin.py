@@ -35,6 +35,7 @@ COUNTS = "oracle_counts"  # sent to them, too: the folder in which all processes
 SESSION = pytest.StashKey["Session"]()
 REFUSED = pytest.StashKey[list[str]]()  # what marked tests ask for and cannot have
 STARTED = pytest.StashKey[float]()  # a value of time.time()
+JUDGE = pytest.StashKey["Oracle"]()  # the fixture of a test
 WORKER_INPUT = pytest.StashKey[dict[str, Any]]()
 
 
@@ -279,7 +280,9 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     except pytest.UsageError as error:
         refusal = str(error)
     else:
-        return Oracle(session, request.node)
+        judge = Oracle(session, request.node)
+        request.node.stash[JUDGE] = judge
+        return judge
     pytest.fail(refusal, pytrace=False)  # here, where the error is not printed with it
 
 
@@ -346,9 +349,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Report what cannot be judged in one line, without a traceback."""
+    """Report what cannot be judged, or was not, in one line, without a traceback."""
     try:
-        return (yield)
+        returned = yield
+        if JUDGE not in item.stash or item.stash[JUDGE].has_judged or _part_of(item) is not None:
+            return returned
+        refusal = "not judged: the test takes the fixture oracle and never calls oracle.judge"
     except (ValueError, pytest.UsageError) as error:
         if not _is_refusal(error, item):
             raise

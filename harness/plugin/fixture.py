@@ -49,7 +49,12 @@ def parts_of(
 
 
 class Oracle:
-    """Judges backends and layers within one test, and records for the closing report what that covered."""
+    """Judges backends and layers within one test, and records for the closing report what that covered.
+
+    has_judged: whether ``judge`` was called; a test that passes without a call has judged nothing, and fails.
+    """
+
+    has_judged = False
 
     def __init__(self, session: Session, node: pytest.Item) -> None:
         self._session = session
@@ -72,6 +77,7 @@ class Oracle:
         The arguments are those of ``harness.decorator.judged``, whose tests are spread over processes; this judges
         everything within one test. Fails the test, after everything has been judged, if anything failed.
         """
+        self.has_judged = True
         said = []
         for part in parts_of(self._session, backend, layer, profile, cases).values():
             try:

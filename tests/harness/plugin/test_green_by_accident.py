@@ -275,3 +275,32 @@ def test_an_option_that_one_test_takes_is_used(folder: Path) -> None:
     done = run(folder, "test_own.py", "test_takes.py", "--oracle-profile=smoke", "--oracle-seed=3", *words)
     assert done.exit_code == pytest.ExitCode.OK, done.output
     assert "2 passed" in done.output
+
+
+TAKES_THE_FIXTURE = f"""
+import pytest
+from nsa_oracle.harness import judged
+
+def test_idle(oracle):
+    pass
+
+def test_skipped(oracle):
+    pytest.skip("for a reason")
+
+def test_fails_by_itself(oracle):
+    assert 0, "for another reason"
+
+@judged("{CLEAN}", profile="smoke", cases=["metadata"])
+def test_marked(oracle):
+    pass
+"""
+
+
+def test_fixture_that_judges_nothing_fails_its_test(folder: Path) -> None:
+    (folder / "test_takes.py").write_text(TAKES_THE_FIXTURE, encoding="utf-8")
+    done = run(folder, "test_takes.py", "-p", "no:cacheprovider", "-k", "not marked or 1")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "2 failed, 1 passed, 1 skipped" in done.output
+    line = "not judged: the test takes the fixture oracle and never calls oracle.judge"
+    assert done.output.splitlines().count(line) == 1
+    assert "for another reason" in done.output
