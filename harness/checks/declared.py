@@ -53,8 +53,8 @@ class DeclaredTally:
     """How often each declared difference of a backend was met.
 
     waivers: by name. absent: by field and mode, as declared. left_out: comparisons that a field was left out of, by
-    field and mode. own: comparisons of the author's own fields, by field. stand_ins: cases in which a part that is not
-    the backend's own took part.
+    field and mode. own: comparisons of the author's own fields in which they had to be there, by field. stand_ins:
+    cases in which a part that is not the backend's own took part.
     """
 
     waivers: dict[str, WaiverTally] = field(default_factory=dict)
@@ -91,6 +91,11 @@ class DeclaredTally:
     def never_absent(self) -> list[str]:
         """Fields that are declared absent and were there whenever they were expected; losing one would not be seen."""
         return [name for name, tally in self.absent.items() if tally.reached and not tally.needed]
+
+    @property
+    def never_there(self) -> list[str]:
+        """The author's own fields for which his reference had no value in any comparison: no cell was judged."""
+        return [name for name, count in self.own.items() if not count]
 
 
 class Declared:
@@ -161,7 +166,7 @@ class DeclaredStep:
                 )
             else:
                 tensors[own.name] = content
-            self.declared.tally.own[own.name] = self.declared.tally.own.get(own.name, 0) + 1
+            self.declared.tally.own[own.name] = self.declared.tally.own.get(own.name, 0) + (content is not None)
         return tensors
 
     def leaves_out(self, name: str, seen: object, expected: object) -> bool:

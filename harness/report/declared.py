@@ -13,9 +13,11 @@ def declared_lines(tally: DeclaredTally) -> list[str]:
     lines = []
     if tally.left_out:
         lines.append(wrapped("not judged, as declared (calls): ", [f"{n} {c:,}" for n, c in tally.left_out.items()]))
-    if tally.own:
-        counts = [f"{name} {count:,}" for name, count in tally.own.items()]
+    counts = [f"{name} {count:,}" for name, count in tally.own.items() if count]
+    if counts:
         lines.append(wrapped("judged by the author's own reference (calls): ", counts))
+    if tally.never_there:
+        lines.append(wrapped("without a value in the author's own reference: ", tally.never_there))
     for name, waiver in tally.waivers.items():
         needed = f"needed in {waiver.needed:,} of {waiver.reached:,} comparisons, {waiver.cells:,} cells"
         lines.append(f"waived: {name}: {needed} ({waiver.reason})")
@@ -31,6 +33,16 @@ def _by_module(names: Iterable[str]) -> list[str]:
         module, _, attribute = name.rpartition(".")
         modules.setdefault(module, []).append(attribute)
     return [f"{module}: {' '.join(attributes)}" for module, attributes in modules.items()]
+
+
+def own_fields_not_judged(tally: DeclaredTally) -> list[str]:
+    """One line for each of the author's own fields that never had a value: a run of drawn cases with one must not be
+    green. A few saved cases may just not have it.
+    """
+    return [
+        f"NOT JUDGED: own field {name}: its reference gave None in every call; mend or remove it, or declare it absent"
+        for name in tally.never_there
+    ]
 
 
 def unneeded_declarations(tally: DeclaredTally) -> list[str]:

@@ -14,7 +14,7 @@ from nsa_oracle.harness.checks.declared import AbsentTally, DeclaredTally, Waive
 from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.judge import OracleFailure, Verdict
-from nsa_oracle.harness.report.declared import unneeded_declarations
+from nsa_oracle.harness.report.declared import own_fields_not_judged, unneeded_declarations
 from nsa_oracle.harness.scenarios.files import to_json
 
 
@@ -167,6 +167,8 @@ class RunRecord:
                 gaps.append(not_visited(unseen, with_layer))
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
+        if self.drawn.total():
+            gaps += own_fields_not_judged(self.verdict.declared)
         return gaps + unneeded_declarations(self.verdict.declared)
 
 

@@ -123,6 +123,25 @@ def test_a_field_of_the_author_is_judged_like_any_other() -> None:
         verdict_of("OwnWrong", one_replay(DECODE))
 
 
+def test_a_field_of_the_author_that_never_has_a_value_is_not_judged() -> None:
+    own = OwnField("doubled_lengths", lambda metadata, call: None)
+    shows = type("Never", (declared.OwnRight,), {"step": declared.Step, "own_fields": (own,)})
+    verdict = judge(one_replay(DECODE), LoadedBackend(shows, "it", read_declarations(shows)), CPU)
+    assert verdict.declared.own == {"doubled_lengths": 0}
+    assert declared_lines(verdict.declared) == ["without a value in the author's own reference: doubled_lengths"]
+    line = (
+        "NOT JUDGED: own field doubled_lengths: its reference gave None in every call; mend or remove it, or "
+        "declare it absent"
+    )
+    saved, drawn = RunRecord(), RunRecord()
+    saved.add(ItemRecord(verdict))
+    assert saved.gaps() == [], "a saved case may just not have it"
+    drawn.add(ItemRecord(verdict, drawn_by="test_scenarios"))
+    assert drawn.gaps() == [line]
+    drawn.add(ItemRecord(verdict_of("OwnRight", one_replay(DECODE)), drawn_by="test_scenarios"))
+    assert drawn.gaps() == []
+
+
 def test_dead_cells_of_a_field_of_the_author_are_not_compared() -> None:
     own = declared.OwnWrong.own_fields[0]
     dead = OwnField(own.name, own.reference, axes=own.axes, dead=everywhere)
