@@ -43,7 +43,7 @@ from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario
 from nsa_oracle.harness.scenarios.setup import Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
-from nsa_oracle.harness.subjects.global_state import kept_global_state
+from nsa_oracle.harness.subjects.global_state import inference_mode_left_on, kept_global_state
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
@@ -213,6 +213,7 @@ class _Run:
     def judge(self, interruptions: Interruptions) -> None:
         """Raises OracleFailure at the first disagreement, and KeyboardInterrupt if there was one of the user's."""
         number: int | None = None
+        inference = torch.is_inference_mode_enabled()
         try:
             engine = self.build(self.scenario)
             if (modified := _modified_input(engine)) is not None:  # by the constructor
@@ -220,6 +221,8 @@ class _Run:
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
                     self._judge_event(engine, engine.run(event), number)
+                    if (left := inference_mode_left_on(inference)) is not None:
+                        raise OracleFailure(self.scenario, left, number)
             finding = _stray_write(engine) or _modified_input(engine)  # a capture without a replay can write, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
@@ -378,6 +381,7 @@ def _raised(error: BaseException) -> Finding:
 
     An exception in an interpreted kernel is shown as what the kernel's line raised.
     """
+    error = _unwrapped(error)
     frames = [*_judged_frames(error)]
     in_layer = _came_through_the_layer(error)
     while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:  # without importing Triton
@@ -391,6 +395,14 @@ def _raised(error: BaseException) -> Finding:
     kind = Kind.LAYER_CRASH if in_layer else Kind.CRASH
     got = error_line(error, nothing=type(error).__name__)
     return Finding(kind, type(error).__name__, got, "no exception", place=place, stack=stack)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """``error``, or the StopIteration of judged code that a generator of the harness has made a RuntimeError of."""
+    cause = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(cause, StopIteration) and not judged_frames(error.__traceback__):
+        return cause
+    return error
 
 
 def _judged_frames(error: BaseException) -> Sequence[traceback.FrameSummary]:

@@ -14,6 +14,7 @@ from nsa_oracle.harness.engine.observations import Observation
 from nsa_oracle.harness.errors import BackendError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field, tensors
 from nsa_oracle.harness.subjects.declarations import ANY_MODE, ASKS_THE_MOST, Call, Cells, Declarations
+from nsa_oracle.harness.subjects.result_checks import described
 from nsa_oracle.reference.types import BackendConfig, Metadata
 
 _SCALAR = Field("", (Axis.FLAT,))
@@ -199,9 +200,16 @@ class DeclaredStep:
 
     def _cells(self, cells: Cells, what: str, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
         try:
-            return np.broadcast_to(cells(self.call, field, shape), shape)
+            given = cells(self.call, field, shape)
+            mask = np.broadcast_to(given, shape)
         except Exception as error:
             raise BackendError(f"declarations: the {what} raised {error!r}") from error
+        if mask.dtype != np.bool_:
+            kind = described(given) if given is None or mask.dtype == object else f"numbers of {mask.dtype}"
+            raise BackendError(
+                f"declarations: the {what} must be a mask of bool that broadcasts to {list(shape)}, not {kind}"
+            )
+        return mask
 
     def unwaived(self, field: Field, wrong: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The cells of ``wrong`` that no waiver covers. Counts the waivers that are reached and needed."""

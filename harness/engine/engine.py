@@ -157,7 +157,7 @@ class Engine:
             self.second.prepare(padded, in_graph=True)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
-        shown, stress = serving.shown_metadata(Act.REPLAY), self.conditions.stress
+        shown, stress = serving.shown_metadata(Act.REPLAY, batch.mode), self.conditions.stress
         yield Observation(padded, batch.size, True, bound.observe(shown, stress))
         if self.layer is None:
             if bound.changes_when_replayed_again(sentinel, spoilt):
@@ -179,7 +179,7 @@ class Engine:
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
                 serving.prepare_eagerly(forward_batch, self._preparations)
             self.second.prepare(batch, in_graph=False)
-            metadata = serving.shown_metadata(Act.EAGER)
+            metadata = serving.shown_metadata(Act.EAGER, batch.mode)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
         yield Observation(batch, raw_bs, False, _observed(metadata, seen, own))
@@ -204,7 +204,7 @@ class Engine:
         self.second.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             serving.driver.bind(forward_batch)
-        metadata = tuple(serving.shown_metadata(Act.CAPTURE))
+        metadata = tuple(serving.shown_metadata(Act.CAPTURE, mode))
         self.guards.check_and_keep(guard.buffers, metadata)
 
         own = self.declarations.own_names

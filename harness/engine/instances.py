@@ -25,6 +25,8 @@ class Instance:
     backend: BuiltBackend
     driver: Driver
     num_steps: int
+    declarations: Declarations
+    device: torch.device
 
     def steps(self) -> Sequence[object]:
         """The single-step backends. Raises WrongResult unless there are ``num_steps``."""
@@ -40,9 +42,13 @@ class Instance:
         for _ in range(times):
             self.driver.prepare_replay(batch)
 
-    def shown_metadata(self, after: Act) -> list[Metadata]:
-        """The metadata that each single-step backend exposes after an act of its driver. Raises WrongResult."""
-        return shown_metadata(self.backend, self.num_steps, self.driver.names[after])
+    def shown_metadata(self, after: Act, mode: ForwardMode) -> list[Metadata]:
+        """The metadata of ``mode`` that each single-step backend exposes after an act of its driver.
+
+        Raises WrongResult.
+        """
+        method = self.driver.names[after]
+        return shown_metadata(self.backend, self.num_steps, method, self.declarations, mode, self.device)
 
 
 class Instances:
@@ -61,7 +67,7 @@ class Instances:
         for role in declarations.roles:
             backend = declarations.build(factory, role, config, pool, switches)
             driver, count = driver_for(setup.drive, backend, config), role.count(config.speculative_num_steps)
-            self.all.append(Instance(role, backend, driver, count))
+            self.all.append(Instance(role, backend, driver, count, declarations, pool.device))
             self.all[-1].steps()
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:

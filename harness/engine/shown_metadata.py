@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from nsa_oracle.harness import fields
 from nsa_oracle.harness.errors import meant
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.subjects.declarations import Declarations
 from nsa_oracle.harness.subjects.names import BuiltBackend, attn_backends_of
-from nsa_oracle.harness.subjects.result_checks import WrongResult, described
-from nsa_oracle.reference.types import Metadata
+from nsa_oracle.harness.subjects.result_checks import WrongResult, described, unreadable_field
+from nsa_oracle.reference.types import ForwardMode, Metadata
 
 _REQUIRED = [field.name for field in dataclasses.fields(Metadata) if field.default is dataclasses.MISSING]
 _FIELDS = "an object with the fields of Metadata (nsa_oracle.reference.types)"
@@ -26,15 +30,25 @@ def steps_of(backend: BuiltBackend, count: int) -> Sequence[object]:
     return steps
 
 
-def shown_metadata(backend: BuiltBackend, count: int, after: str) -> list[Metadata]:
+def shown_metadata(
+    backend: BuiltBackend, count: int, after: str, declarations: Declarations, mode: ForwardMode, device: torch.device
+) -> list[Metadata]:
     """The metadata that each of ``count`` single-step backends exposes, ``after`` a call of the method of that name.
 
-    Raises WrongResult if there is none or if a required field does not exist.
+    Raises WrongResult if there is none, if a required field does not exist, or if the harness cannot read a field as
+    memory of ``device``. declarations: of the backend, for its own fields and those that are not judged in ``mode``.
     """
     alone = attn_backends_of(backend) is None
     places = [type(backend).__name__ + ("" if alone else f".attn_backends[{step}]") for step in range(count)]
     steps = steps_of(backend, count)
-    return [_shown(holder, places[step], step, after) for step, holder in enumerate(steps)]
+    shown = [_shown(holder, places[step], step, after) for step, holder in enumerate(steps)]
+    for step, metadata in enumerate(shown):
+        for name, tensor in fields.tensors(metadata, declarations.own_names).items():
+            is_judged = not declarations.lists(declarations.unjudged, mode, name)
+            finding = unreadable_field(name, tensor, device, is_judged, step)
+            if finding is not None:
+                raise WrongResult(finding)
+    return shown
 
 
 def _shown(holder: Any, owner: str, step: int, after: str) -> Metadata:

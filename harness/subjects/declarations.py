@@ -123,7 +123,8 @@ class Waiver:
     def name(self) -> str:
         """The waiver in words, without its reason."""
         where = {None: "", True: " in graphs", False: " eagerly"}[self.in_graph]
-        return f"{self.field} in {self.mode}{where}, {self.cells.__name__.strip('_').replace('_', ' ')}"
+        cells = getattr(self.cells, "__name__", type(self.cells).__name__)
+        return f"{self.field} in {self.mode}{where}, {cells.strip('_').replace('_', ' ')}"
 
     def covers(self, field: str, call: Call) -> bool:
         """Whether it is about ``field`` in ``call``."""

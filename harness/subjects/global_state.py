@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 
 from nsa_oracle.harness.findings import Finding, Kind
 
+_kept: list[torch._C._ForceDispatchKeyGuard] = []
 Report = Callable[[Finding, BaseException | None], BaseException]
 
 
@@ -19,8 +21,9 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     """Put torch's settings and the current folder back at the end.
 
     A default dtype or a default device that was left changed alters every tensor that other code makes without naming
-    one, and another current folder every relative path. It is therefore reported: the context ends with what ``report``
-    makes of the finding and of the error that ends the context, if any. Errors of other types than ``instead_of`` pass.
+    one, inference mode every tensor, and another current folder every relative path. It is therefore reported: the
+    context ends with what ``report`` makes of the finding and of the error that ends the context, if any. Errors of
+    other types than ``instead_of`` pass.
     The other settings (seed, threads, gradients, deterministic algorithms, precision of products) are put back without
     a word.
     """
@@ -29,6 +32,7 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     deterministic = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     precision = torch.get_float32_matmul_precision()
+    inference, keys = torch.is_inference_mode_enabled(), _dispatch_keys()
     folder = _current_folder()
     failure: BaseException | None = None
     changed: Finding | None = None
@@ -38,6 +42,8 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         failure = error
     finally:
         changed = _changed(dtype, device, folder)
+        changed = changed or inference_mode_left_on(inference)
+        _end_inference_mode(inference, keys)
         if _current_folder() != folder:
             os.chdir(folder)
         if torch.get_default_device() != device:
@@ -54,6 +60,35 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         raise report(changed, failure) from failure
     if failure is not None:
         raise failure
+
+
+def _dispatch_keys() -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def inference_mode_left_on(before: bool) -> Finding | None:
+    """A finding if torch's inference mode is on and was not ``before``, else None.
+
+    Ask while what may have entered it is alive: the mode ends when its object dies.
+    """
+    if before or not torch.is_inference_mode_enabled():
+        return None
+    return Finding(Kind.STATE, "torch.is_inference_mode_enabled()", "True", "False")
+
+
+def _end_inference_mode(before: bool, keys: tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]) -> None:
+    """Leave every inference mode if it was not on ``before``, and put the thread's ``keys`` back.
+
+    A mode that was never left ends when its object dies, and then restores the keys of its beginning, those of a
+    dispatch mode of the harness included. So all are ended first.
+    """
+    if torch.is_inference_mode_enabled() and not before:
+        for entered in (one for one in gc.get_objects() if type(one) is torch.inference_mode):
+            if (guard := getattr(entered, "_inference_mode_context", None)) is not None:
+                guard.__exit__(None, None, None)
+    if str(_dispatch_keys()) != str(keys):
+        _kept.append(torch._C._ForceDispatchKeyGuard(*keys))  # at its end it would put back what is there now
+        _kept[-1].__enter__()  # type: ignore[no-untyped-call]
 
 
 def _current_folder() -> str:

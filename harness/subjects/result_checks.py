@@ -13,6 +13,8 @@ from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.subjects.calls import calls_counted_as
 from nsa_oracle.reference.types import AttentionOutputs
 
+DENSE = "a tensor of layout torch.strided"
+
 
 class WrongResult(Exception):
     """A backend or a stage of a layer returned something unusable. ``finding`` describes it."""
@@ -56,7 +58,33 @@ def tensor_of(name: str, result: Any) -> torch.Tensor:
     """The result of a stage that returns one tensor. Raises WrongResult if it is not a tensor."""
     if not isinstance(result, torch.Tensor):
         raise WrongResult(Finding(Kind.RESULT, name, described(result), "a tensor"))
+    if (layout := odd_layout(result)) is not None:
+        raise WrongResult(Finding(Kind.RESULT, name, layout, DENSE))
     return result
+
+
+def odd_layout(tensor: torch.Tensor) -> str | None:
+    """The layout of a tensor in words if its cells do not lie at strides in one piece of memory, else None."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    return None if tensor.layout is torch.strided else f"a tensor of layout {tensor.layout}"
+
+
+def unreadable_field(
+    name: str, tensor: torch.Tensor, device: torch.device, is_judged: bool, step: int
+) -> Finding | None:
+    """A finding if the harness cannot read a field of the metadata, in or behind a graph on ``device``; else None.
+
+    is_judged: whether it must be on ``device``; a field that is not judged must only have memory.
+    """
+    if (layout := odd_layout(tensor)) is not None:
+        return Finding(Kind.RESULT, name, layout, DENSE, step)
+    if tensor.is_meta or (is_judged and tensor.device.type != device.type):
+        return Finding(Kind.DEVICE, name, str(tensor.device), str(device), step)
+    if tensor.requires_grad:
+        got, expected = f"a tensor of {tensor.dtype} that requires grad", "a tensor of torch.int32 without"
+        return Finding(Kind.RESULT, name, got, expected, step)
+    return None
 
 
 def out_and_lse_of(result: Any) -> tuple[torch.Tensor, torch.Tensor]:

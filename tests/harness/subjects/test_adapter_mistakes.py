@@ -29,6 +29,7 @@ STATE = {
     "device": torch.get_default_device,
     "threads": torch.get_num_threads,
     "gradients": torch.is_grad_enabled,
+    "inference": torch.is_inference_mode_enabled,
     "deterministic": torch.are_deterministic_algorithms_enabled,
     "precision": torch.get_float32_matmul_precision,
     "seed": lambda: torch.get_rng_state().tolist(),

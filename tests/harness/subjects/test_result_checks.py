@@ -8,6 +8,7 @@ import torch
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
+from nsa_oracle.harness.subjects.result_checks import DENSE
 from nsa_oracle.harness.subjects.subject import Subject
 from tests.support.layer_cases import case, lattice
 from tests.support.metadata_cases import DECODE, EXTEND, VERIFY
@@ -30,7 +31,7 @@ STRANGE_BACKENDS = {
     "ArrayField": (Kind.MISSING, "cu_seqlens_k", "a ndarray", "a tensor of shape [2]"),
     "BoolField": (Kind.DTYPE, "seqlens_expanded", "torch.bool", "torch.int32"),
     "ScalarField": (Kind.SHAPE, "cu_seqlens_k", "[]", "[2]"),
-    "SparseField": (Kind.SHAPE, "cu_seqlens_k", "strides [0]", "adjacent cells"),
+    "SparseField": (Kind.RESULT, "cu_seqlens_k", "a tensor of layout torch.sparse_coo", DENSE),
     "MetaField": (Kind.DEVICE, "cu_seqlens_k", "meta", "cpu"),
     "HalfAPair": (Kind.UNEXPECTED, "indexer_k_start", "a tuple of 1", "None"),
     "TensorForScalar": (Kind.HOST_SCALAR, "max_seq_len_k", "tensor(8)", "8, an int of Python"),

@@ -88,6 +88,29 @@ def layers() -> Iterator[Mistake]:
     )
     yield layer("logits too narrow", "indexer_logits", "return right[:, :-1]", "Mine.indexer_logits", "wrong shape")
     yield layer("logits elsewhere", "indexer_logits", "return right.to('meta')", "Mine.indexer_logits", "wrong device")
+    yield layer(
+        "logits sparse",
+        "indexer_logits",
+        "return right.to_sparse()",
+        "wrong result: logits",
+        "got a tensor of layout torch.sparse_coo, expected a tensor of layout torch.strided",
+    )
+    yield layer(
+        "positions sparse",
+        "topk_indices",
+        "return right.to_sparse()",
+        "wrong result: topk_indices",
+        "torch.sparse_coo, expected",
+        names="topk_indices",
+    )
+    yield layer("stops", "sparse_mla", "raise StopIteration", "layer raised: StopIteration", FILE + ":13")
+    yield layer(
+        "stops in a graph only",
+        "forward",
+        "assert a[2].max_seq_len_k == 20 or next(iter(()))\n        return right",
+        "layer raised: StopIteration",
+        FILE + ":13",
+    )
     yield layer("logits wrong", "indexer_logits", "return right + 1", "wrong value: logits", names="logits")
     yield layer(
         "positions None",
@@ -216,6 +239,16 @@ def global_state() -> Iterator[Mistake]:
         f"{device}; return right",
         *says,
         names="torch.get_default_device",
+    )
+    mode = "self.mode = torch.inference_mode(); self.mode.__enter__()"
+    says = "global state left changed: torch.is_inference_mode_enabled()", "got True, expected False"
+    yield field("inference mode in a call", f"{mode}; return metadata", *says, names="torch.is_inference_mode_enabled")
+    yield layer(
+        "inference mode in a stage",
+        "sparse_mla",
+        f"{mode}; return right",
+        *says,
+        names="torch.is_inference_mode_enabled",
     )
     says = "global state left changed: os.getcwd()", "got /, expected"
     yield Mistake(

@@ -139,6 +139,25 @@ def metadata() -> Iterator[Mistake]:
     yield change("int64", "cache_seqlens_int32", "x.long()", "wrong dtype", "torch.int64, expected torch.int32")
     yield change("float", "nsa_cu_seqlens_k", "x.float()", "wrong dtype", "torch.float32, expected torch.int32")
     yield change("another device", "page_table_1", "x.to('meta')", "wrong device", "meta, expected cpu")
+    yield change(
+        "sparse", "page_table_1", "x.to_sparse()", "wrong result", "torch.sparse_coo, expected", "torch.strided"
+    )
+    yield change(
+        "a field with a gradient",
+        "seqlens_expanded",
+        "x.double().requires_grad_()",
+        "wrong result: seqlens_expanded at step 0",
+        "a tensor of torch.float64 that requires grad, expected a tensor of torch.int32 without",
+    )
+    captured = "class Mine(Backend):\n    def init_forward_metadata_capture_cuda_graph(self, b):\n        super()."
+    captured += "init_forward_metadata_capture_cuda_graph(b)\n        for s in self.attn_backends: "
+    for name, value, says in (
+        ("another device", "x.to('meta')", ("wrong device", "step 0: got meta, expected cpu")),
+        ("sparse", "x.to_sparse()", ("wrong result", "torch.sparse_coo, expected")),
+        ("with a gradient", "x.double().requires_grad_()", ("wrong result", "that requires grad, expected")),
+    ):
+        body = f"x = s.forward_metadata.cu_seqlens_k; s.forward_metadata.cu_seqlens_k = {value}\n"
+        yield backend(f"captured: {name}", captured + body, *says, names="cu_seqlens_k")
     yield change("rank 0", "cu_seqlens_k", "x.sum(dtype=torch.int32)", "wrong shape", "[], expected [2]")
     yield change("one rank more", "cache_seqlens_int32", "x[:, None]", "wrong shape", "[1, 1], expected [1]")
     yield change("too long", "cu_seqlens_q", "torch.nn.functional.pad(x, (0, 1))", "wrong shape")
@@ -203,6 +222,16 @@ def declarations() -> Iterator[Mistake]:
     yield whole(
         "waivers: unforeseen", "waivers = [Waiver('DECODE', 'page_table_1', None)]", "its declarations: AttributeError"
     )
+    for name, cells, says in (
+        ("nothing", "lambda *a: None", ("must be a mask of bool that broadcasts to [2, 16], not None",)),
+        ("numbers", "lambda *a: 1", ("must be a mask of bool", "not numbers of int64")),
+        ("of another shape", "lambda *a: np.zeros(3, bool)", ("raised ValueError",)),
+    ):
+        named = "the cells of the waiver 'page_table_1 in DECODE, <lambda>'"
+        waivers = f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]"
+        yield whole(f"waivers: cells are {name}", waivers, *says, names=named)
+    cells = "__import__('functools').partial(lambda call, field, shape: np.zeros(shape, bool))"
+    yield whole("waivers: cells without a name", f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]", PASSES)
     yield whole("misspelt modes", "mode = ('DECODE',)", "it has mode: did you mean modes?")
     yield whole("misspelt role", "roles = {'draft': ('DECODER',)}", "roles: there is no mode 'DECODER'")
     for name, modes, says in (
