@@ -148,8 +148,15 @@ def judge_subject(
     graphs: bool = True,
 ) -> Verdict:
     """Run ``judge`` on the backend and the layer of ``subject``, within its time limit."""
-    with time_limit(subject.case_timeout):
-        return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
+    try:
+        with time_limit(subject.case_timeout):
+            return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
+    except CaseTimeout as error:  # before or after a run of the case
+        raise _too_slow(error) from None
+
+
+def _too_slow(error: CaseTimeout) -> ScenarioError:
+    return ScenarioError(f"the case is {error} in the harness, not in the judged code: allow it more")
 
 
 def _judge_twice(
@@ -236,9 +243,7 @@ class _Run:
             raise
         except CaseTimeout as error:
             if not judged_frames(error.__traceback__) and not error.stack:
-                raise ScenarioError(
-                    f"the case is {error} in the harness, not in the judged code: allow it more"
-                ) from None
+                raise _too_slow(error) from None
             finding = replace(_raised(error), kind=Kind.TIMEOUT, field="case", got=str(error), expected="an end")
             raise OracleFailure(self.scenario, finding, number) from error
         except WrongResult as error:
@@ -394,6 +399,8 @@ def _raised(error: BaseException) -> Finding:
     stack = tuple(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-MOST_FRAMES:])
     kind = Kind.LAYER_CRASH if in_layer else Kind.CRASH
     got = error_line(error, nothing=type(error).__name__)
+    if (cause := error.__cause__) is not None:
+        got += f" (from {type(cause).__name__}: {error_line(cause, 80)})"
     return Finding(kind, type(error).__name__, got, "no exception", place=place, stack=stack)
 
 

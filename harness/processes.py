@@ -191,26 +191,33 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         return
     body = sys._getframe(2)  # behind contextlib's
     insistence: _Insistence | None = None
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise CaseTimeout(f"still running after {_seconds(seconds)}")
+    is_closed = False  # while a signal is handled, and at the end: another signal then does nothing
 
     def insist(number: int, frame: FrameType | None) -> None:
-        nonlocal insistence
-        if insistence is None:
-            insistence = _Insistence(seconds, frame, body)
-        insistence.interrupt(frame)
+        nonlocal insistence, is_closed
+        if is_closed:
+            return
+        is_closed = True
+        try:
+            if insistence is None:
+                insistence = _Insistence(seconds, frame, body)
+            insistence.interrupt(frame)
+        finally:
+            is_closed = False
 
     def first(number: int, frame: FrameType | None) -> None:
+        if is_closed:
+            return
         signal.signal(signal.SIGALRM, insist)
-        interrupt(number, frame)
+        raise CaseTimeout(f"still running after {_seconds(seconds)}")
 
     handler = signal.signal(signal.SIGALRM, first)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_stderr())
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
+        faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_stderr())
         yield
     finally:
+        is_closed = True  # before anything is called: signals are handled at calls
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nsa_oracle.starting import ended_in_one_line
+from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT, ended_in_one_line
 
 if TYPE_CHECKING:
     from nsa_oracle.harness.plugin.fixture import Oracle
@@ -84,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "a case that is still running in judged code after this time has failed; 0: no limit",
         "SECONDS",
         "600",
-        type=_seconds,
+        type=_time_limit,
     )
     group.addoption(
         "--oracle-replay",
@@ -146,6 +146,14 @@ def _seconds(text: str) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
+    return seconds
+
+
+def _time_limit(text: str) -> float:
+    """The type of --oracle-case-timeout."""
+    seconds = _seconds(text)
+    if seconds and not SHORTEST_LIMIT <= seconds <= LONGEST_LIMIT:
+        raise argparse.ArgumentTypeError(f"'{text}' is not in the range {LIMITS}")
     return seconds
 
 
@@ -232,6 +240,12 @@ def session_of(config: pytest.Config) -> Session:
 def _new_session(config: pytest.Config) -> Session:
     from nsa_oracle.harness.plugin.session import Session
 
+    for name, kind in (("profile", _profile), ("device", _device), ("case_timeout", _time_limit)):
+        if given := config.getini(f"oracle_{name}"):
+            try:
+                kind(str(given))
+            except argparse.ArgumentTypeError as error:
+                raise pytest.UsageError(f"oracle_{name} in the configuration: {error}") from None
     seed = config.stash[WORKER_INPUT][RANDOM_SEED]
     return Session.of(config, config.stash[STARTED], seed, _counts(config), is_worker(config))
 

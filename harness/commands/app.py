@@ -15,7 +15,7 @@ from nsa_oracle.harness.errors import BackendError
 app = typer.Typer(
     help="Judge saved cases, survey layers, and measure how good the oracle is.\n\nExit codes: 0 everything passed, "
     "1 something failed, 2 a file, backend, layer, option or tool cannot be used, 130 interrupted before anything "
-    "failed.",
+    "failed, 143 so by SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

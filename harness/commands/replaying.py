@@ -22,7 +22,7 @@ from nsa_oracle.harness.commands.app import (
 )
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal
 from nsa_oracle.harness.commands.tiers import FAILED, run_tiers, tiers_table
-from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted, one_line
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge_subject
 from nsa_oracle.harness.processes import ChildDied
@@ -31,15 +31,27 @@ from nsa_oracle.harness.report.failure import explain, explain_death, replay_com
 from nsa_oracle.harness.report.records import NOTHING_COMPARED
 from nsa_oracle.harness.report.summary import how_exact, interpreted_lines, methods_report
 from nsa_oracle.harness.report.text import render
-from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.files import MAX_PATH, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
-from nsa_oracle.starting import MESSAGE
+from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, MESSAGE, SHORTEST_LIMIT
 
 PASSED = 0  # exit code
+
+
+def _time_limit(seconds: float | None) -> float | None:
+    """``seconds``. Raises BadParameter if they are neither 0 nor a limit that can be kept."""
+    if seconds and not SHORTEST_LIMIT <= seconds <= LONGEST_LIMIT:
+        raise typer.BadParameter(f"{seconds:g} is not in the range {LIMITS}.")
+    return seconds
+
+
 TimeoutOption = Annotated[
-    float | None, typer.Option(min=0, help="A case that runs longer in judged code has failed.", metavar="SECONDS")
+    float | None,
+    typer.Option(
+        callback=_time_limit, help="A case that runs longer in judged code has failed; 0: no limit.", metavar="SECONDS"
+    ),
 ]
 
 
@@ -109,7 +121,8 @@ class Replaying:
                 raise KeyboardInterrupt(number) from None
             else:
                 calls = f"{counted(verdict.replays, 'replay')}, {counted(verdict.eager_calls, 'eager call')}"
-                typer.echo(f"{file}: {how_exact(verdict).removeprefix('all ')} ({calls} on {where.type})")
+                told = how_exact(verdict).removeprefix("all ")
+                typer.echo(f"{one_line(str(file), MAX_PATH)}: {told} ({calls} on {where.type})")
         if total.layers.calls and not failed:
             typer.echo(methods_report(total.layers))
         gaps = [] if failed else unneeded_declarations(total.declared)

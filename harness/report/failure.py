@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.judge import OracleFailure
 from nsa_oracle.harness.report.text import render
-from nsa_oracle.harness.scenarios.files import to_json
+from nsa_oracle.harness.scenarios.files import MAX_PATH, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.starting import SEARCHED
@@ -37,7 +38,7 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
     if finding.stack:
         parts.append("raised through:\n" + "\n".join(f"  {line}" for line in finding.stack))
     parts.append(story(failure.scenario, failure.event))
-    kept = str(saved)
+    kept = one_line(str(saved), MAX_PATH)
     if saved is None:
         kept = f"nowhere ({unsaved}); write this to CASE.json to replay it:\n{to_json(failure.scenario)}"
     parts.append(f"saved:  {kept}\nreplay: {command}")

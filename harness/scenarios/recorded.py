@@ -98,7 +98,7 @@ def read_record(path: Path) -> ServerRecord:
     A last line that is cut short is left out. Raises ScenarioError, in one line, if there is anything else.
     """
     source = one_line(str(path), MAX_PATH)
-    older = path.with_name(path.name + ".1")
+    older = Path(f"{path}.1")
     head: Head | None = None
     calls: dict[int, RecordedCall] = {}
     sessions = 0

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from pydantic.fields import FieldInfo
 
-from nsa_oracle.harness.errors import BackendError, error_line, meant, one_line
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, error_line, meant, one_line
 from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.protocol import (
     STAGES,
@@ -125,6 +125,8 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
         raise BackendError(f"{shown}: {type(layer).__name__} has a misspelt stage{near}")
     if uncallable := [name for name in own if not callable(getattr(layer, name))]:
         raise BackendError(f"{shown}: {type(layer).__name__}.{uncallable[0]} is not a method")
+    for name in own:
+        _check_runs(layer, name, shown)
     check_weaker(getattr(layer, "weaker", {}), spec)
     whole = optimized_layer(config, attention)
     for name in (*own, "weaker"):
@@ -177,6 +179,9 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
         near = meant(attribute, (name for name in vars(module) if not name.startswith("_")))
         mend = f"; did you mean {near}?" if near else ""
         raise BackendError(f"{shown}: module {module_name} has no attribute {one_line(attribute)}{mend}") from None
+    except (Exception, SystemExit) as error:  # of the module's ``__getattr__``
+        reason = f"{type(error).__name__}: {error_line(error)}{_line_of(error)}"
+        raise BackendError(f"{shown}: looking up {one_line(attribute)} in {module_name} raised {reason}") from error
     if not callable(found):
         kind = type(found).__name__
         mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
@@ -214,6 +219,9 @@ def _imported(name: str, shown: str) -> object:
     try:
         with shown_warnings():
             return importlib.import_module(name)
+    except CaseTimeout as error:
+        slow = f"{shown}: the import of {one_line(name)} did not end: {error}{_line_of(error)}"
+        raise BackendError(slow) from None
     except ModuleNotFoundError as error:
         missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{_line_of(error)}"
         raise BackendError(f"{missing}; is it on PYTHONPATH?") from error
@@ -268,6 +276,7 @@ def _check_instance(found: object, shown: str, told: str, mend: str) -> None:
 def _check_methods(found: object, protocol: type, shown: str) -> None:
     """Raises BackendError for the first method of ``protocol`` that ``found`` lacks or that cannot be called."""
     kind = type(found).__name__
+    _check_runs(found, "init_forward_metadata_in_graph", shown)  # optional in the older set
     for name in _methods(protocol):
         if not hasattr(found, name):
             near = _misspelt(found, name)
@@ -277,8 +286,16 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
         method = getattr(found, name)
         if name != "attn_backends" and not callable(method):
             raise BackendError(f"{shown}: {kind}.{name} is not a method")
-        if inspect.iscoroutinefunction(method):
-            raise BackendError(f"{shown}: {kind}.{name} is a coroutine, which nothing awaits; define it without async")
+        _check_runs(found, name, shown)
+
+
+def _check_runs(found: object, name: str, shown: str) -> None:
+    """Raises BackendError if the method ``name`` of ``found`` is one whose body does not run when it is called."""
+    method, named = getattr(found, name, None), f"{shown}: {type(found).__name__}.{name}"
+    if inspect.iscoroutinefunction(method):
+        raise BackendError(f"{named} is a coroutine, which nothing awaits; define it without async")
+    if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+        raise BackendError(f"{named} is a generator, which nothing iterates over; define it without yield")
 
 
 def _misspelt(found: object, name: str, cutoff: float = 0.75) -> str:

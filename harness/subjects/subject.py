@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line, one_line
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line, one_line
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.memory import far_apart
 from nsa_oracle.harness.processes import time_limit
@@ -60,13 +62,15 @@ class Subject:
     def _load(backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None) -> Subject:
         subject = optimized_subject()
         if backend is not None:
-            subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
+            with _loading(f"backend '{one_line(backend)}'"), time_limit(case_timeout):
+                subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
         subject = replace(subject, case_timeout=case_timeout)
-        with time_limit(case_timeout):
+        with suppress(CaseTimeout), time_limit(case_timeout):
             try_out(subject.backend, device, subject.limits)
         if layer is not None:
-            layer_factory, layer_limits = load_layer(layer)
-            with time_limit(case_timeout):
+            with _loading(f"layer '{one_line(layer)}'"), time_limit(case_timeout):
+                layer_factory, layer_limits = load_layer(layer)
+            with suppress(CaseTimeout), time_limit(case_timeout):
                 layer_limits = try_out_layer(layer_factory, layer_limits, layer)
             return replace(subject, layer=layer_factory, layer_limits=layer_limits)
         return replace(subject, layer_limits=limits_of_optimized_layer())
@@ -118,6 +122,15 @@ class Subject:
                 f"far_slots True, far_req_to_token True (the GPU has less than {far_apart.MOST_FAR_BYTES >> 30} GiB)"
             )
         return left_out
+
+
+@contextmanager
+def _loading(shown: str) -> Iterator[None]:
+    """Raises BackendError in place of the CaseTimeout of a time limit inside."""
+    try:
+        yield
+    except CaseTimeout as error:
+        raise BackendError(f"{shown}: loading it did not end: {error}") from None
 
 
 def _left_changed(backend: str | None, layer: str | None, finding: Finding, _: BaseException | None) -> BackendError:

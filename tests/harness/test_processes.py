@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -195,6 +196,20 @@ def test_time_limit_leaves_nothing_behind() -> None:
     assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     time.sleep(0.3)
+
+
+def test_a_signal_while_a_time_limit_ends_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel, handler = faulthandler.cancel_dump_traceback_later, signal.getsignal(signal.SIGALRM)
+
+    def cancel_late() -> None:
+        cancel()
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", cancel_late)
+    with time_limit(60):
+        pass
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def swallowing() -> None:

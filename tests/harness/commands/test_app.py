@@ -30,10 +30,24 @@ def test_usage_errors(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("seconds", ["0.001", "1e-9", "-1", "nan", "inf", "1e300"])
+def test_a_limit_that_cannot_be_kept_is_refused(seconds: str, tmp_path: Path) -> None:
+    done = harness("replay", saved(tmp_path, CASE), "--timeout", seconds)
+    assert done.returncode == UNUSABLE
+    assert "is not in the range from 0.1 to 1,000,000 seconds (0: no limit)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_line_break_in_the_name_of_a_case_is_escaped(tmp_path: Path) -> None:
+    done = harness("replay", saved(tmp_path, CASE, "two\nlines.json"), "--device", "cpu", "--timeout", "0")
+    assert done.returncode == PASSES, done.stderr
+    assert f"{tmp_path}/two\\nlines.json: " in done.stdout
+
+
 def test_help_names_the_commands() -> None:
     done = harness("--help")
     assert done.returncode == PASSES
-    for command in ("replay", "show", "tiers", "survey"):
+    for command in ("replay", "show", "tiers", "survey", "143"):
         assert command in done.stdout
 
 

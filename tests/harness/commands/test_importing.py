@@ -64,6 +64,7 @@ def test_options_that_are_no_use(tmp_path: Path) -> None:
     assert_one_line_error(harness("import", file, "--size", "pages=4"), "did you mean page_size=...?")
     assert_one_line_error(harness("import", file, "--size", "page_size"), "--size page_size: did you mean")
     assert_one_line_error(harness("import", str(tmp_path / "absent")), "cannot be read")
+    assert_one_line_error(harness("import", "."), ".: cannot be read: Is a directory")
     sizes = [word for size in ("page_size=4", "max_context_len=32", "index_topk=8") for word in ("--size", size)]
     sizes += ["--size", "num_steps=1", "--size", "num_draft_tokens=2"]
     (tmp_path / "file").write_text("")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError
+from nsa_oracle.harness.judge import judge_subject
+from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
+from tests.support.metadata_cases import DECODE, one_replay
 
 REFUSED_BACKENDS = {
     "NeedsMore": "cannot be called with (config, req_to_token): missing a required argument: 'stream'",
@@ -46,3 +51,24 @@ def test_layer_is_refused_in_one_line(name: str, cause: str, device: torch.devic
     assert str(caught.value).startswith(f"layer 'tests.support.strangers:{name}'")
     assert cause in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["backend", "layer"])
+def test_import_that_does_not_end_is_one_line(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"endless_{what}.py").write_text("while True:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = f"endless_{what}:X"
+    said = (
+        rf"^{what} '{spec}': the import of endless_{what} did not end: still running after 0\.5 seconds, at \S+:[12]$"
+    )
+    with pytest.raises(BackendError, match=said):
+        Subject.load(*((spec, None) if what == "backend" else (None, spec)), torch.device("cpu"), 0.5)
+
+
+def test_time_that_is_up_in_the_harness_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_slow(*_: object) -> None:
+        raise CaseTimeout("still running after 2 seconds")
+
+    monkeypatch.setattr(sys.modules[judge_subject.__module__], "judge", too_slow)
+    with pytest.raises(ScenarioError, match="still running after 2 seconds in the harness, not in the judged code"):
+        judge_subject(optimized_subject(), one_replay(DECODE), torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.support.adapter_mistakes.mistake import FILE, GOOD, Mistake, backend, init, whole
+from tests.support.adapter_mistakes.mistake import FILE, GOOD, Mistake, backend, field, init, layer, whole
 
 
 def naming() -> Iterator[Mistake]:
@@ -145,6 +145,30 @@ def construction() -> Iterator[Mistake]:
     )
     yield whole(
         "coroutine", "async def init_forward_metadata(self, batch): pass", "Mine.init_forward_metadata is a coroutine"
+    )
+    for prefix, kind in (("", "generator"), ("async ", "asynchronous generator")):
+        yield whole(
+            kind,
+            f"{prefix}def init_forward_metadata_replay_cuda_graph(self, batch, bs): yield",
+            "Mine.init_forward_metadata_replay_cuda_graph is a generator, which nothing iterates over",
+        )
+    yield whole(
+        "generator in the graph",
+        "def init_forward_metadata_in_graph(self, batch, bs): yield",
+        "Mine.init_forward_metadata_in_graph is a generator",
+    )
+    yield layer("stage is a generator", "store_cache", "yield right", "Mine.store_cache is a generator")
+    yield Mistake(
+        "module refuses the name",
+        "def __getattr__(name): raise RuntimeError('no ' + name)\n",
+        ("looking up Mine in {module} raised RuntimeError: no Mine, at", FILE + ":10"),
+    )
+    yield field(
+        "raises from another error",
+        "try: dict()['key']\n        except KeyError as error: raise RuntimeError('outer') from error",
+        "RuntimeError",
+        "got outer (from KeyError: 'key'), expected no exception",
+        names="{module}.py",
     )
     yield whole(
         "capture raises",
