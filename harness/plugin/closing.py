@@ -48,7 +48,7 @@ def exit_code(exitstatus: int, terminalreporter: pytest.TerminalReporter, sessio
     if session.config.stash[INTERRUPTION].arrived:
         return session.termination.exit_code if session.termination is not None else exitstatus
     runs = reported(terminalreporter)[0]
-    gaps = any(_gaps(run, specs) for specs, run in runs.items()) or unused_options(session, exitstatus, runs.values())
+    gaps = any(_gaps(run, specs) for specs, run in runs.items()) or _unused(session, exitstatus, runs)
     return int(pytest.ExitCode.TESTS_FAILED) if gaps and exitstatus == pytest.ExitCode.OK else exitstatus
 
 
@@ -65,7 +65,7 @@ def write_report(terminalreporter: pytest.TerminalReporter, session: Session, ex
         if run.items or run.failures:
             terminalreporter.section("oracle" if len(runs) == 1 else f"oracle: {name_of(specs)}")
             _write_run(terminalreporter, session, specs, run)
-    if unused := unused_options(session, exitstatus, runs.values()):
+    if unused := _unused(session, exitstatus, runs):
         if len(runs) != 1:
             terminalreporter.section("oracle")
         for line in unused:
@@ -99,6 +99,11 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
         )
     for gap in _gaps(run, specs):
         terminalreporter.write_line(gap, red=True)
+
+
+def _unused(session: Session, exitstatus: int, runs: Runs) -> list[str]:
+    taken = [run.options for run in runs.values()]
+    return unused_options(session.config, exitstatus, taken, bool(session.replayed))
 
 
 def _gaps(run: RunRecord, specs: Specs) -> list[str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 import pytest
-
-from nsa_oracle.harness.plugin.session import Session
-from nsa_oracle.harness.report.records import RunRecord
 
 TAKEN = ("backend", "layer", "profile", "seed")
 """Options that stand for what a test does not name itself."""
@@ -15,24 +12,24 @@ DRAWN = ("profile", "seed")  # those of drawn cases, of which --oracle-replay ha
 LISTS = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")  # pytest's: no test runs
 
 
-def unused_options(session: Session, exitstatus: int, runs: Iterable[RunRecord]) -> list[str]:
+def unused_options(
+    config: pytest.Config, exitstatus: int, taken: Sequence[Collection[str]], replays: bool
+) -> list[str]:
     """One line for each option of the command line that no item took; none for a run that failed otherwise.
 
-    An option of ``addopts`` is meant for many runs, and may go unused in some.
+    An option of ``addopts`` is meant for many runs, and may go unused in some. taken: the options that the items of
+    each backend and layer took. replays: whether the run judges named saved cases.
     """
-    config = session.config
     if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return []
     if any(config.getoption(name, default=False) for name in LISTS):
         return []
     words = [str(word).partition("=")[0] for word in config.invocation_params.args]
-    runs = list(runs)
-    taken = {name for run in runs for name in run.options}
     lines = []
     for name in TAKEN:
-        if f"--oracle-{name}" not in words or name in taken or (session.replayed and name in DRAWN):
+        if f"--oracle-{name}" not in words or any(name in names for names in taken) or (replays and name in DRAWN):
             continue
-        if not runs:
+        if not taken:
             why = "no test of this run uses the oracle"
         elif name == "seed":
             why = "no test of this run draws a case"
