@@ -171,7 +171,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "layer": _name,
     "save": _name,
     "cases": _name,
-    "case_timeout": _seconds,
+    "case_timeout": _time_limit,
 }
 """The types of the settings of the configuration file, by name without ``oracle_``."""
 
@@ -240,12 +240,6 @@ def session_of(config: pytest.Config) -> Session:
 def _new_session(config: pytest.Config) -> Session:
     from nsa_oracle.harness.plugin.session import Session
 
-    for name, kind in (("profile", _profile), ("device", _device), ("case_timeout", _time_limit)):
-        if given := config.getini(f"oracle_{name}"):
-            try:
-                kind(str(given))
-            except argparse.ArgumentTypeError as error:
-                raise pytest.UsageError(f"oracle_{name} in the configuration: {error}") from None
     seed = config.stash[WORKER_INPUT][RANDOM_SEED]
     return Session.of(config, config.stash[STARTED], seed, _counts(config), is_worker(config))
 
