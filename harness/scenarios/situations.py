@@ -26,6 +26,9 @@ def _called(mode: ForwardMode, script: Script) -> None:
         script.fill()
         script.accept_before(mode)
     script.eager(mode)
+    limits = script.scale.limits
+    if mode is ForwardMode.IDLE and limits.empty_batches and EXTEND in limits.modes:
+        script.eager(EXTEND)  # of no request: no padding makes up for it, as it may in the call before
 
 
 def _call(script: Script, order: Order | None = None) -> Replay | Eager:
