@@ -61,8 +61,8 @@ def upstream(
 ) -> None:
     """Survey the backend of SGLang or vLLM, from the package index, and compare with the verdict on record.
 
-    The wheel is fetched and not installed; kernels are interpreted. Exits with 1 if something broke that is not on
-    record, and with 2 if the version has a layout that no adapter knows.
+    The wheel is fetched and not installed; kernels run as in any run without a GPU. Exits with 1 if something broke
+    that is not on record, and with 2 if the version has a layout that no adapter knows.
     """
     name, package = engine.value, engine.package
     try:

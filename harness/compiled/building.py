@@ -21,7 +21,7 @@ import torch
 from nsa_oracle.harness.errors import BackendError
 
 FLAGS = (
-    "-Og",  # -O1 takes twice the time to compile, and a launch three quarters; most libraries run few launches
+    "-Og",  # -O1 takes twice the time to compile and saves a sixth of a launch; most libraries run few launches
     "-std=gnu11", "-shared", "-fPIC", "-w",
     "-ffp-contract=off",  # a product and a sum are rounded one by one, unless the kernel says fma
     "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno",

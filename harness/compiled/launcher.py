@@ -196,8 +196,8 @@ class CompiledKernel:
             library = ctypes.PyDLL(str(build(source.text)))  # holds the interpreter's lock: signals are looked for
             library.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
             places = tuple(number for number, n in enumerate(self._names) if signature[n] != "constexpr")
-            kernel_name = self._function.fn.__name__
-            return Variant(kernel_name, source, library.run, _packers(kernel), places, traced.is_current, library)
+            name = self._function.fn.__name__
+            return Variant(name, source, library.run, _packers(kernel), places, traced.is_current, library)
         except (Unsupported, BuildError, _Left) as error:
             reason = error_line(error)
         except Exception as error:  # the front end, or this tier, does not know what the kernel does

@@ -39,6 +39,7 @@ class CacheState:
         self.truth = new_caches(setup, self.config, setup.num_pages, device, poison)
         self._written: NDArray[np.bool_] = np.zeros(setup.num_slots, dtype=np.bool_)
         self._version = 0
+        self._padding_slot = setup.layer.padding_slot
         self._random = Stream(seed, "candidates")
 
     def settle(self, world: World) -> None:
@@ -100,8 +101,7 @@ class CacheState:
         keys, index_keys = self.content.keys(slots, self._version)
         q, index_q, index_weights = self.content.queries(ids, self._version, candidates)
         requests, tokens, seqlens, positions = zip(*rows, strict=True) if rows else ((), (), (), ())
-        padding_slot = self.setup.layer.padding_slot if self.setup.layer is not None else 0
-        where = [padding_slot if position < 0 else slot for slot, position in zip(slots, positions, strict=True)]
+        where = [self._padding_slot if position < 0 else slot for slot, position in zip(slots, positions, strict=True)]
         out_cache_loc = torch.tensor(where, dtype=torch.int64)
         inputs = AttentionInputs(q, keys, index_q, index_weights, index_keys, out_cache_loc)
         return Pass(step, requests, tokens, seqlens, positions, inputs)
