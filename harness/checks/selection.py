@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from nsa_oracle.harness.checks.tally import LayerTally
-from nsa_oracle.harness.content.edge_logits import EdgeLogits
+from nsa_oracle.harness.content.edge_logits import EdgeLogits, LogitKind
 from nsa_oracle.harness.engine.judged_layer import JudgedLayer
 from nsa_oracle.harness.engine.observations import Selected
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
@@ -56,12 +56,18 @@ class SelectedEntries:
             return Finding(Kind.SHAPE, self.name, got_form, want_form)
         return None
 
-    def first_wrong(self, as_sets: bool) -> Finding | None:
-        """The first wrong entry, or None. as_sets: any order within a row and any choice among ties is right."""
+    def wrong(self, as_sets: bool) -> torch.Tensor:
+        """The wrong entries, bool [R, index_topk]. as_sets: any order within a row and any choice among ties is
+        right.
+        """
         wrong = self.got != self.want
         for row in wrong.any(1).nonzero().flatten().tolist() if as_sets else ():
             if _equally_good(self.got[row], self.want[row], self.scores(row)):
                 wrong[row] = False
+        return wrong
+
+    def first(self, wrong: torch.Tensor) -> Finding | None:
+        """A finding of the first entry of those ``wrong``, or None."""
         if not bool(wrong.any()):
             return None
         row, column = (int(i) for i in wrong.nonzero()[0])
@@ -121,11 +127,35 @@ def compare_entries(entries: SelectedEntries, declared: Strictness | None, tally
         stage.count_weaker(entries.want.numel(), declared)
     else:
         stage.exact += entries.want.numel()
-    return entries.first_wrong(as_sets)
+    return entries.first(entries.wrong(as_sets))
 
 
 def compare_edge_logits(seen: Selected, layer: JudgedLayer, tally: LayerTally) -> Finding | None:
     """Compare top-k and one of its transforms on edge-case logits."""
+    for entries in _edge_entries(seen, layer):
+        finding = compare_entries(entries, layer.weaker.get(entries.name), tally)
+        if finding is not None:
+            return finding
+    for kind in seen.given.kinds:
+        tally.selections[kind.value] = tally.selections.get(kind.value, 0) + 1
+    return None
+
+
+def edge_logits_by_kind(seen: Selected, layer: JudgedLayer) -> Iterator[tuple[LogitKind, Finding | None]]:
+    """The first disagreement, or None, in each result and row of edge-case logits, with the row's kind."""
+    for entries in _edge_entries(seen, layer):
+        form = entries.wrong_form()
+        wrong = None if form else entries.wrong(layer.weaker.get(entries.name) is Strictness.SAME_SET)
+        for row, kind in enumerate(seen.given.kinds):
+            if wrong is None:
+                yield kind, form
+            else:
+                others = torch.arange(len(wrong), device=wrong.device)[:, None] != row
+                yield kind, entries.first(wrong.masked_fill(others, False))
+
+
+def _edge_entries(seen: Selected, layer: JudgedLayer) -> Iterator[SelectedEntries]:
+    """The results of top-k and its transforms on edge-case logits."""
     given = seen.given
     positions = topk_indices(given.logits, given.seqlens_expanded, layer.setup.index_topk)
     for name, got, want in (
@@ -133,22 +163,15 @@ def compare_edge_logits(seen: Selected, layer: JudgedLayer, tally: LayerTally) -
         ("indices", seen.indices, transform_paged(positions, given.page_table_1)),
         ("topk_ragged", seen.ragged, transform_ragged(positions, given.topk_indices_offset)),
     ):
-        if got is None:
-            continue
-        entries = SelectedEntries(
-            name,
-            got,
-            want.to(layer.device),
-            scores=partial(scores_of, name, given, given.logits),
-            row_name=partial(_row_of_edge_logits, given),
-            entry_name=partial(_entry_of_edge_logits, name, given),
-        )
-        finding = compare_entries(entries, layer.weaker.get(name), tally)
-        if finding is not None:
-            return finding
-    for kind in given.kinds:
-        tally.selections[kind.value] = tally.selections.get(kind.value, 0) + 1
-    return None
+        if got is not None:
+            yield SelectedEntries(
+                name,
+                got,
+                want.to(layer.device),
+                scores=partial(scores_of, name, given, given.logits),
+                row_name=partial(_row_of_edge_logits, given),
+                entry_name=partial(_entry_of_edge_logits, name, given),
+            )
 
 
 def _row_of_edge_logits(given: EdgeLogits, row: int) -> str:

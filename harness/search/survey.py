@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from nsa_oracle.harness.checks.layer import StageJudge
 from nsa_oracle.harness.checks.relations import Relations
+from nsa_oracle.harness.checks.selection import edge_logits_by_kind
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
@@ -162,6 +164,10 @@ class Survey:
                 assert isinstance(seen, LayerObservation)
                 if seen.again:
                     continue
+                if seen.selected is not None:  # a row for each kind, so that one that is known hides no other
+                    for kind, finding in edge_logits_by_kind(seen.selected, judge.layer):
+                        self.records[f"made-up logits: {kind.value}"].note(finding)
+                    seen = dataclasses.replace(seen, selected=None)
                 self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
                 if seen.feed is Feed.ISOLATED or regime.is_exact:
                     continue

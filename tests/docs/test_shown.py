@@ -12,6 +12,7 @@ import torch
 from docs.examples.my_layer import MyAttention
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.commands.tiers import Tier, TierOutcome, tiers_table
+from nsa_oracle.harness.content.edge_logits import LogitKind
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
 from nsa_oracle.harness.report import failure
@@ -84,6 +85,7 @@ def test_closing_report_shows_every_stage_and_no_other() -> None:
 def test_survey_shows_properties_that_exist() -> None:
     known = {"runs every call", *(f"same bits: {relation.value}" for relation in Relation)}
     known |= {f"{regime.value} content: as the reference" for regime in Regime}
+    known |= {f"made-up logits: {kind.value}" for kind in LogitKind}
     shown = set(re.findall(r"^│ (\S.*?) +│ \d", shown_block(LAYER_PAGE, "property"), re.MULTILINE))
     assert shown <= known
     assert len(shown) > 1

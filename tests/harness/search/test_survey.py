@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_oracle.harness.content.edge_logits import LogitKind
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.report import text
 from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, declared
@@ -66,7 +67,8 @@ RELATIONS = {f"same bits: {relation.value}" for relation in IN_TURN}
 
 def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     records = surveyed(clean.SharesOutputs, device, replay_of_two(Eager(mode=VERIFY)), monkeypatch)
-    assert set(records) == {"runs every call", "random content: as the reference", *RELATIONS}
+    edges = {name for name in records if name.startswith("made-up logits: ")}
+    assert set(records) == {"runs every call", "random content: as the reference", *RELATIONS, *edges}
     assert broken(records) == set()
     assert records["runs every call"].checked == 1
     assert records["random content: as the reference"].checked == 3, "single stages, an eager chain, a captured one"
@@ -110,6 +112,24 @@ def test_wrong_values_are_reported_by_the_content_that_shows_them(
     assert broken(records) == {"random content: as the reference"}, "it is deterministic, at least"
     assert records["random content: as the reference"].example.startswith("beyond the error bound: out at step 0, ")
     assert broken(surveyed(RoundsQueries, device, replay_of_two(layer=lattice()), monkeypatch)) == set()
+
+
+class NanIsTheLargest(Capturable):
+    """Top-k that counts NaN as the largest number, as radix sorts of the bits do."""
+
+    def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
+        return super().topk_indices(logits.nan_to_num(nan=torch.inf, neginf=-torch.inf), seqlens_expanded)
+
+
+def test_a_kind_of_made_up_logits_that_is_broken_hides_no_other(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = surveyed(NanIsTheLargest, device, replay_of_two(layer=lattice()), monkeypatch)
+    assert broken(records) == {"made-up logits: NaN"}
+    assert "(made-up logits: NaN, length " in records["made-up logits: NaN"].example
+    assert {name for name in records if name.startswith("made-up")} == {
+        f"made-up logits: {kind.value}" for kind in LogitKind
+    }
 
 
 def test_layer_that_cannot_be_captured_is_reported_and_ends_nothing(
