@@ -89,12 +89,14 @@ def surveyed_backend(
     seed: int,
     deadline: float | None,
     report_progress: Callable[[int], None],
-    known: Sequence[Scenario] = (),
+    known: Sequence[tuple[Path, Scenario]] = (),
+    skip_unfit: bool = False,
 ) -> SurveyedBackend:
     """Survey ``backend`` and make the case of each broken row small.
 
-    known: cases of earlier breaks, which are surveyed before the drawn ones and not counted. A case that ends its
-    process is a violation of a row of its own. Raises BackendError or ValueError if the backend cannot be surveyed. The
+    known: saved cases and their files, which are surveyed before the drawn ones and not counted. skip_unfit: leave out
+    those that are outside the backend's limits. A case that ends its process is a violation of a row of its own.
+    Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed, or not with these cases. The
     other arguments are those of ``BackendSurvey.run``.
     """
     last, has_begun = SurveyedBackend(), False
@@ -116,7 +118,9 @@ def surveyed_backend(
         begin()
         try:
             with ended_by_a_signal():
-                for case in () if last.found.cases else known:
+                for file, case in () if last.found.cases else known:
+                    if not skip_unfit:
+                        survey.subject.check(case, file)
                     if survey.subject.misfit(case) is None:
                         begin(case)
                         survey.survey(case)

@@ -17,6 +17,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
+from nsa_oracle.harness.scenarios.files import load
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
 from nsa_oracle.harness.signals import Termination
@@ -32,6 +33,10 @@ def survey(
         str | None, typer.Option(metavar=SPEC, help="Backend to survey instead of a layer.", show_default=False)
     ] = None,
     cases: Annotated[int, typer.Option(min=1, help="Number of cases to draw.")] = 100,
+    case: Annotated[
+        list[Path] | None,
+        typer.Option(help="Survey a backend on this saved case, too; may be repeated.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
     device: DeviceOption = Device.AUTO,
     budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
@@ -47,6 +52,8 @@ def survey(
     """
     if (layer is None) == (backend is None):
         raise unusable("survey: name one of --layer and --backend")
+    if case and backend is None:
+        raise unusable("survey: --case is for a backend; replay a case of a layer")
     deadline = None if budget is None else time.monotonic() + budget
     found: SurveyFound | BackendFound
     termination = Termination()
@@ -56,7 +63,8 @@ def survey(
                 found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress)
             else:
                 assert backend is not None
-                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress)
+                known = [(file, load(file)) for file in case or ()]
+                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known)
                 found, left_out, interrupted = done.found, done.left_out, done.interrupted
         if isinstance(found, SurveyFound):
             gaps = _layer_report(found)

@@ -82,8 +82,8 @@ def upstream(
             backend = f"{ADAPTERS}.{name}:{'installed' if near == found_version else 'nearest'}"
             with progress_of("surveying", cases) as show_progress:
                 files = [records / row.case for row in (old.rows if old else ()) if row.case]
-                known = [load(file) for file in files if file.is_file()]
-                done = surveyed_backend(backend, Device.CPU, cases, seed, None, show_progress, known)
+                known = [(file, load(file)) for file in files if file.is_file()]
+                done = surveyed_backend(backend, Device.CPU, cases, seed, None, show_progress, known, skip_unfit=True)
             _check_layout(done.found)
         except BackendError as error:
             raise BackendError(

@@ -188,6 +188,27 @@ def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Pat
     assert "no row is broken" in clean.stdout
 
 
+def test_saved_cases_are_surveyed_too(tmp_path: Path) -> None:
+    file = saved(tmp_path, one_replay(DECODE))
+    words = ("--backend", "tests.support.backends.declared:StaleTable", "--cases", "1", "--device", "cpu")
+    checked = []
+    for more in ((), ("--case", str(file))):
+        done = harness("survey", *words, *more, "--json", "rows.json", cwd=tmp_path)
+        assert done.returncode == FAILS, done.stdout + done.stderr
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        checked.append(sum(row["checked"] for row in rows if row["name"] == "cache_seqlens_int32"))
+    assert checked[1] > checked[0]
+
+
+def test_saved_cases_that_cannot_be_surveyed_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = saved(tmp_path, one_replay(VERIFY))
+    only_decode = ("--backend", "tests.support.backends.declared:StaleTable", "--device", "cpu")
+    done = harness("survey", *only_decode, "--case", str(tmp_path / "none.json"))
+    assert_one_line_error(done, "none.json: cannot be read: No such file or directory")
+    done = harness("survey", "--layer", "tests.support.layers.clean:SharesOutputs", "--case", str(file))
+    assert_one_line_error(done, "survey: --case is for a backend; replay a case of a layer")
+
+
 def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
     words = (
         "survey",
