@@ -53,8 +53,7 @@ def test_the_line_of_a_backend_in_a_test_module_works_as_it_is(tmp_path: Path) -
         "-m",
         "pytest",
         "-q",
-        "-p",
-        "no:cacheprovider",
+        *("-p", "no:cacheprovider", "-p", "nsa_oracle.pytest_plugin"),  # which need not be installed
         "-x",
         "--rootdir",
         str(tmp_path),
