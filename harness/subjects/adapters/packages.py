@@ -24,13 +24,15 @@ REFUSED = " (called, and nothing stands for it)"
 class PackageLayout:
     """Where one version of a package has its backend.
 
-    version: the version that has it. real: full names of modules that are the package's own. kernels: more of them,
-    which launch Triton kernels; their assertions that tensors are on a GPU are left out.
+    version: the version that has it. real: full names of modules that are the package's own; those that end in ``.*``
+    are packages with all that is below them. kernels: more of them, which launch Triton kernels; their assertions that
+    tensors are on a GPU are left out. installed: other packages that are not stood in for.
     """
 
     version: str
     real: tuple[str, ...]
     kernels: tuple[str, ...] = ()
+    installed: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[str]:
@@ -53,8 +55,8 @@ class Package:
     """One package and its adapters, by version.
 
     name: on the package index, and that of its top-level module. folder: the environment variable that names the folder
-    which contains it. values: see ``Partial``. missing: other packages that get a stand-in if they cannot be imported.
-    series: number of leading parts of a version that near versions share.
+    which contains it. values and others: see ``Partial``. series: number of leading parts of a version that near
+    versions share.
     """
 
     def __init__(
@@ -62,13 +64,13 @@ class Package:
         name: str,
         folder: str,
         values: Callable[[], Mapping[str, Mapping[str, object]]],
-        missing: Collection[str],
+        others: Collection[str],
         series: int,
     ) -> None:
         self.name = name
         self.folder = folder
         self.values = values
-        self.missing = missing
+        self.others = others
         self.series = series
         self.adapters: dict[str, type[Any]] = {}
         self._hook: Partial | None = None
@@ -116,7 +118,8 @@ class Package:
             )
         if self._hook is None:
             real = (*layout.real, *layout.kernels)
-            hook = Partial(self.name, folder, real, self.values(), self.missing, layout.kernels)
+            others = [name for name in self.others if name not in layout.installed]
+            hook = Partial(self.name, folder, real, self.values(), others, layout.kernels)
             try:
                 hook.install()
             except ImportError as error:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.fields import FIELDS, Axis
+from nsa_oracle.harness.fields import FIELDS, Axis, Field
 from nsa_oracle.harness.scenarios.batch import Padding
 from nsa_oracle.harness.subjects.adapters import sglang_stand_ins as stand_ins
 from nsa_oracle.harness.subjects.adapters.packages import Package, PackageLayout
@@ -341,7 +343,7 @@ class _Dsa(Sglang):
     steps, one_step = TodaysSteps, TodaysStep
     unread = (*Sglang.unread, "indexer_seq_lens")
     mirrors: ClassVar = {"eager": ("equal", "absent"), "EXTEND": ("equal",)}
-    own_fields = (
+    own_fields: ClassVar[tuple[OwnField, ...]] = (
         OwnField(
             "paged_mqa_ctx_lens_2d",
             lengths_in_a_column,
@@ -353,11 +355,16 @@ class _Dsa(Sglang):
 
 
 def _dsa_layout(version: str, real: tuple[str, ...], kernels: tuple[str, ...]) -> SglangLayout:
-    backends = {"multi_step": "DeepseekSparseAttnMultiStepBackend", "single_step": "DeepseekSparseAttnBackend"}
     everywhere = ("dsa_backend", "dsa.dsa_backend_mtp_precompute", "dsa.dsa_topk_backend", "dsa.utils")
     real = _attention(*everywhere, "sglang.srt.environ", *real)
     return SglangLayout(
-        version=version, names="dsa", module="dsa_backend", real=real, kernels=_attention(*kernels), **backends
+        version=version,
+        names="dsa",
+        module="dsa_backend",
+        multi_step="DeepseekSparseAttnMultiStepBackend",
+        single_step="DeepseekSparseAttnBackend",
+        real=real,
+        kernels=_attention(*kernels),
     )
 
 
@@ -376,6 +383,61 @@ class v0_5_23(_Dsa):  # noqa: N801
         "0.5.23",
         ("dsa.dsa_metadata_manager", "dsa.dsa_backend_kpool"),
         ("sglang.kernels.ops.attention.dsa.metadata", "sglang.kernels.ops.attention.pad"),
+    )
+
+
+def plan_of_lengths(expected: Metadata, call: Call) -> torch.Tensor:
+    """The first row of top-k's plan: how long a row must be for the clusters of Hopper to take it, and how many are.
+
+    The rows behind it list those rows in no fixed order. Source: ``topk_plan_cluster`` in
+    ``sglang/kernels/jit/csrc/deepseek_v4/topk_v2.cuh``.
+    """
+    lengths = expected.seqlens_expanded
+    threshold = PLANNED_LENGTHS[-1][0]
+    for length, most in reversed(PLANNED_LENGTHS):
+        if int((lengths > length).sum()) > most:
+            break
+        threshold = length
+    plan = torch.zeros(len(lengths) + 1, 2, dtype=torch.int32, device=lengths.device)
+    plan[0, 0], plan[0, 1] = threshold, (lengths > threshold).sum()
+    return plan
+
+
+def behind_the_plan(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """All but the first row, and that as well for batches that clusters never serve: nothing is written for them."""
+    mask = np.ones(shape, dtype=np.bool_)
+    mask[0] = shape[0] - 1 not in PLANNED_BATCHES
+    return mask
+
+
+PLANNED_LENGTHS = ((65536, 30), (98304, 45), (131072, 60), (196608, 80), (262144, 112), (393216, 128))
+PLANNED_BATCHES = range(31, 513)
+_OWN = ("sglang.kernels.jit", "sglang.kernels.jit.utils.*", "dsv4.topk", "dsv4.candidate_table", "dsv4.utils")
+
+
+class v0_5_23_on_a_gpu(v0_5_23):  # noqa: N801
+    """0.5.23 with its CUDA kernels, which nvcc builds on first use, and DeepGEMM's own schedule, on a Hopper GPU.
+
+    It needs sgl-deep-gemm 0.1.4, apache-tvm-ffi 0.1.11 and msgspec. FlashMLA's schedule stays a stand-in.
+    """
+
+    layout = replace(
+        v0_5_23.layout,
+        real=(
+            *v0_5_23.layout.real,
+            *(name if name.startswith("sglang.") else f"sglang.kernels.ops.attention.{name}" for name in _OWN),
+            "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
+        ),
+        installed=("deep_gemm",),
+    )
+    sizes: ClassVar = {
+        **_Dsa.sizes,
+        "max_context_len": (*_Dsa.sizes["max_context_len"], 65600),  # more than the plan's shortest long rows
+        "paged_mqa_num_sms": (132,),
+    }
+    own_fields = (
+        *(own for own in _Dsa.own_fields if own.name != "topk_v2_plan"),
+        OwnField("topk_v2_plan", plan_of_lengths, axes=(Axis.FLAT, Axis.ENTRY), dead=behind_the_plan),
     )
 
 

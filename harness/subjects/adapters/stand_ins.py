@@ -1,8 +1,8 @@
 """Imports a few modules of a package without the rest of it, which a machine without a GPU cannot import.
 
 ``Partial`` is an import hook. It runs the modules that it is told to run from the package's folder. Every other module
-of the package, and of other packages that are missing, becomes a stand-in: an empty module that gives the values that
-were set for it, and for any other name an object that raises ``NotStoodIn`` when it is called.
+of the package, and of the other packages that it is told of, becomes a stand-in: an empty module that gives the values
+that were set for it, and for any other name an object that raises ``NotStoodIn`` when it is called.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class NotStoodIn(RuntimeError):
 class Partial(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """An import hook for ``package`` in ``folder``.
 
-    real: full names of the modules that are run; their assertions are left out if they are in ``without_asserts``.
-    values: attributes of stand-in modules, by module name. missing: other top-level packages that get a stand-in if
-    they cannot be imported. used: full names of the given values that judged code has imported or called. refused: full
-    names of what it called without being given; it may have swallowed the NotStoodIn.
+    real: full names of the modules that are run, or with ``.*`` of packages that are run with all that is below them.
+    Assertions of modules in ``without_asserts`` are left out. values: attributes of stand-in modules, by module name.
+    others: other top-level packages that get a stand-in, installed or not. used: full names of the given values that
+    judged code has imported or called. refused: full names of what it called without being given; it may have swallowed
+    the NotStoodIn.
     """
 
     def __init__(
@@ -36,14 +37,15 @@ class Partial(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         folder: Path,
         real: Collection[str],
         values: Mapping[str, Mapping[str, object]],
-        missing: Collection[str] = (),
+        others: Collection[str] = (),
         without_asserts: Collection[str] = (),
     ) -> None:
         self.package = package
         self.folder = folder
         self.real = frozenset(real)
+        self.real_packages = tuple(name.removesuffix("*") for name in real if name.endswith(".*"))
         self.values = values
-        self.missing = frozenset(missing)
+        self.others = frozenset(others)
         self.without_asserts = frozenset(without_asserts)
         self.used: set[str] = set()
         self.refused: set[str] = set()
@@ -59,14 +61,21 @@ class Partial(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a module that this hook provides, or None."""
         root = fullname.partition(".")[0]
-        if root == self.package:
-            if fullname in self.real:
-                file = self.folder.joinpath(*fullname.split(".")).with_suffix(".py")
-                loader = _WithoutAsserts(fullname, str(file)) if fullname in self.without_asserts else None
-                return importlib.util.spec_from_file_location(fullname, file, loader=loader)
-        elif root not in self.missing or (fullname == root and _exists(root, self)):
+        if root != self.package and root not in self.others:
             return None
+        if fullname in self.real or f"{fullname}.".startswith(self.real_packages):
+            return self._real_spec(fullname)
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def _real_spec(self, fullname: str) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a module, or package, that is run from the folder."""
+        location = self.folder.joinpath(*fullname.split("."))
+        is_package = location.is_dir()
+        file = location / "__init__.py" if is_package else location.with_suffix(".py")
+        loader = _WithoutAsserts(fullname, str(file)) if fullname in self.without_asserts else None
+        return importlib.util.spec_from_file_location(
+            fullname, file, loader=loader, submodule_search_locations=[str(location)] if is_package else None
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         """An empty module with the values that are set for it."""
@@ -108,11 +117,6 @@ def _unavailable(full: str, refused: set[str]) -> type:
         raise NotStoodIn(f"{full} is only a stand-in here: it cannot be called")
 
     return type(full.rpartition(".")[2], (), {"__new__": refuse})
-
-
-def _exists(root: str, hook: Partial) -> bool:
-    others = [finder for finder in sys.meta_path if finder is not hook]
-    return any(finder.find_spec(root, None) is not None for finder in others if hasattr(finder, "find_spec"))
 
 
 def constant(value: object) -> Callable[..., Any]:

@@ -26,15 +26,19 @@ def strict():
 
 @pytest.fixture
 def hook(tmp_path: Path) -> Iterator[Partial]:
-    for name in ("pack/real.py", "pack/fast.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("pack/real.py", "pack/fast.py", "pack/whole/__init__.py", "pack/whole/part.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(MODULE)
     (tmp_path / "pack/__init__.py").write_text("raise RuntimeError")
     (tmp_path / "pack/other.py").write_text("raise RuntimeError")
     made = Partial(
-        "pack", tmp_path, ("pack.real", "pack.fast"), {"pack.other": {"number": constant(3)}}, ("absent", "json"),
-        ("pack.fast",),
-    )  # fmt: skip
+        "pack",
+        tmp_path,
+        real=("pack.real", "pack.fast", "pack.whole.*"),
+        values={"pack.other": {"number": constant(3)}},
+        others=("absent",),
+        without_asserts=("pack.fast",),
+    )
     made.install()
     yield made
     sys.meta_path.remove(made)
@@ -51,7 +55,7 @@ def test_only_real_modules_run(hook: Partial) -> None:
     with pytest.raises(NotStoodIn):
         real.Derived()
     assert "absent.deep" in sys.modules
-    assert real.json.dumps(1) == "1", "a package that exists is itself"
+    assert real.json.dumps(1) == "1", "a package that is not named is itself"
 
 
 def test_assertions_are_left_out_where_asked(hook: Partial) -> None:
@@ -70,3 +74,20 @@ def test_modules_have_no_other_special_names(hook: Partial) -> None:
     other = importlib.import_module("pack.other")
     assert not hasattr(other, "__wrapped__")
     assert other.anything is other.anything
+
+
+def test_packages_run_whole_where_asked(hook: Partial) -> None:
+    assert importlib.import_module("pack.whole").number() == 3
+    assert importlib.import_module("pack.whole.part").number() == 3
+    with pytest.raises(NotStoodIn):
+        importlib.import_module("pack.wholesale").number()
+
+
+def test_a_package_that_is_installed_gets_a_stand_in_too(hook: Partial, tmp_path: Path) -> None:
+    (tmp_path / "absent.py").write_text("thing = 1")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(NotStoodIn):
+            importlib.import_module("absent").thing()
+    finally:
+        sys.path.remove(str(tmp_path))
