@@ -142,6 +142,12 @@ TABLES = {
         (Ratio("whole step", "sum of stages"), Ratio("whole step", "floor")),
         (Derived("sum of stages", sum, STAGES), FLOOR),
     ),
+    "recorder": Table(
+        "A call that is recorded: host time",
+        ("calls", "bs"),
+        ("not recorded", "recorded", "recorded, digest"),
+        (),
+    ),
 }
 
 
