@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nsa_oracle.harness.graphs.callers import calling_line, operation_name
 from nsa_oracle.harness.graphs.capture import CaptureError
+from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.operators import (
     CHANGES_SHAPE_ONLY,
     CHECKS_ON_CPU_ONLY,
@@ -291,11 +291,11 @@ class _RecordFunctions(TorchFunctionMode):
             self.recorder.reject(func, _HOST_COPY if from_host else _SYNC)
 
 
-class _RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RecordOperators(DispatchMode):
     """Sees the operators that a device would execute, below autograd and composite functions."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recorder = recorder
 
     def __torch_dispatch__(

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsa_oracle.harness.graphs.callers import calling_line, describe_frame, innermost_user_frame, operation_name
 from nsa_oracle.harness.graphs.capture import CaptureError
+from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 
 
@@ -131,9 +131,9 @@ class _WatchFunctions(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-class _WatchDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _WatchDispatch(DispatchMode):
     def __init__(self, watch: StorageWatch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.watch = watch
 
     def __torch_dispatch__(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.interpreter.bounds import hand_out
 from nsa_oracle.harness.memory.bits import NAN_BYTE
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
@@ -93,7 +93,7 @@ class BandedInput:
         return not torch.equal(self.memory.cpu(), self.expected)
 
 
-class PoisonedAllocations(TorchDispatchMode):
+class PoisonedAllocations(DispatchMode):
     """Dispatch mode that fills each new tensor which ``empty`` and similar operators return on the device.
 
     int32 and int64 tensors are filled with ``sentinel``, others with bytes that are NaN in every floating-point type.
@@ -101,7 +101,7 @@ class PoisonedAllocations(TorchDispatchMode):
     """
 
     def __init__(self, sentinel: int, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.sentinel = sentinel
         self.device = device
 
@@ -132,7 +132,7 @@ class PoisonedAllocations(TorchDispatchMode):
         return tensor
 
 
-class GuardedAllocations(PoisonedAllocations):  # type: ignore[no-untyped-call]
+class GuardedAllocations(PoisonedAllocations):
     """Also moves each new tensor between guard bands. ``buffers`` keeps them until they are checked."""
 
     def __init__(self, sentinel: int, device: torch.device) -> None:

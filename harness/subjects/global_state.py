@@ -29,8 +29,7 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     seed, threads, gradients = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = _deterministic()
     precision = torch.get_float32_matmul_precision()
     inference, keys = torch.is_inference_mode_enabled(), _dispatch_keys()
     folder = _current_folder()
@@ -53,13 +52,18 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         torch.set_rng_state(seed)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=only_warns)
+        if _deterministic() != deterministic:
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])  # imports torch's compiler
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
     if changed is not None:
         raise report(changed, failure) from failure
     if failure is not None:
         raise failure
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _dispatch_keys() -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
