@@ -1,7 +1,8 @@
 """Builds C files into shared libraries, and keeps these in a folder of the user's for later processes.
 
-A library is named by the hash of all that it depends on: its source, the compiler with its version, the flags. It is
-built under another name and renamed, so that several processes can share the folder.
+A library is named by the hash of all that it depends on: its source, the compiler with its version, the flags. It ends
+in a hash of its own bytes. It is written under another name and renamed, so that several processes can share the
+folder; ``write`` and ``read`` do the same for what else is kept there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FLAGS = (
     "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno",
 )  # fmt: skip
 
-MOST_LIBRARIES = 8192  # of some 30 kB each; a run of all mutants makes a few thousand
+MOST_LIBRARIES = 8192  # of some 30 kB each; a run of all mutants makes a few thousand. As many files of other kinds
+_DIGEST_BYTES = 32
 
 
 class BuildError(BackendError):
@@ -36,51 +38,74 @@ class BuildError(BackendError):
 
 def build(source: str) -> Path:
     """The shared library of a C source, from the cache if it is there. Raises BuildError."""
-    compiler, version = _compiler()
-    flags = (*FLAGS, *_processor_flags())
-    digest = hashlib.sha256("\0".join([source, compiler, version, *flags]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([source, *toolchain()]).encode()).hexdigest()
     library = cache_folder() / f"{digest[:32]}.so"
-    if library.exists():
-        with contextlib.suppress(OSError):  # of a folder that others fill
-            os.utime(library)  # it is of use
-        return library
-    try:
-        _build(source, [compiler, *flags], library)
-    except OSError as error:
-        raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
+    if read(library) is None:
+        try:
+            write(library, _built(source))
+        except OSError as error:
+            raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
     return library
 
 
-def _prune(folder: Path) -> None:
-    """Remove the half of the libraries that were not used for longest, if there are too many.
+def toolchain() -> tuple[str, ...]:
+    """The compiler, its version, and its flags. Raises BuildError if there is no compiler."""
+    return (*_compiler(), *FLAGS, *_processor_flags())
+
+
+def read(file: Path) -> bytes | None:
+    """The content of a file that ``write`` has written; None if it is not there, or not as it was written."""
+    try:
+        content = file.read_bytes()
+        content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # of a folder that others fill
+        os.utime(file)  # it is of use
+    return content
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file of the cache with a hash of its content at its end: all of it, or nothing. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix="building-") as folder:
+        made = Path(folder, file.name)
+        made.write_bytes(content + hashlib.sha256(content).digest())
+        made.replace(file)
+    _prune(file)
+
+
+def _prune(latest: Path) -> None:
+    """Remove the half of the files of a kind that were not used for longest, if there are too many.
 
     A library that a process has loaded stays mapped there.
     """
-    libraries = list(folder.glob("*.so"))
-    if len(libraries) <= MOST_LIBRARIES:
+    files = list(latest.parent.glob(f"*{latest.suffix}"))
+    if len(files) <= MOST_LIBRARIES:
         return
-    for library in sorted(libraries, key=_last_used)[: len(libraries) // 2]:
-        library.unlink(missing_ok=True)
+    for file in sorted(files, key=_last_used)[: len(files) // 2]:
+        file.unlink(missing_ok=True)
 
 
-def _last_used(library: Path) -> float:
+def _last_used(file: Path) -> float:
     try:
-        return library.stat().st_mtime
+        return file.stat().st_mtime
     except FileNotFoundError:  # another process removed it
         return 0.0
 
 
-def _build(source: str, command: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
+def _built(source: str) -> bytes:
+    compiler, flags = _compiler()[0], (*FLAGS, *_processor_flags())
+    with tempfile.TemporaryDirectory(prefix="nsa-oracle-") as folder:
         file, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
         file.write_text(source, encoding="utf-8")
-        done = subprocess.run([*command, "-o", str(made), str(file), "-lm"], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, "-o", str(made), str(file), "-lm"], capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise BuildError(f"{command[0]} refuses the kernel: {(errors or ['no message'])[0]}")
-        made.replace(library)
-    _prune(library.parent)
+            raise BuildError(f"{compiler} refuses the kernel: {(errors or ['no message'])[0]}")
+        return made.read_bytes()
 
 
 def cache_folder() -> Path:

@@ -14,13 +14,25 @@ HEADERS = [Path(__file__).parent / name for name in ("runtime.h", "races.h", "nu
 
 
 @dataclass(frozen=True)
+class Interface:
+    """What a launch has to know of a kernel.
+
+    types: of each parameter. written: whether it is a pointer that the kernel may store through. is_checked: whether
+    accesses are checked and noted.
+    """
+
+    types: tuple[str, ...]
+    written: tuple[bool, ...]
+    sites: tuple[Site, ...]
+    is_checked: bool
+
+
+@dataclass(frozen=True)
 class Source:
-    """C for a kernel. written: whether each parameter is a pointer that the kernel may store through."""
+    """C for a kernel."""
 
     text: str
-    sites: tuple[Site, ...]
-    written: tuple[bool, ...]
-    is_checked: bool
+    interface: Interface
 
 
 def emit(kernel: Kernel) -> Source:
@@ -35,7 +47,8 @@ def emit(kernel: Kernel) -> Source:
     body = "\n".join([*emitter.statics, "", _PROGRAM, *emitter.lines, "    return 0;", "}"])
     head = [f"#define SITES {max(1, len(emitter.sites))}", *(file.read_text(encoding="utf-8") for file in HEADERS)]
     text = "\n".join([*head, body, _LAUNCH])
-    return Source(text, tuple(emitter.sites), _written(kernel), is_checked)
+    types = tuple(parameter.type.element for parameter in kernel.body.arguments)
+    return Source(text, Interface(types, _written(kernel), tuple(emitter.sites), is_checked))
 
 
 def _parameters(emitter: Emitter, kernel: Kernel) -> None:

@@ -1,6 +1,7 @@
 """Runs launches of Triton kernels on CPU tensors as compiled C, in place of Triton's interpreter.
 
-The first launch of a variant (types, constants, integers that are 1) traces the kernel, writes it as C and builds it.
+The first launch of a variant (types, constants, integers that are 1) traces the kernel, writes it as C and builds it,
+unless an earlier process has (``kept``).
 A kernel that this cannot do is left to the interpreter, and ``interpreted`` says why; reports show it.
 """
 
@@ -16,18 +17,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 
 from nsa_oracle.harness.compiled import numerics, races
 from nsa_oracle.harness.compiled.building import BuildError, build
-from nsa_oracle.harness.compiled.emit import Source, emit
+from nsa_oracle.harness.compiled.emit import Interface, emit
 from nsa_oracle.harness.compiled.faults import KernelFault, raise_fault
-from nsa_oracle.harness.compiled.ttir import Kernel, Unsupported, parse
+from nsa_oracle.harness.compiled.ttir import Unsupported, parse
 from nsa_oracle.harness.errors import BackendError, error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
+
+if TYPE_CHECKING:
+    from nsa_oracle.harness.compiled.dependencies import Dependencies
 
 TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; the tier is chosen by
 COMPILED_TIER, INTERPRETED_TIER = "compiled", "interpreted"
@@ -82,7 +87,7 @@ class Variant:
     """A kernel compiled for some types and constants."""
 
     kernel: str
-    source: Source
+    interface: Interface
     run: Any
     pack: tuple[Callable[[Any], int], ...]  # for each runtime argument: its word
     places: tuple[int, ...]  # of the runtime arguments among all
@@ -96,17 +101,17 @@ class Variant:
         words = [pack(values[place]) for pack, place in zip(self.pack, self.places, strict=True)]
         programs = grid[0] * grid[1] * grid[2]
         parts, extents = self._extents(names, values)
-        log = int(programs > 1 and self.source.is_checked)
+        log = int(programs > 1 and self.interface.is_checked)
         unordered = [_ExtentC(part.begin, part.end) for part in races.unordered()] if log else []
         launch = _LaunchC(extents, (_ExtentC * len(unordered))(*unordered), len(parts), len(unordered), programs, _POLL)
         if self.run((ctypes.c_uint64 * len(words))(*words), ctypes.byref(launch), (ctypes.c_int64 * 3)(*grid), log):
-            raise_fault(self.kernel, launch.fault, self.source.sites, parts)
+            raise_fault(self.kernel, launch.fault, self.interface.sites, parts)
 
     def _extents(self, names: Sequence[str], values: Sequence[Any]) -> tuple[list[Extent], Any]:
         """What the launch may touch, each part once, and whether the kernel may write to it."""
         parts: dict[tuple[int, int], Extent] = {}
         shared: dict[tuple[int, int], bool] = {}
-        for place, is_written in zip(self.places, self.source.written, strict=True):
+        for place, is_written in zip(self.places, self.interface.written, strict=True):
             value = values[place]
             if isinstance(value, int | float):
                 continue
@@ -142,6 +147,7 @@ class CompiledKernel:
     def __init__(self, function: Any) -> None:
         self._function = function
         self._variants: dict[tuple[Any, ...], Variant | str] = {}
+        self._dependencies: Dependencies | None = None
         parameters = inspect.signature(function.fn).parameters
         self._names = list(parameters)
         self._defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
@@ -183,21 +189,27 @@ class CompiledKernel:
 
     def _compile(self, values: Sequence[Any], key: tuple[Any, ...]) -> Variant | str:
         """The variant, or why there is none."""
-        from nsa_oracle.harness.compiled import tracing  # late: importing Triton fixes how kernels run
+        from nsa_oracle.harness.compiled import kept, tracing  # late: importing Triton fixes how kernels run
+        from nsa_oracle.harness.compiled.dependencies import dependencies
 
         try:
             signature = {
                 n: _type(v, k, kind) for n, v, k, kind in zip(self._names, values, key, self._kinds, strict=True)
             }
             constants = {n: v for n, v in zip(self._names, values, strict=True) if signature[n] == "constexpr"}
-            traced = tracing.trace(self._function, signature, constants, {})
-            kernel = parse(traced.text)
-            source = emit(kernel)
-            library = ctypes.PyDLL(str(build(source.text)))  # holds the interpreter's lock: signals are looked for
-            library.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-            places = tuple(number for number, n in enumerate(self._names) if signature[n] != "constexpr")
-            name = self._function.fn.__name__
-            return Variant(name, source, library.run, _packers(kernel), places, traced.is_current, library)
+            if self._dependencies is None or not self._dependencies.is_current():
+                self._dependencies = dependencies(self._function)
+            entry = kept.Entry.of(self._dependencies, signature, constants)
+            if (found := entry.read()) is not None:
+                return self._variant(signature, *found, self._dependencies.uses)
+            traced = tracing.trace(self._function, signature, constants)
+            source = emit(parse(traced.text))
+            library = build(source.text)
+            uses = traced.uses
+            if self._dependencies.cover(traced):
+                entry.write(source.interface, library)
+                uses = self._dependencies.uses
+            return self._variant(signature, source.interface, library, uses)
         except (Unsupported, BuildError, _Left) as error:
             reason = error_line(error)
         except Exception as error:  # the front end, or this tier, does not know what the kernel does
@@ -205,6 +217,16 @@ class CompiledKernel:
             lines = [line for line in str(error).splitlines() if line.strip(" ^")]
             reason = f"{type(error).__name__}: {one_line(lines[-1] if lines else 'no message')}"
         return reason
+
+    def _variant(self, signature: Mapping[str, str], interface: Interface, file: Path, uses: Sequence[Any]) -> Variant:
+        from nsa_oracle.harness.compiled.tracing import are_current
+
+        library = ctypes.PyDLL(str(file))  # holds the interpreter's lock: signals are looked for
+        library.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+        places = tuple(number for number, n in enumerate(self._names) if signature[n] != "constexpr")
+        is_current = functools.partial(are_current, uses)
+        name = self._function.fn.__name__
+        return Variant(name, interface, library.run, _packers(interface.types), places, is_current, library)
 
 
 @contextmanager
@@ -264,10 +286,9 @@ def _type(value: Any, key: Any, kind: _Kind) -> str:
     raise _Left(f"an argument of type {type(value).__name__}")
 
 
-def _packers(kernel: Kernel) -> tuple[Callable[[Any], int], ...]:
+def _packers(types: Sequence[str]) -> tuple[Callable[[Any], int], ...]:
     packers: dict[str, Callable[[Any], int]] = {"f32": _float_word, "f64": _double_word}
-    arguments = kernel.body.arguments
-    return tuple(_address if a.type.is_pointer else packers.get(a.type.element, _integer_word) for a in arguments)
+    return tuple(_address if of.startswith("!tt.ptr<") else packers.get(of, _integer_word) for of in types)
 
 
 def _address(tensor: Any) -> int:

@@ -14,43 +14,62 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import triton
 import triton.language as tl
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import ConstexprFunction, JITFunction
 
 from nsa_oracle.harness.compiled.ttir import Unsupported
 
+FRONT_END = [
+    Path(triton.__file__).parent / folder
+    for folder in (
+        "", "_C", "language", "language/extra", "language/extra/cuda", "compiler", "runtime", "backends",
+        "backends/nvidia",
+    )
+]  # fmt: skip
 TARGET = GPUTarget("cuda", 90, 32)
 _FIXED = ("__dict__", "__weakref__", "__doc__", "__abstractmethods__", "_abc_impl")  # members that nobody sets
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of CPython's classes
 _MENTIONS = ("interpret", "TRITON_INTERPRET")  # in the definition of a constant
 
+Use = tuple[Mapping[str, Any], str, Any]
+
 
 @dataclass
 class Traced:
-    """A kernel as TTIR. uses: (namespace, name, value) of all that it found in modules when it was traced."""
+    """A kernel as TTIR.
+
+    uses: (namespace, name, value) of all that it found in modules when it was traced. functions: of Python, which the
+    kernel and its device functions are written as; without those of Triton.
+    """
 
     text: str
-    uses: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
-
-    def is_current(self) -> bool:
-        """Whether the names that the kernel and its device functions use still have the same values."""
-        return all(namespace.get(name) is value for namespace, name, value in self.uses)
+    uses: list[Use] = field(default_factory=list)
+    functions: set[Any] = field(default_factory=set)
 
 
-def trace(
-    function: Any, signature: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]
-) -> Traced:
+def are_current(uses: Sequence[Use]) -> bool:
+    """Whether the names that a kernel and its device functions use still have the same values."""
+    return all(namespace.get(name) is value for namespace, name, value in uses)
+
+
+def _options(backend: Any) -> Any:
+    return backend.parse_options({"num_warps": 4, "enable_fp_fusion": False})
+
+
+def trace(function: Any, signature: Mapping[str, str], constants: Mapping[str, Any]) -> Traced:
     """TTIR of the kernel for these types and constants. Raises what the front end raises.
 
     function: an InterpretedFunction. signature: the type of each parameter as Triton writes it, or ``constexpr``.
@@ -60,7 +79,7 @@ def trace(
     with _front_end(traced):
         kernel = _compilable(function)
         source = ASTSource(kernel, dict(signature), {(kernel.arg_names.index(k),): v for k, v in constants.items()}, {})
-        known = backend.parse_options({"num_warps": 4, "enable_fp_fusion": False, **options})
+        known = _options(backend)
         ir = triton._C.libtriton.ir
         context = ir.context()
         ir.load_dialects(context)
@@ -114,6 +133,8 @@ class _Compilable(JITFunction):  # type: ignore[misc]
     def get_capture_scope(self) -> dict[str, Any]:
         scope = dict(super().get_capture_scope())
         uses = _tracing[-1].uses if _tracing else []
+        if _tracing and not self._is_of_triton:
+            _tracing[-1].functions.add(self.fn)
         for name in set(self.fn.__code__.co_names) | set(self.fn.__code__.co_freevars):
             if name not in scope:
                 continue
@@ -134,6 +155,32 @@ def _compilable(function: Any) -> _Compilable:
     return _wrapped[function]
 
 
+def is_of_triton(value: Any) -> bool:
+    """Whether a module, a class or a function comes with Triton's front end."""
+    if type(value) in (InterpretedFunction, ConstexprFunction):
+        value = value.fn
+    if isinstance(value, FunctionType):
+        return Path(value.__code__.co_filename).parent in FRONT_END
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__ if isinstance(value, type) else ""
+    return f"{name}.".startswith("triton.")
+
+
+def has_read(function: Any, lines: Sequence[str]) -> bool:
+    """Whether the front end has taken the text of ``function`` from these lines of its file."""
+    read = _compilable(function) if type(function) is InterpretedFunction else function
+    begin = read.starting_line_number - 1
+    return list(lines[begin : begin + len(read.raw_src)]) == list(read.raw_src)
+
+
+def settings() -> list[str]:
+    """What, beside a kernel, decides what the front end makes of it."""
+    knobs = triton.knobs
+    values = [vars(_options(make_backend(TARGET)))]
+    values += [{**part.knobs, **vars(part)} for part in (knobs.language, knobs.compilation)]
+    values += [{"debug": knobs.runtime.debug, "environment": get_cache_invalidating_env_vars()}]
+    return [f"{name}={value!r}" for part in values for name, value in sorted(part.items())]
+
+
 def _as_compiled(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
     """What a name of a kernel's module stands for where kernels are compiled."""
     if type(value) is InterpretedFunction:
@@ -141,28 +188,31 @@ def _as_compiled(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
     if value is _volatile_load().__wrapped__:
         return _volatile_load()
     if isinstance(value, ModuleType) and not value.__name__.startswith("triton"):
-        return _Module(value)
-    if isinstance(value, tl.constexpr | bool | tl.dtype):
-        return _constant(value, namespace, name)
-    return value
+        return _as_compiled_module(value)
+    return constant_where_compiled(value, namespace, name)
 
 
-class _Module(ModuleType):
-    """A module whose device functions are those for the front end."""
+def _as_compiled_module(module: ModuleType) -> ModuleType:
+    """A module whose device functions are those for the front end, which wants a plain module."""
 
-    def __init__(self, module: ModuleType) -> None:
-        super().__init__(module.__name__)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
+    def find(name: str) -> Any:
+        value = getattr(module, name)
         if _tracing and not isinstance(value, ModuleType):
-            _tracing[-1].uses.append((vars(self._module), name, value))
-        return _as_compiled(value, vars(self._module), name)
+            _tracing[-1].uses.append((vars(module), name, value))
+        return _as_compiled(value, vars(module), name)
+
+    found = ModuleType(module.__name__)
+    found.__getattr__ = find  # type: ignore[method-assign]
+    return found
 
 
-def _constant(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
-    """A constant of a module; evaluated anew, from its definition, if that asks whether kernels are interpreted."""
+def constant_where_compiled(value: Any, namespace: Mapping[str, Any], name: str) -> Any:
+    """A constant of a module; evaluated anew, from its definition, if that asks whether kernels are interpreted.
+
+    Call it in ``as_where_compiled``.
+    """
+    if not isinstance(value, tl.constexpr | bool | tl.dtype):
+        return value
     source = sys.modules.get(namespace.get("__name__", ""))
     for module, found in _definitions(source, name) if source is not None else ():
         return eval(found, vars(module))  # the definition that the module itself has run
@@ -193,11 +243,17 @@ def _statements(module: ModuleType) -> list[ast.stmt]:
 
 
 @contextmanager
+def as_where_compiled() -> Iterator[None]:
+    """Inside, Triton says that kernels are compiled."""
+    runtime = triton.knobs.runtime
+    with patch.dict(vars(runtime), interpret=False), patch.object(triton.runtime.driver, "_active", _Driver()):
+        yield
+
+
+@contextmanager
 def _front_end(traced: Traced) -> Iterator[None]:
     """Triton as its front end needs it: language, driver and knob."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(vars(triton.knobs.runtime), interpret=False))
-        stack.enter_context(patch.object(triton.runtime.driver, "_active", _Driver()))
+    with as_where_compiled(), ExitStack() as stack:
         for owner, members in _compilable_language().items():
             stack.enter_context(_having(owner, members))
         _tracing.append(traced)
