@@ -164,7 +164,10 @@ class SparseAttention(Protocol):
         """
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
-        """One forward pass of the R rows that ``metadata`` describes."""
+        """One forward pass of the R rows that ``metadata`` describes.
+
+        The inputs may have further rows behind them, which stand for no token: indices, out and lse have them as well.
+        """
 
 
 STAGES = ("kv_cache", "index_k_cache", "logits", "topk_indices", "indices", "topk_ragged", "out", "lse")

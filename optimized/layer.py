@@ -70,7 +70,10 @@ class SparseAttention:
         return attention.sparse_mla(self.attention, q, kv_cache, indices)
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
-        """One forward pass of the layer for the R rows that ``metadata`` describes; writes to ``caches``."""
+        """One forward pass of the layer for the R rows that ``metadata`` describes; writes to ``caches``.
+
+        The inputs may have further rows behind these R, which select nothing.
+        """
         self.store_cache(caches, inputs)
         page_table_1, real_page_table = metadata.page_table_1, metadata.real_page_table
         if metadata.token_to_batch_idx is not None:  # EXTEND keeps one row of the tables per request
@@ -78,14 +81,17 @@ class SparseAttention:
             page_table_1 = page_table_1.index_select(0, requests)
             real_page_table = real_page_table.index_select(0, requests)
         lengths = metadata.seqlens_expanded
+        num_rows, num_extra = lengths.shape[0], inputs.q.shape[0] - lengths.shape[0]
         logits = self.indexer_logits(
-            inputs.index_q,
-            inputs.index_weights,
+            inputs.index_q[:num_rows],
+            inputs.index_weights[:num_rows],
             caches.index_k,
             real_page_table,
             lengths,
             metadata.max_seq_len_k,
         )
         indices = self.topk_transform_paged(logits, lengths, page_table_1)
+        if num_extra:
+            indices = torch.nn.functional.pad(indices, (0, 0, 0, num_extra), value=-1)
         out, lse = self.sparse_mla(inputs.q, caches.kv, indices)
         return AttentionOutputs(logits, indices, out, lse)

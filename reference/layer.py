@@ -57,7 +57,10 @@ class SparseAttention:
         return attention.sparse_mla(self.attention, q, kv_cache, indices)
 
     def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
-        """One forward pass of the layer for the R rows that ``metadata`` describes; writes to ``caches``."""
+        """One forward pass of the layer for the R rows that ``metadata`` describes; writes to ``caches``.
+
+        The inputs may have further rows behind these R, which stand for no token.
+        """
         # 1. Store the rows' own keys before anything is read: a token sees itself.
         self.store_cache(caches, inputs)
 
@@ -68,16 +71,19 @@ class SparseAttention:
             requests = metadata.token_to_batch_idx.to(torch.int64)  # [R]
             page_table_1, real_page_table = page_table_1[requests], real_page_table[requests]  # [R, W], [R, pages]
 
-        # 3. Score every visible token, keep the best, and attend to them.
+        # 3. Score every visible token, keep the best, and attend to them. Rows behind those of the metadata have none.
         lengths = metadata.seqlens_expanded  # [R]
+        num_rows, num_extra = lengths.shape[0], inputs.q.shape[0] - lengths.shape[0]
         logits = self.indexer_logits(
-            inputs.index_q,
-            inputs.index_weights,
+            inputs.index_q[:num_rows],
+            inputs.index_weights[:num_rows],
             caches.index_k,
             real_page_table,
             lengths,
             metadata.max_seq_len_k,
         )  # [R, W]
         indices = self.topk_transform_paged(logits, lengths, page_table_1)  # [R, K]
-        out, lse = self.sparse_mla(inputs.q, caches.kv, indices)  # [R, H, rank], [R, H]
+        if num_extra:
+            indices = torch.cat([indices, indices.new_full((num_extra, indices.shape[1]), -1)])  # [R + E, K]
+        out, lse = self.sparse_mla(inputs.q, caches.kv, indices)  # [R + E, H, rank], [R + E, H]
         return AttentionOutputs(logits, indices, out, lse)

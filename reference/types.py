@@ -245,6 +245,8 @@ class AttentionCaches:
 class AttentionInputs:
     """Outputs of the layer's projections for the R rows (query tokens) of one forward pass.
 
+    Each tensor may have E further rows behind those R of the metadata, which stand for no token: R + E instead of R.
+
     q: [R, num_heads, qk_head_dim] bf16; first the part that is multiplied with the latent.
     k: [R, qk_head_dim] bf16, the row's own key: latent, then RoPE.
     index_q: [R, index_n_heads, index_head_dim] float8_e4m3fn. index_weights: [R, index_n_heads] float32.
@@ -265,6 +267,8 @@ class AttentionInputs:
 @dataclass(frozen=True)
 class AttentionOutputs:
     """What one forward pass of the layer computes for its R rows, stage by stage.
+
+    If the inputs have E further rows, so have indices, out and lse; the content of these is unspecified.
 
     logits: [R, max_seq_len_k] float32, -inf at and beyond the row's seqlens_expanded.
     indices: [R, index_topk] int32, slots of the selected tokens in ascending order of position, then -1.

@@ -87,7 +87,7 @@ class StageJudge:
                     got.caches, caches, self.labels.slot, a_pass.inputs, partial(self.labels.row, a_pass)
                 )
                 or self._compare_pass(got, rows, a_pass, seen, known)
-                or self._compare_unused_tail(got, seen)
+                or self._compare_unused_tail(got, seen, self._rows_of(seen, a_pass))
             )
             if finding is not None:
                 return dataclasses.replace(finding, step=step, how=seen.feed.value)
@@ -140,7 +140,7 @@ class StageJudge:
             if feed is Feed.ISOLATED:
                 attended = self.expected.indices_with_holes(rows, want_logits)
             finding = (
-                self._compare_shapes(got, rows, self._rows_of(seen, a_pass))
+                self._compare_shapes(got, rows, self._rows_of(seen, a_pass), feed)
                 or self.floats.compare_logits(got, want_logits, rows, a_pass, self.tally)
                 or self._compare_selection(got, want_logits, rows, a_pass, feed)
                 or self.floats.compare_attention(got, attended, rows, a_pass, self.tally)
@@ -155,19 +155,27 @@ class StageJudge:
         return self.expected.reference.config.index_topk
 
     def _rows_of(self, seen: LayerObservation, a_pass: Pass) -> int:
-        """Number of rows of a pass, in a graph including padding rows."""
+        """Number of rows of a pass that the metadata has, in a graph including padding rows."""
         if seen.bucket is None:
             return a_pass.rows
         return seen.bucket * self.expected.reference.config.rows_per_request(seen.batch.mode)
 
-    def _compare_shapes(self, got: LayerStep, rows: LayerRows, count: int) -> Finding | None:
+    @property
+    def _extra_rows(self) -> int:
+        """Rows of each pass behind those of the metadata."""
+        layer = self.layer.setup.layer
+        return 0 if layer is None else layer.extra_rows
+
+    def _compare_shapes(self, got: LayerStep, rows: LayerRows, count: int, feed: Feed) -> Finding | None:
+        """count: number of rows of the metadata. A stage by itself has no others, but for the store."""
+        extra = 0 if feed is Feed.ISOLATED else self._extra_rows
         for name, dtype, shape in (
-            ("logits", torch.float32, (rows.page_table_1.shape[1],)),
-            ("indices", torch.int32, (self._topk,)),
-            ("out", torch.bfloat16, (self.config.num_heads, self.config.kv_lora_rank)),
-            ("lse", torch.float32, (self.config.num_heads,)),
+            ("logits", torch.float32, (count, rows.page_table_1.shape[1])),
+            ("indices", torch.int32, (count + extra, self._topk)),
+            ("out", torch.bfloat16, (count + extra, self.config.num_heads, self.config.kv_lora_rank)),
+            ("lse", torch.float32, (count + extra, self.config.num_heads)),
         ):
-            finding = wrong_shape_or_dtype(name, getattr(got.outputs, name), dtype, (count, *shape), self.layer.device)
+            finding = wrong_shape_or_dtype(name, getattr(got.outputs, name), dtype, shape, self.layer.device)
             if finding is not None:
                 return finding
         return None
@@ -196,13 +204,16 @@ class StageJudge:
                 return finding
         return None
 
-    def _compare_unused_tail(self, got: LayerStep, seen: LayerObservation) -> Finding | None:
-        """Compare the tail of DRAFT_EXTEND in a graph. Its rows see no key: no slot, logits and lse -inf, out 0."""
+    def _compare_unused_tail(self, got: LayerStep, seen: LayerObservation, count: int) -> Finding | None:
+        """Compare the tail of DRAFT_EXTEND in a graph. Its rows see no key: no slot, logits and lse -inf, out 0.
+
+        It ends with the ``count`` rows of the metadata.
+        """
         live = int(sum(seen.batch.accept_lengths)) if seen.batch.mode is ForwardMode.DRAFT_EXTEND else None
         if seen.feed is not Feed.GRAPH or live is None:
             return None
         for name, value in (("logits", -torch.inf), ("indices", -1), ("out", 0), ("lse", -torch.inf)):
-            tensor = getattr(got.outputs, name)[live:]
+            tensor = getattr(got.outputs, name)[live:count]
             self.tally.stage(name).exact += tensor.numel()
             wrong = tensor != value
             if bool(wrong.any()):

@@ -57,7 +57,7 @@ class IsolatedStages:
         stored = []
         for step, a_pass in enumerate(load.passes):
             with locating_results(step, Feed.ISOLATED.value):
-                stored.append(self._store(step, a_pass.inputs))
+                stored.append(self._store(step, self.driver.with_extra_rows(a_pass.inputs)))
 
         # 2. The other stages, on caches that the reference has written.
         truth = dense_copy(load.caches)

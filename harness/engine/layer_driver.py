@@ -7,7 +7,7 @@ import torch
 from nsa_oracle.harness.compiled.races import leave_unordered
 from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
-from nsa_oracle.harness.engine.passes import Pass, map_tensors
+from nsa_oracle.harness.engine.passes import Pass, map_tensors, with_extra_rows
 from nsa_oracle.harness.engine.read_only import ReadOnlyMetadata, first_modified, handed_out
 from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes, same_bits, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
@@ -45,6 +45,7 @@ class LayerDriver:
         leave_unordered(self.caches.kv[: setup.page_size], self.caches.kv)
         leave_unordered(self.caches.index_k[:1], self.caches.index_k)
         self._padding_slot = setup.layer.padding_slot
+        self._extra_rows = setup.layer.extra_rows
         self._poison = poison
         self._bands = {
             name: (cache[:cache_margin], cache[len(cache) - cache_margin :])
@@ -52,7 +53,7 @@ class LayerDriver:
         }
         # Extra rows at either end belong to no request. Their keys go to a page that no request holds, so that a key
         # which the layer stores for such a row is detected there.
-        rows, last_slot = max_rows + 2 * margin, setup.num_slots - 1
+        rows, last_slot = max_rows + self._extra_rows + 2 * margin, setup.num_slots - 1
         strided = setup.inputs.strided
         self._banded = [_poisoned_inputs(self.config, rows, last_slot, device, strided) for _ in range(num_steps)]
         self._expected = [map_tensors(inputs, torch.clone) for inputs in self._banded]
@@ -65,6 +66,10 @@ class LayerDriver:
     def is_strided(self, name: str) -> bool:
         """Whether the rows of this input of the layer or of a stage have gaps. Lengths and offsets are dense."""
         return self.setup.inputs.strided and name not in ("seqlens_expanded", "topk_indices_offset")
+
+    def with_extra_rows(self, inputs: AttentionInputs) -> AttentionInputs:
+        """``inputs`` of an eager call, with the setup's rows behind those of the metadata."""
+        return with_extra_rows(inputs, self._extra_rows, self._padding_slot)
 
     def reserve(self) -> None:
         """Allocate memory for copies of the caches after each pass, since a later pass may overwrite them.
@@ -98,9 +103,9 @@ class LayerDriver:
     def forward(self, step: int, metadata: Metadata, rows: int) -> LayerStep:
         """Run the pass of one step on the static inputs. Inside capture, this is what the graph records.
 
-        The copy of the caches in the result lies in memory that all graphs share.
+        rows: of the metadata. The copy of the caches in the result lies in memory that all graphs share.
         """
-        inputs = map_tensors(self._static[step], lambda tensor: tensor[:rows])
+        inputs = map_tensors(self._static[step], lambda tensor: tensor[: rows + self._extra_rows])
         with locating_results(step, Feed.GRAPH.value):
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         cache_copy = self._cache_copies[step]
@@ -116,7 +121,7 @@ class LayerDriver:
         with guard, locating_results(a_pass.step, Feed.CHAIN.value):
             watched = [
                 handed_out(name, tensor, self.device, self.is_strided(name))
-                for name, tensor in vars(a_pass.inputs).items()
+                for name, tensor in vars(self.with_extra_rows(a_pass.inputs)).items()
             ]
             inputs = AttentionInputs(**{read_only.name: read_only.given for read_only in watched})
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))

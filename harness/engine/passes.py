@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
 from nsa_oracle.reference.types import AttentionInputs
 
 
@@ -42,6 +43,20 @@ class Pass:
             positions=tuple(self.positions[row] for row in rows),
             inputs=map_tensors(self.inputs, lambda tensor: tensor[rows]),
         )
+
+
+def with_extra_rows(inputs: AttentionInputs, count: int, slot: int) -> AttentionInputs:
+    """``inputs`` with ``count`` rows of NaN behind them, which stand for no token; their keys go to ``slot``."""
+
+    def extended(tensor: torch.Tensor) -> torch.Tensor:
+        extra = torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+        if extra.is_floating_point():
+            as_bytes(extra).fill_(NAN_BYTE)
+        else:
+            extra.fill_(slot)
+        return torch.cat([tensor, extra])
+
+    return map_tensors(inputs, extended) if count else inputs
 
 
 def map_tensors(inputs: AttentionInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:

@@ -67,6 +67,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
     *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
+    *("rows behind the metadata, replay", "rows behind the metadata, eager"),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -204,6 +205,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     yield f"{name}, N > 1"
                 if batch.mode is ForwardMode.DECODE:
                     yield from _segment_classes(batch, setup, in_graph)
+                if batch.size and setup.layer is not None and setup.layer.extra_rows:
+                    yield f"rows behind the metadata, {'replay' if in_graph else 'eager'}"
                 ran.append((event.mode, batch.size, in_graph))
                 pages = {r.pool_row: tuple(r.pages) for r in world.running}
                 calls.append(_Call(batch, bucket, tuple(pages[row] for row in batch.pool_rows)))

@@ -130,6 +130,11 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}
     yield Want("rows without a key", pins, (v2,))
     yield Want("rows of slot -1", {**pins, "padding_slot": (-1,)}, (v2,))
+    extra = {"extra_rows": _more_than(scale.drawn()["extra_rows"], 0)}
+    mode = ForwardMode.DRAFT_EXTEND
+    yield Want("rows behind the metadata, replay", {SITUATION: (f"replay {mode.value}",), **extra}, (mode,))
+    mode = ForwardMode.EXTEND
+    yield Want("rows behind the metadata, eager", {SITUATION: ("cached prefixes",), **extra}, (mode,))
     yield from _company(scale, prefix)
     few = {"num_steps": (1,), "num_draft_tokens": (1,), "pool_size": (1,), "num_heads": (1,), "kv_lora_rank": (64,)}
     wide = {"max_context_len": scale.wide_context_lens, "index_topk": tuple(k for k in scale.index_topks if k < 100)}

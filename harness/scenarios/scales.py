@@ -11,6 +11,7 @@ from nsa_oracle.reference.types import KVCacheDtype, StepSemantics
 
 RARELY = (False,) * 5 + (True,)
 PADDING_SLOTS = (0, 0, -1)
+EXTRA_ROWS = (0, 0, 0, 1, 3)
 MORE_RARELY = (False,) * 11 + (True,)  # on a GPU, far memory takes gigabytes, and processes wait for each other
 NARROW_TABLE = 67  # columns; the interpreter is fast enough for many rows of a page table this narrow
 
@@ -73,6 +74,7 @@ class Scale:
                 "regime": tuple(Regime),
                 "far_slots": tuple(sorted(set(self.far_slots))),
                 "padding_slot": PADDING_SLOTS,
+                "extra_rows": EXTRA_ROWS,
             }
         for layer in self.layers:
             for name, choices in layer.items():

@@ -117,7 +117,8 @@ class Layer(CasePart):
     """The sparse attention layer behind the metadata: its sizes and the content of its inputs. See ``AttentionConfig``.
 
     far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap. padding_slot: where
-    rows that stand for no token write their keys; -1 for nowhere.
+    rows that stand for no token write their keys; -1 for nowhere. extra_rows: rows of the inputs of each pass behind
+    those of the metadata, as where an engine pads the tensors of a call to those of the busiest rank.
     """
 
     num_heads: int = Field(default=2, ge=1, le=128)
@@ -129,6 +130,7 @@ class Layer(CasePart):
     regime: Regime = Regime.DOMINATING
     far_slots: bool = False
     padding_slot: int = Field(default=0, ge=-1, le=0)
+    extra_rows: int = Field(default=0, ge=0, le=64)
 
     def attention_config(self) -> AttentionConfig:
         exact = self.regime is not Regime.RANDOM

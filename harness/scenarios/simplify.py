@@ -31,6 +31,7 @@ SMALLEST_LAYER = Layer()
 SIMPLEST_LAYER: dict[str, Any] = {
     "far_slots": False,
     "padding_slot": 0,
+    "extra_rows": 0,
     "regime": SMALLEST_LAYER.regime,
     "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }

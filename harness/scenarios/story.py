@@ -86,6 +86,8 @@ def _preparations(event: Replay | Eager) -> str:
 def _layer(layer: Layer) -> str:
     far = ", its slots far apart" if layer.far_slots else ""
     padding = ", slot -1 for rows without a token" if layer.padding_slot < 0 else ""
+    if layer.extra_rows:
+        padding += f", {_count(layer.extra_rows, 'row')} of each pass behind those of the metadata"
     return (
         f"an attention layer of {_count(layer.num_heads, 'head')} of {layer.kv_lora_rank} + {layer.qk_rope_head_dim} "
         f"and {_count(layer.index_n_heads, 'index head')} of {layer.index_head_dim}, {layer.kv_cache_dtype.value} cache"

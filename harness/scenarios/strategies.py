@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nsa_oracle.harness.scenarios.goal import ANYTHING, CACHE, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
-from nsa_oracle.harness.scenarios.scales import PADDING_SLOTS, SMALL, Scale, restricted
+from nsa_oracle.harness.scenarios.scales import EXTRA_ROWS, PADDING_SLOTS, SMALL, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
     MAX_CACHE_BYTES,
@@ -59,6 +59,7 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
         "kv_cache_dtype": tuple(KVCacheDtype),
         "far_slots": scale.far_slots,
         "padding_slot": PADDING_SLOTS,
+        "extra_rows": EXTRA_ROWS,
     }
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
     return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})

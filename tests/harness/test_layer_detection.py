@@ -34,7 +34,19 @@ from nsa_oracle.harness.search.drawing import draw
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 from tests.support import layers
 from tests.support.layer_cases import BACKEND, BF16, FP8, case, lattice, random
-from tests.support.layers import attention, clean, edge_logits, far, in_graph, indexer, inputs, store, topk, whole
+from tests.support.layers import (
+    attention,
+    clean,
+    edge_logits,
+    extra_rows,
+    far,
+    in_graph,
+    indexer,
+    inputs,
+    store,
+    topk,
+    whole,
+)
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, DRAFT_EXTEND_V2, EXTEND, VERIFY, matches
 
 ISOLATED, CHAIN, GRAPH = "isolated stage", "eager chain", "captured chain"
@@ -44,6 +56,7 @@ MORE_THAN_K, FEWER_THAN_K, NO_TOKEN = (
     "verify, FP8, fewer keys than K",
     "rows without a token",
 )
+EXTRA_ROWS = "rows behind those of the metadata"
 RANDOM, RELATIONS = "prefill, random", "verify and draft, random"
 
 
@@ -95,6 +108,9 @@ CASES = {
     },
     FAR: far_slots(BF16),
     FAR_FP8: far_slots(FP8),
+    EXTRA_ROWS: case(
+        *long_and_short, Eager(mode=VERIFY), layer={**lattice(), "extra_rows": 2, "padding_slot": -1}, index_topk=4
+    ),
 }
 
 
@@ -239,6 +255,10 @@ PLANTS = (
     Plant(whole.OneRowTooFew, "lse", Kind.SHAPE),
     Plant(whole.Raises, "RuntimeError", Kind.LAYER_CRASH, how="", place="~whole.py"),
     Plant(whole.WritesBeyondOutput, "~buffer of shape [4, 2]", Kind.GUARD, how=""),
+    # Rows behind those of the metadata
+    Plant(extra_rows.LeavesOutExtraRows, "indices", Kind.SHAPE, CHAIN, start=EXTRA_ROWS),
+    Plant(extra_rows.AddsNothingOfAllQueries, "out", how=CHAIN, start=EXTRA_ROWS),
+    Plant(extra_rows.StoresFromTheEnd, "~_cache", start=EXTRA_ROWS),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_wrapping, layer_bug
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, by_wrapping, layer_bug
 from nsa_oracle.harness.bugs.catalogue.targets import FORWARD
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
@@ -91,6 +91,43 @@ BUGS: tuple[Bug, ...] = (
             "requests = metadata.token_to_batch_idx\n"
             "        rows = torch.arange(len(requests), device=requests.device)\n"
             "        requests = rows * len(page_table_1) // max(1, len(requests))",
+        ),
+        group=Group.PADDING,
+    ),
+    Bug(
+        "padded-queries-scored",
+        Group.PADDING,
+        "The indexer gets the queries of a padded call whole, and scores more rows than there are lengths.",
+        "sglang#33059",
+        "rows of the inputs behind those of the metadata",
+        frozenset({Check.CRASH}),
+        by_mutation(
+            Mutation(FORWARD, "inputs.index_q[:num_rows]", "inputs.index_q"),
+            Mutation(FORWARD, "inputs.index_weights[:num_rows]", "inputs.index_weights"),
+        ),
+        layer=True,
+        cpu=True,  # on a GPU the lengths behind the last are those of another buffer
+    ),
+    layer_bug(
+        "padded-rows-not-restored",
+        "A padded call returns as many rows as the metadata has, not as many as it was given.",
+        "sglang#33059",
+        "rows of the inputs behind those of the metadata",
+        Check.SHAPE,
+        Mutation(FORWARD, "if num_extra:", "if False:"),
+        Mutation(FORWARD, "self.sparse_mla(inputs.q,", "self.sparse_mla(inputs.q[:num_rows],"),
+        group=Group.PADDING,
+    ),
+    layer_bug(
+        "padding-slot-wraps-around",
+        "Slot -1 of a padded row is an index from the end, so the row is stored in the last slot.",
+        "vllm#43810",
+        "rows of slot -1",
+        Check.STORE,
+        Mutation(
+            "nsa_oracle.optimized.kv_cache:store_cache",
+            "inputs.out_cache_loc,",
+            "inputs.out_cache_loc % caches.kv.shape[0],",
         ),
         group=Group.PADDING,
     ),
