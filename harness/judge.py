@@ -268,7 +268,7 @@ class _Run:
             if (modified := _modified_input(engine, event)) is not None:  # first: wrong values may come of it
                 raise OracleFailure(self.scenario, modified, number)
             if isinstance(seen, Observation):
-                table, steps = engine.world.req_to_token, engine.num_steps(seen.batch.mode)
+                table, steps = engine.world.req_to_token, engine.num_steps(seen.batch)
                 metadata = expected_metadata(engine.config, table, seen.batch, seen.in_graph, steps)
                 declared = Declared(engine.config, engine.declarations, self.verdict.declared)
                 found = compare_metadata(seen, metadata, self.device, self.verdict.tally, declared)

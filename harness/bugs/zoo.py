@@ -15,10 +15,11 @@ from nsa_oracle.harness.bugs.catalogue import (
     prefills,
     repeats,
     selection,
+    steps,
     tables,
 )
 
 MODULES = (
-    buffers, padding, accepts, tables, repeats, limits, caches, selection, attention, layer, prefills, graphs
+    buffers, steps, padding, accepts, tables, repeats, limits, caches, selection, attention, layer, prefills, graphs
 )  # fmt: skip
 ZOO: dict[str, Bug] = {bug.name: bug for module in MODULES for bug in module.BUGS}

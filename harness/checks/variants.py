@@ -107,6 +107,8 @@ class VariantGrowth:
 
 
 def _kind_of(batch: Batch) -> Hashable:
-    """All that may select code: mode, batch size, accept lengths; bit length and divisibility by 16 of each length."""
+    """All that may select code: mode, batch size, accept lengths, number of draft steps; bit length and divisibility by
+    16 of each length.
+    """
     sizes = tuple((n.bit_length(), n % 16 == 0, n == 1) for n in batch.seq_lens + batch.extend_lens)
-    return batch.mode, batch.accept_lengths, sizes
+    return batch.mode, batch.accept_lengths, batch.draft_steps, sizes

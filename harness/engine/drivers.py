@@ -41,13 +41,16 @@ def prepares_in_graph(backend: object) -> TypeGuard[PreparesInGraph]:
 
 
 class Driver(Protocol):
-    """One method per operation of the engine. names: the backend's method for each act, for reports."""
+    """One method per operation of the engine. names: the backend's method for each act, for reports.
+
+    steps: how many of the steps will run, the first ones; None for all. A multi-step backend is not told.
+    """
 
     names: ClassVar[Mapping[Act, str]]
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None: ...
 
-    def prepare_eagerly(self, batch: ForwardBatch) -> None: ...
+    def prepare_eagerly(self, batch: ForwardBatch, steps: int | None = None) -> None: ...
 
     def bind(self, batch: ForwardBatch) -> None:
         """Bind the backend's metadata to the buffers of this mode and bucket. Called before capture."""
@@ -55,7 +58,7 @@ class Driver(Protocol):
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
         """Record the preparation, if the backend implements ``PreparesInGraph``. Called inside capture."""
 
-    def prepare_replay(self, batch: ForwardBatch) -> None: ...
+    def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None: ...
 
 
 class MultiStepDriver:
@@ -69,7 +72,7 @@ class MultiStepDriver:
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:
         self.backend.init_cuda_graph_state(max_bs, max_num_tokens)
 
-    def prepare_eagerly(self, batch: ForwardBatch) -> None:
+    def prepare_eagerly(self, batch: ForwardBatch, steps: int | None = None) -> None:
         self.backend.init_forward_metadata(batch)
 
     def bind(self, batch: ForwardBatch) -> None:
@@ -79,7 +82,7 @@ class MultiStepDriver:
         if prepares_in_graph(self.backend):
             self.backend.init_forward_metadata_in_graph(batch, batch.batch_size)
 
-    def prepare_replay(self, batch: ForwardBatch) -> None:
+    def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
         self.backend.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
 
 
@@ -93,8 +96,8 @@ class _EachBackend:
         for backend in self._each:
             backend.init_cuda_graph_state(max_bs, max_num_tokens)
 
-    def prepare_eagerly(self, batch: ForwardBatch) -> None:
-        for backend in self._each:
+    def prepare_eagerly(self, batch: ForwardBatch, steps: int | None = None) -> None:
+        for backend in self._each[:steps]:
             backend.init_forward_metadata(batch)
 
 
@@ -125,8 +128,8 @@ class SingleStepDriver(_EachBackend):
             if prepares_in_graph(backend):
                 backend.init_forward_metadata_in_graph(batch, batch.batch_size)
 
-    def prepare_replay(self, batch: ForwardBatch) -> None:
-        for backend in self.backends:
+    def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
+        for backend in self.backends[:steps]:
             backend.init_forward_metadata_replay_cuda_graph(
                 bs=batch.batch_size,
                 req_pool_indices=batch.req_pool_indices,
@@ -157,8 +160,8 @@ class OutOfGraphDriver(_EachBackend):
         for backend in self.backends:
             backend.init_forward_metadata_in_graph(batch)
 
-    def prepare_replay(self, batch: ForwardBatch) -> None:
-        for backend in self.backends:
+    def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
+        for backend in self.backends[:steps]:
             backend.init_forward_metadata_out_graph(batch)
 
 

@@ -94,9 +94,9 @@ class Engine:
                 scenario, setup.layer, layer_factory, self.world, device, conditions, max_rows, self.num_steps
             )
 
-    def num_steps(self, mode: ForwardMode) -> int:
-        """Number of single-step backends, and of passes of the layer, in ``mode``."""
-        return self.instances.serving(mode).num_steps
+    def num_steps(self, batch: Batch) -> int:
+        """Number of steps, and of passes of the layer, in a call of ``batch``."""
+        return self.instances.serving(batch.mode).running(batch)
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
         """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
@@ -153,14 +153,14 @@ class Engine:
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):
-                serving.prepare_replay(forward_batch, self._preparations)
+                serving.prepare_replay(forward_batch, padded, self._preparations)
             self.second.prepare(padded, in_graph=True)
             bound.graph.spoil(spoilt)
             bound.graph.replay()
-        shown, stress = serving.shown_metadata(Act.REPLAY, batch.mode), self.conditions.stress
+        shown, stress = serving.shown_metadata(Act.REPLAY, batch), self.conditions.stress
         yield Observation(padded, batch.size, True, bound.observe(shown, stress))
         if self.layer is None:
-            if bound.changes_when_replayed_again(sentinel, spoilt):
+            if bound.changes_when_replayed_again(sentinel, spoilt, len(shown)):
                 yield Observation(padded, batch.size, True, bound.observe(shown, stress), again=True)
         else:
             assert load is not None
@@ -177,9 +177,9 @@ class Engine:
         serving = self.instances.serving(batch.mode)
         with under_stress(self._delivery):
             with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-                serving.prepare_eagerly(forward_batch, self._preparations)
+                serving.prepare_eagerly(forward_batch, batch, self._preparations)
             self.second.prepare(batch, in_graph=False)
-            metadata = serving.shown_metadata(Act.EAGER, batch.mode)
+            metadata = serving.shown_metadata(Act.EAGER, batch)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
         self.guards.check(guard.buffers)
         yield Observation(batch, raw_bs, False, _observed(metadata, seen, own))
@@ -204,7 +204,7 @@ class Engine:
         self.second.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
             serving.driver.bind(forward_batch)
-        metadata = tuple(serving.shown_metadata(Act.CAPTURE, mode))
+        metadata = tuple(serving.shown_metadata(Act.CAPTURE, batch))
         self.guards.check_and_keep(guard.buffers, metadata)
 
         own = self.declarations.own_names

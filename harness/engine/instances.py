@@ -10,6 +10,7 @@ import torch
 from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for, prepares_in_graph
 from nsa_oracle.harness.engine.shown_metadata import shown_metadata, steps_of
 from nsa_oracle.harness.protocol import BackendFactory
+from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay
 from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.harness.subjects.declarations import Declarations, Role
@@ -32,23 +33,27 @@ class Instance:
         """The single-step backends. Raises WrongResult unless there are ``num_steps``."""
         return steps_of(self.backend, self.num_steps)
 
-    def prepare_eagerly(self, batch: ForwardBatch, times: int) -> None:
-        """Prepare the same batch ``times`` times."""
-        for _ in range(times):
-            self.driver.prepare_eagerly(batch)
+    def running(self, batch: Batch) -> int:
+        """The number of steps that run in a call of ``batch``: the first ones."""
+        return self.num_steps if batch.draft_steps is None else min(batch.draft_steps, self.num_steps)
 
-    def prepare_replay(self, batch: ForwardBatch, times: int) -> None:
-        """Prepare the same padded batch ``times`` times."""
+    def prepare_eagerly(self, given: ForwardBatch, batch: Batch, times: int) -> None:
+        """Prepare the same batch ``times`` times, as the backend is ``given`` it."""
         for _ in range(times):
-            self.driver.prepare_replay(batch)
+            self.driver.prepare_eagerly(given, self.running(batch))
 
-    def shown_metadata(self, after: Act, mode: ForwardMode) -> list[Metadata]:
-        """The metadata of ``mode`` that each single-step backend exposes after an act of its driver.
+    def prepare_replay(self, given: ForwardBatch, batch: Batch, times: int) -> None:
+        """Prepare the same padded batch ``times`` times, as the backend is ``given`` it."""
+        for _ in range(times):
+            self.driver.prepare_replay(given, self.running(batch))
+
+    def shown_metadata(self, after: Act, batch: Batch) -> list[Metadata]:
+        """The metadata that each single-step backend that runs exposes after an act of its driver for ``batch``.
 
         Raises WrongResult.
         """
-        method = self.driver.names[after]
-        return shown_metadata(self.backend, self.num_steps, method, self.declarations, mode, self.device)
+        steps, method = self.steps()[: self.running(batch)], self.driver.names[after]
+        return shown_metadata(self.backend, steps, method, self.declarations, batch.mode, self.device)
 
 
 class Instances:

@@ -37,7 +37,7 @@ from nsa_oracle.reference.types import ForwardMode, Metadata
 class LayerEngine:
     """Serves the batches of one scenario with one layer.
 
-    max_rows: largest number of rows of a graph. num_steps: number of passes in a mode.
+    max_rows: largest number of rows of a graph. num_steps: number of passes in a call of a batch.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LayerEngine:
         device: torch.device,
         conditions: Conditions,
         max_rows: int,
-        num_steps: Callable[[ForwardMode], int],
+        num_steps: Callable[[Batch], int],
     ) -> None:
         setup, attention = scenario.setup, layer.attention_config()
         self.setup = setup
@@ -97,7 +97,7 @@ class LayerEngine:
     def load(self, batch: Batch) -> LayerLoad:
         """The passes of one call of ``batch`` (not padded), with new keys, and the caches before the first pass."""
         self.cache_state.settle(self.world)
-        passes = tuple(self.cache_state.passes(self.world, batch, self.config, self.num_steps(batch.mode)))
+        passes = tuple(self.cache_state.passes(self.world, batch, self.config, self.num_steps(batch)))
         load = LayerLoad(passes, dense_copy(self.cache_state.truth))
         self.cache_state.apply(passes)
         return load
@@ -114,7 +114,7 @@ class LayerEngine:
         self._edge_sets += 1
         sentinel, poison, call = self.conditions.sentinel, self.conditions.poison, self._edge_sets
         stages = IsolatedStages(self.driver, self.expected, sentinel)
-        count = self.num_steps(batch.mode)
+        count = self.num_steps(batch)
         steps = stages.run(load, expected_metadata(self.config, self.world.req_to_token, batch, in_graph, count))
         where = self.setup, self.driver.config, self.seed, poison, call
         keys = edge_keys(*where)

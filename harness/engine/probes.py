@@ -115,25 +115,29 @@ class BoundGraph:
                     seen.add(table.data_ptr())
                     fill_dead_cells(table, -(-lengths // tokens), sentinel)
 
-    def changes_when_replayed_again(self, sentinel: int, spoilt: int) -> bool:
-        """Replay without a preparation; True if the metadata differs.
+    def changes_when_replayed_again(self, sentinel: int, spoilt: int, steps: int) -> bool:
+        """Replay without a preparation; True if the metadata of the first ``steps`` steps differs.
 
         It does in a graph that depends on a preparation before each replay, or that accumulates into its buffers.
         """
-        first = self.arena.clone()
+        words = sum(probe.shape.numel() for probes in self.probes[:steps] for probe in probes.values())
+        first = self.arena[:words].clone()
         self.arena.fill_(sentinel)
         self.graph.spoil(spoilt)
         self.graph.replay()
-        return not torch.equal(self.arena, first)
+        return not torch.equal(self.arena[:words], first)
 
     def observe(self, shown: Sequence[Metadata], wait: bool) -> tuple[StepObservation, ...]:
-        """The content of the probes after a replay. shown: the metadata now. wait: then synchronise the GPU."""
+        """The content of the probes after a replay. wait: then synchronise the GPU.
+
+        shown: the metadata now, of the steps that run.
+        """
         arena = self.arena.cpu()
         if wait and arena.device != self.arena.device:
             torch.cuda.synchronize(self.arena.device)
         return tuple(
             observe(metadata, {name: probe.view(arena) for name, probe in probes.items()}, probes, self.own)
-            for metadata, probes in zip(shown, self.probes, strict=True)
+            for metadata, probes in zip(shown, self.probes, strict=False)
         )
 
 

@@ -31,16 +31,20 @@ def steps_of(backend: BuiltBackend, count: int) -> Sequence[object]:
 
 
 def shown_metadata(
-    backend: BuiltBackend, count: int, after: str, declarations: Declarations, mode: ForwardMode, device: torch.device
+    backend: BuiltBackend,
+    steps: Sequence[object],
+    after: str,
+    declarations: Declarations,
+    mode: ForwardMode,
+    device: torch.device,
 ) -> list[Metadata]:
-    """The metadata that each of ``count`` single-step backends exposes, ``after`` a call of the method of that name.
+    """The metadata that each of ``steps`` exposes, the first of ``backend``, ``after`` the method of that name.
 
     Raises WrongResult if there is none, if a required field does not exist, or if the harness cannot read a field as
     memory of ``device``. declarations: of the backend, for its own fields and those that are not judged in ``mode``.
     """
     alone = attn_backends_of(backend) is None
-    places = [type(backend).__name__ + ("" if alone else f".attn_backends[{step}]") for step in range(count)]
-    steps = steps_of(backend, count)
+    places = [type(backend).__name__ + ("" if alone else f".attn_backends[{step}]") for step in range(len(steps))]
     shown = [_shown(holder, places[step], step, after) for step, holder in enumerate(steps)]
     for step, metadata in enumerate(shown):
         for name, tensor in fields.tensors(metadata, declarations.own_names).items():

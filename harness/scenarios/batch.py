@@ -30,7 +30,8 @@ class Batch:
     """What the engine sends for one replay or eager call, before padding. All tuples have one entry per request.
 
     seq_lens_cpu: the host mirror, or None if it is absent; it may disagree with ``seq_lens``.
-    extend_lens: new tokens of each request; empty unless the mode is EXTEND.
+    extend_lens: new tokens of each request; empty unless the mode is EXTEND. draft_steps: how many of the draft steps
+    run, the first ones; None for all.
     """
 
     mode: ForwardMode
@@ -39,6 +40,7 @@ class Batch:
     seq_lens_cpu: tuple[int, ...] | None
     accept_lengths: tuple[int, ...]
     extend_lens: tuple[int, ...] = ()
+    draft_steps: int | None = None
 
     @property
     def size(self) -> int:
@@ -57,6 +59,7 @@ class Batch:
             None if self.seq_lens_cpu is None else pick(self.seq_lens_cpu),
             pick(self.accept_lengths),
             pick(self.extend_lens),
+            self.draft_steps,
         )
 
     def padded(self, bs: int, num_draft_tokens: int, padding: Padding | None = None) -> Batch:
@@ -73,6 +76,7 @@ class Batch:
             self.seq_lens + (seq_len,) * missing,
             None if mirror is None else mirror + (seq_len,) * missing,
             self.accept_lengths + (accept,) * missing,
+            draft_steps=self.draft_steps,
         )
 
 

@@ -50,6 +50,7 @@ ROWS_OF_STEPS = (
 CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
 COMPANY = ("second backend", "prepared twice")
+FEWER_STEPS = ("fewer draft steps, replay", "fewer draft steps, eager")
 OVER_COMMITTED = "more tokens than slots"
 SEGMENTS = (
     *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
@@ -59,7 +60,7 @@ SEGMENTS = (
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
 ALSO_WITH_A_LAYER = (
     *(*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, OVER_COMMITTED),
-    *("prefill without a new token", MIXED),
+    *("prefill without a new token", MIXED, FEWER_STEPS[1]),
 )
 
 LAYER_CLASSES: tuple[str, ...] = (
@@ -96,7 +97,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *COMPANY,
     *CYCLES,
-    *(OVER_COMMITTED, "prefill without a new token", MIXED),
+    *(OVER_COMMITTED, "prefill without a new token", MIXED, *FEWER_STEPS),
 )
 
 
@@ -205,6 +206,9 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     yield f"{name}, N > 1"
                 if batch.mode is ForwardMode.DECODE:
                     yield from _segment_classes(batch, setup, in_graph)
+                is_told = setup.drive is Drive.SINGLE_STEP or setup.layer is not None
+                if batch.size and is_told and (batch.draft_steps or setup.num_steps) < setup.num_steps:
+                    yield FEWER_STEPS[not in_graph]
                 if batch.size and setup.layer is not None and setup.layer.extra_rows:
                     yield f"rows behind the metadata, {'replay' if in_graph else 'eager'}"
                 ran.append((event.mode, batch.size, in_graph))

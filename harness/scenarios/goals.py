@@ -11,6 +11,7 @@ from typing import Any
 
 from nsa_oracle.harness.scenarios.coverage import (
     COPY_CHUNK,
+    FEWER_STEPS,
     FLASHMLA_BLOCK,
     MANY_HEADS,
     MANY_STEPS,
@@ -188,6 +189,13 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(f"{prefix}{name}, N > 1", pins, (mode,))
         if not prefix:
             yield Want(name, {SITUATION: (name,)}, (mode,))
+    mode = ForwardMode.DECODE
+    for name, call in zip(FEWER_STEPS, ("replay", "eager"), strict=True):
+        several: Pins = {SITUATION: (f"{call} {mode.value}",), "num_steps": _steps(scale, 2)}
+        if not prefix:
+            yield Want(name, {**several, "drive": (Drive.SINGLE_STEP,)}, (mode,))
+        elif call == "eager":
+            yield Want(f"{prefix}{name}", several, (mode,))
     for mode in ForwardMode:
         if prefix and mode is ForwardMode.IDLE:
             continue

@@ -39,7 +39,7 @@ class Limits:
     A field that ``sizes`` does not name may have any value. mirrors: allowed states of the host mirror, by mode, or
     else by "graph" and "eager"; any state where nothing is named. empty_batches: whether eager calls without a request
     are allowed. empty_replays: whether replays are in which every request pads the batch. empty_chunks: whether a
-    request may take part in EXTEND without a new token.
+    request may take part in EXTEND without a new token. fewer_steps: whether a call may run some of the draft steps.
     """
 
     sizes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -48,6 +48,7 @@ class Limits:
     empty_batches: bool = True
     empty_replays: bool = True
     empty_chunks: bool = True
+    fewer_steps: bool = True
 
     def of(self, name: str, choices: Iterable[Any]) -> tuple[Any, ...]:
         """The elements of ``choices`` that are allowed for the field ``name``."""
@@ -65,6 +66,7 @@ class Limits:
             self.empty_batches and other.empty_batches,
             self.empty_replays and other.empty_replays,
             self.empty_chunks and other.empty_chunks,
+            self.fewer_steps and other.fewer_steps,
         )
 
     def allowed_mirrors(self, call: EngineCall) -> tuple[Mirror, ...]:
@@ -75,8 +77,8 @@ class Limits:
     @property
     def restrict_calls(self) -> bool:
         """Whether a call may be refused for anything but the setup."""
-        allows_empty = self.empty_batches and self.empty_replays and self.empty_chunks
-        return bool(self.mirrors) or not allows_empty or self.modes != tuple(ForwardMode)
+        allows_all = self.empty_batches and self.empty_replays and self.empty_chunks and self.fewer_steps
+        return bool(self.mirrors) or not allows_all or self.modes != tuple(ForwardMode)
 
     def refused(self, call: EngineCall) -> str | None:
         """What is not allowed in ``call``, or None."""
@@ -86,6 +88,8 @@ class Limits:
             return "an empty batch"
         if 0 in call.batch.extend_lens and not self.empty_chunks:
             return "a request without a new token"
+        if call.batch.draft_steps is not None and not self.fewer_steps:
+            return "a call of some draft steps"
         if call.event.mirror not in self.allowed_mirrors(call):
             return f"mirror {call.event.mirror.value}"
         return None
@@ -125,6 +129,7 @@ class Limits:
             "empty batches": self.empty_batches,
             "replays without a request": self.empty_replays,
             "EXTEND of a request without a new token": self.empty_chunks,
+            "calls of some draft steps": self.fewer_steps,
         }
         return [*lines, *(what for what, is_allowed in empty.items() if not is_allowed)]
 
@@ -204,7 +209,7 @@ def shown(value: object) -> str:
 
 def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> Limits:
     """The limits that ``owner`` declares in its attributes ``sizes``, ``modes``, ``mirrors``, ``empty_batches``,
-    ``empty_replays`` and ``empty_chunks``. All are optional.
+    ``empty_replays``, ``empty_chunks`` and ``fewer_steps``. All are optional.
 
     fields: the fields that ``sizes`` may name. no_owner: subject of the message about any other field, such as "no
     backend". Raises ValueError, in one line that names the cause and the remedy, if the declaration is malformed.
@@ -217,6 +222,7 @@ def declared(owner: object, fields: Mapping[str, FieldInfo], no_owner: str) -> L
         bool(getattr(owner, "empty_batches", True)),
         bool(getattr(owner, "empty_replays", True)),
         bool(getattr(owner, "empty_chunks", True)),
+        bool(getattr(owner, "fewer_steps", True)),
     )
 
 

@@ -37,6 +37,12 @@ MAX_EXACT_KEYS = 2048
 GRAPH_MODES = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
 
 
+def _is_of_drafts(mode: ForwardMode, draft_steps: int | None) -> None:
+    """Raises FieldError if ``draft_steps`` is given in a ``mode`` that runs once per cycle."""
+    if draft_steps is not None and not mode.is_decode_or_idle:
+        raise FieldError("draft_steps", f"must be left out in {mode.value}, which has no draft steps")
+
+
 def graph_mode(mode: ForwardMode) -> ForwardMode:
     """The mode whose graph serves ``mode``: an idle rank replays the DECODE graph."""
     return ForwardMode.DECODE if mode is ForwardMode.IDLE else mode
@@ -49,6 +55,7 @@ def _has_a_graph(mode: ForwardMode) -> ForwardMode:
 
 
 GraphMode = Annotated[ForwardMode, AfterValidator(_has_a_graph)]
+DraftSteps = Annotated[int, Field(ge=1, le=MAX_STEPS)] | None
 PoolRow = Annotated[int, Field(ge=0, lt=MAX_BATCH)]
 PoolRows = Annotated[tuple[PoolRow, ...], FailFast()]
 MirrorLens = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], FailFast()]
@@ -136,6 +143,8 @@ class Replay(CasePart):
     preparations: how often the same batch is prepared before each replay.
     bucket: the captured graph to use; if it is None, not captured or too small, the smallest that holds the batch. If
     no graph holds it, the engine calls the backend eagerly, as a server does.
+    draft_steps: in DECODE, how many of the draft steps run, the first ones; None for all. Without a layer only: a graph
+    runs the layer in all of them.
 
     pool_rows: rows of the requests that take part, in order; those without a running request are left out. Empty: all
     requests. seq_lens_cpu: the numbers of a stale mirror, or of one ahead, for the requests of the batch; they repeat
@@ -149,8 +158,14 @@ class Replay(CasePart):
     order: Order = Order.JOINED
     times: int = Field(default=1, ge=1, le=16)
     preparations: int = Field(default=1, ge=1, le=4)
+    draft_steps: DraftSteps = None
     pool_rows: PoolRows = ()
     seq_lens_cpu: MirrorLens = ()
+
+    @model_validator(mode="after")
+    def _drafts(self) -> Replay:
+        _is_of_drafts(self.mode, self.draft_steps)
+        return self
 
 
 class Eager(CasePart):
@@ -158,7 +173,8 @@ class Eager(CasePart):
 
     preparations: how often the same batch is prepared.
     extend_lens: in EXTEND, ``extend_lens[i]`` of request i's tokens are new, the others a cached prefix; the tuple
-    repeats for more requests. pool_rows, seq_lens_cpu: as in a replay.
+    repeats for more requests. pool_rows, seq_lens_cpu: as in a replay. draft_steps: in DECODE and IDLE, how many of the
+    draft steps run, the first ones; None for all.
     """
 
     event: Literal["eager"] = "eager"
@@ -167,11 +183,13 @@ class Eager(CasePart):
     order: Order = Order.JOINED
     extend_lens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], FailFast()] = (1,)
     preparations: int = Field(default=1, ge=1, le=4)
+    draft_steps: DraftSteps = None
     pool_rows: PoolRows = ()
     seq_lens_cpu: MirrorLens = ()
 
     @model_validator(mode="after")
     def _extends_something(self) -> Eager:
+        _is_of_drafts(self.mode, self.draft_steps)
         if not self.extend_lens:
             raise FieldError("extend_lens", "must name at least 1 length; it is empty")
         return self
@@ -226,6 +244,8 @@ class Scenario(CasePart):
                     f"events[{number}].seq_len", f"{length} leaves no room to draft; at most {longest} fit"
                 )
             self._check_places(number, event)
+            if isinstance(event, Replay) and event.draft_steps is not None and setup.layer is not None:
+                raise FieldError(f"events[{number}].draft_steps", "must be left out of a replay in a case with a layer")
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]
         per_request = setup.num_draft_tokens * setup.num_steps
         largest = max(buckets, default=setup.pool_size)

@@ -130,7 +130,7 @@ def _simpler_events(event: object) -> Iterator[object]:
     if isinstance(event, SetLengths):
         yield from _fewer_set(event)
     if isinstance(event, Replay | Eager):
-        yield from _with(event, {"preparations": 1})
+        yield from _with(event, {"preparations": 1}, {"draft_steps": None})
     if isinstance(event, Replay):
         yield from _with(event, {"times": 1}, {"bucket": None}, {"mirror": Mirror.EQUAL}, {"order": Order.JOINED})
     if isinstance(event, Replay | Eager):

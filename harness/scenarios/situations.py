@@ -18,14 +18,26 @@ _SAME_EACH_TIME = (Order.JOINED, Order.REVERSED)
 def _replayed(mode: ForwardMode, script: Script) -> None:
     script.fill()
     script.accept_before(mode)
-    script.replay(mode)
+    _fewer_steps(script.replay(mode), script)
+
+
+def _fewer_steps(call: Replay | Eager, script: Script) -> None:
+    """Some of the draft steps of ``call``, then all, with other lengths each time; if the limits allow it."""
+    most = script.setup.num_steps
+    in_a_graph_with_a_layer = isinstance(call, Replay) and script.setup.layer is not None
+    if call.mode is not DECODE or most < 2 or in_a_graph_with_a_layer or not script.scale.limits.fewer_steps:
+        return
+    script.accept()
+    script.again(call.model_copy(update={"draft_steps": script.pick(range(1, most))}))
+    script.accept()
+    script.again(call)
 
 
 def _called(mode: ForwardMode, script: Script) -> None:
     if mode is not ForwardMode.IDLE:
         script.fill()
         script.accept_before(mode)
-    script.eager(mode)
+    _fewer_steps(script.eager(mode), script)
     limits = script.scale.limits
     if mode is ForwardMode.IDLE and limits.empty_batches and EXTEND in limits.modes:
         script.eager(EXTEND)  # of no request: no padding makes up for it, as it may in the call before

@@ -80,7 +80,8 @@ def _neighbour(setup: Setup) -> str:
 
 
 def _preparations(event: Replay | Eager) -> str:
-    return "" if event.preparations == 1 else f", prepared {event.preparations} times"
+    some = "" if event.draft_steps is None else f", {_count(event.draft_steps, 'draft step')} of it"
+    return some + ("" if event.preparations == 1 else f", prepared {event.preparations} times")
 
 
 def _layer(layer: Layer) -> str:

@@ -178,6 +178,7 @@ class World:
             self._mirror(event, requests),
             tuple(r.accept_length for r in requests),
             tuple(min(extend_lens[i % len(extend_lens)], r.seq_len) for i, r in enumerate(requests)) if extends else (),
+            event.draft_steps,
         )
 
     def _in_order(self, requests: list[Request], order: Order) -> list[Request]:

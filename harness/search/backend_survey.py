@@ -299,7 +299,7 @@ class _Case:
 
     def _judge_call(self, engine: Engine, seen: Observation, number: int) -> None:
         mode, table = seen.batch.mode, engine.world.req_to_token
-        reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(mode))
+        reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(seen.batch))
         declared = Declared(engine.config, engine.declarations, self.found.declared)
         found = list(differing_fields(seen, reference, self.device, Tally(), declared))
         call = "graph" if seen.in_graph else "eager"

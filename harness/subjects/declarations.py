@@ -1,9 +1,9 @@
 """What a backend declares about itself beyond ``sizes`` and ``modes``. Every default asks the most of the backend.
 
 Declarations are attributes of the callable that builds the backend. They say how an engine drives it (``roles``,
-``step_backends``, ``padding``, ``mirrors``, ``empty_batches``, ``empty_replays``, ``empty_chunks``) and what its
-metadata holds (``absent``, ``unjudged``, ``own_fields``, ``waivers``). A difference that is declared is counted and
-printed in every report, and so is what is not the backend's own (``stand_ins``).
+``step_backends``, ``padding``, ``mirrors``, ``empty_batches``, ``empty_replays``, ``empty_chunks``, ``fewer_steps``)
+and what its metadata holds (``absent``, ``unjudged``, ``own_fields``, ``waivers``). A difference that is declared is
+counted and printed in every report, and so is what is not the backend's own (``stand_ins``).
 """
 
 from __future__ import annotations

@@ -276,6 +276,7 @@ class Sglang:
     }
     step_backends: ClassVar[dict[str, str]] = {"draft": "N-1", "target": "1", "draft_extend_v2": "1"}
     empty_batches = False
+    fewer_steps = False  # its adaptive speculation has a backend for each number of steps
     own_fields: ClassVar[tuple[OwnField, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ("indexer_seq_lens_cpu",)  # an input, passed on in EXTEND
 

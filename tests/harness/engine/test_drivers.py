@@ -15,8 +15,9 @@ from nsa_oracle.harness.scenarios.setup import Drive
 from nsa_oracle.harness.subjects.loading import checked
 from nsa_oracle.optimized.multi_step import MultiStepBackend as Optimized
 from nsa_oracle.reference.multi_step import MultiStepBackend, SingleStepBackend
-from nsa_oracle.reference.types import BackendConfig
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, Metadata
 from tests.support.backends import declared
+from tests.support.backends.seams import Step, backend_of
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case, factory_of, one_replay
 
 CONFIG = BackendConfig(4, 16, 8, 2, 2)
@@ -72,6 +73,64 @@ def test_a_single_step_backend_is_driven_alone() -> None:
     driver = driver_for(Drive.MULTI_STEP, backend, CONFIG)
     assert isinstance(driver, SingleStepDriver)
     assert list(driver.backends) == [backend]
+
+
+SOME_STEPS = case(
+    *(Capture(mode=DECODE, buckets=(2,)), Join(seq_len=3)),
+    *(Replay(mode=DECODE), Accept(accept_lengths=(1,)), Replay(mode=DECODE, draft_steps=1)),
+    *(Eager(mode=DECODE, draft_steps=1), Accept(accept_lengths=(1,)), Replay(mode=DECODE), Eager(mode=DECODE)),
+    num_steps=3,
+)
+
+
+@backend_of
+class CannotBePreparedBehindTheFirst(Step):
+    """Clean in a call of one step: the others must not be called, and what they show must not be read."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        assert self.speculative_step_id == 0
+        super().init_forward_metadata(forward_batch)
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        assert self.speculative_step_id == 0
+        super().refresh(buffers, batch)
+
+
+def with_drive(scenario: Scenario, drive: Drive) -> Scenario:
+    return scenario.model_copy(update={"setup": scenario.setup.model_copy(update={"drive": drive})})
+
+
+@pytest.mark.parametrize("drive", Drive)
+@pytest.mark.parametrize("build", [MultiStepBackend, Optimized, declared.Todays, declared.TodaysInGraph])
+def test_some_of_the_steps_then_all(build: Any, drive: Drive, device: torch.device) -> None:
+    verdict = judge(with_drive(SOME_STEPS, drive), factory_of(build), device)
+    assert (verdict.replays, verdict.eager_calls) == (6, 4)
+
+
+def test_steps_that_do_not_run_are_neither_prepared_nor_read(device: torch.device) -> None:
+    events = tuple(
+        event.model_copy(update={"draft_steps": 1}) if isinstance(event, Replay | Eager) else event
+        for event in SOME_STEPS.events
+    )
+    scenario = with_drive(SOME_STEPS.model_copy(update={"events": events}), Drive.SINGLE_STEP)
+    assert judge(scenario, factory_of(CannotBePreparedBehindTheFirst), device).replays == 6
+    with pytest.raises(OracleFailure, match="AssertionError"):
+        judge(with_drive(SOME_STEPS, Drive.SINGLE_STEP), factory_of(CannotBePreparedBehindTheFirst), device)
+
+
+def test_the_last_step_of_some_is_compared(device: torch.device) -> None:
+    class WrongFromTheSecondOn(Step):
+        def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+            super().refresh(buffers, batch)
+            if self.speculative_step_id > 0:
+                buffers.cache_seqlens_int32.add_(1)
+
+    two = (*SOME_STEPS.events[:2], Replay(mode=DECODE, draft_steps=2))
+    scenario = with_drive(SOME_STEPS.model_copy(update={"events": two}), Drive.SINGLE_STEP)
+    with pytest.raises(OracleFailure, match="cache_seqlens_int32 at step 1"):
+        judge(scenario, factory_of(backend_of(WrongFromTheSecondOn)), device)
+    one = (*SOME_STEPS.events[:2], Replay(mode=DECODE, draft_steps=1))
+    judge(scenario.model_copy(update={"events": one}), factory_of(backend_of(WrongFromTheSecondOn)), device)
 
 
 def test_an_incomplete_set_of_names_is_refused_in_one_line() -> None:

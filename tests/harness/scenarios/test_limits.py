@@ -159,6 +159,16 @@ def test_requests_without_a_new_token_are_refused_and_left_out() -> None:
     assert found.excluded({}) == ["EXTEND of a request without a new token"]
 
 
+def test_calls_of_some_draft_steps_are_refused_and_left_out() -> None:
+    found = declared(SimpleNamespace(fewer_steps=False), BACKEND_FIELDS, "nobody")
+    some = case(Join(seq_len=3), Eager(mode=DECODE, draft_steps=1), Eager(mode=DECODE), num_steps=2)
+    assert EVERYTHING.misfit(some) is None
+    assert found.misfit(some) == "a call of some draft steps"
+    assert within(some, found).events == (some.events[0], some.events[2])
+    assert found.excluded({}) == ["calls of some draft steps"]
+    assert (found & EVERYTHING).misfit(some) == found.misfit(some)
+
+
 def test_mirrors_are_by_call_or_mode() -> None:
     found = declared(
         SimpleNamespace(mirrors={"eager": ("equal",), "EXTEND": ("equal", "absent")}), BACKEND_FIELDS, "nobody"

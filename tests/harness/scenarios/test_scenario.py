@@ -172,6 +172,17 @@ MALFORMED = {
         "events[0].extend_lens: ",
         "must name at least 1 length",
     ),
+    "draft steps of a verification": (
+        with_event(event="eager", mode="TARGET_VERIFY", draft_steps=1),
+        "events[0].draft_steps: ",
+        "must be left out in TARGET_VERIFY, which has no draft steps",
+    ),
+    "some draft steps of a graph with a layer": (
+        with_changes(setup={**SIZES, "layer": {}}, events=[{"event": "replay", "mode": "DECODE", "draft_steps": 1}]),
+        "events[0].draft_steps: ",
+        "must be left out of a replay in a case with a layer",
+    ),
+    "more extra rows than there may be": (with_layer(extra_rows=65), "setup.layer.extra_rows: ", "at most 64, not 65"),
     "negative length": (with_event(event="join", seq_len=-1), "events[0].seq_len: ", "at least 1, not -1"),
     "length beyond the context": (
         with_event(event="join", seq_len=15),
