@@ -149,7 +149,7 @@ class Engine:
         bound.poison(sentinel, self.setup.page_size)
         if self.layer is not None:
             assert load is not None
-            self.layer.driver.load(load)
+            self.layer.driver.load(load, bs * self.config.rows_per_request(batch.mode))
         # No guard bands here: checking them would synchronise streams, and keeping them would prevent memory reuse.
         with under_stress(self._delivery):
             with PoisonedAllocations(sentinel, self.device):

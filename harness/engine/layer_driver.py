@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nsa_oracle.harness.compiled.races import leave_unordered
 from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
 from nsa_oracle.harness.engine.passes import Pass, map_tensors, with_extra_rows
-from nsa_oracle.harness.engine.read_only import ReadOnlyMetadata, first_modified, handed_out
+from nsa_oracle.harness.engine.read_only import ReadOnly, ReadOnlyMetadata, first_modified, handed_out
 from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes, same_bits, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
@@ -61,6 +63,11 @@ class LayerDriver:
             [map_tensors(inputs, lambda tensor: _inner(tensor, margin)) for inputs in banded_inputs]
             for banded_inputs in (self._banded, self._expected)
         )
+        # The slots of all steps behind each other: those of step i of a graph of r rows begin at i * r.
+        self._by_step = setup.layer.slots_by_step
+        count = num_steps * (max_rows + self._extra_rows) if self._by_step else 0
+        self._slots = torch.full((count + 2 * margin,), last_slot, dtype=torch.int64, device=device)
+        self._expected_slots = self._slots.clone()
         self._cache_copies: list[AttentionCaches] = []
 
     def is_strided(self, name: str) -> bool:
@@ -78,9 +85,13 @@ class LayerDriver:
         """
         self._cache_copies = self._cache_copies or [self.cached() for _ in self._static]
 
-    def load(self, load: LayerLoad) -> None:
-        """Set the caches and static inputs to the engine's state before a replay. Padding rows are NaN."""
+    def load(self, load: LayerLoad, rows: int) -> None:
+        """Set the caches and static inputs to the engine's state before a replay. Padding rows are NaN.
+
+        rows: of the metadata of the graph.
+        """
         self.load_caches(load.caches)
+        self._slots.fill_(self.setup.num_slots - 1)
         for number, (static, loaded) in enumerate(zip(self._static, self._loaded, strict=True)):
             for name, tensor in vars(static).items():
                 if name == "out_cache_loc":
@@ -91,6 +102,14 @@ class LayerDriver:
                     a_pass = load.passes[number]
                     tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))
                 getattr(loaded, name).copy_(tensor)
+            if self._by_step:
+                self._slots_of(number, rows).copy_(static.out_cache_loc[: rows + self._extra_rows])
+        self._expected_slots.copy_(self._slots)
+
+    def _slots_of(self, step: int, rows: int) -> torch.Tensor:
+        """The slots of a pass of ``rows`` rows of the metadata, among those of all steps."""
+        count = rows + self._extra_rows
+        return self._slots[band(BAND) + step * count :][:count]
 
     def load_caches(self, caches: AttentionCaches) -> None:
         self.caches.kv.copy_(caches.kv)
@@ -100,12 +119,17 @@ class LayerDriver:
         """A dense copy of the caches, limited to the setup's pages."""
         return AttentionCaches(self.caches.kv.contiguous().clone(), self.caches.index_k[: self.setup.num_pages].clone())
 
+    def graph_inputs(self, step: int, rows: int) -> AttentionInputs:
+        """The static inputs of the pass of one step in a graph. rows: of the metadata."""
+        inputs = map_tensors(self._static[step], lambda tensor: tensor[: rows + self._extra_rows])
+        return replace(inputs, out_cache_loc=self._slots_of(step, rows)) if self._by_step else inputs
+
     def forward(self, step: int, metadata: Metadata, rows: int) -> LayerStep:
         """Run the pass of one step on the static inputs. Inside capture, this is what the graph records.
 
         rows: of the metadata. The copy of the caches in the result lies in memory that all graphs share.
         """
-        inputs = map_tensors(self._static[step], lambda tensor: tensor[: rows + self._extra_rows])
+        inputs = self.graph_inputs(step, rows)
         with locating_results(step, Feed.GRAPH.value):
             outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         cache_copy = self._cache_copies[step]
@@ -120,7 +144,7 @@ class LayerDriver:
         watched_metadata = ReadOnlyMetadata(metadata)
         with guard, locating_results(a_pass.step, Feed.CHAIN.value):
             watched = [
-                handed_out(name, tensor, self.device, self.is_strided(name))
+                self._handed_out(name, tensor, a_pass.step)
                 for name, tensor in vars(self.with_extra_rows(a_pass.inputs)).items()
             ]
             inputs = AttentionInputs(**{read_only.name: read_only.given for read_only in watched})
@@ -129,12 +153,21 @@ class LayerDriver:
         step = LayerStep(copied(outputs), self.cached())
         return step, None if name is None else Modified(a_pass.step, name)
 
+    def _handed_out(self, name: str, tensor: torch.Tensor, step: int) -> ReadOnly:
+        """A copy of an input of an eager pass; of slots, behind those of the steps before if they lie together."""
+        if name != "out_cache_loc" or not self._by_step:
+            return handed_out(name, tensor, self.device, self.is_strided(name))
+        memory = torch.full((self.setup.num_steps, len(tensor)), self.setup.num_slots - 1, device=self.device)
+        return ReadOnly(name, memory[step].copy_(tensor), tensor)
+
     def modified_input(self) -> Modified | None:
         """A static input that the layer has modified, or memory around an input or a cache; None if there is none."""
         for step, (banded, expected) in enumerate(zip(self._banded, self._expected, strict=True)):
             for name, tensor in vars(banded).items():
                 if not same_bits(tensor, getattr(expected, name)):
                     return Modified(step, name)
+        if not same_bits(self._slots, self._expected_slots):
+            return Modified(None, "out_cache_loc")
         for name, bands in self._bands.items():
             for memory in bands:
                 if bool((as_bytes(memory) != self._poison).any()):

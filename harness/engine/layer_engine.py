@@ -147,7 +147,7 @@ class LayerEngine:
     def prepare_capture(self, rows: int) -> CapturedPasses:
         """Prepare a capture of ``rows`` rows per pass: allocate memory, and load inputs of padding alone."""
         self.driver.reserve()
-        self.driver.load(LayerLoad((), dense_copy(self.cache_state.truth)))
+        self.driver.load(LayerLoad((), dense_copy(self.cache_state.truth)), rows)
         return CapturedPasses(self.driver, rows)
 
 

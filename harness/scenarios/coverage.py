@@ -51,6 +51,7 @@ CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
 COMPANY = ("second backend", "prepared twice")
 FEWER_STEPS = ("fewer draft steps, replay", "fewer draft steps, eager")
+SLOTS_BY_STEP = "slots of several steps in one tensor"
 OVER_COMMITTED = "more tokens than slots"
 SEGMENTS = (
     *("steps cross a paged-MQA segment", "steps cross a FlashMLA block"),
@@ -68,7 +69,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
     *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
-    *("rows behind the metadata, replay", "rows behind the metadata, eager"),
+    *("rows behind the metadata, replay", "rows behind the metadata, eager", SLOTS_BY_STEP),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )
 METADATA_CLASSES: tuple[str, ...] = (
@@ -209,6 +210,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 is_told = setup.drive is Drive.SINGLE_STEP or setup.layer is not None
                 if batch.size and is_told and (batch.draft_steps or setup.num_steps) < setup.num_steps:
                     yield FEWER_STEPS[not in_graph]
+                if in_graph and setup.num_steps > 1 and setup.layer is not None and setup.layer.slots_by_step:
+                    yield SLOTS_BY_STEP
                 if batch.size and setup.layer is not None and setup.layer.extra_rows:
                     yield f"rows behind the metadata, {'replay' if in_graph else 'eager'}"
                 ran.append((event.mode, batch.size, in_graph))

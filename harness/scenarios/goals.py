@@ -19,6 +19,7 @@ from nsa_oracle.harness.scenarios.coverage import (
     MQA_SEGMENT,
     OVER_COMMITTED,
     PREFILLS,
+    SLOTS_BY_STEP,
 )
 from nsa_oracle.harness.scenarios.goal import (
     ANYTHING,
@@ -134,6 +135,8 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     extra = {"extra_rows": _more_than(scale.drawn()["extra_rows"], 0)}
     mode = ForwardMode.DRAFT_EXTEND
     yield Want("rows behind the metadata, replay", {SITUATION: (f"replay {mode.value}",), **extra}, (mode,))
+    together = {"slots_by_step": (True,), "num_steps": _steps(scale, 2)}
+    yield Want(SLOTS_BY_STEP, {SITUATION: (f"replay {mode.value}",), **together}, (mode,))
     mode = ForwardMode.EXTEND
     yield Want("rows behind the metadata, eager", {SITUATION: ("cached prefixes",), **extra}, (mode,))
     yield from _company(scale, prefix)

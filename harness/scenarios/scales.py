@@ -75,6 +75,7 @@ class Scale:
                 "far_slots": tuple(sorted(set(self.far_slots))),
                 "padding_slot": PADDING_SLOTS,
                 "extra_rows": EXTRA_ROWS,
+                "slots_by_step": both,
             }
         for layer in self.layers:
             for name, choices in layer.items():

@@ -118,7 +118,8 @@ class Layer(CasePart):
 
     far_slots: the caches are views whose slots and pages lie so far apart that 32-bit offsets wrap. padding_slot: where
     rows that stand for no token write their keys; -1 for nowhere. extra_rows: rows of the inputs of each pass behind
-    those of the metadata, as where an engine pads the tensors of a call to those of the busiest rank.
+    those of the metadata, as where an engine pads the tensors of a call to those of the busiest rank. slots_by_step:
+    the slots of all steps lie behind each other, as where an engine prepares them together; each pass gets a view.
     """
 
     num_heads: int = Field(default=2, ge=1, le=128)
@@ -131,6 +132,7 @@ class Layer(CasePart):
     far_slots: bool = False
     padding_slot: int = Field(default=0, ge=-1, le=0)
     extra_rows: int = Field(default=0, ge=0, le=64)
+    slots_by_step: bool = False
 
     def attention_config(self) -> AttentionConfig:
         exact = self.regime is not Regime.RANDOM

@@ -32,6 +32,7 @@ SIMPLEST_LAYER: dict[str, Any] = {
     "far_slots": False,
     "padding_slot": 0,
     "extra_rows": 0,
+    "slots_by_step": False,
     "regime": SMALLEST_LAYER.regime,
     "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }

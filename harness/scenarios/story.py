@@ -89,6 +89,8 @@ def _layer(layer: Layer) -> str:
     padding = ", slot -1 for rows without a token" if layer.padding_slot < 0 else ""
     if layer.extra_rows:
         padding += f", {_count(layer.extra_rows, 'row')} of each pass behind those of the metadata"
+    if layer.slots_by_step:
+        padding += ", the slots of all steps in one tensor"
     return (
         f"an attention layer of {_count(layer.num_heads, 'head')} of {layer.kv_lora_rank} + {layer.qk_rope_head_dim} "
         f"and {_count(layer.index_n_heads, 'index head')} of {layer.index_head_dim}, {layer.kv_cache_dtype.value} cache"

@@ -60,6 +60,7 @@ def layers(draw: st.DrawFn, scale: Scale) -> Layer | None:
         "far_slots": scale.far_slots,
         "padding_slot": PADDING_SLOTS,
         "extra_rows": EXTRA_ROWS,
+        "slots_by_step": (False, True),
     }
     sizes = {**anything, **draw(st.sampled_from(scale.layers))}
     return Layer(**{name: draw(st.sampled_from(scale.limits.of(name, choices))) for name, choices in sizes.items()})

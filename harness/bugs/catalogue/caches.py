@@ -97,4 +97,16 @@ BUGS: tuple[Bug, ...] = (
         frozenset({Check.CRASH, Check.BOUNDS}),
         Mutation(STORE, "    if slot >= 0:", "    if (slot >= 0) | (pid >= num_rows):"),
     ),
+    layer_bug(
+        "slots-must-be-aligned",
+        "The store refuses slots that do not begin at a multiple of 16 bytes, as those of a later draft step may.",
+        REVIEW,
+        "the slots of several steps in one tensor, an odd number of rows",
+        Check.CRASH,
+        Mutation(
+            "nsa_oracle.optimized.kv_cache:store_cache",
+            "    store_cache_op(",
+            "    assert inputs.out_cache_loc.data_ptr() % 16 == 0, 'slots must be aligned'\n    store_cache_op(",
+        ),
+    ),
 )

@@ -13,7 +13,7 @@ from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.scenarios.scenario import Eager, Join
-from nsa_oracle.reference.types import AttentionCaches, KVCacheDtype
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, KVCacheDtype
 from tests.support.layer_cases import case
 from tests.support.layers.clean import Clean
 from tests.support.metadata_cases import VERIFY
@@ -99,7 +99,7 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
     (a_pass,) = model.run(Join(seq_len=6), Eager(mode=VERIFY))
     layer = Clean(model.config, model.state.config)
     driver = LayerDriver(scenario.setup, layer, CPU, POISON, max_rows=6, num_steps=1)
-    driver.load(LayerLoad((a_pass,), model.state.truth))
+    driver.load(LayerLoad((a_pass,), model.state.truth), 4)
     static = driver._static[0]
     for name, tensor in vars(static).items():
         assert torch.equal(as_bytes(tensor[: a_pass.rows]), as_bytes(getattr(a_pass.inputs, name))), name
@@ -108,3 +108,28 @@ def test_padding_of_static_inputs_is_not_a_number() -> None:
     assert driver.modified_input() is None
     static.index_weights[5, 1] = 0
     assert driver.modified_input() == Modified(0, "index_weights")
+
+
+def test_slots_of_all_steps_lie_behind_each_other_and_are_watched() -> None:
+    scenario = case(layer={"slots_by_step": True, "extra_rows": 1}, num_steps=2)
+    model = Model(scenario)
+    (a_pass,) = model.run(Join(seq_len=6), Eager(mode=VERIFY))[:1]
+    seen: list[torch.Tensor] = []
+
+    class Remembers(Clean):
+        def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+            seen.append(inputs.out_cache_loc)
+
+    driver = LayerDriver(scenario.setup, Remembers(model.config, model.state.config), CPU, POISON, 6, 2)
+    driver.reserve()
+    driver.load(LayerLoad((a_pass, a_pass), model.state.truth), 4)
+    rows = 4 + 1
+    for step in (0, 1):
+        driver.layer.store_cache(driver.caches, driver.graph_inputs(step, 4))
+    assert seen[1].data_ptr() - seen[0].data_ptr() == 8 * rows
+    assert seen[1].data_ptr() % 16 == 8, "those of a step begin anywhere"
+    for slots in seen:
+        assert slots.tolist() == [*a_pass.inputs.out_cache_loc.tolist(), *[0] * (rows - a_pass.rows)]
+    assert driver.modified_input() is None
+    seen[1][0] = 7
+    assert driver.modified_input() == Modified(None, "out_cache_loc")
