@@ -6,23 +6,26 @@
 writes down what a server gives to a backend. Importing this package loads neither Triton nor pytest nor Hypothesis.
 """
 
-from nsa_oracle.harness.decorator import judged
-from nsa_oracle.harness.errors import BackendError, ScenarioError
-from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
-from nsa_oracle.harness.protocol import (
-    BackendFactory,
-    LayerFactory,
-    MultiStepBackend,
-    PreparesInGraph,
-    SingleStepBackend,
-    SparseAttention,
-    Strictness,
-)
-from nsa_oracle.harness.recorder.wrapper import record
-from nsa_oracle.harness.scenarios.files import load
-from nsa_oracle.harness.scenarios.limits import Sizes
-from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.starting import interruption_deferred
+
+with interruption_deferred():  # torch takes seconds
+    from nsa_oracle.harness.decorator import judged
+    from nsa_oracle.harness.errors import BackendError, ScenarioError
+    from nsa_oracle.harness.findings import Finding, Kind
+    from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+    from nsa_oracle.harness.protocol import (
+        BackendFactory,
+        LayerFactory,
+        MultiStepBackend,
+        PreparesInGraph,
+        SingleStepBackend,
+        SparseAttention,
+        Strictness,
+    )
+    from nsa_oracle.harness.recorder.wrapper import record
+    from nsa_oracle.harness.scenarios.files import load
+    from nsa_oracle.harness.scenarios.limits import Sizes
+    from nsa_oracle.harness.scenarios.scenario import Scenario
 
 __all__ = [
     "BackendError",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT, ended_in_one_line
+from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT, ended_in_one_line, interruption_deferred
 
 if TYPE_CHECKING:
     from nsa_oracle.harness.plugin.fixture import Oracle
@@ -238,7 +238,8 @@ def session_of(config: pytest.Config) -> Session:
 
 
 def _new_session(config: pytest.Config) -> Session:
-    from nsa_oracle.harness.plugin.session import Session
+    with interruption_deferred():
+        from nsa_oracle.harness.plugin.session import Session
 
     seed = config.stash[WORKER_INPUT][RANDOM_SEED]
     return Session.of(config, config.stash[STARTED], seed, _counts(config), is_worker(config))
@@ -281,7 +282,8 @@ def pytest_xdist_node_collection_finished(node: Any) -> None:
 @pytest.fixture
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     """Judges backends and layers within a test: ``oracle.judge(backend=...)``."""
-    from nsa_oracle.harness.plugin.fixture import Oracle
+    with interruption_deferred():
+        from nsa_oracle.harness.plugin.fixture import Oracle
 
     try:
         session = session_of(request.config)
@@ -307,7 +309,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the items of a marked test: one for each saved case, and one for each shard of the drawn ones."""
     marker = metafunc.definition.get_closest_marker(MARKER)
     if marker is not None:
-        from nsa_oracle.harness.plugin.fixture import parts_of
+        with interruption_deferred():
+            from nsa_oracle.harness.plugin.fixture import parts_of
 
         try:
             parts = parts_of(session_of(metafunc.config), **marker.kwargs)

@@ -1,4 +1,4 @@
-"""Ends a process that is interrupted while it starts, which takes seconds: importing torch, building a backend.
+"""What a signal does while a process starts, which takes seconds: importing torch, building a backend.
 
 Imports neither torch nor pytest, because it is needed before them.
 """
@@ -61,3 +61,32 @@ def ended_in_one_line(quiet: bool = False, leftover: Path | None = None) -> Iter
         for number, handler in before.items():
             if signal.getsignal(number) is end:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def interruption_deferred() -> Iterator[None]:
+    """In the body the first Ctrl-C is only noted, and handled at its end, as it would be without this.
+
+    What is being imported may swallow a KeyboardInterrupt, or make another error of it: numpy cannot be imported again
+    once its import was interrupted. A second Ctrl-C is handled at once. Outside the main thread, or where a Ctrl-C is
+    no KeyboardInterrupt, nothing is deferred.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    has_arrived = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal has_arrived
+        has_arrived = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if has_arrived:  # whatever the body raises
+            raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.starting import MESSAGE
-from tests.support.command_line import environment_of_children, saved
+from tests.support.command_line import environment_of_children, run, saved
 from tests.support.metadata_cases import DECODE, one_replay
 from tests.support.pytest_runs import environment
 
@@ -23,6 +23,15 @@ while True:
     try:
         time.sleep(60)
     except Exception:  # as modules do that try what there is
+        pass
+"""
+SWALLOWS = """
+import pathlib, time
+pathlib.Path("started").touch()
+while not pathlib.Path("sent").exists():
+    try:
+        time.sleep(0.05)
+    except KeyboardInterrupt:  # as a library may, or make an ImportError of it
         pass
 """
 SIGNALS = pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
@@ -45,6 +54,7 @@ def ended(folder: Path, sent: signal.Signals, *words: str) -> tuple[int, str, st
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, sent)
+    (folder / "sent").touch()
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
 
@@ -74,3 +84,38 @@ def test_while_a_backend_is_loaded_by_a_command(
     saved(tmp_path, one_replay(DECODE))
     words = (*command, "--backend", "slow:X", "--device", "cpu")
     assert ended(tmp_path, sent, "nsa_oracle", *words) == (code, "", MESSAGE)
+
+
+@pytest.mark.parametrize("imports", ["from nsa_oracle.harness import judged", "import pytest"])
+def test_a_ctrl_c_that_an_import_swallows_ends_the_collection(imports: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SWALLOWS, encoding="utf-8")
+    test = f"{imports}\nimport pytest\n\n@pytest.mark.oracle(profile='smoke')\ndef test_marked(): pass\n"
+    (tmp_path / "test_marked.py").write_text(test, encoding="utf-8")
+    code, output, errors = ended(tmp_path, signal.SIGINT, "pytest", "-p", "nsa_oracle.pytest_plugin", "-q")
+    assert code == pytest.ExitCode.INTERRUPTED, output
+    assert [line for line in output.splitlines() if line.endswith(": KeyboardInterrupt")]
+    assert "Traceback" not in output + errors
+    assert errors == ""
+
+
+IN_A_COLLECTION = """
+import ctypes, gc, time
+import nsa_oracle.harness.signals
+
+interrupt = ctypes.pythonapi.PyErr_SetInterrupt  # as a signal does that arrives in native code
+interrupt.argtypes = [ctypes.py_object, ctypes.py_object]
+gc.collect()  # nothing that has a finaliser is left
+gc.callbacks.insert(0, interrupt)
+try:
+    gc.collect()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+finally:
+    gc.callbacks.remove(interrupt)
+"""
+
+
+def test_a_ctrl_c_while_garbage_is_collected_is_not_lost() -> None:
+    done = run(sys.executable, "-c", IN_A_COLLECTION)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
