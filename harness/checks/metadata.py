@@ -20,6 +20,8 @@ from nsa_oracle.harness.findings import Finding, Kind, Neighbour, around
 from nsa_oracle.harness.subjects.result_checks import described, shown_value
 from nsa_oracle.reference.types import Metadata
 
+AS_CAPTURED = "still as the capture left it"
+
 
 def compare_metadata(
     seen: Observation,
@@ -54,6 +56,17 @@ def differing_fields(
 def _compare_step(
     got: StepObservation, want: Metadata, device: torch.device, labels: RowLabels, tally: Tally, declared: DeclaredStep
 ) -> Iterator[Finding]:
+    scalars = _compare_scalars(got, want, declared)
+    if not got.moved:  # else they belong to metadata that the graph does not read
+        yield from scalars
+    expected = declared.expected(fields.tensors(want), want)
+    lengths = expected["seqlens_expanded"].numpy()
+    for field in declared.fields():
+        yield from _compare_field(field, got, expected.get(field.name), want, lengths, device, labels, tally, declared)
+    yield from scalars
+
+
+def _compare_scalars(got: StepObservation, want: Metadata, declared: DeclaredStep) -> Iterator[Finding]:
     for name in fields.HOST_SCALARS:
         scalar = got.host_scalars[name]
         # A tensor would synchronise at every use; a bool is not a size.
@@ -66,10 +79,6 @@ def _compare_step(
             yield Finding(Kind.HOST_SCALAR, name, str(scalar), str(value))
         else:
             yield Finding(Kind.HOST_SCALAR, name, shown_value(scalar), f"{value}, an int of Python")
-    expected = declared.expected(fields.tensors(want), want)
-    lengths = expected["seqlens_expanded"].numpy()
-    for field in declared.fields():
-        yield from _compare_field(field, got, expected.get(field.name), want, lengths, device, labels, tally, declared)
 
 
 def _is_dense(field: Field, shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -95,7 +104,11 @@ def _compare_field(
     tally: Tally,
     declared: DeclaredStep,
 ) -> Iterator[Finding]:
-    """Yields what is wrong with the field; its content even if the field is no longer where the graph reads it."""
+    """Yields what is wrong with the field; its content even if the field is no longer where the graph reads it.
+
+    The content comes first, unless it is right where the field is now: a backend that refreshes nothing may show the
+    metadata of another call.
+    """
     name = field.name
     seen = got.tensors.get(name)
     if declared.leaves_out(name, seen, expected):
@@ -106,8 +119,40 @@ def _compare_field(
         kind = Kind.UNEXPECTED if expected is None else Kind.MISSING
         yield Finding(kind, name, got.odd.get(name) or described(seen), described(expected))
         return
-    if name in got.moved:
-        yield Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
+    content = _compare_content(field, got, seen, expected, want, lengths, device, labels, tally, declared)
+    if name not in got.moved:
+        yield from content
+        return
+    moved = Finding(Kind.ADDRESS, name, "another address", "the address the graph was captured with")
+    now = got.elsewhere.get(name)
+    is_stale = now is not None and not _is_right(field, now, expected, want, lengths)
+    yield from (*content, moved) if is_stale else (moved, *content)
+
+
+def _is_right(
+    field: Field, now: torch.Tensor, expected: torch.Tensor, want: Metadata, lengths: NDArray[np.int32]
+) -> bool:
+    """Whether the live cells of ``now`` are as expected."""
+    if now.shape != expected.shape:
+        return False
+    cells = expected.numpy()
+    return not ((now.numpy() != cells) & _live_cells(field, cells, want, lengths)).any()
+
+
+def _compare_content(
+    field: Field,
+    got: StepObservation,
+    seen: torch.Tensor,
+    expected: torch.Tensor,
+    want: Metadata,
+    lengths: NDArray[np.int32],
+    device: torch.device,
+    labels: RowLabels,
+    tally: Tally,
+    declared: DeclaredStep,
+) -> Iterator[Finding]:
+    """Yields the first thing that is wrong with the tensor of a field, if any."""
+    name = field.name
     if name not in got.dtypes:
         return
     if got.devices[name].type != device.type:
@@ -144,6 +189,7 @@ def _compare_field(
         differing=int(wrong.sum()),
         compared=int(live.sum()),
         neighbours=tuple(_neighbours(field, first, got_cells, want_cells, live, labels)),
+        how=AS_CAPTURED if name in got.unchanged else "",
     )
 
 

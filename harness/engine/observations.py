@@ -45,7 +45,8 @@ class Conditions:
 class StepObservation:
     """The metadata of one step as a consumer sees it.
 
-    tensors: host copies by field name. moved: fields that are no longer at the address that the graph reads. odd:
+    tensors: host copies by field name. moved: fields that are no longer at the address that the graph reads; elsewhere:
+    host copies of what they are now. unchanged: fields of one axis that a graph read as its capture left them. odd:
     description of a value that is neither a tensor nor None, by field name. strides: of the backend's own tensors.
     """
 
@@ -54,6 +55,8 @@ class StepObservation:
     devices: dict[str, torch.device]
     host_scalars: dict[str, object]
     moved: tuple[str, ...] = ()
+    elsewhere: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
     odd: Mapping[str, str] = field(default_factory=dict)
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

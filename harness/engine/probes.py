@@ -18,11 +18,16 @@ from nsa_oracle.reference.types import Metadata
 
 @dataclass(frozen=True)
 class Probe:
-    """Location of a graph's copy of one field of one step."""
+    """Location of a graph's copy of one field of one step.
+
+    captured: a host copy of the field as it was at capture, if it has one axis; None of a table, whose dead cells are
+    overwritten before each replay.
+    """
 
     offset: int  # in the probe arena, in int32 words
     shape: torch.Size
     address: int  # of the field itself, at capture
+    captured: torch.Tensor | None
 
     def view(self, arena: torch.Tensor) -> torch.Tensor:
         return arena[self.offset : self.offset + self.shape.numel()].view(self.shape)
@@ -42,7 +47,8 @@ class ProbeArena:
         for step_metadata in metadata:
             step_probes = {}
             for name, tensor in fields.tensors(step_metadata, own).items():
-                step_probes[name] = Probe(words, tensor.shape, tensor.data_ptr())
+                kept = on_host(tensor).clone() if tensor.dim() == 1 and tensor.dtype is torch.int32 else None
+                step_probes[name] = Probe(words, tensor.shape, tensor.data_ptr(), kept)
                 words += tensor.numel()
             steps.append(step_probes)
         self.probes = tuple(steps)
@@ -152,12 +158,15 @@ def observe(
     """The metadata of one step. seen: host copies of its fields. probes: those of a graph, to detect moved fields."""
     held = fields.tensors(metadata, own)
     others = {name: value for name, value in fields.held(metadata, own).items() if name not in held}
+    moved = tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address)
     return StepObservation(
         tensors=seen,
         dtypes={name: tensor.dtype for name, tensor in held.items()},
         devices={name: tensor.device for name, tensor in held.items()},
         host_scalars={name: getattr(metadata, name, None) for name in fields.HOST_SCALARS},
-        moved=tuple(n for n, probe in probes.items() if n not in held or held[n].data_ptr() != probe.address),
+        moved=moved,
+        elsewhere={name: on_host(held[name]) for name in moved if name in held},
+        unchanged=tuple(n for n, p in probes.items() if p.captured is not None and torch.equal(seen[n], p.captured)),
         odd={name: described(value) for name, value in others.items() if value is not None},
         strides={name: tensor.stride() for name, tensor in held.items()},
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_oracle.harness.checks.metadata import AS_CAPTURED
 from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
@@ -351,7 +352,7 @@ def test_scenario_of_a_plant_passes_without_it(plant: Plant, device: torch.devic
 
 @pytest.mark.parametrize(
     ("backend", "how"),
-    [(in_graph.AccumulatesInGraph, "replayed again without a preparation"), (in_graph.FreezesLength, "")],
+    [(in_graph.AccumulatesInGraph, "replayed again without a preparation"), (in_graph.FreezesLength, AS_CAPTURED)],
 )
 def test_it_is_told_if_only_a_second_replay_is_wrong(backend: Any, how: str, device: torch.device) -> None:
     with pytest.raises(OracleFailure) as caught:

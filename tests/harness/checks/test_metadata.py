@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.checks.metadata import compare_metadata
+from nsa_oracle.harness.checks.metadata import AS_CAPTURED, compare_metadata
 from nsa_oracle.harness.checks.places import RowLabels
 from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import FIELDS, Axis
 from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay
 from nsa_oracle.reference.types import BackendConfig, ForwardMode, Metadata
+from tests.support.backends import replays
+from tests.support.metadata_cases import case, factory_of
 
 CPU = torch.device("cpu")
 CONFIG = BackendConfig(
@@ -226,3 +230,28 @@ def test_every_axis_names_itself() -> None:
         assert len(place.split(", ")) >= len(field.axes)
     assert named.at(Axis.PART, 3) == "part 3"
     assert named.at(Axis.ROW, 9) == "row 9 (unused tail)"
+
+
+FORGOTTEN = case(
+    Capture(mode=ForwardMode.DECODE, buckets=(1,)),
+    Join(seq_len=3),
+    Eager(mode=ForwardMode.DECODE),
+    Finish(request=0),
+    Join(seq_len=6),
+    Replay(mode=ForwardMode.DECODE),
+)
+
+
+def test_replay_that_refreshes_nothing_is_told_by_what_the_graph_read() -> None:
+    """It shows the metadata of the eager call, whose buffers are others; none has moved."""
+    with pytest.raises(OracleFailure) as caught:
+        judge(FORGOTTEN, factory_of(replays.RefreshesNothing), CPU)
+    finding = caught.value.finding
+    assert (finding.kind, finding.field, finding.got, finding.expected) == (Kind.VALUE, "cache_seqlens_int32", "1", "6")
+    assert f"request 0 ({AS_CAPTURED}): got 1" in finding.sentence()
+
+
+def test_buffer_that_moved_with_the_right_content_is_told_as_moved() -> None:
+    with pytest.raises(OracleFailure) as caught:
+        judge(FORGOTTEN, factory_of(replays.RebuildsMetadata), CPU)
+    assert caught.value.finding.kind is Kind.ADDRESS

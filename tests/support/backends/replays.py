@@ -101,3 +101,9 @@ class OneStepTooFew(MultiStepBackend):
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
         super().__init__(config, req_to_token)
         self.attn_backends.pop()
+
+
+class RefreshesNothing(MultiStepBackend):
+    """Has a method for replays that does nothing."""
+
+    def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None: ...
