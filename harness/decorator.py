@@ -28,7 +28,7 @@ def judged(
     profile: str | None = None,
     cases: Sequence[str] | None = None,
 ) -> Callable[[_Test], _Test]:
-    """Make a test of a backend or a layer: one item for each saved case and each of eight shards of the drawn ones.
+    """Make a test of a backend or a layer: one item for each saved case and each shard of the drawn ones (up to 8).
 
     backend: a callable of (config, req_to_token), or its name as ``module:attribute``; layer: likewise, of (config,
     attention). The options --oracle-backend and --oracle-layer, and then ``optimized/``, stand for those not given.

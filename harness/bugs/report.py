@@ -18,7 +18,6 @@ from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
 
 HTML_WIDTH = 260
-LOG_WIDTH = 10_000  # columns; wider than the line of any case, so that no line is wrapped
 
 
 def listing(bugs: Sequence[Bug]) -> Table:

@@ -86,7 +86,7 @@ def bugs(
     except KeyboardInterrupt:
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]
-    typer.echo(text.render(report.kills_table(kills), report.LOG_WIDTH))
+    typer.echo(text.render(report.kills_table(kills), text.UNBROKEN))
     typer.echo(report.sum_line(kills, len(chosen) - len(hunted)))
     if interrupted:
         typer.echo(f"interrupted: {len(kills)} of {counted(len(hunted), 'bug')}")

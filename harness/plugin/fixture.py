@@ -40,7 +40,7 @@ def parts_of(
     profile = session.profile if profile is None else profile
     if profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
-    kinds = kinds_of(cases, *specs, PROFILES[profile])
+    kinds = kinds_of(cases, *specs, PROFILES[profile], replays=bool(session.replayed))
     files = session.replayed or (session.saved.files() if "saved" in kinds else ())
     without = f"no saved case: {session.saved.why_none()}" if "saved" in kinds and not files else ""
     if without and cases is not None and "saved" in ((cases,) if isinstance(cases, str) else cases):

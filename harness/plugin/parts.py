@@ -68,18 +68,21 @@ def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path], without: str
             named |= {f"{prefix}{file.stem}": replace(whole, file=file) for file in files}
         else:
             shares = (replace(whole, shard=shard, with_layer=kind == "layers") for shard in range(SHARDS))
-            named |= {f"{prefix}{share.shard}": share for share in shares}
+            named |= {f"{prefix}{share.shard}": share for share in shares if share.numbers}  # few cases have few shards
     return named or {"none": replace(whole, without=without)}
 
 
-def kinds_of(cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: Profile) -> tuple[str, ...]:
+def kinds_of(
+    cases: Sequence[str] | None, backend: str | None, layer: str | None, profile: Profile, replays: bool = False
+) -> tuple[str, ...]:
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
+    replays: whether saved cases are named, which are then judged whatever the profile.
     Raises UsageError for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
     """
     if cases is None:
         alone, behind = layer is None or backend is not None, backend is None or layer is not None
-        wanted = {"saved": profile.saved, "metadata": alone, "layers": behind}
+        wanted = {"saved": profile.saved or replays, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
     unknown = [kind for kind in asked if kind not in (*KINDS, SAVED_IF_ANY)]

@@ -13,6 +13,14 @@ from nsa_oracle.harness.scenarios.files import corpus
 from nsa_oracle.pytest_plugin import setting
 
 
+def folder_of(config: pytest.Config, given: str | None, name: str) -> Path:
+    """The folder that an option names from the current folder, or else ``name`` from that of the configuration file."""
+    if given is not None:
+        return Path(given)
+    folder = (config.rootpath if config.inipath is None else config.inipath.parent) / name
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
 @dataclass(frozen=True)
 class SavedCases:
     """The cases of ``folder``. named_by: the option or setting that names the folder; empty for the default one."""
@@ -25,10 +33,8 @@ class SavedCases:
     def of(config: pytest.Config, device: torch.device) -> SavedCases:
         """Those that the options and the configuration file name."""
         given, named = config.getoption("oracle_cases"), setting(config, "cases")
-        folder = config.rootpath / ("tests/cases" if named is None else named)
-        here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         named_by = "" if named is None else "oracle_cases" if given is None else "--oracle-cases"
-        return SavedCases(here, named_by, device)
+        return SavedCases(folder_of(config, given, named or "tests/cases"), named_by, device)
 
     def files(self) -> Sequence[Path]:
         """Their files. Raises UsageError if the folder was named and has none."""

@@ -19,7 +19,7 @@ from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.live import Live
 from nsa_oracle.harness.plugin.output import Output
 from nsa_oracle.harness.plugin.parts import Part
-from nsa_oracle.harness.plugin.saved import SavedCases
+from nsa_oracle.harness.plugin.saved import SavedCases, folder_of
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import FailureRecord
 from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load, process_of
@@ -98,7 +98,6 @@ class Session:
                 raise pytest.UsageError(str(error)) from None
         counts.mkdir(exist_ok=True)
         budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
-        save_dir = Path(saved_in) if saved_in is not None else _near(config.rootpath / (kept or "failures"))
         return Session(
             config=config,
             started=started,
@@ -107,7 +106,7 @@ class Session:
             device=device,
             specs=(backend, layer),
             profile="pr" if profile is None else profile,
-            save_dir=save_dir,
+            save_dir=folder_of(config, saved_in, kept or "failures"),
             saved=SavedCases.of(config, device),
             case_timeout=600.0 if timeout is None else timeout or None,
             replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
@@ -244,11 +243,6 @@ def share_gpus(config: pytest.Config) -> None:
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     if worker is not None:
         processes.take_gpu(int(worker["workerid"].removeprefix("gw")))
-
-
-def _near(path: Path) -> Path:
-    """``path`` as seen from the current folder, if it is in there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _check_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 TAKEN = ("backend", "layer", "profile", "seed")
 """Options that stand for what a test does not name itself."""
 DRAWN = ("profile", "seed")  # those of drawn cases, of which --oracle-replay has none
+WITHOUT_A_TEST = "pytest --pyargs nsa_oracle.harness.suite"
 LISTS = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")  # pytest's: no test runs
 
 
@@ -36,4 +37,7 @@ def unused_options(
         else:
             why = f"no test of this run takes it; the tests name their own {name}"
         lines.append(f"NOT JUDGED: --oracle-{name} {config.getoption(f'oracle_{name}')}: {why}")
+    if replays and not taken:
+        files = " ".join(config.getoption("oracle_replay"))
+        lines.append(f"NOT JUDGED: --oracle-replay {files}: no selected test judges saved cases; {WITHOUT_A_TEST} does")
     return lines

@@ -17,7 +17,7 @@ from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.protocol import STAGES, SparseAttention, Strictness
 from nsa_oracle.harness.report import failure
 from nsa_oracle.harness.report.failure import explain, replay_command
-from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.report.text import WIDTH, render
 from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, Limits
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER, restricted
@@ -225,7 +225,7 @@ def test_broken_layer_fails_as_shown(device: torch.device) -> None:
     passed = {Tier.REFERENCE: True, Tier.INTERPRETER: False, Tier.COMPILED: False, Tier.SIMULATED: False}
     outcome_of = {True: "", False: verdict, None: no_gpu}
     outcomes = [TierOutcome(tier, passed.get(tier), outcome_of[passed.get(tier)]) for tier in Tier]
-    table = render(tiers_table(outcomes))
+    table = render(tiers_table(outcomes), WIDTH)
     shown = shown_block(SAVED, "what it adds")
     assert shown == f"{table}\nfirst to fail: interpreter, so look at the logic\n  {verdict}\n"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nsa_oracle.harness.bugs.kill import Kill
-from nsa_oracle.harness.bugs.report import LOG_WIDTH, kills_table, one_line_story
+from nsa_oracle.harness.bugs.report import kills_table, one_line_story
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.checks.check import Check
-from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.report.text import UNBROKEN, render
 from nsa_oracle.harness.scenarios.files import to_json
 from tests.support.metadata_cases import CROWDED
 
@@ -21,7 +21,7 @@ def test_a_bug_is_a_line_whatever_its_case() -> None:
         Kill(THREE[0].name, Check.METADATA, False, 2, 1.2, case=to_json(CROWDED)),
         Kill(THREE[2].name, None, False, 200, 9.0),
     ]
-    head, *lines = render(kills_table(kills), LOG_WIDTH).splitlines()
+    head, *lines = render(kills_table(kills), UNBROKEN).splitlines()
     assert head.split() == ["bug", "check", "cases", "seconds", "smallest", "case"]
     assert [line.split()[0] for line in lines] == [BUG.name, THREE[0].name, THREE[2].name]
     assert one_line_story(long) in lines[0]

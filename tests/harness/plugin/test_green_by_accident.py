@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.harness.decorator import NOT_JUDGED, judged, judged_item
+from nsa_oracle.harness.scenarios.files import save
+from nsa_oracle.harness.search.drawing import PROFILES
+from tests.support.metadata_cases import DECODE, one_replay
 from tests.support.pytest_runs import Run, environment, run
 
 CLEAN = "tests.support.backends.clean:Clean"
@@ -304,3 +307,29 @@ def test_fixture_that_judges_nothing_fails_its_test(folder: Path) -> None:
     line = "not judged: the test takes the fixture oracle and never calls oracle.judge"
     assert done.output.splitlines().count(line) == 1
     assert "for another reason" in done.output
+
+
+@pytest.mark.parametrize("words", [("empty",), ("test_own.py",), ("test_own.py", "-k", "nothing")])
+def test_a_case_that_no_test_replays_is_told_in_one_line(words: tuple[str, ...], folder: Path) -> None:
+    (folder / "empty").mkdir()
+    save(one_replay(DECODE), folder / "case.json")
+    done = run(folder, *words, "--oracle-replay=case.json", "-p", "no:cacheprovider")
+    assert done.exit_code == pytest.ExitCode.NO_TESTS_COLLECTED, done.output
+    said = [line for line in done.output.splitlines() if line.startswith("NOT JUDGED: ")]
+    assert len(said) == 1
+    assert said[0].startswith("NOT JUDGED: --oracle-replay case.json: no selected test judges saved cases; ")
+
+
+def test_a_case_is_replayed_whatever_the_profile(folder: Path) -> None:
+    save(one_replay(DECODE), folder / "case.json")
+    words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
+    done = run(folder, *words, "--oracle-replay=case.json", "-p", "no:cacheprovider")
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    assert done.totals[0] == 1
+
+
+def test_each_shard_has_a_case(folder: Path) -> None:
+    words = ("--pyargs", "nsa_oracle.harness.suite", "--oracle-profile=smoke", "--collect-only", "-q", "-k", "layers")
+    done = run(folder, *words, "-p", "no:cacheprovider")
+    listed = re.findall(r"::test_layers\[(\d)\]$", done.output, re.MULTILINE)
+    assert listed == [str(number) for number in range(PROFILES["smoke"].layer_cases)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nsa_oracle.harness.scenarios.files import save
+from tests.support.metadata_cases import DECODE, one_replay
 from tests.support.pytest_runs import run
 
 CLEAN = "tests.support.backends.clean:Clean"
@@ -75,3 +77,21 @@ def test_suite_in_a_repository_without_saved_cases(tmp_path: Path) -> None:
     alone = run(tmp_path, *words, "-k", "saved")
     assert alone.exit_code == pytest.ExitCode.TESTS_FAILED
     assert "NOT JUDGED: no case at all was judged" in alone.output
+
+
+def test_folder_of_an_option_is_that_of_the_current_folder_and_of_a_setting_that_of_its_file(tmp_path: Path) -> None:
+    within = tmp_path / "root" / "tests"
+    within.mkdir(parents=True)
+    save(one_replay(DECODE), tmp_path / "root" / "kept" / "here.json")
+    save(one_replay(DECODE), tmp_path / "kept" / "outside.json")
+    (within.parent / "pytest.ini").write_text("[pytest]\noracle_cases = ../kept\n")
+    words = ("--pyargs", "nsa_oracle.harness.suite", "--collect-only", "-q", "-k", "saved", "-p", "no:cacheprovider")
+    for options, name in (
+        ((), "outside"),
+        (("--oracle-cases=../kept",), "here"),
+        (("--oracle-cases=../../kept",), "outside"),
+    ):
+        done = run(within, *words, *options)
+        assert re.findall(r"::test_saved_case\[(\w+)\]$", done.output, re.MULTILINE) == [name], (
+            done.output + done.errors
+        )
