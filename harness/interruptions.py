@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import _thread
 import os
+import select
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.signals import postponed
+
+_SECONDS_TO_COME_BACK = 1.0  # of a fork, behind the call that made it; one that works on is waited for once
+_end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)  # what others send to a process that is to end
 
@@ -48,24 +55,88 @@ class ProcessExit(SystemExit):
     """Judged code has called a function that would have ended the process, as ``os._exit`` does."""
 
 
+class ForkReturned(ProcessExit):
+    """Judged code has called ``os.fork`` and returned in both processes. stack: of the call, outermost frame first."""
+
+    def __init__(self, stack: tuple[traceback.FrameSummary, ...]) -> None:
+        super().__init__("os.fork(), and its child returned, too")
+        self.stack = stack
+
+
+class _Fork:
+    """A fork of judged code. Its end of a pipe closes when it ends or becomes another program."""
+
+    def __init__(self, process: int, pipe: int, stack: tuple[traceback.FrameSummary, ...]) -> None:
+        self.error = ForkReturned(stack)
+        self.is_settled = False
+        self._process = process
+        self._pipe = pipe
+        self._patience = _SECONDS_TO_COME_BACK
+
+    def has_returned(self) -> bool:
+        """Whether it was about to leave judged code, and has ended for that."""
+        if self.is_settled or not select.select([self._pipe], [], [], self._patience)[0]:
+            self._patience = 0
+            return False
+        returned = bool(os.read(self._pipe, 1))
+        self.close()
+        if returned:
+            with suppress(ChildProcessError):
+                os.waitpid(self._process, 0)
+        return returned
+
+    def close(self) -> None:
+        if not self.is_settled:
+            os.close(self._pipe)
+        self.is_settled = True
+
+
 class RefusedExits:
-    """Calls by judged code of functions that would have ended the process. first: of these calls, or None."""
+    """Calls by judged code of functions that would have ended the process, and of ``os.fork``.
+
+    first: of the calls that would have ended it, or of the forks that returned from judged code; None if there is none.
+    """
 
     first: ProcessExit | None = None
 
+    def __init__(self) -> None:
+        self.forks: list[_Fork] = []
+
+    def check_forks(self) -> None:
+        """Raises ForkReturned if a fork has returned from judged code, at the first look behind that."""
+        for fork in self.forks:
+            if fork.has_returned():
+                self.first = self.first or fork.error
+                raise fork.error
+        self.forks = [fork for fork in self.forks if not fork.is_settled]
+
     def check(self) -> None:
         """Raises the first call's ProcessExit, in case judged code, or a thread of it, has swallowed it."""
+        self.check_forks()
         if self.first is not None:
             raise self.first
+
+
+def _ends_behind(outermost: FrameType, pipe: int) -> Callable[[FrameType, str, Any], None]:
+    """A profile function that ends the process when ``outermost`` is left, and says so in ``pipe``."""
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if frame is outermost and event == "return":
+            with suppress(OSError):  # nobody waits for it any more
+                os.write(pipe, b"1")
+            _end_process(0)
+
+    return profile
 
 
 @contextmanager
 def exits_refused() -> Iterator[RefusedExits]:
     """In the body ``os._exit``, ``os.exec*`` and signals to itself raise ProcessExit, and so does ``os.closerange``.
 
-    A verdict must not get lost with the process. Processes that the body forks may end as they like.
+    A verdict must not get lost with the process. Processes that the body forks may end as they like, but must not leave
+    judged code: there would be two verdicts. They are ended there.
     """
-    refused, process = RefusedExits(), os.getpid()
+    refused, process, body = RefusedExits(), os.getpid(), sys._getframe(2)  # behind contextlib's
 
     def guarded(name: str, function: Callable[..., Any], ends: Callable[..., bool]) -> Callable[..., Any]:
         def refuse(*arguments: Any, **options: Any) -> Any:
@@ -79,12 +150,35 @@ def exits_refused() -> Iterator[RefusedExits]:
 
         return refuse
 
+    original_fork = os.fork
+
+    def fork() -> int:
+        running = judged_stack(sys._getframe(1), body)
+        if os.getpid() != process or not running or not is_judged_code(sys._getframe(1).f_code.co_filename):
+            return original_fork()  # those of the standard library do not return
+        stack = tuple(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in running))
+        receiver, sender = os.pipe()
+        child = original_fork()
+        if child == 0:
+            os.close(receiver)
+            sys.setprofile(_ends_behind(running[0], sender))
+        else:
+            os.close(sender)
+            refused.forks.append(_Fork(child, receiver, stack))
+        return child
+
     before = {(module, name): getattr(module, name) for module, name in _ENDING}
+    os.fork = fork
     for (module, name), function in before.items():
         setattr(module, name, guarded(f"{module.__name__}.{name}", function, _ENDING[module, name]))
     try:
         yield refused
     finally:
+        if os.getpid() != process:  # a fork that native code has made
+            _end_process(0)
+        os.fork = original_fork
+        for one in refused.forks:
+            one.close()
         for (module, name), function in before.items():
             setattr(module, name, function)
 

@@ -33,7 +33,13 @@ from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
-from nsa_oracle.harness.interruptions import Interruptions, exits_refused, interruptions_noted
+from nsa_oracle.harness.interruptions import (
+    ForkReturned,
+    Interruptions,
+    RefusedExits,
+    exits_refused,
+    interruptions_noted,
+)
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
 from nsa_oracle.harness.processes import time_limit
@@ -126,7 +132,7 @@ def judge(
     ):
         try:
             with exits_refused() as exits:
-                _judge_twice(scenario, factory, device, covered, layer_factory, graphs, interruptions)
+                _judge_twice(scenario, factory, device, covered, layer_factory, graphs, interruptions, exits)
             interruptions.check()
             if exits.first is not None:  # and nothing else noticed
                 raise OracleFailure(scenario, _raised(exits.first), None)
@@ -167,6 +173,7 @@ def _judge_twice(
     layer_factory: LayerFactory,
     graphs: bool,
     interruptions: Interruptions,
+    exits: RefusedExits,
 ) -> None:
     run: _Run | None = None
     for sentinel, poison in zip(sentinels(scenario.setup), POISON_BYTES, strict=True):
@@ -177,7 +184,7 @@ def _judge_twice(
 
         run = _Run(scenario, build, device, covered, run)
         with speed.without_warnings(), kept_global_state(partial(_left_changed, scenario), OracleFailure):
-            run.judge(interruptions)
+            run.judge(interruptions, exits)
 
 
 def _left_changed(scenario: Scenario, finding: Finding, failure: BaseException | None) -> OracleFailure:
@@ -217,22 +224,25 @@ class _Run:
         self._counter, self._growth = VariantCounter(), VariantGrowth()
         self._first_calls = iter(first.calls if first is not None else ())
 
-    def judge(self, interruptions: Interruptions) -> None:
+    def judge(self, interruptions: Interruptions, exits: RefusedExits) -> None:
         """Raises OracleFailure at the first disagreement, and KeyboardInterrupt if there was one of the user's."""
         number: int | None = None
         inference = torch.is_inference_mode_enabled()
         try:
             engine = self.build(self.scenario)
+            exits.check_forks()
             if (modified := _modified_input(engine)) is not None:  # by the constructor
                 raise OracleFailure(self.scenario, modified, None)
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
                     self._judge_event(engine, engine.run(event), number)
+                    exits.check_forks()
                     if (left := inference_mode_left_on(inference)) is not None:
                         raise OracleFailure(self.scenario, left, number)
             finding = _stray_write(engine) or _modified_input(engine)  # a capture without a replay can write, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
+            exits.check_forks()
             self.verdict.audit.add(engine.audit)
             self.verdict.declared.count_stand_ins(engine.declarations)
             if engine.layer is not None:
@@ -401,6 +411,9 @@ def _raised(error: BaseException) -> Finding:
     got = error_line(error, nothing=type(error).__name__)
     if (cause := error.__cause__) is not None:
         got += f" (from {type(cause).__name__}: {error_line(cause, 80)})"
+    if isinstance(error, ForkReturned):
+        got = "a child that leaves the judged code, too"
+        return Finding(Kind.STATE, "os.fork()", got, "a child that ends within it", place=place, stack=stack)
     return Finding(kind, type(error).__name__, got, "no exception", place=place, stack=stack)
 
 
@@ -414,7 +427,7 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 def _judged_frames(error: BaseException) -> Sequence[traceback.FrameSummary]:
     """The frames of judged code that the exception passed, or those that were running as it insisted on ending them."""
-    return judged_frames(error.__traceback__) or (error.stack if isinstance(error, CaseTimeout) else ())
+    return judged_frames(error.__traceback__) or (error.stack if isinstance(error, CaseTimeout | ForkReturned) else ())
 
 
 def _came_through_the_layer(error: BaseException) -> bool:

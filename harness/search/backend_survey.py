@@ -28,7 +28,7 @@ from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
-from nsa_oracle.harness.interruptions import Interruptions, exits_refused, interruptions_noted
+from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
@@ -160,8 +160,8 @@ class BackendSurvey:
 
     def survey(self, scenario: Scenario) -> None:
         """Judge every call of one scenario."""
-        with interruptions_noted() as interruptions, exits_refused():
-            surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions)
+        with interruptions_noted() as interruptions, exits_refused() as exits:
+            surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
             with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
                 surveyed.run()
             interruptions.check()
@@ -217,12 +217,14 @@ class _Case:
         device: torch.device,
         found: BackendFound,
         interruptions: Interruptions,
+        exits: RefusedExits,
     ) -> None:
         self.scenario = scenario
         self.subject = subject
         self.device = device
         self.found = found
         self.interruptions = interruptions
+        self.exits = exits
         self._uncapturable: set[int] = set()  # indices of captures that failed
 
     @speed.deep_stack
@@ -257,6 +259,7 @@ class _Case:
     def _engine(self) -> Engine | None:
         try:
             engine = self._build(self.scenario)
+            self.exits.check_forks()
         except (BackendError, ScenarioError):
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -285,6 +288,7 @@ class _Case:
         for seen in engine.run(event):
             assert not isinstance(seen, LayerObservation)
             self._judge_call(engine, seen, number)
+        self.exits.check_forks()
         if isinstance(event, Capture):
             self._note(Property("graph", event.mode.value, CAPTURES), [], number)
         overrun, modified = engine.guards.overrun(), engine.modified_input()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
+from nsa_oracle.harness.errors import BackendError, error_line
+from nsa_oracle.harness.interruptions import ForkReturned, exits_refused, interruptions_noted
 from nsa_oracle.harness.subjects.subject import Subject
 
 
@@ -23,12 +23,19 @@ class SubjectSpec:
     def build(self, device: torch.device) -> Subject:
         """Load the subject. Raises BackendError if it cannot be judged, or if its code ends the import in any way."""
         try:
-            with interruptions_noted() as interruptions, exits_refused():
-                return Subject.load(self.backend, self.layer, device, self.case_timeout)
+            with interruptions_noted() as interruptions, exits_refused() as exits:
+                subject = Subject.load(self.backend, self.layer, device, self.case_timeout)
+                exits.check_forks()
+                return subject
+        except ForkReturned as error:
+            raise BackendError(f"{self._named}: loading it called {error_line(error)}") from None
         except KeyboardInterrupt:
             interruptions.check()
-            named = " or ".join(name for name in (self.backend, self.layer) if name) or "optimized/"
-            raise BackendError(f"{named}: loading it raised KeyboardInterrupt") from None
+            raise BackendError(f"{self._named}: loading it raised KeyboardInterrupt") from None
+
+    @property
+    def _named(self) -> str:
+        return " or ".join(name for name in (self.backend, self.layer) if name) or "optimized/"
 
 
 @functools.cache

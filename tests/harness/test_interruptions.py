@@ -21,6 +21,7 @@ from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interru
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes, process
+from tests.support.command_line import FAILS, replay, saved
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -76,6 +77,18 @@ def test_another_current_folder_is_a_finding_and_put_back() -> None:
 
 def test_children_of_judged_code_end_as_they_like() -> None:
     judge(one_replay(DECODE), factory_of(crashes.ForksAChild), CPU)
+
+
+def test_a_fork_that_leaves_judged_code_is_one_finding(tmp_path: Path) -> None:
+    finding = failure_of(process.ReturnsTwice).finding
+    assert (finding.kind, finding.field, finding.expected) == (Kind.STATE, "os.fork()", "a child that ends within it")
+    assert "process.py" in finding.place
+    assert "in refresh" in finding.place
+    case = saved(tmp_path, one_replay(DECODE))
+    done = replay("--in-process", "--backend", "tests.support.backends.process:ReturnsTwice", case)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert done.stdout.count("ORACLE FAILURE") == 1
+    assert done.stderr == ""
 
 
 def swallow_the_end() -> None:

@@ -43,3 +43,12 @@ class ChangesFolder(Step):
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         os.chdir("/")
         super().refresh(buffers, batch)
+
+
+@backend_of
+class ReturnsTwice(Step):
+    """Returns in a fork of its process as well."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        os.fork()
