@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied, how_it_ended
+from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied, death_of, last_words_in, write_last_words_to
 from nsa_oracle.harness.signals import Termination
 
 _T = TypeVar("_T")
@@ -73,7 +73,7 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
         _raise_interruption(fork)
         raise ChildDied(f"it took longer than {timeout:.0f} s and was ended")
     _raise_interruption(fork)
-    raise ChildDied(f"the process ended ({how_it_ended(fork.code)})")
+    raise death_of(fork.code, last_words_in(fork.words))
 
 
 def _raise_interruption(fork: _Fork) -> None:
@@ -88,13 +88,15 @@ class _Fork:
     """A fork that works, as its parent sees it.
 
     interrupts: how often a user has pressed Ctrl-C. terminated: whether the parent was told to end, by SIGTERM. What
-    does not end then is killed. code: as ``multiprocessing`` gives it, once the fork has ended.
+    does not end then is killed. words: a pipe of what a time limit says that ends it. code: as ``multiprocessing``
+    gives it, once the fork has ended.
     """
 
-    def __init__(self, process: int) -> None:
+    def __init__(self, process: int, words: Connection) -> None:
         self.interrupts = 0
         self.terminated = False
         self._process = process
+        self.words = words
         self.code: int | None = None
         self._interrupt_at = math.inf  # once more
         self._kill_at = math.inf
@@ -105,14 +107,17 @@ class _Fork:
         sys.stdout.flush()  # otherwise the fork would print it again
         sys.stderr.flush()
         receiver, sender = multiprocessing.Pipe(duplex=False)
+        words, words_sender = multiprocessing.Pipe(duplex=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: numpy has idle ones
             process = os.fork()
         if process == 0:
             receiver.close()
+            write_last_words_to(words_sender)
             _carry_out(work, sender)
         sender.close()
-        return _Fork(process), receiver
+        words_sender.close()
+        return _Fork(process, words), receiver
 
     def has_ended(self) -> bool:
         if time.monotonic() > self._kill_at:

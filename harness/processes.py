@@ -10,6 +10,7 @@ import faulthandler
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,12 +43,14 @@ _end_process = os._exit  # while a case is judged, ``os._exit`` is another funct
 class ChildDied(Exception):
     """A process ended, or was killed, before it returned a result. The message is one line that says how.
 
-    process: its number, if it ended by itself.
+    process: its number, if it ended by itself. hung: whether it was ended by the time limit of a case, which nothing
+    could interrupt.
     """
 
-    def __init__(self, message: str, process: int | None = None) -> None:
+    def __init__(self, message: str, process: int | None = None, hung: bool = False) -> None:
         super().__init__(message)
         self.process = process
+        self.hung = hung
 
 
 def how_it_ended(code: int | None) -> str:
@@ -56,6 +59,16 @@ def how_it_ended(code: int | None) -> str:
         return f"exit code {code}"
     names = {number.value: number.name for number in signal.Signals}
     return f"signal {names.get(-code, -code)}"
+
+
+def death_of(code: int | None, words: str, process: int | None = None) -> ChildDied:
+    """The error for a process that ended with ``code``. words: what it wrote to ``write_last_words_to``."""
+    if not words:
+        return ChildDied(f"the process ended ({how_it_ended(code)})", process)
+    sys.stderr.write(words)
+    frames = re.findall(r'File "(.*)", line (\d+) in (.*)', words)  # the innermost of a thread first
+    at = next((f" at {file}:{line} in {name}" for file, line, name in frames if is_judged_code(file)), "")
+    return ChildDied(f"the process was still running{at} long after the time limit, and was ended", process, hung=True)
 
 
 class Child:
@@ -71,6 +84,7 @@ class Child:
         self.output = output
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._words: Connection | None = None
 
     def call(self, function: Callable[..., _T], *arguments: object, timeout: float | None = None) -> _T:
         """Call ``function`` in the child and return its result.
@@ -93,7 +107,8 @@ class Child:
                 raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
             answer, error = self._pipe.recv()
         except (EOFError, OSError):  # the other end is closed
-            raise ChildDied(f"the process ended ({how_it_ended(self.close())})", process) from None
+            words = self._words
+            raise death_of(self.close(), "" if words is None else last_words_in(words), process) from None
         if error is not None:
             raise error
         result: _T = answer
@@ -120,8 +135,9 @@ class Child:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, childs_end = context.Pipe()
+        self._words, words = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_serve, args=(childs_end, self.device, self.number, self.output), daemon=True
+            target=_serve, args=(childs_end, words, self.device, self.number, self.output), daemon=True
         )
         resource_tracker.ensure_running()  # starting it would end what is blocked
         blocked = signal.pthread_sigmask(
@@ -132,14 +148,16 @@ class Child:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         childs_end.close()  # otherwise recv would not raise EOFError when the child dies
+        words.close()
 
 
-def _serve(pipe: Connection, device: str, number: int, output: Path | None) -> None:
+def _serve(pipe: Connection, words: Connection, device: str, number: int, output: Path | None) -> None:
     """Execute calls until the other end of the pipe is closed, or the parent has died: its children die with it."""
     if output is not None:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+    write_last_words_to(words)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
@@ -182,9 +200,9 @@ def _die_with_the_parent() -> None:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise CaseTimeout in the body once it has run for ``seconds``, and in all judged code if that swallows it.
 
-    Code that never returns to Python, as a GPU's synchronisation behind a kernel without an end, cannot be interrupted:
-    after three times the time the process prints its stacks and ends. Without a limit, or outside the main thread,
-    where Python handles no signals, nothing happens.
+    Code that never returns to Python, as a GPU's synchronisation behind a kernel without an end, or that blocks the
+    signal, cannot be interrupted: after three times the time the process prints its stacks and ends. Without a limit,
+    or outside the main thread, where Python handles no signals, nothing happens.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -211,13 +229,14 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, insist)
         raise CaseTimeout(f"still running after {_seconds(seconds)}")
 
-    handler = signal.signal(signal.SIGALRM, first)
+    handler, mask = signal.signal(signal.SIGALRM, first), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
-        faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_stderr())
+        faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_for_last_words())
         yield
     finally:
         is_closed = True  # before anything is called: signals are handled at calls
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -261,7 +280,7 @@ class _Insistence:
         if not running:
             return
         if time.monotonic() > self._ends:
-            os.write(_stderr(), self._verdict.encode())
+            os.write(_for_last_words(), self._verdict.encode())
             _end_process(1)
         for caller in running:
             caller.f_trace = self._trace
@@ -291,6 +310,29 @@ def _described(stack: Sequence[traceback.FrameSummary]) -> str:
 def _stderr() -> int:
     """The standard error of the process's start: pytest catches what is written to it while a test runs."""
     return os.dup(2)
+
+
+_words: Connection | None = None
+
+
+def write_last_words_to(pipe: Connection) -> None:
+    """What a time limit says when it ends this process is written there, for the process that waits for it."""
+    global _words
+    _words = pipe
+    os.set_blocking(pipe.fileno(), False)  # nobody reads it before the process has ended
+
+
+def last_words_in(pipe: Connection) -> str:
+    """What a process that has ended wrote to the other end of ``pipe``. Others may hold that end, too."""
+    os.set_blocking(pipe.fileno(), False)
+    try:
+        return os.read(pipe.fileno(), 1 << 16).decode(errors="replace")
+    except BlockingIOError:
+        return ""
+
+
+def _for_last_words() -> int:
+    return _stderr() if _words is None else _words.fileno()
 
 
 def take_gpu(number: int) -> None:

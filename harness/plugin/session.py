@@ -162,7 +162,7 @@ class Session:
         if file is None:
             sentence = f"{died} between two cases"
             return FailureRecord("died", "process", sentence, "", f"ORACLE FAILURE  {sentence}")
-        command = self.replay_command(Exploration(saved=file), specs)
+        command = self.replay_command(Exploration(saved=file), specs, Kind.TIMEOUT if died.hung else None)
         report = explain_death(str(died), load(file), file, command)
         return FailureRecord("died", "process", f"{died} while it judged a case", command, report, saved=str(file))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nsa_oracle.harness.forks import Tell, forked
-from nsa_oracle.harness.processes import ChildDied
+from nsa_oracle.harness.processes import Child, ChildDied, time_limit
 from tests.support.command_line import environment_of_children
 
 
@@ -67,6 +67,34 @@ def test_a_process_that_outlives_the_fork_does_not_delay_the_result() -> None:
 def test_a_slow_fork_is_ended() -> None:
     with pytest.raises(ChildDied, match="took longer than 1 s and was ended"):
         forked(lambda tell: time.sleep(60), timeout=1)
+
+
+def sleep_without_signals() -> None:
+    with time_limit(0.2):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+        time.sleep(60)
+
+
+TOO_LONG = rf"still running at {__file__}:\d+ in sleep_without_signals long after the time limit, and was ended$"
+
+
+def test_a_fork_that_blocks_the_signal_of_its_time_limit_is_told_as_one_that_hung() -> None:
+    with pytest.raises(ChildDied, match=TOO_LONG) as caught:
+        forked(lambda tell: sleep_without_signals())
+    assert caught.value.hung
+
+
+def test_a_child_that_blocks_the_signal_of_its_time_limit_is_told_as_one_that_hung() -> None:
+    child = Child("cpu")
+    with pytest.raises(ChildDied, match=TOO_LONG) as caught:
+        child.call(sleep_without_signals)
+    assert caught.value.hung
+
+
+def test_a_signal_that_was_blocked_within_a_time_limit_is_blocked_no_more() -> None:
+    with time_limit(60):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+    assert signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 SLEEPS = """
