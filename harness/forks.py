@@ -104,8 +104,7 @@ class _Fork:
     @staticmethod
     def start(work: Callable[[Tell], Any]) -> tuple[_Fork, Connection]:
         """The fork that does ``work``, and the pipe that its messages come from."""
-        sys.stdout.flush()  # otherwise the fork would print it again
-        sys.stderr.flush()
+        _flush()  # otherwise the fork would print it again
         receiver, sender = multiprocessing.Pipe(duplex=False)
         words, words_sender = multiprocessing.Pipe(duplex=False)
         with warnings.catch_warnings():
@@ -176,6 +175,12 @@ class _Fork:
                 os.kill(self._process, number)
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, nobody reads it, or it is closed
+            stream.flush()
+
+
 def _carry_out(work: Callable[[Tell], Any], sender: Connection) -> NoReturn:
     """Do ``work`` in the fork, send its result, and end the fork."""
     code = 1
@@ -190,8 +195,7 @@ def _carry_out(work: Callable[[Tell], Any], sender: Connection) -> NoReturn:
         except (Exception, KeyboardInterrupt) as raised:
             raised.add_note("".join(traceback.format_tb(raised.__traceback__)))  # which pickling would lose
             error = raised
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         sender.send((True, answer, error))
         atexit._run_exitfuncs()  # last: they may be those of judged code
         code = 0

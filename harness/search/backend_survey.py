@@ -36,6 +36,7 @@ from nsa_oracle.harness.scenarios.files import digest, save
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.search.stream import CaseStream
+from nsa_oracle.harness.subjects.global_state import Streams
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
@@ -45,6 +46,7 @@ _FIELDS = {field.name for field in FIELDS}
 BUILDS, NO_EXCEPTION, CAPTURES = "is built", "runs", "can be captured"
 UNMODIFIED, WITHIN, FREEZES_NOTHING = "leaves inputs alone", "writes within its buffers", "freezes no host value"
 SURVIVES = "keeps its process alive"
+KEEPS_STREAMS = "leaves sys.stdout and sys.stderr open"
 SHOWN = "shows what the graph reads"  # addresses; one defect moves many fields, whose content is judged all the same
 
 
@@ -162,8 +164,14 @@ class BackendSurvey:
         """Judge every call of one scenario."""
         with interruptions_noted() as interruptions, exits_refused() as exits:
             surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
-            with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
-                surveyed.run()
+            streams = Streams()
+            try:
+                with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
+                    surveyed.run()
+                lost = streams.lost()
+            finally:
+                streams.put_back()
+            surveyed.note_streams(lost)
             interruptions.check()
 
     def shrink(
@@ -251,6 +259,10 @@ class _Case:
         self.found.declared.count_stand_ins(engine.declarations)
         frozen = frozen_value(engine, self.scenario, self._build)
         self._note(Property("graph", "-", FREEZES_NOTHING), [frozen] if frozen else [], len(self.scenario.events) - 1)
+
+    def note_streams(self, lost: Finding | None) -> None:
+        """Count a case in which a stream of the process was lost, or none."""
+        self._note(Property("-", "-", KEEPS_STREAMS), [lost] if lost else [], len(self.scenario.events) - 1)
 
     def _build(self, scenario: Scenario) -> Engine:
         conditions = Conditions(sentinels(scenario.setup)[0], POISON_BYTES[0])

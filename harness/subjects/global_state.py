@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +20,12 @@ Report = Callable[[Finding, BaseException | None], BaseException]
 
 @contextmanager
 def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()]) -> Iterator[None]:
-    """Put torch's settings and the current folder back at the end.
+    """Put torch's settings, the current folder, ``sys.stdout`` and ``sys.stderr`` back at the end.
 
     A default dtype or a default device that was left changed alters every tensor that other code makes without naming
-    one, inference mode every tensor, and another current folder every relative path. It is therefore reported: the
-    context ends with what ``report`` makes of the finding and of the error that ends the context, if any. Errors of
-    other types than ``instead_of`` pass.
+    one, inference mode every tensor, and another current folder every relative path; without a stream nothing can be
+    printed any more. It is therefore reported: the context ends with what ``report`` makes of the finding and of the
+    error that ends the context, if any. Errors of other types than ``instead_of`` pass.
     The other settings (seed, threads, gradients, deterministic algorithms, precision of products) are put back without
     a word.
     """
@@ -32,7 +34,7 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     deterministic = _deterministic()
     precision = torch.get_float32_matmul_precision()
     inference, keys = torch.is_inference_mode_enabled(), _dispatch_keys()
-    folder = _current_folder()
+    folder, streams = _current_folder(), Streams()
     failure: BaseException | None = None
     changed: Finding | None = None
     try:
@@ -41,7 +43,8 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         failure = error
     finally:
         changed = _changed(dtype, device, folder)
-        changed = changed or inference_mode_left_on(inference)
+        changed = changed or inference_mode_left_on(inference) or streams.lost()
+        streams.put_back()
         _end_inference_mode(inference, keys)
         if _current_folder() != folder:
             os.chdir(folder)
@@ -64,6 +67,57 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
 
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+class Streams:
+    """From its creation until ``put_back``, ``sys.stdout`` and ``sys.stderr`` are stand-ins that cannot be lost."""
+
+    def __init__(self) -> None:
+        self._before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+        for name, stream in self._before.items():
+            if stream is not None:
+                setattr(sys, name, _Unclosable(stream))
+
+    def lost(self) -> Finding | None:
+        """A finding if one of them is closed or no more, else None. Others than before are only put back."""
+        for name in (name for name, stream in self._before.items() if stream is not None):
+            now = getattr(sys, name, None)
+            if now is None or getattr(now, "closed", False):
+                return Finding(Kind.STATE, f"sys.{name}", "None" if now is None else "a closed file", "an open file")
+        return None
+
+    def put_back(self) -> None:
+        for name, stream in self._before.items():
+            setattr(sys, name, stream)
+
+
+class _Unclosable:
+    """A stream whose ``close`` closes nothing but this stand-in."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._is_closed = False
+
+    @property
+    def closed(self) -> bool:
+        return self._is_closed or bool(self._stream.closed)
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    def write(self, text: str) -> Any:
+        if self._is_closed:
+            raise ValueError("I/O operation on closed file.")
+        return self._stream.write(text)
+
+    def __enter__(self) -> _Unclosable:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _dispatch_keys() -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:

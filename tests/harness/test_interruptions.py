@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interru
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes, process
-from tests.support.command_line import FAILS, replay, saved
+from tests.support.command_line import FAILS, harness, replay, saved
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -89,6 +90,35 @@ def test_a_fork_that_leaves_judged_code_is_one_finding(tmp_path: Path) -> None:
     assert done.returncode == FAILS, done.stdout + done.stderr
     assert done.stdout.count("ORACLE FAILURE") == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("backend", "field", "got"),
+    [(process.ClosesStdout, "sys.stdout", "a closed file"), (process.DropsStderr, "sys.stderr", "None")],
+)
+def test_a_lost_stream_is_a_finding_and_put_back(backend: Any, field: str, got: str, tmp_path: Path) -> None:
+    before = sys.stdout, sys.stderr
+    finding = failure_of(backend).finding
+    assert (finding.kind, finding.field, finding.got, finding.expected) == (Kind.STATE, field, got, "an open file")
+    assert before == (sys.stdout, sys.stderr)
+    assert not any(stream.closed for stream in before)
+    words = ("--backend", f"tests.support.backends.process:{backend.__name__}")
+    case = saved(tmp_path, one_replay(DECODE))
+    done = replay(*words, case)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert done.stdout.startswith(
+        f"ORACLE FAILURE  global state left changed: {field}: got {got}, expected an open file"
+    )
+    assert done.stderr == ""
+    surveyed = harness("survey", *words, "--cases", "1", "--device", "cpu", "--json", "rows.json", cwd=tmp_path)
+    broken = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]]
+    assert broken == ["leaves sys.stdout and sys.stderr open"], surveyed.stdout + surveyed.stderr
+
+
+def test_another_stream_is_put_back_without_a_word() -> None:
+    before = sys.stdout
+    judge(one_replay(DECODE), factory_of(process.ReplacesStdout), CPU)
+    assert sys.stdout is before
 
 
 def swallow_the_end() -> None:

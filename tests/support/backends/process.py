@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 
 from nsa_oracle.reference.types import ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
@@ -52,3 +54,31 @@ class ReturnsTwice(Step):
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         super().refresh(buffers, batch)
         os.fork()
+
+
+@backend_of
+class ClosesStdout(Step):
+    """Closes what its process prints to."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        sys.stdout.close()
+
+
+@backend_of
+class DropsStderr(Step):
+    """Takes away what its process prints errors to."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        sys.stderr = None  # type: ignore[assignment]
+
+
+@backend_of
+class ReplacesStdout(Step):
+    """Clean: prints to another stream, which works."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        sys.stdout = io.StringIO()
+        print("refreshed", flush=True)
+        super().refresh(buffers, batch)
