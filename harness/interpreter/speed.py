@@ -143,10 +143,10 @@ def _unless_alike(broadcast: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
 
 def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Callable[..., Any]:
-    """Wrap ``promote`` to cache the block made from an int, by the type of the tensor operand.
+    """Wrap ``promote`` to cache the block made from an int or a float, by the type of the tensor operand.
 
-    Sharing such blocks is safe: no operation writes to its operands. Two tensors of the same integer type are returned
-    unchanged, because they need no promotion.
+    Sharing such blocks is safe: no operation writes to its operands. Two tensors of the same integer type, or of
+    float32, are returned unchanged, because they need no promotion.
     """
     known: dict[tuple[Any, ...], Any] = {}
 
@@ -154,13 +154,13 @@ def _remembering_constants(promote: Callable[..., Any], tensor_type: type) -> Ca
     def promoted(lhs: Any, rhs: Any, *how: bool, **named: bool) -> Any:
         tensor_first, tensor_last = isinstance(lhs, tensor_type), isinstance(rhs, tensor_type)
         if tensor_first and tensor_last:
-            alike = lhs.type.name == rhs.type.name and lhs.dtype.is_int()
+            alike = lhs.type.name == rhs.type.name and (lhs.dtype.is_int() or lhs.dtype.is_fp32())
             return (lhs, rhs) if alike else promote(lhs, rhs, *how, **named)
         tensor, number = (lhs, rhs) if tensor_first else (rhs, lhs)
-        # Only ints: True would get the block of 1, and -0.0 that of 0.0, as they are equal as keys.
-        if not (tensor_first or tensor_last) or type(number) is not int:
+        if not (tensor_first or tensor_last) or type(number) not in (int, float):
             return promote(lhs, rhs, *how, **named)
-        key = (number, tensor_first, tensor.type.name, how, *named.items())
+        # Not the float itself: as keys, -0.0 and 0.0 are equal, and so are 1.0 and 1. For True there is none.
+        key = (number.hex() if type(number) is float else number, tensor_first, tensor.type.name, how, *named.items())
         if key not in known:
             both = promote(lhs, rhs, *how, **named)
             if both[tensor_last] is not tensor:  # the tensor was promoted as well

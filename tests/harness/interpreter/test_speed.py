@@ -30,6 +30,11 @@ def kernel(source, target, count, BLOCK: tl.constexpr):
     pairs = numbers[:, None] * 2 + numbers[None, :].to(tl.int64) * 2 - (1 - numbers)[None, :]
     sums += tl.sum((pairs > 0).to(tl.int32) * True - (0.0 - numbers * 0.5 < -0.0).to(tl.int32), 1)
     sums += tl.sum((numbers & 1) * (numbers[:, None] // 3), 1) - (2 - numbers) // 2 * (numbers >= 1)
+    floats = numbers.to(tl.float32)
+    zeros = (floats * 0.0).to(tl.int32, bitcast=True) ^ (floats * -0.0).to(tl.int32, bitcast=True)
+    halves = floats.to(tl.float16) * 0.1 + floats.to(tl.float16)
+    floats = floats / 3.0 + floats * 1 - floats * 1.0 + halves
+    sums += (zeros >> 31) * 1000 + floats.to(tl.int32, bitcast=True) % 1009 + (numbers + 1.0).to(tl.int32) * 7
     tl.store(target + lanes, sums.to(tl.int32), mask=lanes < count)
 
 source = torch.arange(-40, 60, dtype=torch.int32)
