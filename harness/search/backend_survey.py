@@ -233,6 +233,7 @@ class _Case:
         self.found = found
         self.interruptions = interruptions
         self.exits = exits
+        self._is_built = False
         self._uncapturable: set[int] = set()  # indices of captures that failed
 
     @speed.deep_stack
@@ -241,6 +242,7 @@ class _Case:
         engine = self._engine()
         if engine is None:
             return
+        self._is_built = True
         for number in range(len(self.scenario.events)):
             try:
                 self._judge_event(engine, number)
@@ -261,8 +263,9 @@ class _Case:
         self._note(Property("graph", "-", FREEZES_NOTHING), [frozen] if frozen else [], len(self.scenario.events) - 1)
 
     def note_streams(self, lost: Finding | None) -> None:
-        """Count a case in which a stream of the process was lost, or none."""
-        self._note(Property("-", "-", KEEPS_STREAMS), [lost] if lost else [], len(self.scenario.events) - 1)
+        """Count a case in which a stream of the process was lost, or none, unless the backend could not be built."""
+        if lost is not None or self._is_built:
+            self._note(Property("-", "-", KEEPS_STREAMS), [lost] if lost else [], len(self.scenario.events) - 1)
 
     def _build(self, scenario: Scenario) -> Engine:
         conditions = Conditions(sentinels(scenario.setup)[0], POISON_BYTES[0])
