@@ -54,7 +54,7 @@ class Finding:
 
     differing, compared: numbers of live cells of this field and step that differ, and that were compared. place: the
     first cell that differs. how: the run of the layer, or the relation, that shows it. stack: the lines of judged code
-    through which an exception passed, outermost first.
+    through which an exception passed, outermost first. thread_errors: exceptions that had ended threads of judged code.
     """
 
     kind: Kind
@@ -68,6 +68,7 @@ class Finding:
     neighbours: tuple[Neighbour, ...] = ()
     how: str = ""
     stack: tuple[str, ...] = ()
+    thread_errors: tuple[str, ...] = ()
 
     def is_like(self, other: Finding) -> bool:
         """Whether both have the same kind and the same field."""

@@ -52,6 +52,7 @@ from nsa_oracle.harness.subjects.default import optimized_backend, optimized_lay
 from nsa_oracle.harness.subjects.global_state import inference_mode_left_on, kept_global_state
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.harness.subjects.thread_errors import thread_errors_noted
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import Metadata
 
@@ -83,6 +84,7 @@ class Verdict:
     """What was covered by scenarios that passed. Both runs of each scenario count.
 
     interpreted: by the name of a kernel that could not be compiled for the CPU, so that races in it are not found: why.
+    thread_errors: how often each exception has ended a thread of judged code.
     """
 
     cases: int = 0
@@ -94,6 +96,7 @@ class Verdict:
     boundary_classes: Counter[str] = field(default_factory=Counter)
     declared: DeclaredTally = field(default_factory=DeclaredTally)
     interpreted: dict[str, str] = field(default_factory=dict)
+    thread_errors: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Verdict) -> None:
         self.cases += other.cases
@@ -106,6 +109,8 @@ class Verdict:
         self.boundary_classes.update(other.boundary_classes)
         self.declared.add(other.declared)
         self.interpreted.update(other.interpreted)
+        for line, count in other.thread_errors.items():
+            self.thread_errors[line] = self.thread_errors.get(line, 0) + count
 
 
 @speed.deep_stack
@@ -129,6 +134,7 @@ def judge(
         memory_for(scenario.setup.is_far, device),
         nullcontext() if is_ours else shown_warnings(),
         interruptions_noted() as interruptions,
+        thread_errors_noted() as covered.thread_errors,
     ):
         try:
             with exits_refused() as exits:
@@ -139,6 +145,7 @@ def judge(
         except OracleFailure as failure:
             _forget_locals(failure)
             interruptions.check()
+            failure.finding = replace(failure.finding, thread_errors=tuple(covered.thread_errors))
             raise
     covered.interpreted.update(launcher.left_to_the_interpreter())
     total = verdict or Verdict()

@@ -29,7 +29,7 @@ from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import NOTHING_COMPARED
-from nsa_oracle.harness.report.summary import how_exact, interpreted_lines, methods_report
+from nsa_oracle.harness.report.summary import how_exact, interpreted_lines, methods_report, thread_error_lines
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import MAX_PATH, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
@@ -128,7 +128,7 @@ class Replaying:
         gaps = [] if failed else unneeded_declarations(total.declared)
         if not failed and not total.tally.cells:
             gaps.append(NOTHING_COMPARED)
-        for line in [*interpreted_lines(total), *declared_lines(total.declared), *gaps]:
+        for line in [*interpreted_lines(total), *thread_error_lines(total), *declared_lines(total.declared), *gaps]:
             typer.echo(line)
         return FAILED if failed or gaps or total.layers.never_called else PASSED
 

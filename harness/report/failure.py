@@ -37,6 +37,9 @@ def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: s
         parts.append(render(table))
     if finding.stack:
         parts.append("raised through:\n" + "\n".join(f"  {line}" for line in finding.stack))
+    if finding.thread_errors:
+        raised = "\n".join(f"  {error}" for error in finding.thread_errors)
+        parts.append(f"raised before in threads of the judged code:\n{raised}")
     parts.append(story(failure.scenario, failure.event))
     kept = one_line(str(saved), MAX_PATH)
     if saved is None:

@@ -62,7 +62,7 @@ def summary(
     if (audit := verdict.audit).graphs or audit.compared or audit.not_audited:
         parts.append(_audited(audit))
 
-    parts += interpreted_lines(verdict) + declared_lines(verdict.declared)
+    parts += interpreted_lines(verdict) + thread_error_lines(verdict) + declared_lines(verdict.declared)
     unvisited = [name for name in classes if name not in covered]
     if verbose:
         visits = [f"{name} {verdict.boundary_classes[name]}" for name in classes if name not in of_switches]
@@ -87,6 +87,14 @@ def bugs_line(killed: int, planted: int) -> str:
 def interpreted_lines(verdict: Verdict) -> list[str]:
     """A line for each kernel that could not be compiled for the CPU."""
     return [f"{LEFT_TO_THE_INTERPRETER}{name} ({why})" for name, why in sorted(verdict.interpreted.items())]
+
+
+def thread_error_lines(verdict: Verdict) -> list[str]:
+    """A line for each exception that has ended a thread of judged code, in cases that passed."""
+    return [
+        f"WARNING: a thread of the judged code raised {error}" + (f" ({count:,} times)" if count > 1 else "")
+        for error, count in sorted(verdict.thread_errors.items())
+    ]
 
 
 def _stages(layers: LayerTally, failures: Sequence[FailureRecord]) -> Table:

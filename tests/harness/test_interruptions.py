@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interru
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes, process
-from tests.support.command_line import FAILS, harness, replay, saved
+from tests.support.command_line import FAILS, PASSES, harness, replay, saved
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -119,6 +120,19 @@ def test_another_stream_is_put_back_without_a_word() -> None:
     before = sys.stdout
     judge(one_replay(DECODE), factory_of(process.ReplacesStdout), CPU)
     assert sys.stdout is before
+
+
+def test_exceptions_in_threads_of_judged_code_are_told(tmp_path: Path) -> None:
+    case, module = saved(tmp_path, one_replay(DECODE)), "tests.support.backends.process"
+    passed = replay("--backend", f"{module}:LosesAThread", case)
+    assert passed.returncode == PASSES, passed.stdout + passed.stderr
+    told = rf"ValueError at {process.__file__}:\d+ in fail: in a thread"
+    warning = rf"^WARNING: a thread of the judged code raised {told} \(\d+ times\)$"
+    assert re.search(warning, passed.stdout, re.MULTILINE)
+    failed = replay("--backend", f"{module}:LosesAThreadAndIsWrong", case)
+    assert failed.returncode == FAILS, failed.stdout + failed.stderr
+    assert re.search(rf"^raised before in threads of the judged code:\n  {told}$", failed.stdout, re.MULTILINE)
+    assert "Traceback" not in passed.stderr + failed.stderr
 
 
 def swallow_the_end() -> None:

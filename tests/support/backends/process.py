@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 
 from nsa_oracle.reference.types import ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
@@ -82,3 +83,26 @@ class ReplacesStdout(Step):
         sys.stdout = io.StringIO()
         print("refreshed", flush=True)
         super().refresh(buffers, batch)
+
+
+@backend_of
+class LosesAThread(Step):
+    """Clean: a thread of its own ends with an exception that changes nothing."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        thread = threading.Thread(target=self.fail)
+        thread.start()
+        thread.join()
+
+    def fail(self) -> None:
+        raise ValueError("in a thread")
+
+
+@backend_of
+class LosesAThreadAndIsWrong(LosesAThread.step):
+    """The same, and what the thread was to do is missing."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        buffers.cache_seqlens_int32.zero_()
