@@ -71,7 +71,7 @@ BUGS = (
         sentence="A replay prepares the bucket of the raw batch size, not the bucket whose graph is replayed.",
         reference="sglang#22958",
         trigger="a batch smaller than its bucket",
-        caught_by=frozenset({Check.ADDRESS, Check.CRASH}),
+        caught_by=frozenset({Check.METADATA, Check.ADDRESS, Check.CRASH}),
         plant=by_wrapping(ReplaysRawSize),
     ),
     Bug(
