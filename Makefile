@@ -5,12 +5,17 @@ RUN := $(VENV)/bin/python -m
 JOBS ?= 2
 PYTEST := $(RUN) pytest -n $(JOBS) --dist worksteal
 
+# A run starts many processes, and some machines are set up to keep no bytecode.
+BYTECODE := @$(RUN) compileall -q harness optimized reference tests
+
 .PHONY: check test setup oracle upstream lint structure format bench sanitize clean
 
 check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo, and prints its verdict
+	$(BYTECODE)
 	$(PYTEST) tests/test_oracle.py tests/test_bugs.py $(ARGS)
 
 test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
+	$(BYTECODE)
 	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)
 
 setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other targets create it when they need it
