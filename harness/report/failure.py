@@ -84,8 +84,11 @@ def replay_command(
         words.append("--no-graphs")
     if timeout is not None:
         words += ["--timeout", f"{timeout:g}"]
-    folders = dict.fromkeys(folder for spec in (backend, layer) if spec for folder in _added_folders(spec))
-    return (f"PYTHONPATH={shlex.quote(os.pathsep.join(folders))} " if folders else "") + shlex.join(words)
+    folders = list(dict.fromkeys(folder for spec in (backend, layer) if spec for folder in _added_folders(spec)))
+    if not folders:
+        return shlex.join(words)
+    folders += filter(None, [os.environ.get("PYTHONPATH")])  # which the line would replace
+    return f"PYTHONPATH={shlex.quote(os.pathsep.join(folders))} {shlex.join(words)}"
 
 
 def _added_folders(spec: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ CASE = Path("tests/cases/layer-one-key.json")
 
 
 def test_it_names_the_folder_that_only_this_process_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "beside_a_test.py").write_text("")
     package = tmp_path / "a_package_of_tests"
@@ -26,6 +27,14 @@ def test_it_names_the_folder_that_only_this_process_searches(tmp_path: Path, mon
     assert replay_command([CASE], "beside_a_test:Mine", "cpu").startswith(f"PYTHONPATH={tmp_path.name} ")
     monkeypatch.chdir(tmp_path)
     assert not replay_command([CASE], "beside_a_test:Mine", "cpu").startswith("PYTHONPATH")
+
+
+def test_it_keeps_the_folders_that_the_shell_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "/of/the/shell")
+    (tmp_path / "beside_another_test.py").write_text("")
+    line = replay_command([CASE], "beside_another_test:Mine", "cpu")
+    assert line.startswith(f"PYTHONPATH={tmp_path}:/of/the/shell ")
 
 
 def test_it_names_no_folder_that_every_process_searches() -> None:

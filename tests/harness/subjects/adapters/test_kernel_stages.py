@@ -110,12 +110,14 @@ def test_attention_of_flash_mla_is_judged(
     assert broken(surveyed(layer, device, case, monkeypatch)) == {"lattice content: as the reference"}
 
 
-def test_a_row_without_a_key_has_the_lse_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_without_a_key_has_the_lse_of_the_contract(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_mla", fake_flash_mla())
     config = AttentionConfig(num_heads=3, kv_cache_dtype=KVCacheDtype.BF16)
     layer = flash_mla.Prefill(replay_of_two().setup.backend_config, config)
-    nothing = torch.full((2, 8), -1, dtype=torch.int32)
-    q, cache = torch.ones(2, 3, 576, dtype=torch.bfloat16), torch.ones(5, 1, 576, dtype=torch.bfloat16)
+    nothing = torch.full((2, 8), -1, dtype=torch.int32, device=device)
+    q, cache = (
+        torch.ones(size, 3, 576, dtype=torch.bfloat16, device=device)[:, :heads] for size, heads in ((2, 3), (5, 1))
+    )
     assert layer.sparse_mla(q, cache, nothing)[1].tolist() == [[-torch.inf] * 3] * 2
 
 
