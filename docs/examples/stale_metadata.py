@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_oracle.harness.subjects.adapters.deep_gemm import PAGE_SIZE, deep_gemm
+from nsa_oracle.harness.subjects.adapters.deep_gemm import BLOCK_KV, deep_gemm
 from nsa_oracle.harness.subjects.adapters.sglang_kernels import kernels
 
 HEADS, DIM = 64, 128
@@ -43,9 +43,9 @@ def under_a_schedule(batch: int, length: int, scheduled: int) -> str:
     """Logits of ``batch`` requests of ``length`` tokens, under a schedule made for ``scheduled`` tokens."""
     package = deep_gemm()
     torch.manual_seed(0)
-    pages = -(-length // PAGE_SIZE)
-    cache = torch.randint(0, 100, (batch * pages, PAGE_SIZE, 1, DIM + 4), dtype=torch.uint8, device="cuda")
-    cache.view(batch * pages, -1)[:, PAGE_SIZE * DIM :].view(torch.float32).fill_(1.0)
+    pages = -(-length // BLOCK_KV)
+    cache = torch.randint(0, 100, (batch * pages, BLOCK_KV, 1, DIM + 4), dtype=torch.uint8, device="cuda")
+    cache.view(batch * pages, -1)[:, BLOCK_KV * DIM :].view(torch.float32).fill_(1.0)
     table = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
     q = torch.randn(batch, 1, HEADS, DIM, device="cuda").to(torch.float8_e4m3fn)
     weights = torch.rand(batch, HEADS, device="cuda")
@@ -54,12 +54,12 @@ def under_a_schedule(batch: int, length: int, scheduled: int) -> str:
 
     def logits(plan: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = package.fp8_paged_mqa_logits(
-            q, cache, weights, lengths, table, plan, pages * PAGE_SIZE, clean_logits=False
+            q, cache, weights, lengths, table, plan, pages * BLOCK_KV, clean_logits=False
         )
         return found[:, :length]
 
     fresh, stale = (
-        package.get_paged_mqa_logits_metadata(lengths_of(batch, made)[:, None], PAGE_SIZE, sms)
+        package.get_paged_mqa_logits_metadata(lengths_of(batch, made)[:, None], BLOCK_KV, sms)
         for made in (length, scheduled)
     )
     same = "right" if torch.equal(logits(fresh), logits(stale)) else "WRONG"

@@ -32,6 +32,8 @@ MQA_SEGMENT = 256  # tokens that the paged-MQA schedule deals at once
 FLASHMLA_BLOCK = 64  # tokens that the FlashMLA schedule deals at once
 MANY_STEPS = 4
 MANY_HEADS = 32
+MANY_KEYS = 512  # kernels cut the keys of a row into parts of about as many, and join the results of the parts
+MANY_SUMMED = f"more than {MANY_KEYS} keys that count"
 WIDE = 16_384  # tokens; top-k kernels sort what is wider in several passes
 
 PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
@@ -68,6 +70,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
+    MANY_SUMMED,
     *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
     *("rows behind the metadata, replay", "rows behind the metadata, eager", SLOTS_BY_STEP),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
@@ -366,9 +369,12 @@ def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
         yield "more keys than K"
     if min(batch.seq_lens) < setup.index_topk:
         yield "fewer keys than K"
+    assert setup.layer is not None
+    if min(max(batch.seq_lens), setup.index_topk) > MANY_KEYS and setup.layer.regime in (Regime.LATTICE, Regime.RANDOM):
+        yield MANY_SUMMED
     if batch.mode is ForwardMode.DRAFT_EXTEND_V2 and min(batch.seq_lens) < setup.num_draft_tokens:
         yield "rows without a key"
-        if setup.layer is not None and setup.layer.padding_slot < 0:
+        if setup.layer.padding_slot < 0:
             yield "rows of slot -1"
 
 

@@ -14,7 +14,9 @@ from nsa_oracle.harness.scenarios.coverage import (
     FEWER_STEPS,
     FLASHMLA_BLOCK,
     MANY_HEADS,
+    MANY_KEYS,
     MANY_STEPS,
+    MANY_SUMMED,
     MIXED,
     MQA_SEGMENT,
     OVER_COMMITTED,
@@ -127,6 +129,12 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
+    parts = {
+        "index_topk": _more_than(scale.index_topks, MANY_KEYS),
+        "max_context_len": _more_than(scale.max_context_lens, MANY_KEYS + 1 + MOST_DRAWN),
+        "regime": (Regime.LATTICE, Regime.RANDOM),
+    }
+    yield Want(MANY_SUMMED, {**parts, LENGTH: ("K", "K+1")})
     yield Want("fewer keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K-1",)})
     drafts, v2 = _more_than(scale.num_draft_tokens, 1), ForwardMode.DRAFT_EXTEND_V2
     pins = {SITUATION: (f"replay {v2.value}",), "num_draft_tokens": drafts, LENGTH: ("1",)}

@@ -47,6 +47,18 @@ BUGS: tuple[Bug, ...] = (
         Mutation(ATTEND, "chunk_end = tl.minimum(chunk_begin + CHUNK, end)", "chunk_end = end - 1"),
     ),
     layer_bug(
+        "partial-results-in-bf16",
+        "What a program leaves to the one that combines a row's chunks is rounded to bf16.",
+        REVIEW,  # of SGLang 0.5.23's sparse attention in Triton: docs/peers.md
+        "more than 512 selected tokens",
+        Check.ATTENTION,
+        Mutation(
+            ATTEND,
+            "            tl.store(total_cells, total, mask=live)\n",
+            "            tl.store(total_cells, total.to(tl.bfloat16).to(tl.float32), mask=live)\n",
+        ),
+    ),
+    layer_bug(
         "fold-without-weights",
         "Chunks are combined as if their maxima were equal.",
         REVIEW,

@@ -12,6 +12,30 @@ from nsa_oracle.harness.protocol import SparseAttention
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
+def selecting_by_an_old_plan(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
+    """A layer of ``optimized/`` of which a plan says for which rows another kernel selects, by the number of rows.
+
+    That kernel selects for the planned rows, the last one for all that are not long. A row that has become long since
+    the plan was made gets what lay in the memory.
+    """
+    from nsa_oracle.optimized.layer import SparseAttention as Clean  # late: importing Triton fixes how kernels run
+
+    class SelectingByAnOldPlan(Clean):
+        def __init__(self) -> None:
+            super().__init__(config, attention)
+            self.plans: dict[int, torch.Tensor] = {}
+
+        def topk_transform_paged(
+            self, logits: torch.Tensor, seqlens_expanded: torch.Tensor, page_table_1: torch.Tensor
+        ) -> torch.Tensor:
+            selected = super().topk_transform_paged(logits, seqlens_expanded, page_table_1)
+            is_long = seqlens_expanded > config.index_topk
+            planned = self.plans.setdefault(len(selected), is_long.clone())
+            return selected.where((planned | ~is_long)[:, None], 0)
+
+    return SelectingByAnOldPlan()
+
+
 def selecting_into_a_workspace(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
     """A layer that writes its selection to a workspace that it never clears, and writes no entry that is -1."""
     from nsa_oracle.optimized.layer import SparseAttention as Clean  # late: importing Triton fixes how kernels run
@@ -137,6 +161,28 @@ _SELECTIONS = (
         "equal scores at the threshold",
         Check.SELECTION,
         Mutation(SELECT, "ties <= k - above", "ties > at_threshold - k"),
+    ),
+    layer_bug(
+        "nan-is-the-largest-score",
+        "Scores are compared by their bits, so NaN is the largest.",
+        REVIEW,  # of SGLang's fast_topk: docs/peers.md
+        "a row of scores with NaN",
+        Check.SELECTION,
+        Mutation(
+            "nsa_oracle.optimized.kernels.topk:score",
+            'number_or(logits, float("-inf"))',
+            'number_or(logits, float("inf"))',
+        ),
+    ),
+    Bug(
+        "long-rows-left-to-an-old-plan",
+        Group.LAYER,
+        "Rows longer than a limit are left to a kernel that selects for those of an old plan only.",
+        REVIEW,  # of SGLang 0.5.23's top-k v2: docs/upstream.md
+        "a row that is longer than index_topk, and was not when as many rows were first served",
+        frozenset({Check.SELECTION}),
+        by_wrapping(layer=selecting_by_an_old_plan),
+        layer=True,
     ),
     Bug(
         "minus-one-not-seeded",

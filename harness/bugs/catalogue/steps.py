@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from nsa_oracle.harness import fields
-from nsa_oracle.harness.bugs.bug import Bug, Group, by_wrapping
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_wrapping
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, KeepsFields, Moment
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
@@ -53,7 +53,27 @@ class WaitsForTheLastStep(KeepsFields):
                     tensors[name].copy_(content)
 
 
+class SharedCopyLeavesSchedules(KeepsFields):
+    """One copy serves the first three of four draft steps or more, and leaves out the paged MQA schedule."""
+
+    names = ("paged_mqa_schedule_metadata",)
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        shared = self.config.speculative_num_steps > 3 and index < 3 and batch.forward_mode.is_decode_or_idle
+        if shared or moment is not Moment.REPLAY:
+            super().done(backend, batch, moment, index)
+
+
 BUGS = (
+    Bug(
+        name="schedule-left-out-of-the-shared-copy",
+        group=Group.BUFFERS,
+        sentence="One copy refreshes the first three of four draft steps or more, all but the paged MQA schedule.",
+        reference=REVIEW,  # of SGLang 0.5.23: docs/upstream.md
+        trigger="a DECODE replay with four draft steps, a schedule, and lengths whose segments differ from capture's",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SharedCopyLeavesSchedules),
+    ),
     Bug(
         name="steps-told-apart-by-counting",
         group=Group.BUFFERS,

@@ -19,7 +19,7 @@ from nsa_oracle.harness.protocol import Strictness
 from nsa_oracle.harness.scenarios.limits import Sizes
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
-PAGE_SIZE = 64
+BLOCK_KV = 64
 
 
 def deep_gemm() -> ModuleType:
@@ -40,12 +40,12 @@ class PagedLogits:
     sizes: ClassVar[Sizes] = {
         "index_n_heads": (64,),
         "index_head_dim": (128,),
-        "page_size": (PAGE_SIZE,),
+        "page_size": (BLOCK_KV,),
         "far_slots": (False,),
     }
 
     def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
-        self.page_bytes = attention.index_page_bytes(PAGE_SIZE)
+        self.page_bytes = attention.index_page_bytes(BLOCK_KV)
 
     def indexer_logits(
         self,
@@ -63,11 +63,11 @@ class PagedLogits:
         multiprocessors = torch.cuda.get_device_properties(index_q.device).multi_processor_count
         found: torch.Tensor = package.fp8_paged_mqa_logits(
             index_q[:, None].contiguous(),
-            index_k_cache.view(-1, PAGE_SIZE, 1, self.page_bytes // PAGE_SIZE),
+            index_k_cache.view(-1, BLOCK_KV, 1, self.page_bytes // BLOCK_KV),
             index_weights.contiguous(),
             lengths,
             real_page_table.contiguous(),
-            package.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, multiprocessors),
+            package.get_paged_mqa_logits_metadata(lengths, BLOCK_KV, multiprocessors),
             max_seq_len_k,
             clean_logits=False,
         )

@@ -15,8 +15,8 @@ from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.subjects.adapters import deep_gemm, flash_mla, sglang_kernels
 from nsa_oracle.optimized import attention, indexer
 from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
-from tests.harness.search.test_survey import broken, surveyed
 from tests.support.layer_cases import lattice, replay_of_two
+from tests.support.surveys import broken, surveyed
 
 INDEX = {**lattice(), "index_n_heads": 64, "index_head_dim": 128}
 
