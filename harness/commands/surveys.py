@@ -18,6 +18,7 @@ from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
 from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
 from nsa_oracle.harness.signals import Termination
@@ -63,7 +64,7 @@ def survey(
                 found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress)
             else:
                 assert backend is not None
-                known = [(file, load(file)) for file in case or ()]
+                known = [(file, _without_layer(file)) for file in case or ()]
                 done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known)
                 found, left_out, interrupted = done.found, done.left_out, done.interrupted
         if isinstance(found, SurveyFound):
@@ -112,3 +113,11 @@ def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str
         file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ScenarioError(f"{file}: cannot be written: {error.strerror or error}; choose another --json") from None
+
+
+def _without_layer(file: Path) -> Scenario:
+    """The case of a file. Raises ScenarioError if it cannot be read, or has a layer."""
+    case = load(file)
+    if case.setup.layer is not None:
+        raise ScenarioError(f"{file}: it has a layer, and a survey of a backend is without one; replay it")
+    return case

@@ -11,7 +11,7 @@ from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
 from nsa_oracle.harness.engine.passes import Pass, map_tensors, with_extra_rows
 from nsa_oracle.harness.engine.read_only import ReadOnly, ReadOnlyMetadata, first_modified, handed_out
-from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes, same_bits, unwritten_memory
+from nsa_oracle.harness.memory.bits import as_bytes, same_bits, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
 from nsa_oracle.harness.protocol import SparseAttention
@@ -76,7 +76,7 @@ class LayerDriver:
 
     def with_extra_rows(self, inputs: AttentionInputs) -> AttentionInputs:
         """``inputs`` of an eager call, with the setup's rows behind those of the metadata."""
-        return with_extra_rows(inputs, self._extra_rows, self._padding_slot)
+        return with_extra_rows(inputs, self._extra_rows, self._padding_slot, self._poison)
 
     def reserve(self) -> None:
         """Allocate memory for copies of the caches after each pass, since a later pass may overwrite them.
@@ -86,7 +86,7 @@ class LayerDriver:
         self._cache_copies = self._cache_copies or [self.cached() for _ in self._static]
 
     def load(self, load: LayerLoad, rows: int) -> None:
-        """Set the caches and static inputs to the engine's state before a replay. Padding rows are NaN.
+        """Set the caches and static inputs to the engine's state before a replay. Padding rows hold the run's poison.
 
         rows: of the metadata of the graph.
         """
@@ -97,7 +97,7 @@ class LayerDriver:
                 if name == "out_cache_loc":
                     tensor.fill_(self._padding_slot)
                 else:
-                    as_bytes(tensor).fill_(NAN_BYTE)
+                    as_bytes(tensor).fill_(self._poison)
                 if number < len(load.passes):  # none for a capture, which runs on padding alone
                     a_pass = load.passes[number]
                     tensor[: a_pass.rows].copy_(getattr(a_pass.inputs, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,7 +59,7 @@ class LayerEngine:
         self.device = device
         self.conditions = conditions
         self.config = setup.backend_config()
-        built = factory(self.config, attention)
+        built = factory(dataclasses.replace(self.config), dataclasses.replace(attention))  # which it may corrupt
         self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)

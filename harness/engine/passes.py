@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
+from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.reference.types import AttentionInputs
 
 
@@ -45,13 +45,13 @@ class Pass:
         )
 
 
-def with_extra_rows(inputs: AttentionInputs, count: int, slot: int) -> AttentionInputs:
-    """``inputs`` with ``count`` rows of NaN behind them, which stand for no token; their keys go to ``slot``."""
+def with_extra_rows(inputs: AttentionInputs, count: int, slot: int, poison: int) -> AttentionInputs:
+    """``inputs`` with ``count`` rows behind them that stand for no token: bytes of ``poison``, and ``slot``."""
 
     def extended(tensor: torch.Tensor) -> torch.Tensor:
         extra = torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
         if extra.is_floating_point():
-            as_bytes(extra).fill_(NAN_BYTE)
+            as_bytes(extra).fill_(poison)
         else:
             extra.fill_(slot)
         return torch.cat([tensor, extra])

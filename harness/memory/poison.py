@@ -9,7 +9,7 @@ before each replay.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,8 @@ def overrun(buffers: Sequence[GuardedBuffer]) -> GuardedBuffer | None:
 def fill_dead_cells(table: torch.Tensor, live_columns: torch.Tensor, sentinel: int) -> None:
     """Write ``sentinel`` into the cells of ``table`` [rows, columns] at or beyond ``live_columns`` [rows], in place."""
     columns = torch.arange(table.shape[1], device=table.device)
-    table.masked_fill_(columns >= live_columns[:, None], sentinel)
+    with torch.inference_mode() if table.is_inference() else nullcontext():  # made by a backend that runs in that mode
+        table.masked_fill_(columns >= live_columns[:, None], sentinel)
 
 
 # Byte values of unwritten cache memory, one per run of a scenario.

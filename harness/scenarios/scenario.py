@@ -244,6 +244,10 @@ class Scenario(CasePart):
                     f"events[{number}].seq_len", f"{length} leaves no room to draft; at most {longest} fit"
                 )
             self._check_places(number, event)
+            if isinstance(event, Replay | Eager) and (event.draft_steps or 0) > setup.num_steps:
+                raise FieldError(
+                    f"events[{number}].draft_steps", f"must be at most {setup.num_steps}, the number of steps"
+                )
             if isinstance(event, Replay) and event.draft_steps is not None and setup.layer is not None:
                 raise FieldError(f"events[{number}].draft_steps", "must be left out of a replay in a case with a layer")
         buckets = [bucket for event in self.events if isinstance(event, Capture) for bucket in event.buckets]

@@ -27,7 +27,8 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
 )
 from nsa_oracle.harness.scenarios.setup import Drive, Inputs, Mirror, PageLayout
-from nsa_oracle.reference.types import ForwardMode, StepSemantics
+from nsa_oracle.reference.multi_step import MultiStepBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardMode, StepSemantics
 from tests.support.backends import clean, crashes, eager, form, in_graph, lengths, memory, replays, seams, tables
 from tests.support.metadata_cases import (
     ACCEPT_NONE_AND_TWO,
@@ -367,6 +368,7 @@ FREEDOMS = (
     clean.WritesArangeAtCapture,
     clean.AliasesFields,
     clean.RecomputesTwice,
+    clean.InInferenceMode,
     in_graph.PreparesInGraph,
     in_graph.ChoosesByBucket,
 )
@@ -398,6 +400,19 @@ def test_freedom_of_the_contract_passes(backend: Any, page_size: int, device: to
     verdict = judge(every_mode(page_size, num_steps=2), factory_of(backend), device)
     assert verdict.replays == 2 * 3 * 2 * len(GRAPH_MODES)  # two poisons, three rounds, each replay twice
     assert verdict.eager_calls == 2 * 3 * len(ForwardMode)
+
+
+class CorruptsItsConfig(MultiStepBackend):
+    """Changes the configuration that it is given."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        object.__setattr__(config, "index_topk", 1)
+        super().__init__(config, req_to_token)
+
+
+def test_a_changed_configuration_changes_no_expected_value(device: torch.device) -> None:
+    with pytest.raises(OracleFailure, match="nsa_cache_seqlens_int32"):
+        judge(every_mode(4, num_steps=1), factory_of(CorruptsItsConfig), device)
 
 
 @pytest.mark.parametrize("drive", Drive)

@@ -258,6 +258,7 @@ PLANTS = (
     # Rows behind those of the metadata
     Plant(extra_rows.LeavesOutExtraRows, "indices", Kind.SHAPE, CHAIN, start=EXTRA_ROWS),
     Plant(extra_rows.AddsNothingOfAllQueries, "out", how=CHAIN, start=EXTRA_ROWS),
+    Plant(extra_rows.AddsTheLargestExtraKey, "out", how=CHAIN, start=EXTRA_ROWS),
     Plant(extra_rows.StoresFromTheEnd, "~_cache", start=EXTRA_ROWS),
 )
 

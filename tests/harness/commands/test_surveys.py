@@ -11,6 +11,7 @@ import pytest
 
 from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
+from tests.support.layer_cases import WITH_LAYER
 from tests.support.metadata_cases import DECODE, VERIFY, one_replay
 
 CLEAN, LAYERS = "tests.support.backends.clean:Clean", "tests.support.layers"
@@ -205,6 +206,9 @@ def test_saved_cases_that_cannot_be_surveyed_are_refused_in_one_line(tmp_path: P
     only_decode = ("--backend", "tests.support.backends.declared:StaleTable", "--device", "cpu")
     done = harness("survey", *only_decode, "--case", str(tmp_path / "none.json"))
     assert_one_line_error(done, "none.json: cannot be read: No such file or directory")
+    layered = saved(tmp_path, WITH_LAYER)
+    done = harness("survey", *only_decode, "--case", str(layered))
+    assert_one_line_error(done, "it has a layer, and a survey of a backend is without one; replay it")
     done = harness("survey", "--layer", "tests.support.layers.clean:SharesOutputs", "--case", str(file))
     assert_one_line_error(done, "survey: --case is for a backend; replay a case of a layer")
 

@@ -177,6 +177,11 @@ MALFORMED = {
         "events[0].draft_steps: ",
         "must be left out in TARGET_VERIFY, which has no draft steps",
     ),
+    "more draft steps than there are": (
+        with_event(event="eager", mode="DECODE", draft_steps=5),
+        "events[0].draft_steps: ",
+        "must be at most 1, the number of steps",
+    ),
     "some draft steps of a graph with a layer": (
         with_changes(setup={**SIZES, "layer": {}}, events=[{"event": "replay", "mode": "DECODE", "draft_steps": 1}]),
         "events[0].draft_steps: ",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.reference.multi_step import MultiStepBackend
-from nsa_oracle.reference.types import ForwardBatch, ForwardMode, Metadata
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 from tests.support.backends.seams import Step, all_but, backend_of
 
 Clean = MultiStepBackend
@@ -35,6 +35,30 @@ class LeavesScheduleColumn(Step):
     def alter(self, metadata: Metadata, batch: ForwardBatch) -> None:
         if metadata.flashmla_metadata is not None:
             metadata.flashmla_metadata[:, 7] = 77
+
+
+class InInferenceMode(MultiStepBackend):
+    """Its tensors are inference tensors, as those of serving engines are: nobody else may write to them in place."""
+
+    @torch.inference_mode()
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        super().__init__(config, req_to_token)
+
+    @torch.inference_mode()
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+
+    @torch.inference_mode()
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+
+    @torch.inference_mode()
+    def init_forward_metadata_capture_cuda_graph(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata_capture_cuda_graph(forward_batch)
+
+    @torch.inference_mode()
+    def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:
+        super().init_forward_metadata_replay_cuda_graph(forward_batch, bs)
 
 
 WritesArangeAtCapture = all_but("cu_seqlens_q", "nsa_cu_seqlens_q")

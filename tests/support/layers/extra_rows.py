@@ -27,6 +27,16 @@ class AddsNothingOfAllQueries(SparseAttention):
         return dataclasses.replace(outputs, out=outputs.out + 0 * inputs.q.sum())
 
 
+class AddsTheLargestExtraKey(SparseAttention):
+    """The outputs depend on the keys of extra rows, by a maximum that ignores NaN as those of GPUs do."""
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        outputs = super().forward(inputs, caches, metadata)
+        extra = inputs.k[len(metadata.seqlens_expanded) :].flatten().float().nan_to_num(nan=-1)
+        largest = torch.cat([extra, extra.new_full((1,), -1)]).amax()
+        return dataclasses.replace(outputs, out=outputs.out + (largest > 0))
+
+
 class StoresFromTheEnd(SparseAttention):
     """Slot -1 is the last one."""
 
