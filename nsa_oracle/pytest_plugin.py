@@ -363,9 +363,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Report what cannot be judged, or was not, in one line, without a traceback."""
     try:
         returned = yield
-        if JUDGE not in item.stash or item.stash[JUDGE].has_judged or _part_of(item) is not None:
+        oracle = item.stash.get(JUDGE, None)
+        if oracle is not None and oracle.lost:
+            refusal = f"oracle.judge failed in a thread, which fails no test by itself: {oracle.lost}"
+        elif oracle is None or oracle.has_judged or _part_of(item) is not None:
             return returned
-        refusal = "not judged: the test takes the fixture oracle and never calls oracle.judge"
+        else:
+            refusal = "not judged: the test takes the fixture oracle and never calls oracle.judge"
     except (ValueError, pytest.UsageError) as error:
         if not _is_refusal(error, item):
             raise

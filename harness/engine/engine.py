@@ -7,7 +7,6 @@ address are therefore missed here, as the attention kernel in the same graph wou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -81,14 +80,8 @@ class Engine:
         self.guards = GuardWatch()
         self.second = SecondBackend(factory, self.declarations, scenario, max_bs, sentinel, device)
         with GuardedAllocations(sentinel, device) as guard:
-            self.instances = Instances(
-                factory,
-                self.declarations,
-                setup,
-                dataclasses.replace(self.config),
-                self._pool.tensor,
-                scenario.optimizations,
-            )
+            config, pool = setup.backend_config(), self._pool.tensor  # not our configuration: a backend may change it
+            self.instances = Instances(factory, self.declarations, setup, config, pool, scenario.optimizations)
             self.instances.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self.guards.keep(guard.buffers)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,7 +58,7 @@ class LayerEngine:
         self.device = device
         self.conditions = conditions
         self.config = setup.backend_config()
-        built = factory(dataclasses.replace(self.config), dataclasses.replace(attention))  # which it may corrupt
+        built = factory(setup.backend_config(), layer.attention_config())  # copies, as it may change them
         self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -52,9 +53,11 @@ class Oracle:
     """Judges backends and layers within one test, and records for the closing report what that covered.
 
     has_judged: whether ``judge`` was called; a test that passes without a call has judged nothing, and fails.
+    lost: what ``judge`` failed with in a thread that the test has started, of which nobody else is told.
     """
 
     has_judged = False
+    lost = ""
 
     def __init__(self, session: Session, node: pytest.Item) -> None:
         self._session = session
@@ -87,7 +90,10 @@ class Oracle:
             except pytest.fail.Exception as failure:
                 said.append(str(failure))
         if said:
-            pytest.fail("\n".join(dict.fromkeys(said)), pytrace=False)
+            told = "\n".join(dict.fromkeys(said))
+            if threading.current_thread() is not threading.main_thread():
+                self.lost = told
+            pytest.fail(told, pytrace=False)
 
     def judge_part(self, part: Part) -> None:
         """Judge a share of a test. Fails the test with one line, and skips it if the saved case does not fit.

@@ -299,6 +299,30 @@ def test_marked(oracle):
 """
 
 
+IN_A_THREAD = """
+import threading
+from nsa_oracle.reference.multi_step import MultiStepBackend
+
+class Wrong(MultiStepBackend):
+    def init_forward_metadata(self, batch):
+        super().init_forward_metadata(batch)
+        for step in self.attn_backends:
+            step.forward_metadata.cache_seqlens_int32.add_(1)
+
+def test_threaded(oracle):
+    thread = threading.Thread(target=oracle.judge, kwargs=dict(backend=Wrong, profile="smoke", cases=["metadata"]))
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_failure_in_a_thread_fails_the_test(folder: Path) -> None:
+    (folder / "test_own.py").write_text(IN_A_THREAD, encoding="utf-8")
+    done = run(folder, "-n", "0", "test_own.py")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "oracle.judge failed in a thread, which fails no test by itself: " in done.output
+
+
 def test_fixture_that_judges_nothing_fails_its_test(folder: Path) -> None:
     (folder / "test_takes.py").write_text(TAKES_THE_FIXTURE, encoding="utf-8")
     done = run(folder, "test_takes.py", "-p", "no:cacheprovider", "-k", "not marked or 1")
