@@ -15,11 +15,10 @@ from typing import ClassVar
 import torch
 
 from nsa_oracle.harness.errors import BackendError
-from nsa_oracle.harness.protocol import Strictness
 from nsa_oracle.harness.scenarios.limits import Sizes
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
-BLOCK_KV = 64
+BLOCK_KV = 64  # tokens of a page: the only number that its kernel for Hopper takes
 
 
 def deep_gemm() -> ModuleType:
@@ -72,9 +71,3 @@ class PagedLogits:
             clean_logits=False,
         )
         return found.masked_fill(torch.arange(max_seq_len_k, device=found.device) >= lengths, -torch.inf)
-
-
-class BoundedPagedLogits(PagedLogits):
-    """The same, judged by the error bound of ordinary numbers on all content."""
-
-    weaker: ClassVar[dict[str, Strictness]] = {"logits": Strictness.BOUND}

@@ -387,6 +387,11 @@ class v0_5_23(_Dsa):  # noqa: N801
     )
 
 
+# Lengths from which on clusters may take a row, and up to how many rows of such lengths they do so; on Hopper.
+PLANNED_LENGTHS = ((65536, 30), (98304, 45), (131072, 60), (196608, 80), (262144, 112), (393216, 128))
+PLANNED_BATCHES = range(31, 513)  # rows: a plan is made for no other batch
+
+
 def plan_of_lengths(expected: Metadata, call: Call) -> torch.Tensor:
     """The first row of top-k's plan: how long a row must be for the clusters of Hopper to take it, and how many are.
 
@@ -411,11 +416,6 @@ def behind_the_plan(call: Call, field: Field, shape: tuple[int, ...]) -> NDArray
     return mask
 
 
-PLANNED_LENGTHS = ((65536, 30), (98304, 45), (131072, 60), (196608, 80), (262144, 112), (393216, 128))
-PLANNED_BATCHES = range(31, 513)
-_OWN = ("sglang.kernels.jit", "sglang.kernels.jit.utils.*", "dsv4.topk", "dsv4.candidate_table", "dsv4.utils")
-
-
 class v0_5_23_on_a_gpu(v0_5_23):  # noqa: N801
     """0.5.23 with its CUDA kernels, which nvcc builds on first use, and DeepGEMM's own schedule, on a Hopper GPU.
 
@@ -426,7 +426,9 @@ class v0_5_23_on_a_gpu(v0_5_23):  # noqa: N801
         v0_5_23.layout,
         real=(
             *v0_5_23.layout.real,
-            *(name if name.startswith("sglang.") else f"sglang.kernels.ops.attention.{name}" for name in _OWN),
+            "sglang.kernels.jit",
+            "sglang.kernels.jit.utils.*",
+            *(f"sglang.kernels.ops.attention.dsv4.{name}" for name in ("topk", "candidate_table", "utils")),
             "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
         ),
         installed=("deep_gemm",),
