@@ -244,8 +244,8 @@ class Engine:
 
 
 def _refuse_released_memory(bound: BoundGraph, where: str) -> None:
-    if dangling := bound.graph.dangling_bytes():
-        reason = f"the graph uses {dangling} bytes of released memory: a later allocation may reuse them"
+    if released := bound.graph.released():
+        reason = f"the graph uses released memory ({released}): a later allocation may get it"
         raise CaptureError("capture", where, reason)
 
 

@@ -39,6 +39,11 @@ class Block:
     stream: int
 
 
+def in_free_block(reference: Reference, block: Block) -> str:
+    """Where in the free ``block`` a reference points to, in words."""
+    return f"{reference.address - block.address} bytes into a free block of {block.size}"
+
+
 class Allocator:
     """A snapshot of the blocks of torch's CUDA allocator on one device, in order of address."""
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsa_oracle.harness.graphs.allocator import Allocator, Block, Reference
+from nsa_oracle.harness.graphs.allocator import Allocator, Block, Reference, in_free_block
 from nsa_oracle.harness.graphs.nodes import (
     HOST_FUNCTION,
     CopyNode,
@@ -116,8 +116,8 @@ def audit(reader: GraphReader, nodes: Sequence[Node], allocator: Allocator | Non
 
 def dangling_fault(reference: Reference, block: Block) -> Fault:
     """The fault of a reference to a free ``block``."""
-    inside = f"{reference.address - block.address} bytes into a free block of {block.size}"
-    return Fault(reference.part, f"uses memory that nobody holds any more ({inside}): a later allocation may get it")
+    where = in_free_block(reference, block)
+    return Fault(reference.part, f"uses memory that nobody holds any more ({where}): a later allocation may get it")
 
 
 def _audit_node(reader: GraphReader, node: Node, number: int, is_held: HostMemory, found: Audit) -> Fault | None:

@@ -32,8 +32,8 @@ class CapturedGraph(Protocol):
 
     def replay(self) -> None: ...
 
-    def dangling_bytes(self) -> int:
-        """Bytes of memory that existed before the capture and that only this object keeps alive now.
+    def released(self) -> str | None:
+        """The memory that existed before the capture and that only this object keeps alive now, in words, or None.
 
         A server's graph keeps nothing alive: there such memory would be free, and the next allocation could get it.
         """

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.harness.graphs.allocator import Allocator
+from nsa_oracle.harness.graphs.allocator import Allocator, in_free_block
 from nsa_oracle.harness.graphs.audit import Audit, audit, driver_bindings
 from nsa_oracle.harness.graphs.callers import describe_frame, innermost_user_frame
 from nsa_oracle.harness.graphs.capture import CaptureError
@@ -59,15 +59,14 @@ class CudaCapturedGraph:
     def replay(self) -> None:
         self.graph.replay()
 
-    def dangling_bytes(self) -> int:
+    def released(self) -> str | None:
         # `_found` also has host memory that Python read during the capture, which is not part of the graph.
         found = (storage for storage in self._found.values() if storage.device.type == "cuda")
-        seen_by_torch = sum(storage.nbytes() for storage in found if use_count(storage) == 1)
+        if seen_by_torch := sum(storage.nbytes() for storage in found if use_count(storage) == 1):
+            return f"{seen_by_torch} bytes"
         allocator = Allocator.now(self.device)
-        if seen_by_torch or allocator is None:
-            return seen_by_torch
-        hit = allocator.dangling(self._content.audit.references)
-        return 0 if hit is None else hit[1].size
+        hit = None if allocator is None else allocator.dangling(self._content.audit.references)
+        return None if hit is None else f"{hit[0].part}, {in_free_block(*hit)}"
 
     def audit(self) -> Audit:
         return self._content.audit
@@ -108,6 +107,7 @@ class CudaGraphRunner:
         # Chosen here because a graph whose capture failed does not report its pool.
         pool = torch.cuda.graph_pool_handle()
         watch.forget_failure()  # An exception that the body caught in the warm-up is not a fault.
+        watch.found.clear()  # What only the warm-up used is no part of the graph.
         failure: Exception | None = None
         ended = False
         with torch.cuda.stream(stream), _no_collection():
@@ -129,7 +129,8 @@ class CudaGraphRunner:
                     failure = failure or error
         failure = failure or watch.swallowed_refusal
         if failure is None:
-            return CudaCapturedGraph(graph, self.device, watch.found, self._look_at(graph, watch, pool))
+            content = self._look_at(graph, watch, pool)
+            return CudaCapturedGraph(graph, self.device, self._existed_before(watch.found, pool), content)
         self._recover(graph, pool, ended)
         if isinstance(failure, RuntimeError):
             raise _translate(failure, watch) from failure
@@ -147,6 +148,17 @@ class CudaGraphRunner:
             return CudaContent(_not_audited(str(refusal)), watch.calls, pool)
         audited = audit(reader, nodes, allocator, watch.holds_host_memory)
         return CudaContent(audited, [*watch.calls, *of_nodes(reader, nodes, allocator)], pool)
+
+    def _existed_before(
+        self, found: dict[int, torch.UntypedStorage], pool: tuple[int, int]
+    ) -> dict[int, torch.UntypedStorage]:
+        """``found`` without what the capture allocated behind torch's dispatcher, as some C++ extensions do."""
+        allocator = Allocator.now(self.device)
+        if allocator is None:
+            return found
+        blocks = {key: allocator.block_at(storage.data_ptr()) for key, storage in found.items() if storage.nbytes()}
+        own = {key for key, block in blocks.items() if block is not None and block.pool == pool}
+        return {key: storage for key, storage in found.items() if key not in own}
 
     def _recover(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], ended: bool) -> None:
         """Restore the allocator, random generator and error state after a failed capture."""

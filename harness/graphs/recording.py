@@ -73,9 +73,10 @@ class SimulatedCapturedGraph:
             for node in self._nodes:
                 node.run()
 
-    def dangling_bytes(self) -> int:
+    def released(self) -> str | None:
         # A storage that no node holds was used on the host alone.
-        return sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
+        size = sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
+        return f"{size} bytes" if size else None
 
     def audit(self) -> Audit:
         return Audit()

@@ -21,10 +21,14 @@ _SEPARATE = {  # positional arguments of the methods of a single step, by older 
 
 @dataclass(slots=True)
 class Given:
-    """host: what the record has of it at once. tensors: numbers that have to be copied first, by name in the record."""
+    """host: what the record has of it at once. tensors: numbers that have to be copied first, by name in the record.
+
+    mirror: of the lengths, in host memory, if it is a tensor; to be copied as well.
+    """
 
     host: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    mirror: torch.Tensor | None = None
 
 
 def given_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
@@ -64,8 +68,11 @@ def _of(act: str, bs: Any, given: Any) -> Given:
     mirror, total = given.get("seq_lens_cpu"), given.get("seq_lens_sum")
     found = Given({"act": act, "mode": getattr(mode, "name", str(mode)), "bs": None if size is None else int(size)})
     if mirror is not None and act != "in_graph":
-        if isinstance(mirror, torch.Tensor) and not mirror.is_cpu:
-            found.tensors["seq_lens_cpu"] = mirror
+        if isinstance(mirror, torch.Tensor):
+            if mirror.is_cpu:
+                found.mirror = mirror
+            else:
+                found.tensors["seq_lens_cpu"] = mirror
         else:
             found.host["seq_lens_cpu"] = _numbers(mirror)
     if total is not None:
@@ -77,13 +84,15 @@ def _of(act: str, bs: Any, given: Any) -> Given:
     accepted = getattr(spec_info, "accept_length", None)
     if accepted is None:
         accepted = getattr(spec_info, "num_accept_tokens", None)
-    tensors = {
-        "pool_rows": given.get("req_pool_indices"),
-        "seq_lens": given.get("seq_lens"),
-        "accept_lengths": accepted,
-        "extend_lens": given.get("extend_seq_lens") if found.host["mode"] == "EXTEND" and new is None else None,
-    }
-    found.tensors |= {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    tensors = [
+        ("pool_rows", given.get("req_pool_indices")),
+        ("seq_lens", given.get("seq_lens")),
+        ("accept_lengths", accepted),
+        ("extend_lens", given.get("extend_seq_lens") if found.host["mode"] == "EXTEND" and new is None else None),
+    ]
+    for key, value in tensors:
+        if isinstance(value, torch.Tensor):
+            found.tensors[key] = value
     return found
 
 

@@ -97,10 +97,11 @@ class Recorder:
                 return
             given = given_to(name, args, kwargs)
             line |= given.host
+            mirror = {} if given.mirror is None else {"seq_lens_cpu": given.mirror}
             if name == "init_forward_metadata_in_graph" or _capturing(given):
-                self.writer.put(line)  # without copies: the graph would repeat them
+                self.writer.put(line, self._staging.copies(mirror))  # no others: the graph would repeat them
                 return
-            tensors = dict(given.tensors)
+            tensors = mirror | given.tensors
             if self.tables != "none" and self.pool is not None and "pool_rows" in tensors:
                 rows = self.pool.index_select(0, tensors["pool_rows"])  # [bs, W]
                 if self.tables == "whole":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="without a
 PAUSE = 0.0005  # seconds between two calls, as between two decode steps of a fast server
 
 
+def sleep() -> None:
+    time.sleep(PAUSE)
+
+
+def work() -> None:
+    """What a server does meanwhile: Python, and memory that drives others out of the caches."""
+    end, memory = time.perf_counter() + PAUSE, torch.zeros(1 << 16)
+    while time.perf_counter() < end:
+        memory.add_(sum(range(50)))
+
+
+BETWEEN: dict[str, Callable[[], None] | None] = {"nothing": None, "sleep": sleep, "work": work}
+
+
 class Nothing:
     """A backend whose calls take no time."""
 
@@ -30,13 +45,11 @@ class Nothing:
     def init_forward_metadata_replay_cuda_graph(self, forward_batch: Any, bs: int) -> None: ...
 
 
-@pytest.mark.parametrize(("calls", "pause"), [("looped", 0.0), ("paused", PAUSE)])
+@pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("bs", [1, 64, 256])
 @pytest.mark.parametrize("name", ["not recorded", "recorded", "recorded, digest"])
-def test_recorded_call(
-    benchmark: BenchmarkFixture, tmp_path: Path, name: str, bs: int, calls: str, pause: float
-) -> None:
-    benchmark.group = f"recorder calls={calls} bs={bs}"
+def test_recorded_call(benchmark: BenchmarkFixture, tmp_path: Path, name: str, bs: int, between: str) -> None:
+    benchmark.group = f"recorder between={between} bs={bs}"
     backend: Any = Nothing()
     if name != "not recorded":
         backend = record(backend, tmp_path / "calls.jsonl", tables="digest" if "digest" in name else "none")
@@ -47,4 +60,4 @@ def test_recorded_call(
     def call() -> None:
         backend.init_forward_metadata_replay_cuda_graph(batch, bs)
 
-    benchmark.pedantic(call, setup=lambda: time.sleep(pause) if pause else None, rounds=500, warmup_rounds=20)
+    benchmark.pedantic(call, setup=BETWEEN[between], rounds=1000, warmup_rounds=500)

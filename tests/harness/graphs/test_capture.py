@@ -363,13 +363,13 @@ def test_memory_that_only_the_graph_knows_is_found(runner: GraphRunner, device: 
 
     graph = runner.capture(body)
     view = total[0][2:]
-    assert graph.dangling_bytes() == 0
+    assert graph.released() is None
     scratch.clear()
-    assert graph.dangling_bytes() == 32
+    assert graph.released() == "32 bytes"
     total.clear()
-    assert graph.dangling_bytes() == 32  # a view holds the total as well
+    assert graph.released() == "32 bytes"  # a view holds the total as well
     del view
-    assert graph.dangling_bytes() == 64
+    assert graph.released() == "64 bytes"
 
 
 def test_host_memory_that_was_looked_at_is_no_part_of_the_graph(runner: GraphRunner, device: torch.device) -> None:
@@ -381,4 +381,4 @@ def test_host_memory_that_was_looked_at_is_no_part_of_the_graph(runner: GraphRun
 
     graph = runner.capture(body, host_tensors=mirror)
     mirror.clear()
-    assert graph.dangling_bytes() == 0
+    assert graph.released() is None
