@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -21,13 +22,16 @@ _HARNESS = f"{Path(__file__).parents[1]}/"
 _TORCH = Path(torch.__file__).parent
 _THIRD_PARTY = ("torch", "triton", "numpy", "hypothesis", "pytest", "_pytest", "pluggy")  # what judged code calls
 _THIRD_PARTY_FOLDERS = tuple(f"{_TORCH.parent / name}/" for name in _THIRD_PARTY)
+_UNKNOWN = "unknown line"
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 
 
-def calling_line(failure: TracebackType | None = None) -> str:
-    """The innermost line outside torch, triton and the runners, in `failure` or, without one, in the current stack."""
-    frames = traceback.extract_stack() if failure is None else traceback.extract_tb(failure)
-    return describe_frame(innermost_user_frame(frames))
+def calling_line() -> str:
+    """The innermost line outside torch, triton and the runners in the current stack."""
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        if _is_user_code(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, line, frame.f_code.co_name)
+    return _UNKNOWN
 
 
 def operation_name(func: Callable[..., Any]) -> str:
@@ -90,6 +94,8 @@ def _is_user_code(filename: str) -> bool:
 
 
 def describe_frame(frame: traceback.FrameSummary | None) -> str:
-    if frame is None:
-        return "unknown line"
-    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+    return _UNKNOWN if frame is None else _line(frame.filename, frame.lineno, frame.name)
+
+
+def _line(file: str, line: int | None, function: str) -> str:
+    return f"{Path(file).name}:{line} in {function}"

@@ -29,7 +29,7 @@ from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.free_memory import spoil_free_blocks
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_nodes
 from nsa_oracle.harness.graphs.nodes import DriverRefusal, GraphReader, Node
-from nsa_oracle.harness.graphs.storages import StorageWatch, use_count
+from nsa_oracle.harness.graphs.storages import Found, StorageWatch, in_words, use_count
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CudaCapturedGraph:
         self,
         graph: torch.cuda.CUDAGraph,
         device: torch.device,
-        found: dict[int, torch.UntypedStorage],
+        found: dict[int, Found],
         content: CudaContent,
     ) -> None:
         self.graph = graph
@@ -61,9 +61,9 @@ class CudaCapturedGraph:
 
     def released(self) -> str | None:
         # `_found` also has host memory that Python read during the capture, which is not part of the graph.
-        found = (storage for storage in self._found.values() if storage.device.type == "cuda")
-        if seen_by_torch := sum(storage.nbytes() for storage in found if use_count(storage) == 1):
-            return f"{seen_by_torch} bytes"
+        on_device = (found for found in self._found.values() if found.storage.device.type == "cuda")
+        if seen_by_torch := in_words(found for found in on_device if use_count(found.storage) == 1):
+            return seen_by_torch
         allocator = Allocator.now(self.device)
         hit = None if allocator is None else allocator.dangling(self._content.audit.references)
         return None if hit is None else f"{hit[0].part}, {in_free_block(*hit)}"
@@ -149,16 +149,14 @@ class CudaGraphRunner:
         audited = audit(reader, nodes, allocator, watch.holds_host_memory)
         return CudaContent(audited, [*watch.calls, *of_nodes(reader, nodes, allocator)], pool)
 
-    def _existed_before(
-        self, found: dict[int, torch.UntypedStorage], pool: tuple[int, int]
-    ) -> dict[int, torch.UntypedStorage]:
+    def _existed_before(self, found: dict[int, Found], pool: tuple[int, int]) -> dict[int, Found]:
         """``found`` without what the capture allocated behind torch's dispatcher, as some C++ extensions do."""
         allocator = Allocator.now(self.device)
         if allocator is None:
             return found
-        blocks = {key: allocator.block_at(storage.data_ptr()) for key, storage in found.items() if storage.nbytes()}
+        blocks = {key: allocator.block_at(one.storage.data_ptr()) for key, one in found.items() if one.storage.nbytes()}
         own = {key for key, block in blocks.items() if block is not None and block.pool == pool}
-        return {key: storage for key, storage in found.items() if key not in own}
+        return {key: one for key, one in found.items() if key not in own}
 
     def _recover(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], ended: bool) -> None:
         """Restore the allocator, random generator and error state after a failed capture."""

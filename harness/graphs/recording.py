@@ -14,7 +14,7 @@ from nsa_oracle.harness.graphs.audit import Audit
 from nsa_oracle.harness.graphs.free_memory import spoil_storage
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 from nsa_oracle.harness.graphs.operators import schema_arguments, tensors_in
-from nsa_oracle.harness.graphs.storages import use_count
+from nsa_oracle.harness.graphs.storages import Found, in_words, use_count
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SimulatedCapturedGraph:
         self,
         nodes: Sequence[Operation | Launch],
         made: Sequence[torch.UntypedStorage],
-        found: dict[int, torch.UntypedStorage],
+        found: dict[int, Found],
         host_scalars: frozenset[int],
     ) -> None:
         self._nodes = tuple(nodes)
@@ -75,8 +75,9 @@ class SimulatedCapturedGraph:
 
     def released(self) -> str | None:
         # A storage that no node holds was used on the host alone.
-        size = sum(storage.nbytes() for storage in self._held_by_nodes_alone(self._found))
-        return f"{size} bytes" if size else None
+        storages = {key: found.storage for key, found in self._found.items()}
+        alone = {storage._cdata for storage in self._held_by_nodes_alone(storages)}
+        return in_words(self._found[key] for key in alone)
 
     def audit(self) -> Audit:
         return Audit()

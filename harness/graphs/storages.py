@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,22 @@ from nsa_oracle.harness.graphs.callers import calling_line, describe_frame, inne
 from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
+
+
+@dataclass(frozen=True)
+class Found:
+    """A storage that existed before its first use in a body. use: which that was, in words."""
+
+    storage: torch.UntypedStorage
+    use: str
+
+
+def in_words(released: Iterable[Found]) -> str | None:
+    """How much memory ``released`` is, and the first use of the largest part; None if it is empty."""
+    parts = sorted(released, key=lambda found: found.storage.nbytes())
+    if not parts:
+        return None
+    return f"{sum(found.storage.nbytes() for found in parts)} bytes, first used by {parts[-1].use}"
 
 
 class StorageWatch:
@@ -30,7 +47,7 @@ class StorageWatch:
         self._made: set[StorageWeakRef] = set()
         # Strong references: a graph holds raw addresses. Freed memory would go to an unrelated tensor, and the stale
         # graph would then corrupt a later case instead of failing its own.
-        self.found: dict[int, torch.UntypedStorage] = {}
+        self.found: dict[int, Found] = {}
         self.calls: list[NodeValues] = []  # operators on CUDA tensors, recorded inside `noting_calls`
         self._notes_calls = False
         self.failed_operation: str | None = None
@@ -63,11 +80,11 @@ class StorageWatch:
     def existed(self, tensor: torch.Tensor) -> bool:
         return StorageWeakRef(tensor.untyped_storage()) not in self._made  # type: ignore[no-untyped-call]
 
-    def note_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
+    def note_inputs(self, tensors: Sequence[torch.Tensor], func: Callable[..., Any]) -> None:
         for tensor in tensors:
-            if self.existed(tensor):
-                storage = tensor.untyped_storage()
-                self.found.setdefault(storage._cdata, storage)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.found and self.existed(tensor):
+                self.found[storage._cdata] = Found(storage, f"{operation_name(func)} at {calling_line()}")
 
     def note_outputs(self, outputs: Sequence[torch.Tensor]) -> None:
         for output in outputs:
@@ -91,7 +108,7 @@ class StorageWatch:
 
     def holds_host_memory(self, address: int) -> bool | None:
         """Whether anything but this watch holds the host memory at an address; None if no operator used any there."""
-        for storage in self.found.values():
+        for storage in (found.storage for found in self.found.values()):
             begin = storage.data_ptr()
             if storage.device.type == "cpu" and begin <= address < begin + storage.nbytes():
                 return use_count(storage) > 1
@@ -143,7 +160,7 @@ class _WatchDispatch(DispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         existing = [tensor for tensor in inputs if self.watch.existed(tensor)]
         self._reject_known_moves(func, args)
-        self.watch.note_inputs(existing)
+        self.watch.note_inputs(existing, func)
         before = [(tensor.untyped_storage(), tensor.untyped_storage().data_ptr()) for tensor in existing]
         with self.watch.noting_failure(func):
             result = func(*args, **kwargs)

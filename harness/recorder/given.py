@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,10 @@ class Given:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     mirror: torch.Tensor | None = None
 
+    def add(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.tensors[name] = value
+
 
 def given_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """The arguments of the method ``name``. Raises ValueError if they are not those of any protocol."""
@@ -46,56 +51,42 @@ def given_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
             bs = rest[0] if rest else kwargs.get("bs")
         elif name == "init_forward_metadata_in_graph":
             act = "in_graph"
-        return _of(act, bs, _Attributes(batch))
+        return _of(act, bs, lambda name: getattr(batch, name, None))
     names = _SEPARATE.get(name)
     if names is None or len(args) > len(names):
         raise ValueError(f"{name} was called with arguments of no protocol")
     given = dict(zip(names, args, strict=False)) | kwargs
-    return _of("capture" if "capture" in name else "replay", given.get("bs"), given)
+    return _of("capture" if "capture" in name else "replay", given.get("bs"), given.get)
 
 
-class _Attributes:
-    def __init__(self, batch: Any) -> None:
-        self._batch = batch
-
-    def get(self, name: str) -> Any:
-        return getattr(self._batch, name, None)
-
-
-def _of(act: str, bs: Any, given: Any) -> Given:
-    mode = given.get("forward_mode")
-    size = given.get("batch_size") if bs is None else bs
-    mirror, total = given.get("seq_lens_cpu"), given.get("seq_lens_sum")
-    found = Given({"act": act, "mode": getattr(mode, "name", str(mode)), "bs": None if size is None else int(size)})
+def _of(act: str, bs: Any, get: Callable[[str], Any]) -> Given:
+    mode = get("forward_mode")
+    name = getattr(mode, "name", None) or str(mode)
+    size = get("batch_size") if bs is None else bs
+    found = Given({"act": act, "mode": name, "bs": None if size is None else int(size)})
+    mirror, total = get("seq_lens_cpu"), get("seq_lens_sum")
     if mirror is not None and act != "in_graph":
-        if isinstance(mirror, torch.Tensor):
-            if mirror.is_cpu:
-                found.mirror = mirror
-            else:
-                found.tensors["seq_lens_cpu"] = mirror
+        if not isinstance(mirror, torch.Tensor):
+            found.host["seq_lens_cpu"] = list(mirror)
+        elif mirror.is_cpu:
+            found.mirror = mirror
         else:
-            found.host["seq_lens_cpu"] = _numbers(mirror)
+            found.tensors["seq_lens_cpu"] = mirror
     if total is not None:
         found.host["seq_lens_sum"] = int(total)
-    new = given.get("extend_seq_lens_cpu") if found.host["mode"] == "EXTEND" else None
-    if new is not None:
-        found.host["extend_lens"] = _numbers(new)
-    spec_info = given.get("spec_info")
-    accepted = getattr(spec_info, "accept_length", None)
-    if accepted is None:
-        accepted = getattr(spec_info, "num_accept_tokens", None)
-    tensors = [
-        ("pool_rows", given.get("req_pool_indices")),
-        ("seq_lens", given.get("seq_lens")),
-        ("accept_lengths", accepted),
-        ("extend_lens", given.get("extend_seq_lens") if found.host["mode"] == "EXTEND" and new is None else None),
-    ]
-    for key, value in tensors:
-        if isinstance(value, torch.Tensor):
-            found.tensors[key] = value
+    spec_info = get("spec_info")
+    accepted = None
+    if spec_info is not None:
+        accepted = getattr(spec_info, "accept_length", None)
+        if accepted is None:
+            accepted = getattr(spec_info, "num_accept_tokens", None)
+    found.add("pool_rows", get("req_pool_indices"))
+    found.add("seq_lens", get("seq_lens"))
+    found.add("accept_lengths", accepted)
+    if name == "EXTEND":
+        new = get("extend_seq_lens_cpu")
+        if new is None:
+            found.add("extend_lens", get("extend_seq_lens"))
+        else:
+            found.host["extend_lens"] = new.clone() if isinstance(new, torch.Tensor) else list(new)
     return found
-
-
-def _numbers(values: Any) -> Any:
-    """A copy that the engine cannot change: a list, or a tensor of which the writer makes one."""
-    return values.clone() if isinstance(values, torch.Tensor) else list(values)

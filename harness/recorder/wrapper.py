@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from nsa_oracle.harness.protocol import PreparesOutOfGraph, SingleStepBackend
-from nsa_oracle.harness.recorder.given import Given, given_to
+from nsa_oracle.harness.recorder.given import given_to
 from nsa_oracle.harness.recorder.staging import Staging
 from nsa_oracle.harness.recorder.writer import MAX_BYTES, VERSION, Writer
 from nsa_oracle.reference.types import BackendConfig
@@ -98,7 +98,11 @@ class Recorder:
             given = given_to(name, args, kwargs)
             line |= given.host
             mirror = {} if given.mirror is None else {"seq_lens_cpu": given.mirror}
-            if name == "init_forward_metadata_in_graph" or _capturing(given):
+            on_device = strided = False
+            for tensor in given.tensors.values():
+                on_device, strided = on_device or tensor.is_cuda, strided or tensor.stride(0) > 1
+            capturing = on_device and torch.cuda.is_current_stream_capturing()
+            if capturing or name == "init_forward_metadata_in_graph":
                 self.writer.put(line, self._staging.copies(mirror))  # no others: the graph would repeat them
                 return
             tensors = mirror | given.tensors
@@ -109,7 +113,7 @@ class Recorder:
                 else:
                     tensors["digest"] = _digest(rows, tensors["seq_lens"])
             line["dtypes"] = {key: tensor.dtype for key, tensor in given.tensors.items()}
-            line["strided"] = any(tensor.stride(0) > 1 for tensor in given.tensors.values())
+            line["strided"] = strided
             if not self.writer.has_room():
                 self.writer.drop()
                 return
@@ -195,11 +199,6 @@ def _head(backend: object, config: BackendConfig | Mapping[str, object] | None, 
         "wide": pool is not None and pool.stride(0) > pool.shape[1],
         "tables": recorder.tables,
     }
-
-
-def _capturing(given: Given) -> bool:
-    on_device = any(tensor.is_cuda for tensor in given.tensors.values())
-    return on_device and torch.cuda.is_current_stream_capturing()
 
 
 def _digest(rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
