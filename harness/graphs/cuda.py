@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_oracle.harness.graphs.allocator import Allocator, in_free_block
+from nsa_oracle.harness.graphs.allocator import Allocator, Reference, in_free_block
 from nsa_oracle.harness.graphs.audit import Audit, audit, driver_bindings
 from nsa_oracle.harness.graphs.callers import describe_frame, innermost_user_frame
 from nsa_oracle.harness.graphs.capture import CaptureError
@@ -107,7 +107,7 @@ class CudaGraphRunner:
         # Chosen here because a graph whose capture failed does not report its pool.
         pool = torch.cuda.graph_pool_handle()
         watch.forget_failure()  # An exception that the body caught in the warm-up is not a fault.
-        watch.found.clear()  # What only the warm-up used is no part of the graph.
+        watch.forget_uses()  # What only the warm-up used is no part of the graph.
         failure: Exception | None = None
         ended = False
         with torch.cuda.stream(stream), _no_collection():
@@ -130,6 +130,7 @@ class CudaGraphRunner:
         failure = failure or watch.swallowed_refusal
         if failure is None:
             content = self._look_at(graph, watch, pool)
+            content.audit.references += [Reference(use, address) for address, use in watch.borrowed.items()]
             return CudaCapturedGraph(graph, self.device, self._existed_before(watch.found, pool), content)
         self._recover(graph, pool, ended)
         if isinstance(failure, RuntimeError):

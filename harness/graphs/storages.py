@@ -48,6 +48,9 @@ class StorageWatch:
         # Strong references: a graph holds raw addresses. Freed memory would go to an unrelated tensor, and the stale
         # graph would then corrupt a later case instead of failing its own.
         self.found: dict[int, Found] = {}
+        # Device addresses of storages on memory of another owner, with their first use: from_dlpack, from_blob. The
+        # number of holders says nothing of that memory, and a reference would keep its owner alive.
+        self.borrowed: dict[int, str] = {}
         self.calls: list[NodeValues] = []  # operators on CUDA tensors, recorded inside `noting_calls`
         self._notes_calls = False
         self.failed_operation: str | None = None
@@ -68,6 +71,10 @@ class StorageWatch:
     def forget_failure(self) -> None:
         self.failed_operation = self.failed_where = self._failure = None
 
+    def forget_uses(self) -> None:
+        self.found.clear()
+        self.borrowed.clear()
+
     @property
     def swallowed_refusal(self) -> Exception | None:
         """The exception that an operation raised because of the capture, even if the body caught it.
@@ -83,8 +90,12 @@ class StorageWatch:
     def note_inputs(self, tensors: Sequence[torch.Tensor], func: Callable[..., Any]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.found and self.existed(tensor):
+            if storage._cdata in self.found or not self.existed(tensor):
+                continue
+            if storage.resizable():
                 self.found[storage._cdata] = Found(storage, f"{operation_name(func)} at {calling_line()}")
+            elif tensor.is_cuda and storage.data_ptr() not in self.borrowed:
+                self.borrowed[storage.data_ptr()] = f"{operation_name(func)} at {calling_line()}"
 
     def note_outputs(self, outputs: Sequence[torch.Tensor]) -> None:
         for output in outputs:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 SLOT = 1 << 14  # bytes of the pinned memory of one call: rows, lengths and accept lengths of 800 requests in int64
-SLOTS = 64  # pinned together, because pinning takes long
+_TOGETHER = 64  # slots that are pinned together, because pinning takes long
 _ALIGNED = 16  # bytes
 Copies = tuple[Callable[[], bool], Callable[[], dict[str, torch.Tensor]]]
 """Whether the copies are done; and what was copied, by name, which may be asked once."""
@@ -121,7 +121,7 @@ def _driver() -> _Driver | None:
 
 
 def _new_slots(device: int) -> list[_Slot]:
-    memory = torch.empty(SLOTS, SLOT, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(_TOGETHER, SLOT, dtype=torch.uint8, pin_memory=True)
     slots = []
     with torch.cuda.device(device):
         for row in memory:

@@ -144,6 +144,15 @@ class TestAudit:
         assert (released := graph.released()) is not None
         assert released.startswith("kernel add_kernel, parameter 1")
 
+    def test_lent_memory_that_its_owner_drops(self, capture: Capture, gpu: torch.device) -> None:
+        x = ints(gpu, *range(61))
+        lent = [torch.ones_like(x)]
+        graph = capture(lambda: x.add_(torch.from_dlpack(lent[0])))
+        assert graph.released() is None
+        lent.clear()
+        assert (released := graph.released()) is not None
+        assert released.startswith("aten.")
+
     def test_memory_of_the_graphs_own_pool_is_none(self, capture: Capture, gpu: torch.device) -> None:
         x = ints(gpu, *range(64))
         graph = capture(lambda: add_kernel[(1,)](x, torch.ones_like(x), 5, 61, BLOCK=64))

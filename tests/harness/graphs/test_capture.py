@@ -372,6 +372,16 @@ def test_memory_that_only_the_graph_knows_is_found(runner: GraphRunner, device: 
     assert (graph.released() or "").startswith("64 bytes, first used by ")
 
 
+def test_memory_that_others_lend_is_theirs(runner: GraphRunner, device: torch.device) -> None:
+    """A library that takes tensors by DLPack makes a storage of its own on their memory in each call."""
+    total, lent = torch.zeros(8, device=device), torch.ones(8, device=device)
+    graph = runner.capture(lambda: total.add_(torch.from_dlpack(lent)))
+    assert graph.released() is None
+    graph.replay()
+    assert total.tolist() == [2.0] * 8
+    assert lent.tolist() == [1.0] * 8
+
+
 def test_host_memory_that_was_looked_at_is_no_part_of_the_graph(runner: GraphRunner, device: torch.device) -> None:
     x = torch.zeros(8, device=device)
     mirror = [torch.tensor([3])]
