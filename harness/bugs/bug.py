@@ -92,7 +92,8 @@ def layer_bug(
     *mutations: Mutation,
     group: Group = Group.LAYER,
     gpu: bool = False,
+    cpu: bool = False,
 ) -> Bug:
     """A ``Bug`` that needs a layer and is planted by ``mutations``. caught_by: one check, or a set of them."""
     checks = caught_by if isinstance(caught_by, frozenset) else frozenset({caught_by})
-    return Bug(name, group, sentence, reference, trigger, checks, by_mutation(*mutations), layer=True, gpu=gpu)
+    return Bug(name, group, sentence, reference, trigger, checks, by_mutation(*mutations), layer=True, gpu=gpu, cpu=cpu)

@@ -29,6 +29,7 @@ from nsa_oracle.harness.engine.observations import (
 )
 from nsa_oracle.harness.engine.read_only import ReadOnly, first_modified, handed_out
 from nsa_oracle.harness.interpreter import speed
+from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations
 from nsa_oracle.harness.subjects.result_checks import locating_results, out_and_lse_of, tensor_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, AttentionOutputs, Metadata
@@ -49,6 +50,8 @@ class IsolatedStages:
         self.guard = GuardedAllocations(sentinel, driver.device)
         self.modified: Modified | None = None
         self._step = 0
+        # On a GPU the gaps would take 8 GB and more for each input.
+        self._far = driver.setup.layer is not None and driver.setup.layer.far_slots and driver.device.type == "cpu"
 
     def run(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[LayerStep, ...]:
         """Run every stage of every pass."""
@@ -81,10 +84,10 @@ class IsolatedStages:
         with speed.without_warnings(), locating_results(0, Feed.ISOLATED.value):
             logits = self._tensor(
                 "indexer_logits",
-                self._read_only("index_q", given.index_q),
-                self._read_only("index_weights", given.index_weights),
+                self._rows("index_q", given.index_q),
+                self._rows("index_weights", given.index_weights),
                 self._read_only("index_k_cache", given.index_k_cache),
-                self._read_only("real_page_table", given.real_page_table),
+                self._rows("real_page_table", given.real_page_table),
                 self._read_only("seqlens_expanded", given.seqlens_expanded),
                 self.driver.setup.max_context_len,
             )
@@ -97,12 +100,12 @@ class IsolatedStages:
             return self._select(given, paged, ragged)
 
     def _select(self, given: EdgeLogits, paged: bool, ragged: bool) -> Selected:
-        logits = self._read_only("logits", given.logits)
+        logits = self._rows("logits", given.logits)
         lengths = self._read_only("seqlens_expanded", given.seqlens_expanded)
         positions = self._tensor("topk_indices", logits, lengths)
         indices = places = None
         if paged:
-            table = self._read_only("page_table_1", given.page_table_1)
+            table = self._rows("page_table_1", given.page_table_1)
             indices = self._tensor("topk_transform_paged", logits, lengths, table)
         if ragged:
             offset = self._read_only("topk_indices_offset", given.topk_indices_offset)
@@ -121,16 +124,16 @@ class IsolatedStages:
         lengths = self._read_only("seqlens_expanded", rows.seqlens_expanded)
         logits = self._tensor(
             "indexer_logits",
-            self._read_only("index_q", inputs.index_q),
-            self._read_only("index_weights", inputs.index_weights),
+            self._rows("index_q", inputs.index_q),
+            self._rows("index_weights", inputs.index_weights),
             ReadOnly("index_k_cache", self.driver.caches.index_k, rows.caches.index_k),
-            self._read_only("real_page_table", rows.real_page_table),
+            self._rows("real_page_table", rows.real_page_table),
             lengths,
             rows.page_table_1.shape[1],
         )
-        scores = self._read_only("logits", fed)
+        scores = self._rows("logits", fed)
         positions = self._tensor("topk_indices", scores, lengths)
-        table = self._read_only("page_table_1", rows.page_table_1)
+        table = self._rows("page_table_1", rows.page_table_1)
         indices = self._tensor("topk_transform_paged", scores, lengths, table)
         ragged = None
         if rows.topk_indices_offset is not None:
@@ -138,9 +141,9 @@ class IsolatedStages:
             ragged = self._tensor("topk_transform_ragged", scores, lengths, offset)
         attention = self._call(
             "sparse_mla",
-            self._read_only("q", inputs.q),
+            self._rows("q", inputs.q),
             ReadOnly("kv_cache", self.driver.caches.kv, rows.caches.kv),
-            self._read_only("indices", self.expected.indices_with_holes(rows, fed)),
+            self._rows("indices", self.expected.indices_with_holes(rows, fed)),
         )
         out, lse = out_and_lse_of(attention)
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
@@ -148,6 +151,12 @@ class IsolatedStages:
     def _read_only(self, name: str, tensor: torch.Tensor) -> ReadOnly:
         with self.guard:
             return handed_out(name, tensor, self.driver.device, self.driver.is_strided(name))
+
+    def _rows(self, name: str, tensor: torch.Tensor) -> ReadOnly:
+        """An input whose rows may lie apart; far apart in a case of far slots, as the rows of a long prefill do."""
+        if self._far and len(tensor):
+            return ReadOnly(name, far_apart(tensor.to(self.driver.device)), tensor)
+        return self._read_only(name, tensor)
 
     def _tensor(self, stage: str, *arguments: Any) -> torch.Tensor:
         """Call a stage and copy its result, because the next call may reuse the memory."""

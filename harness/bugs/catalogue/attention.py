@@ -134,6 +134,15 @@ BUGS: tuple[Bug, ...] = (
         ),
     ),
     layer_bug(
+        "query-row-loses-high-bits",
+        "The offset of a row of queries is truncated to 31 bits: at 128 heads of 576 it wraps from row 29,128 on.",
+        "exllamav3#263",
+        "queries far apart",
+        Check.ATTENTION,
+        Mutation(ATTEND, "(row * q_row_stride + heads * q_head", "((row * q_row_stride & 0x7FFFFFFF) + heads * q_head"),
+        cpu=True,
+    ),
+    layer_bug(
         "cache-assumed-dense",
         "Slots are assumed to be adjacent, although the cache is a slice of a larger tensor.",
         "vllm#42135",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_wrapping, layer_bug
-from nsa_oracle.harness.bugs.catalogue.targets import FORWARD, INDEXER, SELECT, TOPK
+from nsa_oracle.harness.bugs.catalogue.targets import FILTER, FORWARD, INDEXER, SELECT, TOPK
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SparseAttention
@@ -73,6 +73,18 @@ _INDEXERS = (
         Mutation(
             INDEXER, "index_k_cache + page_ids * page_stride", "index_k_cache + ((page_ids * page_stride) & 0x7FFFFFFF)"
         ),
+    ),
+    layer_bug(
+        "logits-row-loses-high-bits",
+        "The offset of a row of logits is truncated to 31 bits: 16,384 rows of 131,072 logits wrap.",
+        REVIEW,
+        "rows of logits far apart",
+        Check.SELECTION,
+        *(
+            Mutation(kernel, "logits + row * logits_stride", "logits + ((row * logits_stride) & 0x7FFFFFFF)")
+            for kernel in (TOPK, FILTER)
+        ),
+        cpu=True,
     ),
     layer_bug(
         "length-mask-skipped",
