@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from nsa_oracle.harness.commands import bugs, cases, importing, mutants, replaying, surveys, upstream  # each adds some
+from nsa_oracle.harness.commands import (
+    bugs,
+    cases,
+    exploring,
+    importing,
+    mutants,
+    replaying,
+    surveys,
+    upstream,
+)  # each adds some
 from nsa_oracle.harness.commands.app import app
 
-__all__ = ["app", "bugs", "cases", "importing", "main", "mutants", "replaying", "surveys", "upstream"]
+__all__ = ["app", "bugs", "cases", "exploring", "importing", "main", "mutants", "replaying", "surveys", "upstream"]
 
 
 def main() -> None:

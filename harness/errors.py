@@ -1,4 +1,4 @@
-"""Errors that stop a run before anything is judged. Each message is one line that names the cause and the remedy."""
+"""Errors that stop a run before anything is judged, in one line, and those that judged code is stopped with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ class CaseTimeout(Exception):
     """
 
     stack: tuple[traceback.FrameSummary, ...] = ()
+
+
+class CaptureError(Exception):
+    """A body did something that a graph cannot contain.
+
+    `operation` names the call, `where` has the form "file.py:123 in function", `reason` is one clause.
+    """
+
+    def __init__(self, operation: str, where: str, reason: str) -> None:
+        super().__init__(operation, where, reason)
+        self.operation = operation
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.operation} at {self.where}: {self.reason}"
 
 
 def one_line(text: str, most: int = 200) -> str:

@@ -27,11 +27,10 @@ from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import (
     ForkReturned,

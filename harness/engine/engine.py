@@ -30,8 +30,8 @@ from nsa_oracle.harness.engine.observations import (
 from nsa_oracle.harness.engine.probes import BoundGraph, ProbeArena, observe, on_host
 from nsa_oracle.harness.engine.second_backend import SecondBackend
 from nsa_oracle.harness.engine.stress import Delivery, under_stress
+from nsa_oracle.harness.errors import CaptureError
 from nsa_oracle.harness.graphs.audit import Audit, AuditTally
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.runner import graph_runner
 from nsa_oracle.harness.memory.poison import GuardedAllocations, PoisonedAllocations
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory

@@ -1,4 +1,4 @@
-"""The protocol of graph runners and captured graphs, and the error that a refused capture raises."""
+"""The protocol of graph runners and captured graphs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ import torch
 
 from nsa_oracle.harness.graphs.audit import Audit
 from nsa_oracle.harness.graphs.host_values import NodeValues
-
-
-class CaptureError(Exception):
-    """A body did something that a graph cannot contain.
-
-    `operation` names the call, `where` has the form "file.py:123 in function", `reason` is one clause.
-    """
-
-    def __init__(self, operation: str, where: str, reason: str) -> None:
-        super().__init__(operation, where, reason)
-        self.operation = operation
-        self.where = where
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.operation} at {self.where}: {self.reason}"
 
 
 class CapturedGraph(Protocol):

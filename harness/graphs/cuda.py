@@ -22,14 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_oracle.harness.errors import CaptureError
 from nsa_oracle.harness.graphs.allocator import Allocator, Reference, in_free_block
 from nsa_oracle.harness.graphs.audit import Audit, audit, driver_bindings
 from nsa_oracle.harness.graphs.callers import describe_frame, innermost_user_frame
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.free_memory import spoil_free_blocks
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_nodes
 from nsa_oracle.harness.graphs.nodes import DriverRefusal, GraphReader, Node
-from nsa_oracle.harness.graphs.storages import Found, StorageWatch, in_words, use_count
+from nsa_oracle.harness.graphs.storages import FoundStorage, StorageWatch, in_words, use_count
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CudaCapturedGraph:
         self,
         graph: torch.cuda.CUDAGraph,
         device: torch.device,
-        found: dict[int, Found],
+        found: dict[int, FoundStorage],
         content: CudaContent,
     ) -> None:
         self.graph = graph
@@ -150,7 +150,7 @@ class CudaGraphRunner:
         audited = audit(reader, nodes, allocator, watch.holds_host_memory)
         return CudaContent(audited, [*watch.calls, *of_nodes(reader, nodes, allocator)], pool)
 
-    def _existed_before(self, found: dict[int, Found], pool: tuple[int, int]) -> dict[int, Found]:
+    def _existed_before(self, found: dict[int, FoundStorage], pool: tuple[int, int]) -> dict[int, FoundStorage]:
         """``found`` without what the capture allocated behind torch's dispatcher, as some C++ extensions do."""
         allocator = Allocator.now(self.device)
         if allocator is None:

@@ -14,7 +14,7 @@ from nsa_oracle.harness.graphs.audit import Audit
 from nsa_oracle.harness.graphs.free_memory import spoil_storage
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 from nsa_oracle.harness.graphs.operators import schema_arguments, tensors_in
-from nsa_oracle.harness.graphs.storages import Found, in_words, use_count
+from nsa_oracle.harness.graphs.storages import FoundStorage, in_words, use_count
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SimulatedCapturedGraph:
         self,
         nodes: Sequence[Operation | Launch],
         made: Sequence[torch.UntypedStorage],
-        found: dict[int, Found],
+        found: dict[int, FoundStorage],
         host_scalars: frozenset[int],
     ) -> None:
         self._nodes = tuple(nodes)

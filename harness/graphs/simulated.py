@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nsa_oracle.harness.errors import CaptureError
 from nsa_oracle.harness.graphs.callers import calling_line, operation_name
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.operators import (
     CHANGES_SHAPE_ONLY,
@@ -48,7 +48,7 @@ from nsa_oracle.harness.graphs.operators import (
     written_arguments,
 )
 from nsa_oracle.harness.graphs.recording import Launch, Operation, SimulatedCapturedGraph
-from nsa_oracle.harness.graphs.storages import Found, StorageWatch
+from nsa_oracle.harness.graphs.storages import FoundStorage, StorageWatch
 
 _HUGE = 1 << 28  # bytes
 
@@ -217,7 +217,7 @@ class _Recorder:
             memory.copy_(saved)
         self._saved.clear()  # releases the storages: the recorder lives until its reference cycles are collected
 
-    def finish(self, found: dict[int, Found]) -> SimulatedCapturedGraph:
+    def finish(self, found: dict[int, FoundStorage]) -> SimulatedCapturedGraph:
         for storage in self._made.values():
             # No replay has filled these yet: a read before the first replay must not find a right value by chance.
             storage.fill_(0xFF)  # type: ignore[attr-defined]

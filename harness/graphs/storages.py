@@ -13,21 +13,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from nsa_oracle.harness.errors import CaptureError
 from nsa_oracle.harness.graphs.callers import calling_line, describe_frame, innermost_user_frame, operation_name
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundStorage:
     """A storage that existed before its first use in a body. use: which that was, in words."""
 
     storage: torch.UntypedStorage
     use: str
 
 
-def in_words(released: Iterable[Found]) -> str | None:
+def in_words(released: Iterable[FoundStorage]) -> str | None:
     """How much memory ``released`` is, and the first use of the largest part; None if it is empty."""
     parts = sorted(released, key=lambda found: found.storage.nbytes())
     if not parts:
@@ -47,7 +47,7 @@ class StorageWatch:
         self._made: set[StorageWeakRef] = set()
         # Strong references: a graph holds raw addresses. Freed memory would go to an unrelated tensor, and the stale
         # graph would then corrupt a later case instead of failing its own.
-        self.found: dict[int, Found] = {}
+        self.found: dict[int, FoundStorage] = {}
         # Device addresses of storages on memory of another owner, with their first use: from_dlpack, from_blob. The
         # number of holders says nothing of that memory, and a reference would keep its owner alive.
         self.borrowed: dict[int, str] = {}
@@ -93,7 +93,7 @@ class StorageWatch:
             if storage._cdata in self.found or not self.existed(tensor):
                 continue
             if storage.resizable():
-                self.found[storage._cdata] = Found(storage, f"{operation_name(func)} at {calling_line()}")
+                self.found[storage._cdata] = FoundStorage(storage, f"{operation_name(func)} at {calling_line()}")
             elif tensor.is_cuda and storage.data_ptr() not in self.borrowed:
                 self.borrowed[storage.data_ptr()] = f"{operation_name(func)} at {calling_line()}"
 

@@ -23,10 +23,9 @@ from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, CaptureError, ScenarioError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.graphs.capture import CaptureError
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_oracle.harness.graphs.capture import CaptureError, GraphRunner
+from nsa_oracle.harness.errors import CaptureError
+from nsa_oracle.harness.graphs.capture import GraphRunner
 
 # Without a GPU the raw launches run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
