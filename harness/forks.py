@@ -1,12 +1,12 @@
 """Work in a fork of this process: what judged code does to the fork does not concern this process.
 
-A fork has everything imported, and costs milliseconds. It shares the terminal, so that debuggers work in it.
+A fork has everything imported, and costs milliseconds. It can read from the terminal, so that debuggers work in it.
+What it has started ends with it.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import math
 import multiprocessing
 import os
@@ -22,12 +22,18 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from nsa_oracle.harness.processes import SECONDS_TO_END, ChildDied, death_of, last_words_in, write_last_words_to
+from nsa_oracle.harness.processes import (
+    SECONDS_TO_END,
+    ChildDied,
+    death_of,
+    last_words_in,
+    note_time_limits_in,
+    write_last_words_to,
+)
 from nsa_oracle.harness.signals import Termination
+from nsa_oracle.harness.watching import SECONDS_BETWEEN_LOOKS, Watch, die_with_the_parent, end_group, lead_a_group
 
 _T = TypeVar("_T")
-_SECONDS_BETWEEN_LOOKS = 0.1  # at a fork that may have ended: processes that it started can keep its pipe open
-_SECONDS_TO_INTERRUPT = 1.0  # a fork gets a Ctrl-C from the terminal by itself, but not from elsewhere
 _SECONDS_TO_KILL = 4.0  # judged code may swallow any exception
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
@@ -39,16 +45,19 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
     """Call ``work`` in a fork of this process and return its result. This process must not have used CUDA.
 
     hear: is called in this process with each message of ``work``. Raises what ``work`` raises, and ChildDied if the
-    fork ends without a result or takes longer than ``timeout`` seconds. Signals that ask this process to stop are for
-    the fork.
+    fork ends without a result, takes longer than ``timeout`` seconds, is stopped, or outlives the time limit of a case.
+    Signals that ask this process to stop are for the fork.
     """
     fork, pipe = _Fork.start(work)
     ends = math.inf if timeout is None else time.monotonic() + timeout
     failed: BaseException | None = None
+    complaint = ""
     with pipe, fork.signals():
-        while time.monotonic() < ends and failed is None:
+        while time.monotonic() < ends and failed is None and not complaint:
             has_ended = fork.has_ended()  # first: what it said before is then in the pipe
-            while pipe.poll(0 if has_ended else _SECONDS_BETWEEN_LOOKS):
+            complaint = fork.complaint()
+            # What it has started can keep the pipe open when it has ended.
+            while pipe.poll(0 if has_ended else SECONDS_BETWEEN_LOOKS):
                 try:
                     is_result, answer, error = pipe.recv()
                 except EOFError:
@@ -71,7 +80,7 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
     if not fork.has_ended():
         fork.end()
         _raise_interruption(fork)
-        raise ChildDied(f"it took longer than {timeout:.0f} s and was ended")
+        raise ChildDied(complaint or f"it took longer than {timeout:.0f} s and was ended", hung=bool(complaint))
     _raise_interruption(fork)
     raise death_of(fork.code, last_words_in(fork.words))
 
@@ -92,13 +101,13 @@ class _Fork:
     gives it, once the fork has ended.
     """
 
-    def __init__(self, process: int, words: Connection) -> None:
+    def __init__(self, process: int, words: Connection, watch: Watch) -> None:
         self.interrupts = 0
         self.terminated = False
         self._process = process
         self.words = words
+        self._watch = watch
         self.code: int | None = None
-        self._interrupt_at = math.inf  # once more
         self._kill_at = math.inf
 
     @staticmethod
@@ -107,27 +116,33 @@ class _Fork:
         _flush()  # otherwise the fork would print it again
         receiver, sender = multiprocessing.Pipe(duplex=False)
         words, words_sender = multiprocessing.Pipe(duplex=False)
+        watch = Watch()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: numpy has idle ones
             process = os.fork()
         if process == 0:
+            lead_a_group()
             receiver.close()
             write_last_words_to(words_sender)
+            note_time_limits_in(watch)
             _carry_out(work, sender)
         sender.close()
         words_sender.close()
-        return _Fork(process, words), receiver
+        return _Fork(process, words, watch), receiver
 
     def has_ended(self) -> bool:
         if time.monotonic() > self._kill_at:
             self._send(signal.SIGKILL)
-        elif time.monotonic() > self._interrupt_at:
-            self._interrupt_at = math.inf
-            self._send(signal.SIGINT)
         if self.code is None:
             ended, status = os.waitpid(self._process, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if ended else None
+            if ended:
+                self.code = os.waitstatus_to_exitcode(status)
+                end_group(self._process)
         return self.code is not None
+
+    def complaint(self) -> str:
+        """Why the fork is to be ended; empty if there is no reason."""
+        return self._watch.complaint(self._process) if self.code is None else ""
 
     def end(self, seconds: float = 0) -> None:
         """Kill the fork unless it ends within ``seconds``."""
@@ -146,7 +161,7 @@ class _Fork:
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
-            self._interrupt_at = time.monotonic() + _SECONDS_TO_INTERRUPT
+            self._send(signal.SIGINT)  # the terminal does not, because it is in another session
             self._kill_at = min(self._kill_at, time.monotonic() + _SECONDS_TO_KILL / self.interrupts)
 
         def terminate(number: int, frame: FrameType | None) -> None:
@@ -185,8 +200,7 @@ def _carry_out(work: Callable[[Tell], Any], sender: Connection) -> NoReturn:
     """Do ``work`` in the fork, send its result, and end the fork."""
     code = 1
     try:
-        with suppress(OSError, AttributeError):  # Linux only
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends if its parent is killed
+        die_with_the_parent()  # should that be killed
         atexit._clear()  # what this process registered before is for the parent to do
         answer: Any = None
         error: BaseException | None = None

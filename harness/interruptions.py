@@ -16,11 +16,13 @@ from typing import Any
 
 from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
 from nsa_oracle.harness.signals import postponed
+from nsa_oracle.harness.watching import die_with_the_parent
 
 _SECONDS_TO_COME_BACK = 1.0  # of a fork, behind the call that made it; one that works on is waited for once
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
-_ASKING = (signal.SIGINT, signal.SIGTERM)  # what others send to a process that is to end
+_STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # until another process has it go on
+_ASKING = (signal.SIGINT, signal.SIGTERM, *_STOPPING)  # what others send to a process that is to end, or to stop
 
 
 def _asks_itself(process: int, number: int) -> bool:
@@ -143,7 +145,8 @@ def exits_refused() -> Iterator[RefusedExits]:
             if os.getpid() != process or not ends(*arguments, **options):
                 return function(*arguments, **options)
             shown = ", ".join("os.getpid()" if one == process else repr(one) for one in arguments)[:80]
-            effect = "closes files of the process" if name.endswith("closerange") else "ends the process"
+            effect = "stops the process" if set(arguments) & set(_STOPPING) else "ends the process"
+            effect = "closes files of the process" if name.endswith("closerange") else effect
             said = ProcessExit(f"{name}({shown}), which {effect}")
             refused.first = refused.first or said
             raise said
@@ -161,6 +164,8 @@ def exits_refused() -> Iterator[RefusedExits]:
         child = original_fork()
         if child == 0:
             os.close(receiver)
+            if threading.current_thread() is threading.main_thread():  # which ends last
+                die_with_the_parent()
             sys.setprofile(_ends_behind(running[0], sender))
         else:
             os.close(sender)

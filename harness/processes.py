@@ -1,13 +1,14 @@
 """Child processes that run cases and may die: a kernel that faults leaves the GPU unusable for its process.
 
 Functions called in a child, their arguments and their results are pickled. After a child has died, or has taken too
-long, the next call starts a new one.
+long, the next call starts a new one. What a child has started ends with it.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,7 @@ from nsa_oracle.harness.interpreter import bounds, promises
 from nsa_oracle.harness.interpreter.masks import accept_integer_masks
 from nsa_oracle.harness.interpreter.speed import speed_up
 from nsa_oracle.harness.signals import INTERRUPTED
+from nsa_oracle.harness.watching import SECONDS_BETWEEN_LOOKS, Watch, end_group, lead_a_group
 
 _T = TypeVar("_T")
 SECONDS_TO_END = 3
@@ -85,13 +87,15 @@ class Child:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._words: Connection | None = None
+        self._watch = Watch()
 
     def call(self, function: Callable[..., _T], *arguments: object, timeout: float | None = None) -> _T:
         """Call ``function`` in the child and return its result.
 
         Raises what ``function`` raises, and ChildDied if there is no result within ``timeout`` seconds (None: no
-        limit) or the child dies. A BaseException of ``function`` that is no Exception, such as a KeyboardInterrupt,
-        ends the child.
+        limit), or the child dies, is stopped, or outlives the time limit of a case. A BaseException of ``function``
+        that is no Exception, such as a KeyboardInterrupt, ends the child. One that is raised here, while this waits,
+        is for the child as well.
         """
         if self._process is not None and not self._process.is_alive():
             self.close()  # it was killed after it had answered
@@ -102,17 +106,35 @@ class Child:
         process = self._process.pid
         try:
             self._pipe.send((function, arguments))
-            if not self._pipe.poll(timeout):
-                self.close()
-                raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
+            self._wait_for_answer(self._process, self._pipe, timeout)
             answer, error = self._pipe.recv()
         except (EOFError, OSError):  # the other end is closed
             words = self._words
             raise death_of(self.close(), "" if words is None else last_words_in(words), process) from None
+        except KeyboardInterrupt:
+            if process is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGINT)  # the terminal does not, because it is in another session
+            raise
         if error is not None:
             raise error
         result: _T = answer
         return result
+
+    def _wait_for_answer(self, process: BaseProcess, pipe: Connection, timeout: float | None) -> None:
+        """Raises EOFError if the process has ended: what it has started can keep the pipe open."""
+        ends = math.inf if timeout is None else time.monotonic() + timeout
+        assert process.pid is not None
+        while not pipe.poll(max(0.0, min(SECONDS_BETWEEN_LOOKS, ends - time.monotonic()))):
+            if not process.is_alive() and not pipe.poll():
+                raise EOFError
+            if complaint := self._watch.complaint(process.pid):
+                self.end()
+                self.close()
+                raise ChildDied(complaint, process.pid, hung=True)
+            if time.monotonic() > ends:
+                self.close()
+                raise ChildDied(f"it took longer than {_seconds(round(timeout or 0))} and was ended")
 
     def end(self) -> None:
         """Kill the process at once; a thread that waits for its result gets ChildDied."""
@@ -126,18 +148,23 @@ class Child:
         if process is None or pipe is None:
             return None
         pipe.close()  # a child that waits for work ends when its pipe closes
-        process.join(timeout=SECONDS_TO_END)
+        ends = time.monotonic() + SECONDS_TO_END
+        while process.is_alive() and time.monotonic() < ends:  # join waits for all that it has started
+            time.sleep(0.002)
         if process.is_alive():
             process.kill()
-            process.join()
+        process.join()
+        if process.pid is not None:
+            end_group(process.pid)
         return process.exitcode
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, childs_end = context.Pipe()
         self._words, words = context.Pipe(duplex=False)
+        self._watch = Watch()
         self._process = context.Process(
-            target=_serve, args=(childs_end, words, self.device, self.number, self.output), daemon=True
+            target=_serve, args=(childs_end, words, self._watch, self.device, self.number, self.output), daemon=True
         )
         resource_tracker.ensure_running()  # starting it would end what is blocked
         blocked = signal.pthread_sigmask(
@@ -151,13 +178,15 @@ class Child:
         words.close()
 
 
-def _serve(pipe: Connection, words: Connection, device: str, number: int, output: Path | None) -> None:
+def _serve(pipe: Connection, words: Connection, watch: Watch, device: str, number: int, output: Path | None) -> None:
     """Execute calls until the other end of the pipe is closed, or the parent has died: its children die with it."""
+    lead_a_group()
     if output is not None:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
     write_last_words_to(words)
+    note_time_limits_in(watch)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
@@ -193,6 +222,7 @@ def _die_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        end_group(os.getpid())
         _end_process(1)
 
 
@@ -233,11 +263,15 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
         faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_for_last_words())
+        if _watch is not None:
+            _watch.begin(seconds, 3 * seconds)
         yield
     finally:
         is_closed = True  # before anything is called: signals are handled at calls
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         faulthandler.cancel_dump_traceback_later()
+        if _watch is not None:
+            _watch.end()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if insistence is not None:
@@ -313,6 +347,13 @@ def _stderr() -> int:
 
 
 _words: Connection | None = None
+_watch: Watch | None = None
+
+
+def note_time_limits_in(watch: Watch) -> None:
+    """Time limits of this process are noted there, for the process that waits for it."""
+    global _watch
+    _watch = watch
 
 
 def write_last_words_to(pipe: Connection) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nsa_oracle.harness import watching
 from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import Child, ChildDied, time_limit
 from tests.support.command_line import environment_of_children
@@ -57,11 +63,114 @@ def test_an_end_without_a_result_is_an_error(end: Callable[[], Any], how: str) -
     assert heard == ["begun"], "what it said before is not lost"
 
 
-def test_a_process_that_outlives_the_fork_does_not_delay_the_result() -> None:
-    def work(tell: Tell) -> int:
-        return subprocess.Popen(["sleep", "60"]).pid
+def is_closed(receiver: int) -> bool:
+    """Whether all that could write to the pipe end, within a minute."""
+    return bool(select.select([receiver], [], [], 60)[0]) and os.read(receiver, 1) == b""
 
-    os.kill(forked(work), signal.SIGKILL)
+
+def test_a_process_that_a_fork_leaves_does_not_delay_the_result_and_is_ended() -> None:
+    receiver, sender = os.pipe()
+
+    def work(tell: Tell) -> None:
+        subprocess.Popen(["sleep", "1000"], pass_fds=[sender])
+
+    forked(work)
+    os.close(sender)
+    assert is_closed(receiver)
+    os.close(receiver)
+
+
+def hold(fifo: str, code: int | None) -> None:
+    """Leave a process that holds what this one has open; then end as ``code`` says, or return."""
+    os.open(fifo, os.O_WRONLY)
+    if os.fork() == 0:
+        time.sleep(1000)
+    if code is not None:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("code", [None, 7])
+def test_a_process_that_a_child_leaves_does_not_delay_its_end_and_is_ended(code: int | None, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    receiver = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    child = Child("cpu")
+    if code is None:
+        child.call(hold, str(tmp_path / "fifo"), code)
+        assert child.close() == 0
+    else:
+        with pytest.raises(ChildDied, match=r"the process ended \(exit code 7\)"):
+            child.call(hold, str(tmp_path / "fifo"), code)
+    assert is_closed(receiver)
+    os.close(receiver)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+STOPPED = "^the process was stopped, did not answer within 3 s, and was ended$"
+
+
+def test_a_stopped_process_is_ended() -> None:
+    with pytest.raises(ChildDied, match=STOPPED):
+        forked(lambda tell: stop())
+    child = Child("cpu")
+    with pytest.raises(ChildDied, match=STOPPED) as caught:
+        child.call(stop)
+    assert caught.value.process is not None
+
+
+def stop_for_a_moment() -> str:
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"])
+    stop()
+    return "went on"
+
+
+def test_a_process_that_is_stopped_for_a_moment_goes_on() -> None:
+    assert forked(lambda tell: stop_for_a_moment()) == "went on"
+
+
+def outlive_the_time_limit() -> None:
+    with time_limit(0.2):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+        faulthandler.cancel_dump_traceback_later()
+        time.sleep(60)
+
+
+def test_what_switches_its_time_limit_off_is_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_SECONDS_BEHIND", 0.5)
+    said = r"^the process did not answer within 0\.2 s, nor long after that, and was ended$"
+    with pytest.raises(ChildDied, match=said) as caught:
+        forked(lambda tell: outlive_the_time_limit())
+    assert caught.value.hung
+    with pytest.raises(ChildDied, match=said):
+        Child("cpu").call(outlive_the_time_limit)
+
+
+ON_A_TERMINAL = """
+from nsa_oracle.harness.forks import forked
+
+def work(tell):
+    return input("name? ")
+
+print("hello", forked(work), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("typed", "answer"), [(b"you\n", b"hello you"), (b"\x03", b"KeyboardInterrupt")])
+def test_a_fork_reads_from_the_terminal(typed: bytes, answer: bytes) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", ON_A_TERMINAL], environment_of_children())
+    seen = b""
+    with suppress(OSError):  # at the end
+        while more := os.read(terminal, 1 << 16):
+            seen += more
+            if seen.endswith(b"name? "):
+                os.write(terminal, typed)
+    os.waitpid(process, 0)
+    os.close(terminal)
+    assert answer in seen, seen
 
 
 def test_a_slow_fork_is_ended() -> None:
@@ -124,7 +233,7 @@ forked(work, lambda message: print(message, flush=True))
     ],
 )
 def test_signals_that_ask_to_stop_end_both(swallows: bool, signals: list[signal.Signals], code: int) -> None:
-    """They go to the parent alone here; a terminal sends them to both."""
+    """They go to the parent alone, as from a terminal."""
     words = [sys.executable, "-c", SLEEPS.format(swallows=swallows)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, env=environment_of_children(), **pipes) as process:

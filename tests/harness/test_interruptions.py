@@ -56,6 +56,7 @@ def test_an_exception_that_a_library_raises_is_located_in_judged_code(backend: A
     ("backend", "got"),
     [
         (process.SignalsItself, "os.kill(os.getpid(), <Signals.SIGINT: 2>), which ends the process"),
+        (process.StopsItself, "os.kill(os.getpid(), <Signals.SIGSTOP: 19>), which stops the process"),
         (process.ClosesFiles, "os.closerange(3, 64), which closes files of the process"),
     ],
 )

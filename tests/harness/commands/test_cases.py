@@ -261,6 +261,10 @@ CRASHES = "tests.support.backends.crashes"
         ),
         ("ReallyExits", r"the process ended \(exit code 0\) while it judged .*case\.json$"),
         ("EndsTheProcess", r"the process ended \(signal SIGKILL\) while it judged .*case\.json$"),
+        (
+            "ReallyStopsItself",
+            r"the process was stopped, did not answer within 3 s, and was ended while it judged .*case\.json$",
+        ),
         ("InterruptsItself", r"backend raised: KeyboardInterrupt at .*crashes.py:\d+ in refresh: "),
     ],
 )
@@ -275,6 +279,13 @@ def test_case_that_ends_its_process_is_a_failure_and_costs_that_case_only(
     assert re.match(rf"ORACLE FAILURE  {verdict}", verdicts[0])
     assert story(CASE) in done.stdout.replace("  <- fails here", "")
     assert done.stdout.splitlines()[-1] == f"{REPLAY} {path} --device cpu --backend {CRASHES}:{backend}"
+
+
+@pytest.mark.parametrize("in_process", [(), ("--in-process",)])
+def test_what_a_backend_leaves_running_ends_with_the_replay(in_process: tuple[str, ...], tmp_path: Path) -> None:
+    """It holds the pipes that this test reads to their end."""
+    done = replay(saved(tmp_path, CASE), "--backend", "tests.support.backends.process:LeavesAFork", *in_process)
+    assert done.returncode == PASSES, done.stdout + done.stderr
 
 
 def test_case_that_cannot_be_interrupted_is_a_failure(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from nsa_oracle.reference.types import ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
@@ -106,3 +107,21 @@ class LosesAThreadAndIsWrong(LosesAThread.step):
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         super().refresh(buffers, batch)
         buffers.cache_seqlens_int32.zero_()
+
+
+@backend_of
+class StopsItself(Step):
+    """Sends its process the signal that stops it."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        super().refresh(buffers, batch)
+
+
+@backend_of
+class LeavesAFork(Step):
+    """A child of its own never ends, and holds whatever its process had open."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        os.fork() or time.sleep(1e9)  # type: ignore[func-returns-value]
