@@ -20,7 +20,7 @@ Report = Callable[[Finding, BaseException | None], BaseException]
 
 @contextmanager
 def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()]) -> Iterator[None]:
-    """Put torch's settings, the current folder, ``sys.stdout`` and ``sys.stderr`` back at the end.
+    """Put torch's settings, the current folder, ``sys.stdout``, ``sys.stderr`` and their descriptors back at the end.
 
     A default dtype or a default device that was left changed alters every tensor that other code makes without naming
     one, inference mode every tensor, and another current folder every relative path; without a stream nothing can be
@@ -70,9 +70,13 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 class Streams:
-    """From its creation until ``put_back``, ``sys.stdout`` and ``sys.stderr`` are stand-ins that cannot be lost."""
+    """From its creation until ``put_back``, ``sys.stdout`` and ``sys.stderr`` are stand-ins that cannot be lost.
+
+    The descriptors behind them, 1 and 2, can be, and are opened again by ``put_back``.
+    """
 
     def __init__(self) -> None:
+        self._files = {number: (os.dup(number), file) for number in (1, 2) if (file := _file_of(number)) is not None}
         self._before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
         for name, stream in self._before.items():
             if stream is not None:
@@ -84,11 +88,28 @@ class Streams:
             now = getattr(sys, name, None)
             if now is None or getattr(now, "closed", False):
                 return Finding(Kind.STATE, f"sys.{name}", "None" if now is None else "a closed file", "an open file")
+        for number in self._files:
+            if _file_of(number) is None:
+                return Finding(Kind.STATE, f"file descriptor {number}", "closed", "an open file")
         return None
 
     def put_back(self) -> None:
+        for number, (kept, file) in self._files.items():
+            if _file_of(number) != file:
+                os.dup2(kept, number)
+            os.close(kept)
+        self._files = {}
         for name, stream in self._before.items():
             setattr(sys, name, stream)
+
+
+def _file_of(descriptor: int) -> tuple[int, int] | None:
+    """Which file is open as ``descriptor``, as device and inode, or None."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class _Unclosable:

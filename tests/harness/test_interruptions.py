@@ -23,7 +23,7 @@ from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interru
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes, process
-from tests.support.command_line import FAILS, PASSES, harness, replay, saved
+from tests.support.command_line import FAILS, PASSES, assert_one_line_error, harness, replay, saved
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -115,6 +115,28 @@ def test_a_lost_stream_is_a_finding_and_put_back(backend: Any, field: str, got: 
     surveyed = harness("survey", *words, "--cases", "1", "--device", "cpu", "--json", "rows.json", cwd=tmp_path)
     broken = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]]
     assert broken == ["leaves sys.stdout and sys.stderr open"], surveyed.stdout + surveyed.stderr
+
+
+@pytest.mark.parametrize("name", ["ClosesDescriptorOne", "ClosesDescriptorTwo"])
+def test_a_closed_descriptor_is_a_finding_and_opened_again(name: str, tmp_path: Path) -> None:
+    number = 1 if name.endswith("One") else 2
+    words = ("--backend", f"tests.support.backends.process:{name}")
+    case = saved(tmp_path, one_replay(DECODE))
+    for in_process in ((), ("--in-process",)):
+        done = replay(*words, *in_process, case)
+        assert done.returncode == FAILS, done.stdout + done.stderr
+        told = f"global state left changed: file descriptor {number}: got closed, expected an open file"
+        assert done.stdout.startswith(f"ORACLE FAILURE  {told}\n"), done.stdout
+        assert done.stderr == ""
+    surveyed = harness("survey", *words, "--cases", "1", "--device", "cpu", "--json", "rows.json", cwd=tmp_path)
+    broken = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]]
+    assert broken == ["leaves sys.stdout and sys.stderr open"], surveyed.stdout + surveyed.stderr
+
+
+def test_a_module_that_closes_a_descriptor_is_unusable(tmp_path: Path) -> None:
+    (tmp_path / "closes.py").write_text("import os\nos.close(1)\nfrom tests.support.backends.clean import Clean\n")
+    done = replay(saved(tmp_path, one_replay(DECODE)), "--backend", "closes:Clean", cwd=tmp_path)
+    assert_one_line_error(done, "file descriptor 1", "closed")
 
 
 def test_another_stream_is_put_back_without_a_word() -> None:

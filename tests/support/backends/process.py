@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from nsa_oracle.reference.types import ForwardBatch, Metadata
 from tests.support.backends.seams import Step, backend_of
@@ -65,6 +66,26 @@ class ClosesStdout(Step):
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         super().refresh(buffers, batch)
         sys.stdout.close()
+
+
+@backend_of
+class ClosesDescriptorOne(Step):
+    """Closes the file behind ``sys.stdout``."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        with suppress(OSError):  # it has done so before
+            os.close(1)
+
+
+@backend_of
+class ClosesDescriptorTwo(Step):
+    """Closes the file behind ``sys.stderr``."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        super().refresh(buffers, batch)
+        with suppress(OSError):
+            os.close(2)
 
 
 @backend_of
