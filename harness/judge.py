@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -65,8 +66,11 @@ _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdli
 class OracleFailure(AssertionError):
     """The backend or the layer disagrees with the reference on ``scenario``.
 
-    event: index of the event that shows it, or None if it shows before the first event.
+    event: index of the event that shows it, or None if it shows before the first event. raised: how often ``judge`` has
+    raised one in this process.
     """
+
+    raised: ClassVar[int] = 0
 
     def __init__(self, scenario: Scenario, finding: Finding, event: int | None) -> None:
         super().__init__(finding.sentence())
@@ -145,6 +149,7 @@ def judge(
             _forget_locals(failure)
             interruptions.check()
             failure.finding = replace(failure.finding, thread_errors=tuple(covered.thread_errors))
+            OracleFailure.raised += 1
             raise
     covered.interpreted.update(launcher.left_to_the_interpreter())
     total = verdict or Verdict()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nsa_oracle.caught import CAUGHT, caught_line, failures_raised
 from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT, ended_in_one_line, interruption_deferred
 
 if TYPE_CHECKING:
@@ -360,12 +361,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Report what cannot be judged, or was not, in one line, without a traceback."""
+    """Report what cannot be judged, or was not, in one line, without a traceback. Note what the test has caught."""
+    before = failures_raised()
     try:
         returned = yield
         oracle = item.stash.get(JUDGE, None)
+        if oracle is None and _part_of(item) is None and failures_raised() > before:
+            item.user_properties.append((CAUGHT, failures_raised() - before))
         if oracle is not None and oracle.lost:
-            refusal = f"oracle.judge failed in a thread, which fails no test by itself: {oracle.lost}"
+            refusal = oracle.lost
         elif oracle is None or oracle.has_judged or _part_of(item) is not None:
             return returned
         else:
@@ -418,6 +422,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         from nsa_oracle.harness.plugin.closing import write_report
 
         write_report(terminalreporter, session_of(config), exitstatus)
+    if line := caught_line(terminalreporter.stats.get("passed", ()), config.get_verbosity() > 0):
+        terminalreporter.write_line(line)
 
 
 def _is_used(config: pytest.Config) -> bool:

@@ -83,6 +83,10 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
     backend, layer = specs
     is_ours = backend is None and (layer is None or verbose)
     switches = OPTIMIZED_SWITCHES if is_ours else NO_SWITCHES
+    if run.expected:
+        terminalreporter.write_line(f"{counted(run.expected, 'case')} failed, as the tests expect")
+        if not run.verdict.cases and not run.failures:
+            return
     if run.failures:
         terminalreporter.write_line(f"{summary.stories(run.failures, verbose)}\n")
     seconds = time.time() - session.started

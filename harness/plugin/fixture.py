@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ class Oracle:
     """Judges backends and layers within one test, and records for the closing report what that covered.
 
     has_judged: whether ``judge`` was called; a test that passes without a call has judged nothing, and fails.
-    lost: what ``judge`` failed with in a thread that the test has started, of which nobody else is told.
+    lost: what a call of ``judge`` failed with, of which nobody else is told if the test swallows it, or has made the
+    call in a thread; empty if none failed.
     """
 
     has_judged = False
@@ -74,30 +75,43 @@ class Oracle:
         layer: Judged = None,
         profile: str | None = None,
         cases: Sequence[str] | None = None,
+        *,
+        expect_failure: bool = False,
     ) -> None:
         """Judge a backend or a layer on the repository's saved cases, and then on drawn ones.
 
         The arguments are those of ``harness.decorator.judged``, whose tests are spread over processes; this judges
-        everything within one test. Fails the test, after everything has been judged, if anything failed.
+        everything within one test. Fails the test, after everything has been judged, if anything failed, even if the
+        test catches that. expect_failure: fails the test if nothing failed; what fails is not in the closing report.
         """
         self.has_judged = True
+        try:
+            self._judge(parts_of(self._session, backend, layer, profile, cases), expect_failure)
+        except (Exception, pytest.fail.Exception) as error:
+            where = "in a thread, which fails no test by itself"
+            if threading.current_thread() is threading.main_thread():
+                where = "and the test caught it; one that expects it calls oracle.judge(..., expect_failure=True)"
+            self.lost = f"oracle.judge failed {where}: {error}"
+            raise
+
+    def _judge(self, parts: Mapping[str, Part], expect_failure: bool) -> None:
         said = []
-        for part in parts_of(self._session, backend, layer, profile, cases).values():
+        for part in parts.values():
             try:
-                self.judge_part(part)
+                self.judge_part(part, expect_failure)
             except pytest.skip.Exception:
                 pass
             except pytest.fail.Exception as failure:
                 said.append(str(failure))
-        if said:
-            told = "\n".join(dict.fromkeys(said))
-            if threading.current_thread() is not threading.main_thread():
-                self.lost = told
-            pytest.fail(told, pytrace=False)
+        if expect_failure and not said:
+            pytest.fail("oracle.judge found no failure, and one was expected", pytrace=False)
+        if said and not expect_failure:
+            pytest.fail("\n".join(dict.fromkeys(said)), pytrace=False)
 
-    def judge_part(self, part: Part) -> None:
+    def judge_part(self, part: Part, expect_failure: bool = False) -> None:
         """Judge a share of a test. Fails the test with one line, and skips it if the saved case does not fit.
 
+        expect_failure: leave a failure out of the closing report.
         Raises BackendError or ScenarioError for what cannot be judged.
         """
         specs = part.backend, part.layer
@@ -120,7 +134,7 @@ class Oracle:
         finally:
             self._session.output.show()
         if death is not None:
-            self._record(part, ItemRecord(failures=(death,), backend=part.backend, layer=part.layer))
+            self._record(part, ItemRecord(failures=(death,), backend=part.backend, layer=part.layer), expect_failure)
             pytest.fail(_told(death), pytrace=False)
         failures: tuple[FailureRecord, ...] = ()
         report = self._session.report_of(outcome, specs)
@@ -133,13 +147,16 @@ class Oracle:
             ItemRecord(
                 outcome.verdict, failures, *specs, drawn_by, seed, part.with_layer, tuple(missing), tuple(left_out)
             ),
+            expect_failure,
         )
         if part.file is None and not outcome.verdict.cases and not failures:
             pytest.skip("no case was judged: time was up")
         for failure in failures:  # the report of each different failure is printed once, at the end
             pytest.fail(_told(failure), pytrace=False)
 
-    def _record(self, part: Part, record: ItemRecord) -> None:
+    def _record(self, part: Part, record: ItemRecord, expect_failure: bool = False) -> None:
+        if expect_failure:
+            record = dataclasses.replace(record, failures=(), expected=len(record.failures))
         record = dataclasses.replace(record, options=part.taken)
         self._node.user_properties.append((PROPERTY, record.to_json()))
 

@@ -62,7 +62,8 @@ class ItemRecord:
     drawn_by: the test that drew its cases; empty for a saved case. seed: from which they were drawn. with_layer:
     whether they have a layer. missing: classes that they were to visit and did not. left_out: what
     could be drawn but is excluded by declared limits. unfit: the name of a saved case that is outside of them. without:
-    why there is no saved case. options: the names of the options that it took.
+    why there is no saved case. options: the names of the options that it took. expected: how many cases failed as the
+    test expects; they are no ``failures``.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -77,6 +78,7 @@ class ItemRecord:
     unfit: str = ""
     without: str = ""
     options: tuple[str, ...] = ()
+    expected: int = 0
 
     def to_json(self) -> str:
         """One line."""
@@ -116,7 +118,8 @@ class RunRecord:
     """What the items of a run that judge the same backend and layer add up to.
 
     drawn: cases drawn and judged, by test. seeds: from which they were drawn. missing: classes that some item was to
-    visit and did not, by whether its cases have a layer. left_out, unfit, without, options: as in ``ItemRecord``.
+    visit and did not, by whether its cases have a layer. left_out, unfit, without, options, expected: as in
+    ``ItemRecord``.
     """
 
     verdict: Verdict = field(default_factory=Verdict)
@@ -128,6 +131,7 @@ class RunRecord:
     unfit: list[str] = field(default_factory=list)
     without: str = ""
     options: set[str] = field(default_factory=set)
+    expected: int = 0
     items: int = 0
 
     def add(self, item: ItemRecord) -> None:
@@ -142,6 +146,7 @@ class RunRecord:
         self.missing[item.with_layer] += item.missing
         self.without = self.without or item.without
         self.options.update(item.options)
+        self.expected += item.expected
         if item.unfit and item.unfit not in self.unfit:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]
@@ -151,7 +156,7 @@ class RunRecord:
 
         layer: the layer that alone was to be judged, if so.
         """
-        if not self.items or self.failures:
+        if not self.items or self.failures or self.expected:
             return []
         gaps = [
             f"NOT JUDGED: {test} drew no case; give it more time" for test, count in self.drawn.items() if not count

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nsa_oracle.caught import CAUGHT, caught_line
 from nsa_oracle.harness.decorator import NOT_JUDGED, judged, judged_item
 from nsa_oracle.harness.scenarios.files import save
 from nsa_oracle.harness.search.drawing import PROFILES
-from tests.support.metadata_cases import DECODE, one_replay
+from tests.support.metadata_cases import DECODE, VERIFY, one_replay
 from tests.support.pytest_runs import Run, environment, run
 
 CLEAN = "tests.support.backends.clean:Clean"
@@ -321,6 +323,81 @@ def test_a_failure_in_a_thread_fails_the_test(folder: Path) -> None:
     done = run(folder, "-n", "0", "test_own.py")
     assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
     assert "oracle.judge failed in a thread, which fails no test by itself: " in done.output
+
+
+CATCHES = f"""
+from contextlib import suppress
+import pytest
+import torch
+from nsa_oracle.harness import OracleFailure, judge
+from tests.support.backends.lengths import VerifyForgetsDrafts
+from tests.support.metadata_cases import VERIFY, factory_of, one_replay
+
+KNOWN = dict(profile="smoke", cases=["saved"])
+
+def test_swallowed(oracle):
+    with suppress(BaseException):
+        oracle.judge("{BROKEN}", **KNOWN)
+
+def test_unusable(oracle):
+    with suppress(Exception):
+        oracle.judge("absent:X", **KNOWN)
+
+def test_expected(oracle):
+    oracle.judge("{BROKEN}", **KNOWN, expect_failure=True)
+
+def test_expected_in_vain(oracle):
+    oracle.judge("{CLEAN}", **KNOWN, expect_failure=True)
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_own_call(times):
+    for _ in range(times):
+        with pytest.raises(OracleFailure):
+            judge(one_replay(VERIFY), factory_of(VerifyForgetsDrafts), torch.device("cpu"))
+"""
+
+
+@pytest.fixture
+def catches(folder: Path) -> Path:
+    (folder / "test_own.py").write_text(CATCHES, encoding="utf-8")
+    save(one_replay(VERIFY), folder / "tests" / "cases" / "case.json")
+    return folder
+
+
+def test_a_failure_that_a_test_catches_fails_it_unless_it_is_expected(catches: Path) -> None:
+    done = run(catches, "-n", "0", "test_own.py", "-k", "not own_call")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "3 failed, 1 passed" in done.output
+    caught = (
+        "oracle.judge failed and the test caught it; one that expects it calls oracle.judge(..., expect_failure=True)"
+    )
+    assert f"\n{caught}: wrong value: cache_seqlens_int32 " in done.output
+    assert f"\n{caught}: backend 'absent:X': cannot import absent" in done.output
+    assert "\noracle.judge found no failure, and one was expected\n" in done.output
+    alone = run(catches, "-n", "0", "test_own.py", "-k", "test_expected and not vain")
+    assert alone.exit_code == pytest.ExitCode.OK, alone.output
+    assert "1 case failed, as the tests expect" in alone.output
+    assert "FAILED" not in alone.output
+    assert "JUDGED" not in alone.output
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_failures_of_judge_that_tests_catch_are_named(processes: str, catches: Path) -> None:
+    done = run(catches, "-n", processes, "test_own.py", "-k", "own_call")
+    assert done.exit_code == pytest.ExitCode.OK, done.output
+    (line,) = (line for line in done.output.splitlines() if "caught" in line)
+    names = [f"test_own.py::test_own_call[{times}]" for times in (1, 2)]
+    told = "oracle: 3 failures of judge were caught by tests that passed: "
+    assert line in (told + ", ".join(names), told + ", ".join(reversed(names)))
+
+
+def test_of_many_tests_that_catch_few_are_named() -> None:
+    reports = [SimpleNamespace(nodeid=f"t{n}", user_properties=[(CAUGHT, 1)], when="call") for n in range(7)]
+    line = "oracle: 7 failures of judge were caught by tests that passed: t0, t1, t2"
+    assert caught_line(reports, verbose=False) == f"{line} and 4 more (-v names them)"
+    assert caught_line(reports, verbose=True) == f"{line}, t3, t4, t5, t6"
+    assert caught_line(reports[:1], verbose=False) == "oracle: 1 failure of judge was caught by tests that passed: t0"
+    assert caught_line([], verbose=False) == ""
 
 
 def test_fixture_that_judges_nothing_fails_its_test(folder: Path) -> None:
