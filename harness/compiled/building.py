@@ -7,6 +7,7 @@ folder; ``write`` and ``read`` do the same for what else is kept there.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -14,12 +15,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, one_line
 
 FLAGS = (
     "-Og",  # -O1 takes twice the time to compile and saves a sixth of a launch; most libraries run few launches
@@ -37,15 +40,49 @@ class BuildError(BackendError):
 
 
 def build(source: str) -> Path:
-    """The shared library of a C source, from the cache if it is there. Raises BuildError."""
+    """The shared library of a C source, from the cache if it is there. Raises BuildError.
+
+    If the cache cannot be written to, the library lies in a folder of this process, and a line on stderr says so once.
+    """
     digest = hashlib.sha256("\0".join([source, *toolchain()]).encode()).hexdigest()
     library = cache_folder() / f"{digest[:32]}.so"
-    if read(library) is None:
+    if read(library) is not None:
+        return library
+    try:
+        built = _built(source)
         try:
-            write(library, _built(source))
-        except OSError as error:
-            raise BuildError(f"NSA_ORACLE_CACHE: {library.parent} cannot be used: {error.strerror}") from error
+            write(library, built)
+        except OSError:
+            library = _own_folder() / library.name
+            write(library, built)
+    except OSError as error:
+        raise BuildError(f"{library}: cannot be written: {error.strerror or error}") from error
     return library
+
+
+def cache_complaint() -> str:
+    """Why nothing can be kept in the cache, in one line; empty if it can."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        named = "NSA_ORACLE_CACHE" if os.environ.get("NSA_ORACLE_CACHE") else "the cache of kernels"
+        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        told = f"{named}: {one_line(str(folder))} cannot be written to ({reason})"
+        return f"{told}; each process builds its kernels anew: name another folder in NSA_ORACLE_CACHE"
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder of this process, which says once that the cache cannot be used. It is removed at the end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # judged code may have closed it
+        sys.stderr.write(f"WARNING: {cache_complaint()}\n")
+    folder = tempfile.mkdtemp(prefix="nsa-oracle-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)  # a child runs these alone
+    return Path(folder)
 
 
 def toolchain() -> tuple[str, ...]:

@@ -95,3 +95,15 @@ def test_folder_of_an_option_is_that_of_the_current_folder_and_of_a_setting_that
         assert re.findall(r"::test_saved_case\[(\w+)\]$", done.output, re.MULTILINE) == [name], (
             done.output + done.errors
         )
+
+
+def test_a_cache_of_kernels_that_cannot_be_used_is_a_line_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSA_ORACLE_CACHE", "/proc/x")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
+    done = run(tmp_path, *words, "-k", "scenarios and 1", "-p", "no:cacheprovider")
+    assert done.exit_code == pytest.ExitCode.OK, done.output + done.errors
+    (line,) = (line for line in done.output.splitlines() if "NSA_ORACLE_CACHE" in line)
+    assert line.startswith("WARNING: NSA_ORACLE_CACHE: /proc/x cannot be written to (")
