@@ -17,7 +17,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
-from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.files import check_folder, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
@@ -55,6 +55,11 @@ def survey(
         raise unusable("survey: name one of --layer and --backend")
     if case and backend is None:
         raise unusable("survey: --case is for a backend; replay a case of a layer")
+    if backend is not None:
+        try:
+            check_folder(save, "--save")
+        except ScenarioError as error:
+            raise unusable(str(error)) from None
     deadline = None if budget is None else time.monotonic() + budget
     found: SurveyFound | BackendFound
     termination = Termination()

@@ -16,7 +16,7 @@ from nsa_oracle.harness.commands.surveying import SurveyedBackend, backend_repor
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
-from nsa_oracle.harness.scenarios.files import load
+from nsa_oracle.harness.scenarios.files import check_folder, load
 from nsa_oracle.harness.search.backend_survey import BUILDS, BackendFound, Property
 from nsa_oracle.harness.search.upstream import (
     VersionRecord,
@@ -66,6 +66,7 @@ def upstream(
     """
     name, package = engine.value, engine.package
     try:
+        check_folder(save, "--save")
         wheel, found_version = wheels.fetched(name, version, cache)
         near = package.nearest_to(found_version)
         if near is None:

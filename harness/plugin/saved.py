@@ -44,4 +44,6 @@ class SavedCases:
         return files
 
     def why_none(self) -> str:
+        if self.folder.is_file():
+            return f"{self.folder} is a file; name the folder that it is in, or judge it alone by --oracle-replay"
         return f"{self.folder} has no *.json" if self.folder.is_dir() else f"there is no folder {self.folder}"

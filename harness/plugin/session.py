@@ -22,7 +22,7 @@ from nsa_oracle.harness.plugin.parts import Part
 from nsa_oracle.harness.plugin.saved import SavedCases, folder_of
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import FailureRecord
-from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, load, process_of
+from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, check_folder, load, process_of
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.progress import CaseCounter
@@ -87,6 +87,13 @@ class Session:
         share_gpus(config)
         backend, layer, wanted = (setting(config, name) for name in ("backend", "layer", "device"))
         profile, timeout, kept = (setting(config, name) for name in ("profile", "case_timeout", "save"))
+        budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
+        save_dir = folder_of(config, saved_in, kept or "failures")
+        if kept is not None:  # else a failure is told without a file, as in a folder that is mounted read-only
+            try:
+                check_folder(save_dir, "oracle_save" if saved_in is None else "--oracle-save")
+            except ScenarioError as error:
+                raise pytest.UsageError(str(error)) from None
         if wanted == "cuda" and not torch.cuda.is_available():
             raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
         device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -97,7 +104,6 @@ class Session:
             except BackendError as error:
                 raise pytest.UsageError(str(error)) from None
         counts.mkdir(exist_ok=True)
-        budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
         return Session(
             config=config,
             started=started,
@@ -106,7 +112,7 @@ class Session:
             device=device,
             specs=(backend, layer),
             profile="pr" if profile is None else profile,
-            save_dir=folder_of(config, saved_in, kept or "failures"),
+            save_dir=save_dir,
             saved=SavedCases.of(config, device),
             case_timeout=600.0 if timeout is None else timeout or None,
             replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
@@ -119,7 +125,6 @@ class Session:
     def check(self) -> None:
         """Raises UsageError, in one line, if the options name something that cannot be judged or written."""
         try:
-            _check_folder(self.save_dir)
             if not self.replayed:
                 self.saved.files()
             cases = [(file, load(file)) for file in self.replayed]
@@ -243,15 +248,3 @@ def share_gpus(config: pytest.Config) -> None:
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     if worker is not None:
         processes.take_gpu(int(worker["workerid"].removeprefix("gw")))
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises ScenarioError if nothing could be saved in ``folder``, which need not exist yet."""
-    try:
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    except OSError as error:
-        raise ScenarioError(f"--oracle-save {folder}: {error.strerror}") from None
-    if not existing.is_dir():
-        raise ScenarioError(f"--oracle-save {folder}: {existing} is a file; name a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ScenarioError(f"--oracle-save {folder}: nothing can be written in {existing}; name another directory")

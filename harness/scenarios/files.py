@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,19 @@ def save(scenario: Scenario, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raises ScenarioError, which names ``option``, if no file could be saved in ``folder``, which need not exist yet."""
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise ScenarioError(f"{option} {folder}: {existing} is a file; name a directory")
+        with tempfile.TemporaryFile(dir=existing):  # permissions do not say it: there are read-only file systems
+            pass
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}; name another directory"
+        raise ScenarioError(f"{option} {one_line(str(folder), MAX_PATH)}: {reason}") from None
 
 
 RUNNING = ".running.json"
@@ -189,7 +203,8 @@ def load(path: Path) -> Scenario:
     try:
         text = _read(path, source).decode("utf-8")
     except OSError as error:
-        raise ScenarioError(f"{source}: cannot be read: {error.strerror or error}") from None
+        mend = f"; name the saved cases in it, as {source}/*.json" if isinstance(error, IsADirectoryError) else ""
+        raise ScenarioError(f"{source}: cannot be read: {error.strerror or error}{mend}") from None
     except UnicodeDecodeError as error:
         raise ScenarioError(f"{source}: cannot be read: {error}; save it as UTF-8") from None
     if text.startswith("\ufeff"):

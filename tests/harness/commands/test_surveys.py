@@ -232,6 +232,16 @@ def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
     assert line.endswith("rows.json: cannot be written: No such file or directory; choose another --json")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_surveyed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for words in (("survey", "--device", "cpu", "--backend", CLEAN), ("upstream",)):
+        assert_one_line_error(
+            harness(*words, "--save", "/proc/x"), "--save /proc/x: cannot be written: ", "name another"
+        )
+        file = str(tmp_path / "file")
+        assert_one_line_error(harness(*words, "--save", file), f"--save {file}: {file} is a file; name a directory")
+
+
 FOR_NOTHING = "tests.support.backends.declared:DeclaresAbsentForNothing"
 ABSENT_LINE = re.compile(
     r"^ABSENT NOT NEEDED: paged_mqa_schedule_metadata in DECODE: there in all \d+ comparisons;", re.M

@@ -145,6 +145,7 @@ def test_empty_option_is_refused_in_one_line(name: str, folder: Path) -> None:
         ("oracle_layer =", "oracle_layer: the name is empty; give one, or leave the option out"),
         ("oracle_profile = huge", "oracle_profile: invalid choice: 'huge'"),
         ("oracle_device = tpu", "oracle_device: invalid choice: 'tpu'"),
+        ("oracle_save = /proc/x", "oracle_save /proc/x: cannot be written: "),
         ("oracle_case_timeout = soon", "oracle_case_timeout: 'soon' is not a number of seconds, 0 or more"),
     ],
 )

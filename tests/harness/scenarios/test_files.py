@@ -152,7 +152,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/zero")
     for name in ("pipe", "link"):
         assert refused(tmp_path / name).endswith("is not a regular file")
-    assert refused(tmp_path).endswith("cannot be read: Is a directory")
+    assert "cannot be read: Is a directory; name the saved cases in it, as " in refused(tmp_path)
 
 
 def test_file_larger_than_any_case_is_refused_unread(tmp_path: Path) -> None:
