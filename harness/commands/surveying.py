@@ -71,7 +71,7 @@ class SurveyedBackend:
     """What a survey of a backend finds, and how far it is.
 
     left_out: what the backend's limits exclude. device: where it runs, "cpu" or "cuda". began: the case that is being
-    surveyed. shrinking: the row whose case is being made smaller.
+    surveyed. shrinking: the row whose case is being made smaller. known: how many saved cases have been begun.
     """
 
     found: BackendFound = field(default_factory=BackendFound)
@@ -80,6 +80,7 @@ class SurveyedBackend:
     interrupted: bool = False
     began: Scenario | None = None
     shrinking: Property | None = None
+    known: int = 0
 
 
 def surveyed_backend(
@@ -109,7 +110,7 @@ def surveyed_backend(
     def work(tell: Tell) -> SurveyedBackend:
         where = torch_device(device)
         survey = BackendSurvey(SubjectSpec(backend, None).build(where), where, last.found)
-        now = SurveyedBackend(survey.found, survey.left_out, where.type)
+        now = SurveyedBackend(survey.found, survey.left_out, where.type, known=last.known)
 
         def begin(case: Scenario | None = None, row: Property | None = None) -> None:
             now.began, now.shrinking = case, row
@@ -118,7 +119,8 @@ def surveyed_backend(
         begin()
         try:
             with ended_by_a_signal():
-                for file, case in () if last.found.cases else known:
+                for file, case in known[now.known :]:
+                    now.known += 1
                     if not skip_unfit:
                         survey.subject.check(case, file)
                     if survey.subject.misfit(case) is None:
@@ -138,7 +140,8 @@ def surveyed_backend(
             if has_begun and last.shrinking is not None:
                 last.found.kept.add(last.shrinking)
             elif has_begun and last.began is not None:
-                last.found.note_survival(str(died), last.began)
+                is_drawn = last.began not in [case for _, case in known]
+                last.found.note_survival(str(died), last.began, is_drawn)
             else:
                 raise BackendError(f"backend '{backend}': {died} while it was loaded") from None
         except KeyboardInterrupt:  # of a process that did not answer any more

@@ -33,7 +33,7 @@ def survey(
     backend: Annotated[
         str | None, typer.Option(metavar=SPEC, help="Backend to survey instead of a layer.", show_default=False)
     ] = None,
-    cases: Annotated[int, typer.Option(min=1, help="Number of cases to draw.")] = 100,
+    cases: Annotated[int, typer.Option(min=0, help="Number of cases to draw; 0: those of --case alone.")] = 100,
     case: Annotated[
         list[Path] | None,
         typer.Option(help="Survey a backend on this saved case, too; may be repeated.", show_default=False),
@@ -55,6 +55,8 @@ def survey(
         raise unusable("survey: name one of --layer and --backend")
     if case and backend is None:
         raise unusable("survey: --case is for a backend; replay a case of a layer")
+    if not cases and not case:
+        raise unusable("survey: --cases 0 surveys nothing but what --case names; give a number, or saved cases")
     if backend is not None:
         try:
             check_folder(save, "--save")

@@ -78,16 +78,19 @@ def kinds_of(
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
     replays: whether saved cases are named, which are then judged whatever the profile.
-    Raises UsageError for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
+    Raises UsageError if none are asked for, and for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
     """
     if cases is None:
         alone, behind = layer is None or backend is not None, backend is None or layer is not None
         wanted = {"saved": profile.saved or replays, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
+    if not asked:
+        told = f"the list is empty, so nothing would be judged; give some of {KINDS}, or leave the argument out"
+        raise pytest.UsageError(f"cases: {told}")
     unknown = [kind for kind in asked if kind not in (*KINDS, SAVED_IF_ANY)]
-    if unknown or not asked:
-        raise pytest.UsageError(f"cases: there is no {', '.join(map(repr, unknown)) or 'case'}; choose from {KINDS}")
+    if unknown:
+        raise pytest.UsageError(f"cases: there is no {', '.join(map(repr, unknown))}; choose from {KINDS}")
     return tuple("saved" if kind == SAVED_IF_ANY else kind for kind in asked)
 
 

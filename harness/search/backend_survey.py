@@ -105,13 +105,13 @@ class BackendFound:
         """Whether a tensor of the metadata was compared in any call."""
         return any(key.name in self.declared.own or key.name in _FIELDS for key in self.rows)
 
-    def note_survival(self, fault: str, case: Scenario) -> None:
-        """Count a case that left its process alive, or ended it as ``fault`` says."""
+    def note_survival(self, fault: str, case: Scenario, is_drawn: bool = True) -> None:
+        """Count a case that left its process alive, or ended it as ``fault`` says. is_drawn: it is one of ``cases``."""
         key = Property("-", "-", SURVIVES)
         found = [Finding(Kind.CRASH, "process", fault, "a process that goes on")] if fault else []
         self.rows.setdefault(key, Row()).note(found, case)
         self.kept.add(key)  # a smaller case would have to end as many processes
-        self.cases += 1
+        self.cases += is_drawn
 
     def save_cases(self, folder: Path, command: Callable[[Path], str]) -> None:
         """Save the case of each broken row in ``folder``. command: the command line that replays a file."""

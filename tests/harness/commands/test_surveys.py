@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay
 from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
 from tests.support.layer_cases import WITH_LAYER
-from tests.support.metadata_cases import DECODE, VERIFY, one_replay
+from tests.support.metadata_cases import DECODE, VERIFY, case, one_replay
 
 CLEAN, LAYERS = "tests.support.backends.clean:Clean", "tests.support.layers"
 
@@ -199,6 +200,33 @@ def test_saved_cases_are_surveyed_too(tmp_path: Path) -> None:
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
         checked.append(sum(row["checked"] for row in rows if row["name"] == "cache_seqlens_int32"))
     assert checked[1] > checked[0]
+
+
+def test_saved_cases_alone_are_surveyed_without_a_drawn_one(tmp_path: Path) -> None:
+    one, none = saved(tmp_path, one_replay(DECODE)), ("--cases", "0", "--device", "cpu")
+    words = ("survey", *none, "--backend", CLEAN)
+    done = harness(*words, "--case", one, "--json", "rows.json", cwd=tmp_path)
+    assert done.returncode == PASSES, done.stdout + done.stderr
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["cases"] == 0
+    (row,) = (row for row in written["rows"] if row["name"] == "cache_seqlens_int32")
+    assert (row["mode"], row["checked"]) == ("DECODE", 1)
+    for words in (words, ("survey", *none, "--layer", "docs.examples.my_layer:MyAttention")):
+        assert_one_line_error(harness(*words), "survey: --cases 0 surveys nothing but what --case names; give a number")
+
+
+def test_saved_cases_behind_one_that_ends_its_process_are_surveyed(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(BACKEND_DIES)
+    two = case(Capture(mode=DECODE, buckets=(2,)), Join(seq_len=3), Join(seq_len=4), Replay(mode=DECODE))
+    files = [saved(tmp_path, two, "two.json"), saved(tmp_path, one_replay(DECODE), "one.json")]
+    words = ("--cases", "0", "--device", "cpu", "--case", files[0], "--case", files[1], "--json", "rows.json")
+    done = harness("survey", "--backend", "dies:Dies", *words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["cases"] == 0
+    rows = {row["name"]: row for row in written["rows"]}
+    assert rows["keeps its process alive"]["broken"] == 1
+    assert rows["cache_seqlens_int32"]["checked"] == 1
 
 
 def test_saved_cases_that_cannot_be_surveyed_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -67,6 +67,32 @@ def test_backend_of_a_test_that_cannot_be_judged_is_told_once_an_item(tmp_path: 
     assert "Traceback" not in done.output
 
 
+EMPTY = """
+from nsa_oracle.harness import judged
+
+def test_fixture(oracle):
+    oracle.judge(cases=())
+
+if {decorated}:
+    @judged(cases=[])
+    def test_judged():
+        pass
+"""
+
+
+def test_an_empty_list_of_cases_is_refused_in_one_line(tmp_path: Path) -> None:
+    said = (
+        "cases: the list is empty, so nothing would be judged; give some of ('saved', 'metadata', 'layers'), or leave "
+        "the argument out"
+    )
+    for decorated, code in ((False, pytest.ExitCode.TESTS_FAILED), (True, pytest.ExitCode.USAGE_ERROR)):
+        (tmp_path / "test_empty.py").write_text(EMPTY.format(decorated=decorated))
+        done = run(tmp_path, "test_empty.py", "-p", "no:cacheprovider")
+        assert done.exit_code == code, done.output
+        assert said in done.output.splitlines()
+        assert "Traceback" not in done.output
+
+
 def test_suite_in_a_repository_without_saved_cases(tmp_path: Path) -> None:
     words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
     done = run(tmp_path, *words, "-k", "saved or scenarios and 1")
