@@ -67,7 +67,9 @@ def _shown(holder: Any, owner: str, step: int, after: str) -> Metadata:
         raise _unusable(place, got, step)
     if isinstance(metadata, type):
         raise _unusable(place, f"the class {metadata.__name__} itself", step)
-    if isinstance(metadata, Mapping | tuple | list):
+    if isinstance(metadata, Mapping):
+        raise _unusable(place, f"{described(metadata)} (types.SimpleNamespace(**fields) has them as attributes)", step)
+    if isinstance(metadata, list) or (isinstance(metadata, tuple) and not hasattr(metadata, "_fields")):
         raise _unusable(place, described(metadata), step)
     for name in _REQUIRED:
         if not hasattr(metadata, name):

@@ -37,7 +37,12 @@ STRANGE_BACKENDS = {
     "TensorForScalar": (Kind.HOST_SCALAR, "max_seq_len_k", "tensor(8)", "8, an int of Python"),
     "TrueForOne": (Kind.HOST_SCALAR, "max_seq_len_q", "True", "1, an int of Python"),
     "NoMetadata": (Kind.RESULT, METADATA_OF, "", METADATA_FIELDS),
-    "DictOfMetadata": (Kind.RESULT, METADATA_OF, "a dict", METADATA_FIELDS),
+    "DictOfMetadata": (
+        Kind.RESULT,
+        METADATA_OF,
+        "a dict (types.SimpleNamespace(**fields) has them as attributes)",
+        METADATA_FIELDS,
+    ),
 }
 ISOLATED, CHAIN, GRAPH = "isolated stage", "eager chain", "captured chain"
 SHAPE_OF_LOGITS = (Kind.SHAPE, "logits", "[2, 11]", "[3, 11]", ISOLATED)

@@ -82,7 +82,25 @@ def metadata() -> Iterator[Mistake]:
     )
     yield field("metadata None", "return None", shown, "None", "init_forward_metadata")
     yield field(
-        "metadata a dict", "return dict(vars(metadata))", shown, "a dict", "an object with the fields of Metadata"
+        "metadata a dict",
+        "return dict(vars(metadata))",
+        shown,
+        "a dict (types.SimpleNamespace(**fields) has them as attributes)",
+        "an object with the fields of Metadata",
+    )
+    namedtuple = "__import__('collections').namedtuple"
+    yield field("metadata a named tuple", f"return {namedtuple}('Shown', vars(metadata))(**vars(metadata))", PASSES)
+    yield field(
+        "metadata a named tuple without a field",
+        "shown = dict(vars(metadata)); shown.pop('cu_seqlens_k')\n"
+        f"        return {namedtuple}('Shown', shown)(**shown)",
+        shown,
+        "a Shown of 18 without cu_seqlens_k",
+    )
+    yield field(
+        "metadata frozen, with slots",
+        "return dataclasses.make_dataclass('Shown', vars(metadata), frozen=True, slots=True)(**vars(metadata))",
+        PASSES,
     )
     yield field(
         "metadata a tuple",
