@@ -395,8 +395,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return config.stash[SESSION].header() if SESSION in config.stash else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Say how many cases the selected items draw, to whoever shows how far the run is."""
+    if is_worker(session.config) and any("oracle" in getattr(item, "fixturenames", ()) for item in session.items):
+        _counts(session.config).mkdir(exist_ok=True)  # by which the controller knows, before a test runs
     parts = [part for item in session.items if (part := _part_of(item)) is not None]
     if parts:
         session_of(session.config).expect(parts)

@@ -35,13 +35,31 @@ def test_judged():
 """
 
 
-def interrupted(folder: Path, backend: str, sent: signal.Signals, until: str, *words: str) -> Run:
-    """A run that gets a signal, as from a terminal or from ``kill``, once there is a file like ``until``."""
+BY_FIXTURE = """
+def test_by_fixture(oracle):
+    oracle.judge(backend="slow:{backend}", profile="dev", cases=["metadata"])
+"""
+OTHER = """
+import pathlib, time
+
+def test_other():
+    pathlib.Path("failures").mkdir()
+    pathlib.Path("failures/begun").touch()
+    time.sleep(60)
+"""
+
+
+def interrupted(folder: Path, backend: str, sent: signal.Signals, until: str, *words: str, tests: str = TESTS) -> Run:
+    """A run that gets a signal, as from a terminal or from ``kill``, once there is a file like ``until``.
+
+    tests: of a module; others than TESTS run without an option of the oracle.
+    """
     (folder / "slow.py").write_text(BACKENDS, encoding="utf-8")
-    (folder / "test_slow.py").write_text(TESTS.format(backend=backend), encoding="utf-8")
-    (folder / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
+    (folder / "test_slow.py").write_text(tests.format(backend=backend), encoding="utf-8")
+    (folder / "pytest.ini").write_text("[pytest]\npythonpath = .\noracle_device = cpu\n", encoding="utf-8")
+    command = [word for word in pytest_command(*words) if tests == TESTS or not word.startswith("--oracle-")]
     process = subprocess.Popen(
-        pytest_command(*words),
+        command,
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -83,3 +101,19 @@ def test_before_anything_was_found(tmp_path: Path) -> None:
     assert done.exit_code == 130, done.output + done.errors
     assert re.search(r"^oracle: \d+ of 48 cases, .* no finding after", done.output, re.MULTILINE), done.output
     assert not list(tmp_path.glob("failures/*"))
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_by_fixture(tmp_path: Path, processes: str) -> None:
+    """The process that a signal reaches is told by a worker that its tests take the fixture."""
+    done = interrupted(tmp_path, "Slow", signal.SIGTERM, "*.running.json", "-n", processes, tests=BY_FIXTURE)
+    assert done.exit_code == 143, done.output + done.errors
+    assert re.search(r"^oracle: \d+ cases, .* no finding after", done.output, re.MULTILINE), done.output
+    assert not list(tmp_path.glob("failures/*"))
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_runs_that_do_not_use_the_oracle_end_as_pytest_does(tmp_path: Path, processes: str) -> None:
+    done = interrupted(tmp_path, "", signal.SIGINT, "begun", "-n", processes, tests=OTHER)
+    assert done.exit_code == pytest.ExitCode.INTERRUPTED, done.output + done.errors
+    assert "oracle: " not in done.output
