@@ -10,6 +10,7 @@ compiled: what is traced is the code that a GPU gets.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -135,7 +136,7 @@ class _Compilable(JITFunction):  # type: ignore[misc]
         uses = _tracing[-1].uses if _tracing else []
         if _tracing and not self._is_of_triton:
             _tracing[-1].functions.add(self.fn)
-        for name in set(self.fn.__code__.co_names) | set(self.fn.__code__.co_freevars):
+        for name in _variables(self.fn.__code__) | set(self.fn.__code__.co_freevars):
             if name not in scope:
                 continue
             value = scope[name]
@@ -143,6 +144,12 @@ class _Compilable(JITFunction):  # type: ignore[misc]
                 uses.append((self.__globals__, name, value))
             scope[name] = _as_compiled(value, self.__globals__, name)
         return scope
+
+
+@functools.lru_cache(maxsize=1024)
+def _variables(code: CodeType) -> frozenset[str]:
+    """The names that a function looks up in its module. ``co_names`` has those of attributes as well."""
+    return frozenset(one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL")
 
 
 _tracing: list[Traced] = []

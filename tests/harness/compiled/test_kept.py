@@ -99,6 +99,22 @@ def test_a_kernel_is_traced_once_for_all_processes(traced: list[str]) -> None:
     assert traced == ["everything_kernel"]
 
 
+to = tl.constexpr(2)  # named as an attribute that the kernel uses
+
+
+@triton.jit
+def converting_kernel(target: tl.tensor) -> None:
+    tl.store(target, tl.load(target).to(tl.int32) * FACTOR)
+
+
+def test_a_name_of_the_module_may_be_that_of_an_attribute(traced: list[str]) -> None:
+    target = torch.ones(1, dtype=torch.int32)
+    for expected in (3, 9):
+        launch_anew(converting_kernel, target)
+        assert target.item() == expected
+    assert traced == ["converting_kernel"]
+
+
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a constant": lambda patch: patch.setitem(globals(), "FACTOR", tl.constexpr(4)),
     "a device function": lambda patch: patch.setitem(globals(), "scaled", scaled_otherwise),
