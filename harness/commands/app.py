@@ -11,6 +11,7 @@ import typer
 
 from nsa_oracle.harness import processes
 from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT
 
 app = typer.Typer(
     help="Judge saved cases, survey layers, and measure how good the oracle is.\n\nExit codes: 0 everything passed, "
@@ -46,6 +47,21 @@ BackendOption = Annotated[
 LAYER_HELP = "a callable of (config, attention) that returns an attention layer or single stages of one."
 LayerOption = Annotated[
     str | None, typer.Option(metavar=SPEC, help=f"Layer to judge instead of that of optimized/: {LAYER_HELP}")
+]
+
+
+def _time_limit(seconds: float | None) -> float | None:
+    """``seconds``. Raises BadParameter if they are neither 0 nor a limit that can be kept."""
+    if seconds and not SHORTEST_LIMIT <= seconds <= LONGEST_LIMIT:
+        raise typer.BadParameter(f"{seconds:g} is not in the range {LIMITS}.")
+    return seconds
+
+
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        callback=_time_limit, help="A case that runs longer in judged code has failed; 0: no limit.", metavar="SECONDS"
+    ),
 ]
 
 

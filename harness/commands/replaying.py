@@ -16,6 +16,7 @@ from nsa_oracle.harness.commands.app import (
     DeviceOption,
     Files,
     LayerOption,
+    TimeoutOption,
     app,
     torch_device,
     unusable,
@@ -35,24 +36,9 @@ from nsa_oracle.harness.scenarios.files import MAX_PATH, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
-from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, MESSAGE, SHORTEST_LIMIT
+from nsa_oracle.starting import MESSAGE
 
 PASSED = 0  # exit code
-
-
-def _time_limit(seconds: float | None) -> float | None:
-    """``seconds``. Raises BadParameter if they are neither 0 nor a limit that can be kept."""
-    if seconds and not SHORTEST_LIMIT <= seconds <= LONGEST_LIMIT:
-        raise typer.BadParameter(f"{seconds:g} is not in the range {LIMITS}.")
-    return seconds
-
-
-TimeoutOption = Annotated[
-    float | None,
-    typer.Option(
-        callback=_time_limit, help="A case that runs longer in judged code has failed; 0: no limit.", metavar="SECONDS"
-    ),
-]
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,18 @@ NO_CASE = "NOT JUDGED: no case was surveyed; give it more time"
 
 
 def surveyed(
-    layer: str, device: Device, cases: int, seed: int, deadline: float | None, report_progress: Callable[[int], None]
+    layer: str,
+    device: Device,
+    cases: int,
+    seed: int,
+    deadline: float | None,
+    report_progress: Callable[[int], None],
+    timeout: float | None = None,
 ) -> tuple[SurveyFound, list[str], bool]:
     """What a survey of ``layer`` finds, what the layer's limits exclude, and whether the survey was interrupted.
 
-    Raises BackendError or ValueError if the layer cannot be surveyed. The other arguments are those of ``Survey.run``.
+    timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other arguments
+    are those of ``Survey.run``.
     """
     found, left_out, has_begun = SurveyFound(), list[str](), False
 
@@ -40,7 +47,7 @@ def surveyed(
 
     def work(tell: Tell) -> tuple[SurveyFound, bool]:
         where = torch_device(device)
-        survey = Survey(SubjectSpec(None, layer).build(where), where, found)
+        survey = Survey(SubjectSpec(None, layer, timeout).build(where), where, found)
         tell((found, survey.left_out))
         try:
             with ended_by_a_signal():
@@ -92,11 +99,12 @@ def surveyed_backend(
     report_progress: Callable[[int], None],
     known: Sequence[tuple[Path, Scenario]] = (),
     skip_unfit: bool = False,
+    timeout: float | None = None,
 ) -> SurveyedBackend:
     """Survey ``backend`` and make the case of each broken row small.
 
     known: saved cases and their files, which are surveyed before the drawn ones and not counted. skip_unfit: leave out
-    those that are outside the backend's limits. A case that ends its process is a violation of a row of its own.
+    those that are outside the backend's limits. timeout: of a case, in seconds. A case that ends its process is a violation of a row of its own.
     Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed, or not with these cases. The
     other arguments are those of ``BackendSurvey.run``.
     """
@@ -109,7 +117,7 @@ def surveyed_backend(
 
     def work(tell: Tell) -> SurveyedBackend:
         where = torch_device(device)
-        survey = BackendSurvey(SubjectSpec(backend, None).build(where), where, last.found)
+        survey = BackendSurvey(SubjectSpec(backend, None, timeout).build(where), where, last.found)
         now = SurveyedBackend(survey.found, survey.left_out, where.type, known=last.known)
 
         def begin(case: Scenario | None = None, row: Property | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, app, unusable
+from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, TimeoutOption, app, unusable
 from nsa_oracle.harness.commands.surveying import NO_CASE, backend_report, surveyed, surveyed_backend
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
@@ -41,6 +41,7 @@ def survey(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
     device: DeviceOption = Device.AUTO,
     budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
+    timeout: TimeoutOption = 600,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, too.", metavar="FILE")
     ] = None,
@@ -63,21 +64,23 @@ def survey(
         except ScenarioError as error:
             raise unusable(str(error)) from None
     deadline = None if budget is None else time.monotonic() + budget
+    limit = timeout or None
     found: SurveyFound | BackendFound
     termination = Termination()
     try:
         with progress_of("surveying", cases) as show_progress:
             if layer is not None:
-                found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress)
+                found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress, limit)
             else:
                 assert backend is not None
                 known = [(file, _without_layer(file)) for file in case or ()]
-                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known)
+                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known, timeout=limit)
                 found, left_out, interrupted = done.found, done.left_out, done.interrupted
         if isinstance(found, SurveyFound):
             gaps = _layer_report(found)
         else:
-            gaps = backend_report(found, save, lambda file: replay_command((file,), backend, done.device))
+            kept = limit if any(row.has_hung for row in found.rows.values()) else None
+            gaps = backend_report(found, save, lambda file: replay_command((file,), backend, done.device, timeout=kept))
         if json_file is not None:
             _write(json_file, found, left_out)
     except KeyboardInterrupt:

@@ -23,14 +23,16 @@ from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, CaptureError, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.files import digest, save
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.simplify import simplify
@@ -61,13 +63,15 @@ class Property(NamedTuple):
 class Row:
     """Calls in which a property was checked, and broken; the smallest case known that breaks it, and its finding.
 
-    steps: of the draft, in which it was broken. saved: file of that case; replay: the command that replays it.
+    steps: of the draft, in which it was broken. has_hung: whether that case does not end. saved: file of that case;
+    replay: the command that replays it.
     """
 
     checked: int = 0
     broken: int = 0
     steps: set[int] = dataclasses.field(default_factory=set)
     finding: str = ""
+    has_hung: bool = False
     case: Scenario | None = None
     saved: Path | None = None
     replay: str = ""
@@ -79,6 +83,7 @@ class Row:
         self.steps |= {finding.step for finding in findings if finding.step is not None}
         if findings and self.case is None:
             self.finding, self.case = findings[0].sentence(), case
+            self.has_hung = findings[0].kind is Kind.TIMEOUT
 
 
 @dataclasses.dataclass
@@ -165,9 +170,12 @@ class BackendSurvey:
             surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
             streams = Streams()
             try:
-                with shown_warnings(), speed.without_warnings(), memory_for(scenario.setup.is_far, self.device):
+                far = memory_for(scenario.setup.is_far, self.device)
+                with shown_warnings(), speed.without_warnings(), far, time_limit(self.subject.case_timeout):
                     surveyed.run()
                 lost = streams.lost()
+            except CaseTimeout as error:  # between calls of the backend
+                raise _too_slow(error) from None
             finally:
                 streams.put_back()
             surveyed.note_streams(lost)
@@ -251,6 +259,9 @@ class _Case:
                 self.interruptions.check()
                 if not isinstance(error, _SpoiltMemory):
                     self._note(self._property_of(number), [_finding_of(error)], number)
+                if isinstance(error, CaseTimeout):
+                    self.found.kept.add(self._property_of(number))  # each trial would take as long
+                    return
                 if isinstance(self.scenario.events[number], Capture):
                     self._uncapturable.add(number)
                 rebuilt = self._rebuilt(number)
@@ -279,6 +290,8 @@ class _Case:
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             self.interruptions.check()
             self._note(Property("-", "-", BUILDS), [_finding_of(error)], -1)
+            if isinstance(error, CaseTimeout):
+                self.found.kept.add(Property("-", "-", BUILDS))
             return None
         self._note(Property("-", "-", BUILDS), [], -1)
         return engine
@@ -349,7 +362,17 @@ def _finding_of(error: BaseException) -> Finding:
         return error.finding
     if isinstance(error, CaptureError):
         return Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
+    if isinstance(error, CaseTimeout):
+        frames = judged_frames(error.__traceback__) or error.stack
+        if not frames:
+            raise _too_slow(error) from None
+        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+        return Finding(Kind.TIMEOUT, "case", str(error), "an end", place=place)
     return Finding(Kind.CRASH, type(error).__name__, error_line(error), "no exception")
+
+
+def _too_slow(error: CaseTimeout) -> ScenarioError:
+    return ScenarioError(f"a case is {error} in the harness, not in the judged code: allow it more")
 
 
 def backend_table(rows: Mapping[Property, Row]) -> Table:

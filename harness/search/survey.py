@@ -27,6 +27,7 @@ from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
+from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.drawing import OutOfTime
 from nsa_oracle.harness.search.stream import CaseStream
@@ -133,7 +134,8 @@ class Survey:
 
         with interruptions_noted() as interruptions:
             try:
-                with speed.without_warnings(), memory_for(scenario.setup.is_far, self.device), exits_refused() as exits:
+                far, limit = memory_for(scenario.setup.is_far, self.device), time_limit(self.subject.case_timeout)
+                with speed.without_warnings(), far, exits_refused() as exits, limit:
                     self._survey_calls(scenario, build, check_time)
                 interruptions.check()
                 exits.check()

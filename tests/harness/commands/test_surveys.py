@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.scenarios.scenario import Capture, Join, Replay
+from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
 from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
 from tests.support.layer_cases import WITH_LAYER
@@ -149,6 +149,44 @@ def test_survey_that_is_ended_prints_its_results(layer: str, signal: str, code: 
     assert done.stderr == ""
     assert re.search(r"^interrupted: \d+ of 50 cases$", done.stdout, re.MULTILINE)
     assert "runs every call" in done.stdout
+
+
+HANGS = """
+import time
+from nsa_oracle.optimized.layer import SparseAttention
+from tests.support.backends.declared import StaleTable
+
+class Backend(StaleTable):
+    modes = ("DECODE",)
+
+    def init_forward_metadata(self, batch):
+        super().init_forward_metadata(batch)
+        while batch.batch_size > 1:
+            pass
+
+class Layer(SparseAttention):
+    def sparse_mla(self, *inputs):
+        time.sleep(1e6)
+"""
+
+
+def test_a_case_that_does_not_end_costs_a_survey_that_case_only(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    two = saved(tmp_path, case(Join(seq_len=3), Join(seq_len=4), Eager(mode=DECODE)), "two.json")
+    one = saved(tmp_path, one_replay(DECODE), "one.json")
+    words = ("survey", "--device", "cpu", "--timeout", "2", "--json", "rows.json")
+    files = ("--case", two, "--case", one, "--cases", "0")
+    done = harness(*words, "--backend", "hangs:Backend", *files, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    (hung,) = (row for row in rows if row["finding"].startswith("does not end"))
+    assert (hung["call"], hung["mode"], hung["name"]) == ("eager", "DECODE", "runs")
+    assert re.search(r"hangs\.py:\d+ in init_forward_metadata: got still running after 2 seconds", hung["finding"])
+    assert hung["replay"].endswith("--backend hangs:Backend --timeout 2")
+    assert any(row["name"] == "real_page_table" and row["broken"] for row in rows), "the other case is surveyed"
+    done = harness(*words, "--layer", "hangs:Layer", "--cases", "1", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "CaseTimeout: still running after 2 seconds" in done.stdout
 
 
 @pytest.mark.parametrize("subject", [("--layer", "docs.examples.my_layer:MyAttention"), ("--backend", CLEAN)])
