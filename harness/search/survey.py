@@ -31,6 +31,7 @@ from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.drawing import OutOfTime
 from nsa_oracle.harness.search.stream import CaseStream
+from nsa_oracle.harness.subjects.global_state import Streams
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
 
 RUNS = "runs every call"
@@ -132,6 +133,7 @@ class Survey:
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, Conditions(sentinel, poison))
 
+        streams = Streams()
         with interruptions_noted() as interruptions:
             try:
                 far, limit = memory_for(scenario.setup.is_far, self.device), time_limit(self.subject.case_timeout)
@@ -139,13 +141,16 @@ class Survey:
                     self._survey_calls(scenario, build, check_time)
                 interruptions.check()
                 exits.check()
+                lost = streams.lost()
             except (BackendError, ScenarioError, OutOfTime):
                 raise
             except BaseException as error:  # the layer's code may raise anything, which is then not the user's
                 interruptions.check()
                 self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
             else:
-                self.records[RUNS].add("")
+                self.records[RUNS].note(lost)
+            finally:
+                streams.put_back()
 
     def _survey_calls(
         self, scenario: Scenario, build: Callable[[Scenario], Engine], check_time: Callable[[], None]

@@ -133,6 +133,26 @@ def test_a_closed_descriptor_is_a_finding_and_opened_again(name: str, tmp_path: 
     assert broken == ["leaves sys.stdout and sys.stderr open"], surveyed.stdout + surveyed.stderr
 
 
+CLOSES = """
+import os
+from nsa_oracle.optimized.layer import SparseAttention
+
+class Closes(SparseAttention):
+    def store_cache(self, *inputs):
+        super().store_cache(*inputs)
+        os.close(1) if Closes.__doc__ is None else None
+        Closes.__doc__ = "closed"
+"""
+
+
+def test_a_layer_that_closes_a_descriptor_is_told_by_a_survey(tmp_path: Path) -> None:
+    (tmp_path / "closes.py").write_text(CLOSES)
+    words = ("survey", "--layer", "closes:Closes", "--cases", "2", "--device", "cpu")
+    done = harness(*words, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "global state left changed: file descriptor 1: got closed, expected an open file" in done.stdout
+
+
 def test_a_module_that_closes_a_descriptor_is_unusable(tmp_path: Path) -> None:
     (tmp_path / "closes.py").write_text("import os\nos.close(1)\nfrom tests.support.backends.clean import Clean\n")
     done = replay(saved(tmp_path, one_replay(DECODE)), "--backend", "closes:Clean", cwd=tmp_path)
