@@ -45,7 +45,7 @@ class Watch:
 
 
 def _is_stopped(process: int) -> bool:
-    with suppress(ChildProcessError):
+    with suppress(ChildProcessError, AttributeError):  # macOS has no waitid before Python 3.13
         return os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     return False
 
