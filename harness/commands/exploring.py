@@ -15,8 +15,15 @@ from nsa_oracle.harness.cluster.exploring import ClusterFinding, Exploring
 from nsa_oracle.harness.cluster.pool import LOCAL, PoolLost, connected
 from nsa_oracle.harness.cluster.state import FILE, RunState, read_state
 from nsa_oracle.harness.cluster.work import ClusterTask
-from nsa_oracle.harness.commands.app import BackendOption, Device, DeviceOption, LayerOption, app, unusable
-from nsa_oracle.harness.commands.replaying import TimeoutOption
+from nsa_oracle.harness.commands.app import (
+    BackendOption,
+    Device,
+    DeviceOption,
+    LayerOption,
+    TimeoutOption,
+    app,
+    unusable,
+)
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command

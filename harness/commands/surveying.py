@@ -35,8 +35,8 @@ def surveyed(
 ) -> tuple[SurveyFound, list[str], bool]:
     """What a survey of ``layer`` finds, what the layer's limits exclude, and whether the survey was interrupted.
 
-    timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other arguments
-    are those of ``Survey.run``.
+    timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other
+    arguments are those of ``Survey.run``.
     """
     found, left_out, has_begun = SurveyFound(), list[str](), False
 
@@ -104,9 +104,9 @@ def surveyed_backend(
     """Survey ``backend`` and make the case of each broken row small.
 
     known: saved cases and their files, which are surveyed before the drawn ones and not counted. skip_unfit: leave out
-    those that are outside the backend's limits. timeout: of a case, in seconds. A case that ends its process is a violation of a row of its own.
-    Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed, or not with these cases. The
-    other arguments are those of ``BackendSurvey.run``.
+    those that are outside the backend's limits. timeout: of a case, in seconds. A case that ends its process is a
+    violation of a row of its own. Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed,
+    or not with these cases. The other arguments are those of ``BackendSurvey.run``.
     """
     last, has_begun = SurveyedBackend(), False
 

@@ -78,7 +78,8 @@ def kinds_of(
     """The kinds of cases to judge: those asked for, or else what shows most of the backend or of the layer.
 
     replays: whether saved cases are named, which are then judged whatever the profile.
-    Raises UsageError if none are asked for, and for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands for "saved" here.
+    Raises UsageError if none are asked for, and for a name that is none of ``KINDS`` and not SAVED_IF_ANY, which stands
+    for "saved" here.
     """
     if cases is None:
         alone, behind = layer is None or backend is not None, backend is None or layer is not None

@@ -59,7 +59,7 @@ def save(scenario: Scenario, path: Path) -> None:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Raises ScenarioError, which names ``option``, if no file could be saved in ``folder``, which need not exist yet."""
+    """Raises ScenarioError, which names ``option``, if no file could be saved in ``folder``. It need not exist yet."""
     try:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not existing.is_dir():

@@ -249,8 +249,10 @@ def test_saved_cases_alone_are_surveyed_without_a_drawn_one(tmp_path: Path) -> N
     assert written["cases"] == 0
     (row,) = (row for row in written["rows"] if row["name"] == "cache_seqlens_int32")
     assert (row["mode"], row["checked"]) == ("DECODE", 1)
-    for words in (words, ("survey", *none, "--layer", "docs.examples.my_layer:MyAttention")):
-        assert_one_line_error(harness(*words), "survey: --cases 0 surveys nothing but what --case names; give a number")
+    for nothing in (words, ("survey", *none, "--layer", "docs.examples.my_layer:MyAttention")):
+        assert_one_line_error(
+            harness(*nothing), "survey: --cases 0 surveys nothing but what --case names; give a number"
+        )
 
 
 def test_saved_cases_behind_one_that_ends_its_process_are_surveyed(tmp_path: Path) -> None:
