@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import tempfile
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,6 +14,8 @@ import torch
 from nsa_oracle.harness.bugs.bug import Bug
 from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.cluster.pool import Pool, WorkersDied
+from nsa_oracle.harness.cluster.work import child_of_worker
 from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import Child, ChildDied
 from nsa_oracle.harness.scenarios.files import BUG_CASES, load, to_json
@@ -95,11 +98,50 @@ def hunt_all(
             child.close()
 
 
+def hunt_on(pool: Pool, bugs: Sequence[Bug], device: str, profile: Profile, seed: int) -> Generator[Kill, None, None]:
+    """Hunts ``bugs`` as ``hunt_all`` does, on the workers of ``pool``. Raises PoolLost."""
+    out: dict[object, Bug] = {}
+    try:
+        for bug in sorted(bugs, key=lambda bug: not bug.layer):  # the longest first
+            cases = profile.layer_cases if bug.layer else profile.cases
+            out[pool.submit(_hunt_on_worker, bug.name, device, cases, seed)] = bug
+        while out:
+            if (answer := pool.next(1.0)) is None:
+                continue
+            key, kill = answer
+            bug = out.pop(key)
+            if isinstance(kill, WorkersDied):
+                kill = Kill(bug.name, Check.CRASH, Check.CRASH in bug.caught_by, 0, 0.0, str(kill))
+            if isinstance(kill, Exception):
+                raise kill
+            yield kill
+    finally:
+        pool.cancel()
+
+
+def _hunt_on_worker(name: str, device: str, cases: int, seed: int, number: int) -> Kill:
+    child = child_of_worker(device, number)
+    with tempfile.TemporaryDirectory() as scratch:
+        kill = hunt_in(child, device, cases, seed, Path(scratch), name)
+    if kill.lost:
+        child.close()
+    return kill
+
+
 def _hunt_in_a_child(
     free: queue.SimpleQueue[Child], device: str, cases: int, seed: int, save_dir: Path, name: str
 ) -> Kill:
-    """Hunts one bug in a free child. A child that dies counts as a kill by ``Check.CRASH``."""
-    child, started = free.get(), time.monotonic()
+    """Hunts one bug in a free child."""
+    child = free.get()
+    try:
+        return hunt_in(child, device, cases, seed, save_dir, name)
+    finally:
+        free.put(child)
+
+
+def hunt_in(child: Child, device: str, cases: int, seed: int, save_dir: Path, name: str) -> Kill:
+    """Hunts one bug in ``child``. A child that dies counts as a kill by ``Check.CRASH``."""
+    started = time.monotonic()
     try:
         kill = child.call(_hunt_by_name, name, device, cases, seed, save_dir)
         if kill.lost:
@@ -110,8 +152,6 @@ def _hunt_in_a_child(
 
         meant = Check.CRASH in ZOO[name].caught_by
         return Kill(name, Check.CRASH, meant, 0, time.monotonic() - started, str(died))
-    finally:
-        free.put(child)
 
 
 def _hunt_by_name(name: str, device: str, cases: int, seed: int, save_dir: Path) -> Kill:

@@ -63,12 +63,25 @@ class Smaller:
     depends: bool = False
 
 
+_children: dict[tuple[str, int], Child] = {}
+
+
+def child_of_worker(device: str, number: int) -> Child:
+    """The child process of this worker for ``device``, which stays. Raises BackendError if it may not have any."""
+    if multiprocessing.current_process().daemon:
+        raise BackendError(
+            "this worker is a daemon, which may not start processes; start workers with "
+            "DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
+        )
+    return _children.setdefault((device, number), Child(device, number))
+
+
 def judge_chunk(task: ClusterTask, chunk: Chunk, number: int = 0) -> JudgedChunk:
     """Judge the cases of ``chunk``, up to the first that fails. number: of this worker; it selects its GPU.
 
     Raises BackendError or ScenarioError, in one line, if the subject cannot be judged.
     """
-    child = _child(task.device, number)
+    child = child_of_worker(task.device, number)
     try:
         judged = child.call(_judge, task, chunk)
     except ChildDied as died:
@@ -98,19 +111,6 @@ def drawn_case(task: ClusterTask, chunk: Chunk, number: int = 0) -> Scenario:
         return child.call(_drawn, task, chunk)
     finally:
         child.close()
-
-
-_children: dict[tuple[str, int], Child] = {}
-
-
-def _child(device: str, number: int) -> Child:
-    """The child of this worker."""
-    if multiprocessing.current_process().daemon:
-        raise BackendError(
-            "this worker is a daemon, which may not start processes; start workers with "
-            "DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
-        )
-    return _children.setdefault((device, number), Child(device, number))
 
 
 # Functions that run in a child process.

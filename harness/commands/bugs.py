@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import closing
+from contextlib import ExitStack, closing
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 
 from nsa_oracle.harness.bugs import report
-from nsa_oracle.harness.bugs.hunt import hunt_all
+from nsa_oracle.harness.bugs.hunt import hunt_all, hunt_on
 from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
+from nsa_oracle.harness.cluster.pool import PoolLost, connected
 from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
-from nsa_oracle.harness.errors import counted
+from nsa_oracle.harness.errors import BackendError, counted
 from nsa_oracle.harness.report import text
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.signals import INTERRUPTED
@@ -45,6 +46,10 @@ def bugs(
     device: DeviceOption = Device.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Bugs hunted in parallel, in processes spread over all GPUs.")] = 2,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|local", help="Hunt on the workers of a Dask scheduler.", show_default=False),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the kills to this JSON file.")] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Also write the kill matrix to this HTML file.")
@@ -78,12 +83,23 @@ def bugs(
             tempfile.TemporaryDirectory() as scratch,
             ended_by_a_signal(),
             progress_of("hunting", len(hunted)) as show_progress,
-            closing(hunt_all(hunted, where, PROFILES[profile.value], seed, Path(scratch), jobs)) as hunt,
+            ExitStack() as stack,
         ):
+            if scheduler is None:
+                hunt = hunt_all(hunted, where, PROFILES[profile.value], seed, Path(scratch), jobs)
+            else:
+                pool, _ = stack.enter_context(connected(scheduler, jobs, where.type == "cuda"))
+                hunt = hunt_on(pool, hunted, where.type, PROFILES[profile.value], seed)
+            stack.enter_context(closing(hunt))
             for kill in hunt:
                 found[kill.bug] = kill
                 show_progress(len(found))
     except KeyboardInterrupt:
+        interrupted = True
+    except BackendError as error:
+        raise unusable(str(error)) from None
+    except PoolLost as error:
+        typer.echo(f"error: {error}", err=True)
         interrupted = True
     kills = [found[bug.name] for bug in hunted if bug.name in found]
     typer.echo(text.render(report.kills_table(kills), text.UNBROKEN))

@@ -28,10 +28,12 @@ from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.summary import how_exact
+from nsa_oracle.harness.scenarios.files import check_folder
 from nsa_oracle.harness.search.progress import duration
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import INTERRUPTED
 
+CASE_SECONDS = 600.0  # of a case, by default, as in a run of pytest
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 
 
@@ -49,7 +51,7 @@ def explore_cases(
     layer: LayerOption = None,
     device: DeviceOption = Device.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
-    timeout: TimeoutOption = None,
+    timeout: TimeoutOption = CASE_SECONDS,
     budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the run.", metavar="SECONDS")] = None,
     save: Annotated[Path, typer.Option(help="Folder for failing cases, and for the state of the run.")] = Path(
         "failures"
@@ -69,7 +71,10 @@ def explore_cases(
     if not sum(counts):
         raise unusable("explore: no cases; give --cases or --layer-cases")
     try:
-        spec, wanted = SubjectSpec(backend, layer, timeout), None if device is Device.AUTO else device is Device.CUDA
+        spec, wanted = (
+            SubjectSpec(backend, layer, timeout or None),
+            None if device is Device.AUTO else device is Device.CUDA,
+        )
         state = _state(save, resume)
         if state is not None:  # before workers are started
             state.check(backend, layer, state.device if wanted is None else device.value, seed, save / FILE)
@@ -111,12 +116,7 @@ def _state(save: Path, resume: bool) -> RunState | None:
         return read_state(file)
     if file.exists():
         raise ScenarioError(f"{file}: of an earlier run: go on with it by --resume, or choose another --save")
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ScenarioError(f"--save {save}: {error.strerror or error}; choose another folder") from None
-    if not os.access(save, os.W_OK):
-        raise ScenarioError(f"--save {save}: cannot be written; choose another folder")
+    check_folder(save, "--save")
     return None
 
 
@@ -151,7 +151,8 @@ def _report(run: Exploring, task: ClusterTask) -> None:
 
 def _told(found: ClusterFinding, task: ClusterTask) -> str:
     spec = task.spec
-    command = replay_command((found.saved,), spec.backend, task.device, spec.layer, timeout=spec.case_timeout)
+    limit = None if spec.case_timeout == CASE_SECONDS else spec.case_timeout
+    command = replay_command((found.saved,), spec.backend, task.device, spec.layer, timeout=limit)
     if found.failure is not None:
         remark = "DEPENDS ON ITS PROCESS: it passes in a fresh one.\n" if found.depends else ""
         return remark + explain(found.failure, found.saved, command)
