@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nsa_oracle.harness.cluster.pool import Pool, WorkersDied
@@ -33,7 +34,7 @@ CRASH = "crash"
 
 @dataclass
 class ClusterFinding:
-    """One finding. cases: which failed like this. saved: file of the smallest. died: how the processes ended.
+    """One finding. cases: how many failed like this. saved: file of the smallest. died: how the processes ended.
 
     failure: of the smallest case; None if it ended its processes. depends: a fresh process did not show it. known: what
     an earlier run has found, of which no more is known.
@@ -41,11 +42,11 @@ class ClusterFinding:
 
     files: FailureFiles
     saved: Path
-    cases: list[tuple[bool, int]] = field(default_factory=list)
     failure: OracleFailure | None = None
     scenario: Scenario | None = None
     died: str = ""
     depends: bool = False
+    cases: int = 1
     known: KnownFinding | None = None
 
     @property
@@ -66,21 +67,42 @@ class ClusterFinding:
     @property
     def count(self) -> int:
         """How many cases failed like this, in earlier runs too."""
-        return len(self.cases) + (0 if self.known is None else self.known.cases)
+        return self.cases + (0 if self.known is None else self.known.cases)
 
     def for_state(self) -> KnownFinding:
         kind, field_ = self.key
         return KnownFinding(kind=kind, field=field_, sentence=self.sentence, saved=self.saved.name, cases=self.count)
 
 
+def chunks_of(wanted: Mapping[bool, int], done: Mapping[bool, Collection[int]]) -> Iterator[Chunk]:
+    """The cases of both streams, by whether they have a layer, but for those that are done: some of each in turn."""
+
+    def of_stream(with_layer: bool) -> Iterator[Chunk]:
+        left = (number for number in range(wanted[with_layer]) if number not in done[with_layer])
+        while numbers := tuple(itertools.islice(left, CASES_OF_A_CHUNK[with_layer])):
+            yield Chunk(with_layer, numbers)
+
+    for both in itertools.zip_longest(of_stream(False), of_stream(True)):
+        yield from filter(None, both)
+
+
 class Exploring:
     """One run of ``cases`` cases of metadata and ``layer_cases`` with a layer. Failing cases are saved in ``folder``.
 
+    known: saved cases, which are judged first and not counted. share: is called with each failing case that is small.
     verdict: of what passed. found: the findings, in the order in which they were met.
     """
 
     def __init__(
-        self, task: ClusterTask, pool: Pool, cases: int, layer_cases: int, folder: Path, state: RunState | None = None
+        self,
+        task: ClusterTask,
+        pool: Pool,
+        cases: int,
+        layer_cases: int,
+        folder: Path,
+        state: RunState | None = None,
+        known: Sequence[Scenario] = (),
+        share: Callable[[Scenario], None] = lambda scenario: None,
     ) -> None:
         self.task = task
         self.pool = pool
@@ -93,18 +115,19 @@ class Exploring:
             backend=task.spec.backend, layer=task.spec.layer, device=task.device, seed=task.seed
         )
         self._done = {False: numbers_in(self._before.metadata), True: numbers_in(self._before.layers)}
-        self._deaths: Counter[tuple[bool, int]] = Counter()
-        self._fresh = self._chunks()
-        self._again: deque[Chunk] = deque()  # chunks of chunks that were not judged to their end
-        self._out: dict[
-            object, Chunk | ClusterFinding
-        ] = {}  # calls that are out: a chunk to judge, or a finding to make smaller
-        self._drawing: dict[
-            object, tuple[Chunk, str]
-        ] = {}  # cases that ended their processes, to be drawn for the file
+        self._share = share
+        self._deaths: Counter[tuple[bool, int, bool]] = Counter()
+        self._fresh = chunks_of(self.wanted, self._done)
+        whole = Chunk.of_saved(known)
+        size = CASES_OF_A_CHUNK[True]
+        # What is to be judged before anything fresh: saved cases, and the rest of what was not judged to its end.
+        self._first = deque(whole.cut(begin, begin + size) for begin in range(0, len(known), size))
+        # Calls that are out: chunks to judge, findings to make smaller; how a case killed that is drawn for its file.
+        self._out: dict[object, Chunk | ClusterFinding] = {}
+        self._drawing: dict[object, str] = {}
         self._next_state = 0.0
-        for known in self._before.findings:
-            self.found.append(ClusterFinding(FailureFiles(folder), folder / known.saved, known=known))
+        for earlier in self._before.findings:
+            self.found.append(ClusterFinding(FailureFiles(folder), folder / earlier.saved, cases=0, known=earlier))
 
     @property
     def expected(self) -> int:
@@ -138,51 +161,31 @@ class Exploring:
             self.pool.cancel()
             self._write_state(now=True)
 
-    def _chunks(self) -> Iterator[Chunk]:
-        """The chunks of the run, of both streams in turn."""
-        streams = [iter(self._chunks_of(with_layer)) for with_layer in (False, True)]
-        while streams:
-            for stream in tuple(streams):
-                if (chunk := next(stream, None)) is None:
-                    streams.remove(stream)
-                else:
-                    yield chunk
-
-    def _chunks_of(self, with_layer: bool) -> Iterator[Chunk]:
-        size, left = CASES_OF_A_CHUNK[with_layer], []
-        for number in range(self.wanted[with_layer]):
-            if number not in self._done[with_layer]:
-                left.append(number)
-            if len(left) == size:
-                yield Chunk(with_layer, tuple(left))
-                left = []
-        if left:
-            yield Chunk(with_layer, tuple(left))
-
     def _hand_out(self, deadline: float) -> None:
         """Give each worker something to do. Behind the deadline nothing is begun."""
         if time.monotonic() > deadline:
             self._out = {key: out for key, out in self._out.items() if isinstance(out, ClusterFinding)}
             return
         while len(self._out) < CHUNKS_OF_A_WORKER * max(1, self.pool.size()):
-            chunk = self._again.popleft() if self._again else next(self._fresh, None)
+            chunk = self._first.popleft() if self._first else next(self._fresh, None)
             if chunk is None:
                 return
             self._out[self.pool.submit(judge_chunk, self.task, chunk)] = chunk
 
     def _take(self, key: object, answer: object) -> None:
         if key in self._drawing:
-            chunk, died = self._drawing.pop(key)
-            self._keep_death(chunk, died, answer if isinstance(answer, Scenario) else None)
+            self._keep_death(self._drawing.pop(key), answer if isinstance(answer, Scenario) else None)
             return
         out = self._out.pop(key, None)
+        if isinstance(out, ClusterFinding):
+            if isinstance(answer, Smaller):  # or else it stays as it was found
+                self._keep_smaller(out, answer)
+            return
         if isinstance(answer, WorkersDied):
-            answer = JudgedChunk(died=str(answer)) if isinstance(out, Chunk) else None
+            answer = JudgedChunk(died=str(answer))
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(out, ClusterFinding) and isinstance(answer, Smaller):
-            self._keep_smaller(out, answer)
-        elif isinstance(out, Chunk) and isinstance(answer, JudgedChunk):
+        if isinstance(out, Chunk) and isinstance(answer, JudgedChunk):
             self._keep(out, answer)
 
     def _keep(self, chunk: Chunk, judged: JudgedChunk) -> None:
@@ -191,30 +194,34 @@ class Exploring:
             return
         self.verdict.add(judged.verdict)
         over = judged.passed + (judged.failure is not None)
-        self._done[chunk.with_layer].update(chunk.numbers[:over])
+        self._note_done(chunk.cut(0, over))
         if judged.failure is not None:
-            self._keep_failure((chunk.with_layer, chunk.numbers[judged.passed]), judged.failure)
+            self._keep_failure(judged.failure)
         if chunk.numbers[over:]:
-            self._again.append(Chunk(chunk.with_layer, chunk.numbers[over:]))
+            self._first.append(chunk.cut(over))
+
+    def _note_done(self, chunk: Chunk) -> None:
+        if not chunk.saved:
+            self._done[chunk.with_layer].update(chunk.numbers)
 
     def _judge_again(self, chunk: Chunk, died: str) -> None:
         """Judge each case of ``chunk`` by itself, elsewhere if there is another worker. One that kills is a finding."""
         if len(chunk.numbers) > 1:
-            self._again.extend(Chunk(chunk.with_layer, (number,)) for number in chunk.numbers)
+            self._first.extend(chunk.cut(place, place + 1) for place in range(len(chunk.numbers)))
             return
-        case = chunk.with_layer, chunk.numbers[0]
+        case = chunk.with_layer, chunk.numbers[0], bool(chunk.saved)
         self._deaths[case] += 1
         if self._deaths[case] < MOST_DEATHS:
-            self._again.append(chunk)
+            self._first.append(chunk)
             return
-        self._done[chunk.with_layer].add(chunk.numbers[0])
-        self._drawing[self.pool.submit(drawn_case, self.task, chunk, urgent=True)] = chunk, died
+        self._note_done(chunk)
+        self._drawing[self.pool.submit(drawn_case, self.task, chunk, urgent=True)] = died
 
-    def _keep_failure(self, case: tuple[bool, int], failure: OracleFailure) -> None:
-        found = ClusterFinding(FailureFiles(self.folder), self.folder, [case], failure, failure.scenario)
+    def _keep_failure(self, failure: OracleFailure) -> None:
+        found = ClusterFinding(FailureFiles(self.folder), self.folder, failure, failure.scenario)
         earlier = self._like(found)
         if earlier is not None:  # its case is not made smaller once more
-            earlier.cases.append(case)
+            earlier.cases += 1
             return
         self.found.append(found)
         self._save(found, failure.scenario, smaller=False)
@@ -224,14 +231,14 @@ class Exploring:
         found.failure, found.scenario, found.depends = smaller.failure, smaller.failure.scenario, smaller.depends
         if not smaller.depends:
             self._save(found, smaller.failure.scenario, smaller=True)
+            self._share(smaller.failure.scenario)
 
-    def _keep_death(self, chunk: Chunk, died: str, scenario: Scenario | None) -> None:
-        case = chunk.with_layer, chunk.numbers[0]
+    def _keep_death(self, died: str, scenario: Scenario | None) -> None:
         sentence = f"{died}, {MOST_DEATHS} times"
-        found = ClusterFinding(FailureFiles(self.folder), self.folder, [case], None, scenario, sentence)
+        found = ClusterFinding(FailureFiles(self.folder), self.folder, None, scenario, sentence)
         earlier = self._like(found)
         if earlier is not None:
-            earlier.cases.append(case)
+            earlier.cases += 1
             return
         self.found.append(found)
         if scenario is not None:

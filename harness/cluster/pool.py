@@ -111,10 +111,9 @@ def connected(address: str, workers: int, gpu: bool | None) -> Iterator[tuple[Da
         dask, distributed = importlib.import_module("dask"), _distributed()
     except ImportError:
         raise BackendError("dask's distributed is not installed: pip install 'nsa-oracle[cluster]'") from None
+    # A worker that dies, or a lost scheduler, is the run's to tell.
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
-        logging.getLogger(name).setLevel(
-            logging.CRITICAL
-        )  # a worker that dies, or a lost scheduler, is the run's to tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = {"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": 2}
     with dask.config.set(settings), contextlib.ExitStack() as stack:
         if address == LOCAL:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS
 from nsa_oracle.harness.search.explore import SHRINKING_SECONDS, has_lost_the_device, minimised
 from nsa_oracle.harness.search.spec import SubjectSpec, built
 from nsa_oracle.harness.search.stream import CaseStream
+from nsa_oracle.harness.subjects.subject import Subject
 
 GRACE_SECONDS = 60.0  # for a trial of the shrinking that had begun
 
@@ -35,10 +38,22 @@ class ClusterTask:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cases of a stream, by their numbers. with_layer: which of the two streams of a seed."""
+    """Cases of a stream, by their numbers. with_layer: which of the two streams of a seed.
+
+    saved: saved cases instead, which ``numbers`` count.
+    """
 
     with_layer: bool
     numbers: tuple[int, ...]
+    saved: tuple[Scenario, ...] = ()
+
+    @staticmethod
+    def of_saved(cases: Sequence[Scenario]) -> Chunk:
+        return Chunk(False, tuple(range(len(cases))), tuple(cases))
+
+    def cut(self, begin: int, end: int | None = None) -> Chunk:
+        """Its cases from place ``begin`` to ``end``."""
+        return replace(self, numbers=self.numbers[begin:end], saved=self.saved[begin:end])
 
 
 @dataclass
@@ -118,10 +133,10 @@ def drawn_case(task: ClusterTask, chunk: Chunk, number: int = 0) -> Scenario:
 
 def _judge(task: ClusterTask, chunk: Chunk) -> JudgedChunk:
     subject, device, judged = built(task.spec, task.device), torch.device(task.device), JudgedChunk()
-    stream = CaseStream(subject.scale(device, chunk.with_layer), subject.switches, task.seed)
-    for drawn in stream.cases(chunk.numbers):
+    for scenario in _scenarios(task, chunk):
         try:
-            judge_subject(subject, drawn.scenario, device, judged.verdict)
+            if not chunk.saved or _fits(subject, scenario):
+                judge_subject(subject, scenario, device, judged.verdict)
         except OracleFailure as failure:
             judged.failure = failure
             break
@@ -145,6 +160,23 @@ def _minimised(task: ClusterTask, failure: OracleFailure) -> OracleFailure:
 
 
 def _drawn(task: ClusterTask, chunk: Chunk) -> Scenario:
+    return next(_scenarios(task, chunk))
+
+
+def _scenarios(task: ClusterTask, chunk: Chunk) -> Iterator[Scenario]:
+    if chunk.saved:
+        yield from chunk.saved
+        return
     subject, device = built(task.spec, task.device), torch.device(task.device)
     stream = CaseStream(subject.scale(device, chunk.with_layer), subject.switches, task.seed)
-    return next(stream.cases(chunk.numbers)).scenario
+    for drawn in stream.cases(chunk.numbers):
+        yield drawn.scenario
+
+
+def _fits(subject: Subject, scenario: Scenario) -> bool:
+    """Whether a saved case is within the subject's limits, and has none but its switches."""
+    try:
+        subject.check(scenario, Path("a case of the corpus"))
+    except (BackendError, ScenarioError):
+        return False
+    return True

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from nsa_oracle.harness.cluster.corpus import SharedCorpus
 from nsa_oracle.harness.cluster.exploring import ClusterFinding, Exploring
 from nsa_oracle.harness.cluster.pool import LOCAL, PoolLost, connected
 from nsa_oracle.harness.cluster.state import FILE, RunState, read_state
@@ -29,6 +30,7 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.summary import how_exact
 from nsa_oracle.harness.scenarios.files import check_folder
+from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.progress import duration
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import INTERRUPTED
@@ -56,12 +58,21 @@ def explore_cases(
     save: Annotated[Path, typer.Option(help="Folder for failing cases, and for the state of the run.")] = Path(
         "failures"
     ),
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Folder, or any address that fsspec knows, of cases that failed once.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose state is in --save.")] = False,
 ) -> None:
     """Judge many drawn cases on the workers of a cluster.
 
     Each failing case is saved as soon as it is found, made smaller by a worker, and told once. A case whose process
-    dies is judged again, by three processes at most. Stopping the run loses nothing: --resume goes on with it.
+    dies is judged again, by three processes at most. Stopping the run loses nothing: --resume goes on with it. The
+    cases of a --corpus are judged first, and failing ones are added to it.
     """
     task: ClusterTask | None = None
     run: Exploring | None = None
@@ -76,13 +87,14 @@ def explore_cases(
             None if device is Device.AUTO else device is Device.CUDA,
         )
         state = _state(save, resume)
+        known, share = _shared(corpus)
         if state is not None:  # before workers are started
             state.check(backend, layer, state.device if wanted is None else device.value, seed, save / FILE)
         with ended_by_a_signal(), connected(scheduler, workers or os.cpu_count() or 1, wanted) as (pool, on_gpu):
             task = ClusterTask(spec, "cuda" if on_gpu else "cpu", seed)
             if state is not None:
                 state.check(backend, layer, task.device, seed, save / FILE)
-            run = Exploring(task, pool, *counts, save, state)
+            run = Exploring(task, pool, *counts, save, state, known, share)
             with progress_of("exploring", run.expected) as show:
                 run.run(deadline, _reporter(run, show))
     except KeyboardInterrupt:
@@ -118,6 +130,24 @@ def _state(save: Path, resume: bool) -> RunState | None:
         raise ScenarioError(f"{file}: of an earlier run: go on with it by --resume, or choose another --save")
     check_folder(save, "--save")
     return None
+
+
+def _shared(address: str | None) -> tuple[list[Scenario], Callable[[Scenario], None]]:
+    """The cases of a corpus, and what adds one. Raises BackendError if it cannot be used."""
+    if address is None:
+        return [], lambda scenario: None
+    corpus = SharedCorpus(address)
+    known, unusable = corpus.cases()
+    for line in unusable:
+        typer.echo(line, err=True)
+
+    def share(scenario: Scenario) -> None:
+        try:
+            corpus.add(scenario)
+        except BackendError as error:  # the case is saved here as well
+            typer.echo(f"warning: {error}", err=True)
+
+    return known, share
 
 
 def _reporter(run: Exploring, show: Callable[[int], None]) -> Callable[[], None]:

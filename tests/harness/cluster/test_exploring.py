@@ -137,6 +137,32 @@ def test_a_failing_case_is_saved_before_it_is_made_smaller(tmp_path: Path) -> No
     assert pool.there == ("raw.json",)
 
 
+def test_saved_cases_are_judged_first_and_what_fails_is_shared(tmp_path: Path) -> None:
+    class Keeping(ScriptedPool):
+        handed_out: list[Chunk]
+        saved: list[Scenario]
+
+        def submit(self, function: Callable[..., Any], *arguments: Any, urgent: bool = False) -> object:
+            if function is judge_chunk:
+                self.handed_out.append(arguments[1])
+            return super().submit(function, *arguments, urgent=urgent)
+
+        def judge(self, chunk: Chunk) -> Any:
+            if not chunk.saved:
+                return super().judge(chunk)
+            self.saved.append(chunk.saved[0])
+            return JudgedChunk(failure=wrong("page_table_1")) if chunk.saved[0] == LARGE else JudgedChunk(1)
+
+    pool, shared = Keeping(), list[Scenario]()
+    pool.handed_out, pool.saved = [], []
+    run = run_of(pool, tmp_path, known=[LARGE, SMALL, SMALL], share=shared.append)
+    run.run()
+    assert [chunk.saved for chunk in pool.handed_out[:3]] == [(LARGE, SMALL), (SMALL,), ()]
+    assert sorted(case == LARGE for case in pool.saved) == [False, False, True]
+    assert (run.judged, len(run.found), run.found[0].count) == (57, 1, 1)
+    assert shared == [SMALL]
+
+
 def test_a_case_that_a_fresh_process_does_not_show_stays_as_it_was_found(tmp_path: Path) -> None:
     class Forgetful(ScriptedPool):
         def answer(self, function: Callable[..., Any], task: ClusterTask, given: Any) -> Any:
@@ -166,7 +192,7 @@ def test_a_case_that_kills_three_processes_is_a_finding(tmp_path: Path) -> None:
     assert pool.judged == Counter((False, n) for n in range(50) if n != 5)
     (found,) = run.found
     assert found.sentence == "the process ended (signal SIGKILL), 3 times"
-    assert found.cases == [(False, 5)]
+    assert found.count == 1
     assert load(found.saved).events == LARGE.events
     assert run.judged == 50
 
