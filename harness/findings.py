@@ -48,6 +48,48 @@ class Neighbour:
     expected: str
 
 
+class Owner(enum.Enum):
+    """Whose a row of a field is. Pages show the values."""
+
+    REQUEST = "request"
+    PADDING = "padding"
+    TAIL = "unused tail"
+    NOBODY = ""  # of one request or row
+
+
+LIVE, DEAD, WRONG = ".", "-", "x"
+"""How a cell of a picture is: as expected, without a specified content, not as expected."""
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One row of a picture. states: a letter for each cell, LIVE, DEAD or WRONG. got, expected: the cells' contents.
+
+    label: the place of the row, such as "row 3 (request 1, draft token 0)".
+    """
+
+    label: str
+    owner: Owner
+    states: str
+    got: tuple[str, ...]
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The cells of a wrong field around the first wrong one, at most ``MOST_PICTURED`` along each axis.
+
+    shape: of the whole field, in rows and columns. row, column: numbers of the first ones shown. axis: what a column
+    is, such as "page column"; empty if there is one column only.
+    """
+
+    shape: tuple[int, int]
+    row: int
+    column: int
+    axis: str
+    rows: tuple[PictureRow, ...]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One disagreement between a backend or a layer and what is expected.
@@ -55,6 +97,7 @@ class Finding:
     differing, compared: numbers of live cells of this field and step that differ, and that were compared. place: the
     first cell that differs. how: the run of the layer, or the relation, that shows it. stack: the lines of judged code
     through which an exception passed, outermost first. thread_errors: exceptions that had ended threads of judged code.
+    picture: the cells of the field, if its content is what is wrong.
     """
 
     kind: Kind
@@ -69,6 +112,7 @@ class Finding:
     how: str = ""
     stack: tuple[str, ...] = ()
     thread_errors: tuple[str, ...] = ()
+    picture: Picture | None = None
 
     def is_like(self, other: Finding) -> bool:
         """Whether both have the same kind and the same field."""

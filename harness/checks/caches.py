@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from nsa_oracle.harness.checks.cells import picture_of
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.memory.bits import NAN_BYTE, as_bytes
@@ -50,8 +52,21 @@ def compare_caches(
             place=f"{slot_name(slot)}, {part}",
             differing=int(wrong.sum()),
             compared=want_bytes.numel(),
+            picture=picture_of(
+                got_bytes,
+                want_bytes,
+                wrong,
+                "byte",
+                partial(_unit_name, name, slot_name, skipped),
+                shown="{:#04x}".format,
+            ),
         )
     return None
+
+
+def _unit_name(name: str, slot_name: Callable[[int], str], skipped: int, unit: int) -> str:
+    """What a row of bytes is: a slot, or in the cache of index keys a page. skipped: rows before the first."""
+    return slot_name(unit + skipped) if name == "kv_cache" else f"page {unit + skipped}"
 
 
 FEWEST_BYTES = 4  # that tell the key of one row from another's

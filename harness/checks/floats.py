@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from nsa_oracle.harness.checks.bounds import attention_bound, fraction_used, logits_bound
+from nsa_oracle.harness.checks.cells import picture_of, shown_number
 from nsa_oracle.harness.checks.places import SlotLabels
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.content.exactness import check_exact, check_exact_index
@@ -92,6 +95,7 @@ class FloatCheck:
             return Finding(
                 Kind.BOUND, "logits", seen_text, want_text, place=given.name(row, token),
                 differing=int(wrong.sum()), compared=want.numel(),
+                picture=picture_of(got, want, wrong, "token", "row {}".format, shown=shown_number),
             )  # fmt: skip
         for kind in given.kinds:
             tally.scores[kind.value] = tally.scores.get(kind.value, 0) + 1
@@ -133,9 +137,12 @@ class FloatCheck:
         if name == "out" and self.regime is Regime.DOMINATING:
             got_text += self.labels.origin(got[first[0], first[1]])
             want_text += self.labels.origin(want[first[0], first[1]])
+        row_name = partial(self.labels.row, a_pass)
+        label = row_name if len(first) == 2 else f"{row_name(first[0])}, {axis} {{}}".format
         return Finding(
             kind, name, got_text, want_text, place=at, differing=int(wrong.sum()), compared=want.numel(),
             neighbours=tuple(_around(got, want, first, at)),
+            picture=picture_of(got, want, wrong, axis if len(first) == 2 else "element", label, shown=shown_number),
         )  # fmt: skip
 
     def _check_exact(self, q: torch.Tensor, cache: torch.Tensor, indices: torch.Tensor, a_pass: Pass) -> None:

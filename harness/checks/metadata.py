@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
+from nsa_oracle.harness.checks.cells import picture_of
 from nsa_oracle.harness.checks.declared import Declared, DeclaredStep
 from nsa_oracle.harness.checks.places import RowLabels
 from nsa_oracle.harness.checks.tally import Tally
@@ -190,6 +191,15 @@ def _compare_content(
         compared=int(live.sum()),
         neighbours=tuple(_neighbours(field, first, got_cells, want_cells, live, labels)),
         how=AS_CAPTURED if name in got.unchanged else "",
+        picture=picture_of(
+            got_cells,
+            want_cells,
+            wrong,
+            labels.axes(field)[-1].value,
+            lambda row: labels.at(labels.axes(field)[0], row),
+            lambda row: labels.owner(labels.axes(field)[0], row),
+            live,
+        ),
     )
 
 

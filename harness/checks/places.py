@@ -10,6 +10,7 @@ from nsa_oracle.harness.content.content import Content
 from nsa_oracle.harness.engine.observations import Observation
 from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.fields import Axis, Field
+from nsa_oracle.harness.findings import Owner
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode
 
@@ -40,9 +41,24 @@ class RowLabels:
             case _:
                 return f"{axis.value} {number}"
 
+    def axes(self, field: Field) -> tuple[Axis, ...]:
+        """The axes of a field in the mode of the observation."""
+        return field.extend_axes or field.axes if self.extends else field.axes
+
     def place(self, field: Field, index: Sequence[int]) -> str:
-        axes = field.extend_axes or field.axes if self.extends else field.axes
-        return ", ".join(self.at(axis, int(i)) for axis, i in zip(axes, index, strict=True))
+        return ", ".join(self.at(axis, int(i)) for axis, i in zip(self.axes(field), index, strict=True))
+
+    def owner(self, axis: Axis, number: int) -> Owner:
+        """Whose the cells at ``number`` along ``axis`` are."""
+        match axis:
+            case Axis.REQUEST:
+                return Owner.PADDING if number >= self.raw_bs else Owner.REQUEST
+            case Axis.ROW:
+                if number >= len(self.rows):
+                    return Owner.TAIL
+                return Owner.PADDING if self.rows[number].startswith("padding") else Owner.REQUEST
+            case _:
+                return Owner.NOBODY
 
 
 def _rows_per_request(seen: Observation) -> Sequence[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from nsa_oracle.harness.checks.cells import picture_of, shown_number
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
@@ -188,8 +189,20 @@ def differs(
                 place=f"row {rows[place[0]]}, element {place[1:]}",
                 differing=int(wrong.sum()),
                 compared=wrong.numel(),
+                picture=picture_of(
+                    got,
+                    want,
+                    wrong,
+                    "element",
+                    _row_of(rows) if len(place) == 2 else f"row {rows[place[0]]}, head {{}}".format,
+                    shown=shown_number,
+                ),
             )
     return None
+
+
+def _row_of(rows: list[int]) -> Callable[[int], str]:
+    return lambda number: f"row {rows[number]}"
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

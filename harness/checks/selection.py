@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from nsa_oracle.harness.checks.cells import picture_of
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.content.edge_logits import EdgeLogits, LogitKind
 from nsa_oracle.harness.engine.judged_layer import JudgedLayer
@@ -84,6 +85,7 @@ class SelectedEntries:
             neighbours=tuple(
                 Neighbour(f"{at}, entry {i}", str(got[i]), str(want[i])) for i in around(column, len(want))
             ),
+            picture=picture_of(self.got, self.want, wrong, "entry", self.row_name),
         )
 
 

@@ -42,6 +42,9 @@ def test_byte_of_the_cache_has_a_name(dtype: KVCacheDtype, byte: int, part: str)
     assert float(numbers[0]) != float(numbers[1])
     assert texts == (f"{numbers[0]} (byte {before ^ 1:#04x})", f"{numbers[1]} (byte {before:#04x})")
     assert finding.differing == 1
+    assert finding.picture is not None
+    (row,) = (row for row in finding.picture.rows if "x" in row.states)
+    assert (row.label, row.states.count("x")) == (f"slot {slot} (running request 1, position 4)", 1)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,9 @@ def test_byte_of_an_index_page_has_a_name(byte: int, place: str) -> None:
     """Page 3: 4 keys of 32 bytes, then 4 scales of 4."""
     finding = verified().found(lambda layer: layer.steps[0].caches.index_k[3].__setitem__(byte, 0x55))
     assert (finding.kind, finding.field, finding.place) == (Kind.VALUE, "index_k_cache", place)
+    assert finding.picture is not None
+    (row,) = (row for row in finding.picture.rows if "x" in row.states)
+    assert (row.label, row.got[byte - finding.picture.column]) == ("page 3", "0x55")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8])

@@ -15,7 +15,7 @@ from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Observation, StepObservation
 from nsa_oracle.harness.fields import FIELDS, Axis
-from nsa_oracle.harness.findings import Finding, Kind, Neighbour
+from nsa_oracle.harness.findings import Finding, Kind, Neighbour, Owner
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay
@@ -133,6 +133,23 @@ def test_neighbours_are_three_on_either_side() -> None:
     assert found.neighbours == tuple(
         Neighbour(f"{where} {n}", "0" if n == 8 else str(4 + n), str(4 + n)) for n in range(5, 12)
     )
+
+
+def test_picture_shows_whose_the_rows_are_and_which_cells_count() -> None:
+    def spoil(cells: torch.Tensor) -> None:
+        cells[2, 1] = -7
+
+    found = verdict(observed(batch(ForwardMode.DRAFT_EXTEND, 9, 2, accepts=(1, 2)), raw_bs=1, page_table_1=spoil))
+    assert found is not None
+    seen = found.picture
+    assert seen is not None
+    assert (seen.shape, seen.axis) == ((4, 16), "column")
+    assert [(row.owner, row.states) for row in seen.rows] == [
+        (Owner.REQUEST, "." * 9 + "-" * 7),
+        (Owner.PADDING, "." + "-" * 15),
+        (Owner.PADDING, ".x" + "-" * 14),
+        (Owner.TAIL, "-" * 16),
+    ]
 
 
 def test_sentence_without_place_or_count() -> None:
