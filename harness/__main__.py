@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 
-from nsa_oracle.harness.commands import (
+from nsa_oracle.harness.commands import (  # each adds some
     bugs,
     cases,
     exploring,
     importing,
     mutants,
     replaying,
+    reporting,
     surveys,
     upstream,
-)  # each adds some
+)
 from nsa_oracle.harness.commands.app import app
 
-__all__ = ["app", "bugs", "cases", "exploring", "importing", "main", "mutants", "replaying", "surveys", "upstream"]
+__all__ = [
+    *("app", "bugs", "cases", "exploring", "importing", "main", "mutants", "replaying", "reporting", "surveys"),
+    "upstream",
+]
 
 
 def main() -> None:

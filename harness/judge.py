@@ -9,28 +9,27 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
-from nsa_oracle.harness.checks.declared import Declared, DeclaredTally
+from nsa_oracle.harness.checks.declared import Declared
 from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
 from nsa_oracle.harness.checks.metadata import compare_metadata
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs
-from nsa_oracle.harness.checks.tally import LayerTally, Tally
 from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
+from nsa_oracle.harness.checks.verdict import OracleFailure as OracleFailure  # what callers of ``judge`` import with it
+from nsa_oracle.harness.checks.verdict import Verdict as Verdict
 from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.graphs.audit import AuditTally
 from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import (
@@ -61,59 +60,6 @@ _HERE = Path(__file__).parent
 _CALLS_THE_LAYER = ("layer_engine.py", "layer_driver.py", "isolated.py")  # of engine/; others call the backend
 # Code that is not judged. ``_frames`` already leaves out libraries.
 _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))
-
-
-class OracleFailure(AssertionError):
-    """The backend or the layer disagrees with the reference on ``scenario``.
-
-    event: index of the event that shows it, or None if it shows before the first event. raised: how often ``judge`` has
-    raised one in this process.
-    """
-
-    raised: ClassVar[int] = 0
-
-    def __init__(self, scenario: Scenario, finding: Finding, event: int | None) -> None:
-        super().__init__(finding.sentence())
-        self.scenario = scenario
-        self.finding = finding
-        self.event = event
-
-    def __reduce__(self) -> tuple[type[OracleFailure], tuple[Scenario, Finding, int | None]]:
-        return type(self), (self.scenario, self.finding, self.event)  # to pickle a failure of another process
-
-
-@dataclass
-class Verdict:
-    """What was covered by scenarios that passed. Both runs of each scenario count.
-
-    interpreted: by the name of a kernel that could not be compiled for the CPU, so that races in it are not found: why.
-    thread_errors: how often each exception has ended a thread of judged code.
-    """
-
-    cases: int = 0
-    replays: int = 0
-    eager_calls: int = 0
-    tally: Tally = field(default_factory=Tally)
-    layers: LayerTally = field(default_factory=LayerTally)
-    audit: AuditTally = field(default_factory=AuditTally)
-    boundary_classes: Counter[str] = field(default_factory=Counter)
-    declared: DeclaredTally = field(default_factory=DeclaredTally)
-    interpreted: dict[str, str] = field(default_factory=dict)
-    thread_errors: dict[str, int] = field(default_factory=dict)
-
-    def add(self, other: Verdict) -> None:
-        self.cases += other.cases
-        self.replays += other.replays
-        self.eager_calls += other.eager_calls
-        self.tally.fields += other.tally.fields
-        self.tally.cells += other.tally.cells
-        self.layers.add(other.layers)
-        self.audit.add(other.audit)
-        self.boundary_classes.update(other.boundary_classes)
-        self.declared.add(other.declared)
-        self.interpreted.update(other.interpreted)
-        for line, count in other.thread_errors.items():
-            self.thread_errors[line] = self.thread_errors.get(line, 0) + count
 
 
 @speed.deep_stack

@@ -33,6 +33,8 @@ PART = "oracle_part"  # the parameter of a marked test: what one of its items ju
 RANDOM_SEED = "oracle_random_seed"  # sent to workers of pytest-xdist, so that all draw from one seed
 COUNTS = "oracle_counts"  # sent to them, too: the folder in which all processes count what they have judged
 
+MOST_SHARDS = 1000
+
 SESSION = pytest.StashKey["Session"]()
 REFUSED = pytest.StashKey[list[str]]()  # what marked tests ask for and cannot have
 STARTED = pytest.StashKey[float]()  # a value of time.time()
@@ -107,6 +109,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_seed,
         help="draw the cases of this seed, as another run reported it (default: 0; nightly: a new one)",
     )
+    group.addoption(
+        "--oracle-shard",
+        metavar="I/N",
+        type=_shard,
+        help="judge the I-th of N disjoint parts of each test, on one of N machines (default: all of it)",
+    )
+    group.addoption(
+        "--oracle-json", metavar="FILE", type=_name, help="write all that the run found to this file, for machines"
+    )
+    group.addoption("--oracle-html", metavar="FILE", type=_name, help="write it to this file as a page to look at")
     parser.addini(
         "oracle_in_process",
         "judge in pytest's own process and not in a child, for which its kernels are interpreted if there is no GPU",
@@ -163,6 +175,17 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 48:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {(1 << 48) - 1}")
     return int(text)
+
+
+def _shard(text: str) -> Any:
+    """The type of --oracle-shard, such as 3/8."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARDS):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a part of at most {MOST_SHARDS}, such as 3/8")
+    with ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
+        from nsa_oracle.harness.plugin.parts import Shard
+
+    return Shard(int(number), int(count))
 
 
 SETTINGS: dict[str, Callable[[str], Any]] = {

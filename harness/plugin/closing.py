@@ -15,11 +15,13 @@ from nsa_oracle.harness.errors import ScenarioError, counted
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.plugin.unused import unused_options
+from nsa_oracle.harness.plugin.writing import NOT_WRITTEN, environment_of, utc, write_reports
 from nsa_oracle.harness.report import summary
+from nsa_oracle.harness.report.document import PlantedBugs, RunReport, SubjectReport, Totals, verdict_of
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of, to_json
 from nsa_oracle.harness.scenarios.story import story
-from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
+from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.progress import Count, counts_in, progress_line
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
@@ -49,7 +51,7 @@ def exit_code(exitstatus: int, terminalreporter: pytest.TerminalReporter, sessio
     if session.config.stash[INTERRUPTION].arrived:
         return session.termination.exit_code if session.termination is not None else exitstatus
     runs = reported(terminalreporter)[0]
-    gaps = any(_gaps(run, specs) for specs, run in runs.items()) or _unused(session, exitstatus, runs)
+    gaps = any(_gaps(run, specs, session) for specs, run in runs.items()) or _unused(session, exitstatus, runs)
     return int(pytest.ExitCode.TESTS_FAILED) if gaps and exitstatus == pytest.ExitCode.OK else exitstatus
 
 
@@ -75,6 +77,63 @@ def write_report(terminalreporter: pytest.TerminalReporter, session: Session, ex
         terminalreporter.write_line(f"WARNING: {complaint}")
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
+    if session.reports.files:
+        report = run_report(terminalreporter, session, runs, bugs, exitstatus)
+        for line in write_reports(session.reports, report):
+            terminalreporter.write_line(line, red=line.startswith(NOT_WRITTEN))
+
+
+def run_report(
+    terminalreporter: pytest.TerminalReporter, session: Session, runs: Runs, bugs: Counter[str], exitstatus: int
+) -> RunReport:
+    """All that the run found, for machines."""
+    subjects = []
+    for specs, run in runs.items():
+        known = summary.known_classes(run.verdict, _switches(specs, verbose=True))
+        subjects.append(SubjectReport.of(name_of(specs), *specs, run, known, _gaps(run, specs, session)))
+    planted = PlantedBugs(planted=bugs.total(), killed=bugs["passed"])
+    unjudged = tuple(_unused(session, exitstatus, runs))
+    failed, durations = _failed_otherwise(terminalreporter), _durations(terminalreporter)
+    is_interrupted = session.config.stash[INTERRUPTION].arrived
+    return RunReport(
+        verdict=verdict_of(subjects, planted, failed, unjudged, is_interrupted),
+        exit_code=exit_code(exitstatus, terminalreporter, session),
+        started=utc(session.started),
+        seconds=time.time() - session.started,
+        durations=durations,
+        environment=environment_of(session.device, session.profile),
+        totals=Totals.of(subjects),
+        bugs=planted,
+        failed_otherwise=failed,
+        unjudged=unjudged,
+        shards=() if session.shard is None else (str(session.shard),),
+        subjects=tuple(subjects),
+    )
+
+
+def _failed_otherwise(terminalreporter: pytest.TerminalReporter) -> tuple[str, ...]:
+    """Tests that failed without a finding of theirs, and modules that could not be collected."""
+    found = []
+    for item in (item for outcome in ("failed", "error") for item in terminalreporter.stats.get(outcome, ())):
+        told = dict(getattr(item, "user_properties", ()))
+        if BUG not in told and not (PROPERTY in told and ItemRecord.from_json(told[PROPERTY]).failures):
+            found.append(item.nodeid)
+    return tuple(dict.fromkeys(found))
+
+
+def _durations(terminalreporter: pytest.TerminalReporter) -> dict[str, float]:
+    """The time of the oracle's tests, by name."""
+    seconds = Counter[str]()
+    for item in (item for reports in terminalreporter.stats.values() for item in reports):
+        names = dict(getattr(item, "user_properties", ()))
+        if getattr(item, "when", "") == "call" and (PROPERTY in names or BUG in names):
+            seconds[item.nodeid.partition("[")[0]] += item.duration
+    return dict(seconds)
+
+
+def _switches(specs: Specs, verbose: bool) -> Switches:
+    backend, layer = specs
+    return OPTIMIZED_SWITCHES if backend is None and (layer is None or verbose) else NO_SWITCHES
 
 
 def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, specs: Specs, run: RunRecord) -> None:
@@ -83,13 +142,11 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
     if run.unfit:
         names = f": {', '.join(sorted(run.unfit))}" if verbose else " (-v names them)"
         left_out.append(f"{counted(len(run.unfit), 'saved case')}{names}")
-    backend, layer = specs
-    is_ours = backend is None and (layer is None or verbose)
-    switches = OPTIMIZED_SWITCHES if is_ours else NO_SWITCHES
     if run.expected:
         terminalreporter.write_line(f"{counted(run.expected, 'case')} failed, as the tests expect")
         if not run.verdict.cases and not run.failures:
             return
+    switches = _switches(specs, verbose)
     if run.failures:
         terminalreporter.write_line(f"{summary.stories(run.failures, verbose)}\n")
     seconds = time.time() - session.started
@@ -104,7 +161,7 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
         terminalreporter.write_line(
             f"drawn from seed {', '.join(map(str, sorted(fresh)))} (--oracle-seed draws it again)"
         )
-    for gap in _gaps(run, specs):
+    for gap in _gaps(run, specs, session):
         terminalreporter.write_line(gap, red=True)
 
 
@@ -113,10 +170,10 @@ def _unused(session: Session, exitstatus: int, runs: Runs) -> list[str]:
     return unused_options(session.config, exitstatus, taken, bool(session.replayed))
 
 
-def _gaps(run: RunRecord, specs: Specs) -> list[str]:
+def _gaps(run: RunRecord, specs: Specs, session: Session) -> list[str]:
     """What the run did not judge. With a backend of its own as well, it may judge that one's metadata alone."""
     backend, layer = specs
-    return run.gaps(layer if backend is None else None)
+    return run.gaps(layer if backend is None else None, is_part=session.shard is not None)
 
 
 def _unreported(runs: Runs, session: Session) -> Iterator[tuple[Specs, FailureRecord]]:
@@ -155,7 +212,8 @@ def _interrupted(session: Session, specs: Specs, count: Count) -> FailureRecord:
     told = story(scenario, count.event)
     text = f"ORACLE FAILURE  {scenario.note}\n\n{told}\n\nperhaps not the smallest case: interrupted"
     record = _by_file(session, specs, file, count.kind, scenario.note, text)
-    return dataclasses.replace(record, field=count.field, size=len(to_json(scenario)))
+    case = to_json(scenario)
+    return dataclasses.replace(record, field=count.field, size=len(case), case=case, event=count.event)
 
 
 def _by_file(session: Session, specs: Specs, file: Path, kind: str, sentence: str, text: str) -> FailureRecord:

@@ -46,7 +46,8 @@ def parts_of(
     without = f"no saved case: {session.saved.why_none()}" if "saved" in kinds and not files else ""
     if without and cases is not None and "saved" in ((cases,) if isinstance(cases, str) else cases):
         raise pytest.UsageError(f"cases: 'saved' is asked for, and there is {without}")
-    return parts(Part(*specs, profile, options=options), kinds, files, without)
+    items = parts(Part(*specs, profile, options=options), kinds, files, without)
+    return items if session.shard is None else session.shard.of(items)
 
 
 class Oracle:

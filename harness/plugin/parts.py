@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,21 @@ class Part:
         if self.file is not None or self.without:
             return "saved"
         return "layers" if self.with_layer else "metadata"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of ``count`` disjoint parts that together are the whole run; ``number`` begins at 1."""
+
+    number: int
+    count: int
+
+    def of(self, named: Mapping[str, Part]) -> dict[str, Part]:
+        """The items of a test that belong to this shard: every ``count``-th."""
+        return dict(list(named.items())[self.number - 1 :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
 
 def parts(whole: Part, kinds: Sequence[str], files: Sequence[Path], without: str = "") -> dict[str, Part]:

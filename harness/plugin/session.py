@@ -18,11 +18,12 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.live import Live
 from nsa_oracle.harness.plugin.output import Output
-from nsa_oracle.harness.plugin.parts import Part
+from nsa_oracle.harness.plugin.parts import Part, Shard
+from nsa_oracle.harness.plugin.reports import ReportFiles
 from nsa_oracle.harness.plugin.saved import SavedCases, folder_of
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
 from nsa_oracle.harness.report.records import FailureRecord
-from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, check_folder, load, process_of
+from nsa_oracle.harness.scenarios.files import cases_of_dead_processes, check_folder, load, process_of, to_json
 from nsa_oracle.harness.search.drawing import PROFILES
 from nsa_oracle.harness.search.explore import Exploration
 from nsa_oracle.harness.search.progress import CaseCounter
@@ -48,7 +49,7 @@ class Session:
     started: a value of ``time.time()``. in_process: judge in this process, not in a child. specs: of the options.
     deadline: value of ``time.monotonic()`` after which no further case is judged. seed: of --oracle-seed, or None;
     random_seed: what a profile that draws new cases starts from otherwise. counts: the folder in which all processes of
-    the run count.
+    the run count. shard: the part of each test that is judged; None for all of it.
     """
 
     config: pytest.Config
@@ -66,6 +67,8 @@ class Session:
     seed: int | None
     random_seed: int
     counts: Path
+    shard: Shard | None
+    reports: ReportFiles
     _judges: dict[Specs, Recovery] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,11 +123,14 @@ class Session:
             seed=config.getoption("oracle_seed"),
             random_seed=random_seed,
             counts=counts,
+            shard=config.getoption("oracle_shard"),
+            reports=ReportFiles.of(config),
         )
 
     def check(self) -> None:
         """Raises UsageError, in one line, if the options name something that cannot be judged or written."""
         try:
+            self.reports.check()
             if not self.replayed:
                 self.saved.files()
             cases = [(file, load(file)) for file in self.replayed]
@@ -142,6 +148,7 @@ class Session:
     def header(self) -> str:
         """What is judged, for the head of the run."""
         how = f"profile {self.profile}, seed {self.seed_of(self.profile)}"
+        how += f", shard {self.shard}" if self.shard else ""
         return f"oracle: judging {name_of(self.specs)} on {self.device.type}, {how}, unless a test names its own"
 
     def seed_of(self, profile: str) -> int:
@@ -168,8 +175,10 @@ class Session:
             sentence = f"{died} between two cases"
             return FailureRecord("died", "process", sentence, "", f"ORACLE FAILURE  {sentence}")
         command = self.replay_command(Exploration(saved=file), specs, Kind.TIMEOUT if died.hung else None)
-        report = explain_death(str(died), load(file), file, command)
-        return FailureRecord("died", "process", f"{died} while it judged a case", command, report, saved=str(file))
+        case = load(file)
+        report = explain_death(str(died), case, file, command)
+        sentence = f"{died} while it judged a case"
+        return FailureRecord("died", "process", sentence, command, report, saved=str(file), case=to_json(case))
 
     def expect(self, parts: Sequence[Part]) -> None:
         """Note how many cases the run will judge, and say from now on how far it is."""

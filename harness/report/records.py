@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from nsa_oracle.harness.checks.declared import AbsentTally, DeclaredTally, WaiverTally
-from nsa_oracle.harness.checks.tally import LayerTally, StageTally, Tally
-from nsa_oracle.harness.graphs.audit import AuditTally
-from nsa_oracle.harness.judge import OracleFailure, Verdict
+from pydantic import TypeAdapter
+
+from nsa_oracle.harness.checks.verdict import OracleFailure, Verdict
+from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.report.declared import own_fields_not_judged, unneeded_declarations
 from nsa_oracle.harness.scenarios.files import to_json
 
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """One failing case. report: the whole text for a person. size: letters of its record. saved: its file, if any."""
+    """One failing case. report: the whole text for a person. size: letters of its record. saved: its file, if any.
+
+    case: the JSON of the case, and event: the index of the event that shows the failure, if they are known. finding:
+    what was found, if a comparison found it.
+    """
 
     kind: str
     field: str
@@ -30,11 +33,15 @@ class FailureRecord:
     optimizations: tuple[str, ...] = ()
     size: int = 0
     saved: str = ""
+    case: str = ""
+    event: int | None = None
+    finding: Finding | None = None
 
     @staticmethod
     def of(failure: OracleFailure, command: str, report: str, saved: Path | None = None) -> FailureRecord:
         """The record of a failure that ``command`` replays and ``report`` explains."""
         finding, scenario = failure.finding, failure.scenario
+        case = to_json(scenario)
         return FailureRecord(
             finding.kind.value,
             finding.field,
@@ -42,8 +49,11 @@ class FailureRecord:
             command,
             report,
             scenario.optimizations,
-            len(to_json(scenario)),
+            len(case),
             str(saved or ""),
+            case,
+            failure.event,
+            finding,
         )
 
 
@@ -82,35 +92,17 @@ class ItemRecord:
 
     def to_json(self) -> str:
         """One line."""
-        classes, empty = self.verdict.boundary_classes, dataclasses.replace(self.verdict, boundary_classes=Counter())
-        data = dataclasses.asdict(dataclasses.replace(self, verdict=empty))
-        data["verdict"]["boundary_classes"] = dict(classes)  # which asdict cannot copy
-        return json.dumps(data)
+        return json.dumps(_items().dump_python(self, mode="json"))
 
     @staticmethod
     def from_json(text: str) -> ItemRecord:
         """The item that ``to_json`` wrote."""
-        data: dict[str, Any] = json.loads(text)
-        verdict = dict(data["verdict"])
-        layers = dict(verdict.pop("layers"))
-        stages = {name: StageTally(**tally) for name, tally in layers.pop("stages").items()}
-        failures = tuple(
-            FailureRecord(**{**failure, "optimizations": tuple(failure["optimizations"])})
-            for failure in data["failures"]
-        )
-        declared = dict(verdict.pop("declared"))
-        waivers = {name: WaiverTally(**tally) for name, tally in declared.pop("waivers").items()}
-        absent = {name: AbsentTally(**tally) for name, tally in declared.pop("absent").items()}
-        covered = Verdict(
-            declared=DeclaredTally(waivers=waivers, absent=absent, **declared),
-            tally=Tally(**verdict.pop("tally")),
-            layers=LayerTally(stages=stages, **layers),
-            audit=AuditTally(**verdict.pop("audit")),
-            boundary_classes=Counter(verdict.pop("boundary_classes")),
-            **verdict,
-        )
-        lists = {name: tuple(data[name]) for name in ("missing", "left_out", "options")}
-        return ItemRecord(**{**data, **lists, "verdict": covered, "failures": failures})
+        return _items().validate_python(json.loads(text))
+
+
+@functools.cache
+def _items() -> TypeAdapter[ItemRecord]:
+    return TypeAdapter(ItemRecord)
 
 
 @dataclass
@@ -151,25 +143,44 @@ class RunRecord:
             self.unfit.append(item.unfit)
         self.left_out += [line for line in item.left_out if line not in self.left_out]
 
-    def gaps(self, layer: str | None = None) -> list[str]:
+    def join(self, other: RunRecord) -> None:
+        """Count another part of the run."""
+        self.items += other.items
+        self.verdict.add(other.verdict)
+        self.failures += other.failures
+        self.drawn.update(other.drawn)
+        self.seeds |= other.seeds
+        for with_layer, names in other.missing.items():
+            self.missing[with_layer] += names
+        self.without = self.without or other.without
+        self.options |= other.options
+        self.unfit += [name for name in other.unfit if name not in self.unfit]
+        self.left_out += [line for line in other.left_out if line not in self.left_out]
+
+    def gaps(self, layer: str | None = None, is_part: bool = False) -> list[str]:
         """Why a run without failures proves less than it seems to, one line each: such a run must not be green.
 
-        layer: the layer that alone was to be judged, if so.
+        layer: the layer that alone was to be judged, if so. is_part: of a run in several shards; then without what only
+        the whole can tell.
         """
         if not self.items or self.failures or self.expected:
             return []
         gaps = [
             f"NOT JUDGED: {test} drew no case; give it more time" for test, count in self.drawn.items() if not count
         ]
+        for with_layer, names in self.missing.items():
+            if unseen := [name for name in dict.fromkeys(names) if name not in self.verdict.boundary_classes]:
+                gaps.append(not_visited(unseen, with_layer))
+        return gaps if is_part else gaps + self._gaps_of_the_whole(layer)
+
+    def _gaps_of_the_whole(self, layer: str | None) -> list[str]:
+        gaps = []
         if not self.verdict.cases:
             gaps.append("NOT JUDGED: no case at all was judged")
         elif not self.verdict.tally.cells:
             gaps.append(NOTHING_COMPARED)
         elif layer is not None and not self.verdict.layers.calls:
             gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
-        for with_layer, names in self.missing.items():
-            if unseen := [name for name in dict.fromkeys(names) if name not in self.verdict.boundary_classes]:
-                gaps.append(not_visited(unseen, with_layer))
         if methods := self.verdict.layers.never_called:
             gaps.append(methods_not_judged(methods))
         if self.drawn.total():

@@ -34,8 +34,7 @@ def summary(
 
     switches: of the backend. left_out: what the limits of backend and layer exclude. verbose: list all classes.
     """
-    with_layer = bool(verdict.layers.stages)
-    classes = [name for name in all_classes(switches) if with_layer or name not in LAYER_CLASSES]
+    classes = known_classes(verdict, switches)
     of_switches = switch_classes(switches)
     covered = [name for name in classes if verdict.boundary_classes[name]]
     totals = Table("cases", "replays", "eager calls", "fields compared", "cells compared", "classes", "seconds")
@@ -77,6 +76,12 @@ def summary(
     all_passed = f"{counted(verdict.cases, 'case')} passed, {counted(verdict.replays, 'replay')}"
     parts.append(f"oracle: {all_passed}, {outcome}")
     return "\n".join(parts)
+
+
+def known_classes(verdict: Verdict, switches: Switches) -> list[str]:
+    """The boundary classes that a run could visit; those of a layer, if it had one. switches: of the backend."""
+    with_layer = bool(verdict.layers.stages)
+    return [name for name in all_classes(switches) if with_layer or name not in LAYER_CLASSES]
 
 
 def bugs_line(killed: int, planted: int) -> str:

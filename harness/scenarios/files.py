@@ -45,12 +45,17 @@ def corpus(device: torch.device, folder: Path = CORPUS) -> list[Path]:
 
 
 def save(scenario: Scenario, path: Path) -> None:
-    """Write the scenario to ``path`` atomically: other processes see the old file or the complete new one."""
+    """Write the scenario to ``path`` atomically."""
+    replace_file(path, to_json(scenario))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically: other processes see the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(to_json(scenario))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -24,6 +24,7 @@ from tests.support.project import PROJECT
 from tests.support.pytest_runs import run
 
 OPTIONS = ("profile", "device", "backend", "layer", "replay", "save", "cases", "budget", "case-timeout", "seed")
+OPTIONS += ("shard", "json", "html")
 CLEAN, BROKEN = "tests.support.backends.clean:Clean", "tests.support.backends.lengths:VerifyForgetsDrafts"
 
 
@@ -111,6 +112,12 @@ class ForThreeHeads(SparseAttention):
             "--oracle-cases layer.json: layer.json is a file; name the folder that ",
         ),
         (["--oracle-save=/proc/x", *CHEAP], "--oracle-save /proc/x: cannot be written: "),
+        (["--oracle-shard=4/3", *CHEAP], "'4/3' is not a part of at most 1000, such as 3/8"),
+        (["--oracle-shard=0/3", *CHEAP], "'0/3' is not a part"),
+        (["--oracle-shard=half", *CHEAP], "'half' is not a part"),
+        (["--oracle-json=.", *CHEAP], "is a folder; name a file"),
+        (["--oracle-json=", *CHEAP], "the name is empty"),
+        (["--oracle-html=pytest.ini/page.html", *CHEAP], "pytest.ini is a file; name a directory"),
         ([f"--oracle-save={'x' * 5000}", *CHEAP], "File name too long"),
         (["--oracle-replay=.", *CHEAP], ".: cannot be read: Is a directory; name the saved cases in it, as ./*.json"),
         ([f"--oracle-backend={STRANGERS}:SizesOfAnotherKind"], "sizes must map fields to allowed values"),
