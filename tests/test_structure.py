@@ -38,7 +38,6 @@ SHARED_NAMES = {
     "values": "the stand-ins of an engine",
     "install": "interpreter/gluon.py and interpreter/promises.py are each installed by their module's name",
     "listing": "as as_json",
-    "matrix": "as as_json",
     "sanitize": "the command, and what it runs",
     "sum_line": "as as_json",
 }

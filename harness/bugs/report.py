@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import statistics
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from nsa_oracle.harness.bugs.bug import Bug
 from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
-from nsa_oracle.harness.checks.check import Check
+from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
-
-HTML_WIDTH = 260
 
 
 def listing(bugs: Sequence[Bug]) -> Table:
@@ -35,16 +31,6 @@ def kills_table(kills: Sequence[Kill]) -> Table:
     for kill in kills:
         check = "" if kill.check is None else kill.check.value if kill.meant else f"{kill.check.value} ?"
         table.add_row(kill.bug, check, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
-    return table
-
-
-def matrix(kills: Sequence[Kill]) -> Table:
-    """The matrix of bugs by checks. ``x``: killed by one of the bug's own checks; ``?``: by another check."""
-    met = [check for check in Check if any(kill.check is check for kill in kills)]
-    table = Table("bug", *(check.value for check in met), "cases", "seconds", "smallest case")
-    for kill in kills:
-        marks = [("x" if kill.meant else "?") if kill.check is check else "" for check in met]
-        table.add_row(kill.bug, *marks, str(kill.cases), f"{kill.seconds:.0f}", _smallest_case(kill))
     return table
 
 
@@ -80,11 +66,8 @@ def as_json(kills: Sequence[Kill]) -> str:
 
 
 def as_html(kills: Sequence[Kill]) -> str:
-    """The matrix and its totals as a complete HTML page."""
-    console = Console(file=io.StringIO(), width=HTML_WIDTH, record=True)
-    console.print(matrix(kills))
-    console.print(sum_line(kills))
-    return console.export_html()
+    """The matrix and its totals as a page."""
+    return page(PageContent().and_file(as_json(kills), ""), "Kill matrix")
 
 
 def one_line_story(scenario: Scenario) -> str:

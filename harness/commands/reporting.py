@@ -17,16 +17,41 @@ from nsa_oracle.harness.report.document import (
     written_text,
 )
 from nsa_oracle.harness.report.merging import merged
+from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.files import MAX_PATH, replace_file
 
 
 @app.command("report")
-def show_report(
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a run's report.")] = False,
+def write_page(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="JSON of runs (--oracle-json), and of bugs, survey and pytest-benchmark.", show_default=False
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="The page to write.", metavar="FILE")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a run's report, and nothing else.")
+    ] = False,
 ) -> None:
-    """Print the schema of reports."""
+    """Make a page to look at of what other commands wrote as JSON.
+
+    The page is one HTML file that loads nothing. Exits with 0 if it was written, whatever it shows.
+    """
     if schema:
         typer.echo(report_schema(), nl=False)
+        return
+    if not files or html is None:
+        raise unusable("report: name at least one JSON file, and the page with --html")
+    content = PageContent()
+    try:
+        for file in files:
+            content = content.and_file(written_text(file), one_line(str(file), MAX_PATH))
+    except ScenarioError as error:
+        raise unusable(str(error)) from None
+    text = page(content)
+    write_file("--html", html, text)
+    typer.echo(f"{one_line(str(html), MAX_PATH)}: {counted(len(files), 'report')}, {len(text.encode()):,} bytes")
 
 
 @app.command("merge")

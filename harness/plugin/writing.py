@@ -13,6 +13,7 @@ import torch
 from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.plugin.reports import ReportFiles
 from nsa_oracle.harness.report.document import Environment, RunReport, report_as_json
+from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.files import MAX_PATH, replace_file
 
 PACKAGES = ("nsa-oracle", "torch", "triton", "numpy", "hypothesis", "pytest")
@@ -24,8 +25,9 @@ def write_reports(files: ReportFiles, report: RunReport) -> list[str]:
     """Write the files, each as a whole. Returns a line for each, which says where it is or why it is not."""
     lines = []
     for name, file in files.files.items():
+        text = report_as_json(report) if name == "json" else page(PageContent((("", report),)))
         try:
-            replace_file(file, report_as_json(report))
+            replace_file(file, text)
             lines.append(f"oracle: {name} report in {_shown(file)}")
         except OSError as error:
             lines.append(f"{NOT_WRITTEN}: --oracle-{name} {_shown(file)}: {error.strerror or error}")

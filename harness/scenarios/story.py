@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
@@ -19,7 +20,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     SetLengths,
 )
 from nsa_oracle.harness.scenarios.setup import Layer, Mirror, Order, Reuse, Setup
-from nsa_oracle.harness.scenarios.world import World
+from nsa_oracle.harness.scenarios.world import Request, World
 from nsa_oracle.reference.types import ForwardMode, StepSemantics
 
 MAX_NAMES = 1000  # characters of the names of optimisations
@@ -33,15 +34,37 @@ _REUSE = {
 def story(scenario: Scenario, failing_event: int | None = None) -> str:
     """The setup and one line per event, in words; the event at which the scenario fails is marked."""
     lines = [_setup(scenario)]
+    for number, told in enumerate(told_events(scenario)):
+        mark = "  <- fails here" if number == failing_event else ""
+        lines.append(f"  {number}. {told.sentence}{mark}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ToldEvent:
+    """An event in words. batch: of a replay or eager call. running: the requests behind it. bucket: that a replay
+    uses, or None.
+    """
+
+    event: Event
+    sentence: str
+    batch: Batch | None
+    running: tuple[Request, ...]
+    bucket: int | None = None
+
+
+def told_events(scenario: Scenario) -> Iterator[ToldEvent]:
+    """Plays the events, and tells each. A request is one object as long as it runs."""
     world = World(scenario, poison=0)
     captured: dict[ForwardMode, set[int]] = {}
-    for number, event in enumerate(scenario.events):
+    for event in scenario.events:
         batch = world.apply(event)
         if isinstance(event, Capture):
             captured.setdefault(event.mode, set()).update(event.buckets)
-        mark = "  <- fails here" if number == failing_event else ""
-        lines.append(f"  {number}. {_event(event, batch, world, captured)}{mark}")
-    return "\n".join(lines)
+        bucket = None
+        if isinstance(event, Replay) and batch is not None:
+            bucket = choose_bucket(event.bucket, batch.size, captured.get(event.mode, set()))
+        yield ToldEvent(event, _event(event, batch, world, captured), batch, tuple(world.running), bucket)
 
 
 def _setup(scenario: Scenario) -> str:

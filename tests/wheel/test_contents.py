@@ -20,8 +20,8 @@ print(json.dumps({module.__name__: module.__file__ for module in modules}))
 
 
 def modules(folder: Path) -> set[str]:
-    """The Python files and C headers of a folder of the checkout, as paths within its parent."""
-    files = [*folder.rglob("*.py"), *folder.rglob("*.h")]
+    """The Python files, C headers and templates of a folder of the checkout, as paths within its parent."""
+    files = [*folder.rglob("*.py"), *folder.rglob("*.h"), *folder.rglob("templates/*")]
     return {path.relative_to(folder.parent).as_posix() for path in files}
 
 
