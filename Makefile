@@ -16,7 +16,7 @@ check: $(VENV)/ready  ## the oracle judges optimized/, then every bug of the zoo
 
 test: $(VENV)/ready lint  ## everything: linters, types, the suite, the oracle
 	$(BYTECODE)
-	$(PYTEST) --junitxml=reports/junit.xml $(ARGS)
+	$(PYTEST) --junitxml=reports/junit.xml --oracle-json=reports/oracle.json --oracle-html=reports/oracle.html $(ARGS)
 
 setup: $(VENV)/ready  ## the environment in .venv/ and nothing else; the other targets create it when they need it
 

@@ -16,6 +16,7 @@ from nsa_oracle.harness.report.document import (
     report_schema,
     written_text,
 )
+from nsa_oracle.harness.report.markdown import told_in_a_workflow
 from nsa_oracle.harness.report.merging import merged
 from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.files import MAX_PATH, replace_file
@@ -74,8 +75,8 @@ def merge_reports(
         for found in subject.found:
             alike = f" ({1 + len(found.equal)} cases)" if found.equal else ""
             typer.echo(f"FAILED{alike}: {found.sentence}\n  {found.replay}")
-    for gap in whole.gaps:
-        typer.echo(gap)
+    for line in [*whole.gaps, *told_in_a_workflow(whole)]:
+        typer.echo(line)
     typer.echo(f"oracle: {counted(len(files), 'report')} merged: {covered}, {whole.verdict.value}")
     raise typer.Exit(0 if whole.verdict is RunVerdict.PASSED else 1)
 

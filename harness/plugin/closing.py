@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from nsa_oracle.harness.errors import ScenarioError, counted
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.session import Session, Specs, name_of
 from nsa_oracle.harness.plugin.unused import unused_options
-from nsa_oracle.harness.plugin.writing import NOT_WRITTEN, environment_of, utc, write_reports
+from nsa_oracle.harness.plugin.writing import environment_of, utc, write_reports
 from nsa_oracle.harness.report import summary
 from nsa_oracle.harness.report.document import PlantedBugs, RunReport, SubjectReport, Totals, verdict_of
+from nsa_oracle.harness.report.markdown import NOT_WRITTEN, SUMMARY, told_in_a_workflow
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord, RunRecord
 from nsa_oracle.harness.scenarios.files import RUNNING, cases_of_dead_processes, load, process_of, to_json
 from nsa_oracle.harness.scenarios.story import story
@@ -77,9 +79,10 @@ def write_report(terminalreporter: pytest.TerminalReporter, session: Session, ex
         terminalreporter.write_line(f"WARNING: {complaint}")
     if bugs:
         terminalreporter.write_line(summary.bugs_line(bugs["passed"], bugs.total()))
-    if session.reports.files:
+    if session.reports.files or os.environ.get(SUMMARY):
         report = run_report(terminalreporter, session, runs, bugs, exitstatus)
-        for line in write_reports(session.reports, report):
+        terminalreporter.ensure_newline()
+        for line in [*write_reports(session.reports, report), *told_in_a_workflow(report)]:
             terminalreporter.write_line(line, red=line.startswith(NOT_WRITTEN))
 
 

@@ -13,12 +13,12 @@ import torch
 from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.plugin.reports import ReportFiles
 from nsa_oracle.harness.report.document import Environment, RunReport, report_as_json
+from nsa_oracle.harness.report.markdown import NOT_WRITTEN
 from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.files import MAX_PATH, replace_file
 
 PACKAGES = ("nsa-oracle", "torch", "triton", "numpy", "hypothesis", "pytest")
 """Those that a verdict may depend on."""
-NOT_WRITTEN = "NOT WRITTEN"
 
 
 def write_reports(files: ReportFiles, report: RunReport) -> list[str]:

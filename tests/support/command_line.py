@@ -17,7 +17,8 @@ PASSES, FAILS, UNUSABLE = 0, 1, 2
 
 def environment_of_children() -> dict[str, str]:
     """That of this process; modules of the checkout, tests included, are found from any folder, and lines are long."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), *sys.path]), "COLUMNS": "300"}
+    here = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}  # not their workflow
+    return {**here, "PYTHONPATH": os.pathsep.join([str(PROJECT), *sys.path]), "COLUMNS": "300"}
 
 
 def run(*words: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:

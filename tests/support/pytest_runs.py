@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +50,12 @@ def pytest_command(*words: str) -> Sequence[str]:
     return [sys.executable, "-m", "pytest", "-p", "nsa_oracle.pytest_plugin", "--oracle-device=cpu", *words]
 
 
-def run(folder: Path, *words: str) -> Run:
-    """Run pytest in ``folder``."""
+def run(folder: Path, *words: str, variables: Mapping[str, str] | None = None) -> Run:
+    """Run pytest in ``folder``. variables: of its environment, beside the others."""
     done = subprocess.run(
         pytest_command(*words),
         cwd=folder,
-        env=environment(),
+        env={**environment(), **(variables or {})},
         capture_output=True,
         text=True,
         check=False,

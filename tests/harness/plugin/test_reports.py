@@ -127,3 +127,44 @@ def test_run_that_is_interrupted_has_a_report(folder: Path) -> None:
     report = read(folder / "report.json")
     assert (report.verdict, report.exit_code, done.exit_code) == (RunVerdict.INTERRUPTED, INTERRUPTED, INTERRUPTED)
     assert report.totals.cases == 2
+
+
+RAISES = """
+from nsa_oracle.reference.multi_step import MultiStepBackend
+
+
+class Raises(MultiStepBackend):
+    def init_forward_metadata(self, batch):
+        raise ValueError("boom")
+
+
+    def init_forward_metadata_replay_cuda_graph(self, *given, **named):
+        raise ValueError("boom")
+"""
+
+
+def test_workflow_is_told_and_shown_the_line_that_raised(folder: Path) -> None:
+    (folder / "my_backend.py").write_text(RAISES)
+    words = ["test_oracle.py::test_scenarios[0]", "--oracle-profile=smoke", "--oracle-backend=my_backend:Raises"]
+    summary = folder / "summary.md"
+    summary.write_text("before\n")
+    done = run(folder, *words, variables={"GITHUB_STEP_SUMMARY": str(summary), "GITHUB_WORKSPACE": str(folder)})
+    assert done.exit_code == 1
+    (line,) = (line for line in done.output.splitlines() if line.startswith("::error "))
+    assert line.startswith("::error file=my_backend.py,line=")
+    said = summary.read_text()
+    assert said.startswith("before\n### Oracle: failed\n")
+    assert "my_backend.py" in said
+    assert '"events": [' in said
+
+
+def test_nothing_is_told_outside_of_a_workflow(folder: Path) -> None:
+    done = run(folder, *ONE_ITEM)
+    assert "::error" not in done.output
+    assert "report" not in done.output.replace("--oracle", "")
+
+
+def test_summary_that_cannot_be_written_is_told_in_one_line(folder: Path) -> None:
+    done = run(folder, *ONE_ITEM, variables={"GITHUB_STEP_SUMMARY": str(folder / "absent" / "summary.md")})
+    assert done.exit_code == 0
+    assert f"NOT WRITTEN: GITHUB_STEP_SUMMARY {folder}/absent/summary.md: No such file" in done.output
