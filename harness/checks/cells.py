@@ -27,14 +27,12 @@ def picture_of(
 ) -> Picture:
     """The cells of a field around the first of those ``wrong``, of which there is at least one.
 
-    got, want, wrong, live: of one shape. One axis is drawn as rows of one cell; of three, the first is that of the
-    first wrong cell, so ``label`` then gets numbers along the second. axis: what a column is. shown: a cell as text.
+    got, want, wrong, live: of one shape. One axis is drawn as rows of one cell; of three, the first two are drawn as
+    one, so ``label`` then gets numbers in the order of both. axis: what a column is. shown: a cell as text.
     """
+    if wrong.ndim > 2:
+        got, want, wrong = (cells.reshape(-1, cells.shape[-1]) for cells in (got, want, wrong))
     first = _first(wrong)
-    if len(first) > 2:
-        outer = first[:-2]
-        got, want, wrong = got[outer], want[outer], wrong[outer]
-    first = first[-2:]
     place = first if len(first) == 2 else (*first, 0)
     height, width = len(got), got.shape[1] if len(first) == 2 else 1
     rows, columns = _span(place[0], height), _span(place[1], width)

@@ -138,7 +138,8 @@ class FloatCheck:
             got_text += self.labels.origin(got[first[0], first[1]])
             want_text += self.labels.origin(want[first[0], first[1]])
         row_name = partial(self.labels.row, a_pass)
-        label = row_name if len(first) == 2 else f"{row_name(first[0])}, {axis} {{}}".format
+        heads = self.config.num_heads
+        label = row_name if len(first) == 2 else lambda n: f"{row_name(n // heads)}, {axis} {n % heads}"
         return Finding(
             kind, name, got_text, want_text, place=at, differing=int(wrong.sum()), compared=want.numel(),
             neighbours=tuple(_around(got, want, first, at)),

@@ -194,14 +194,17 @@ def differs(
                     want,
                     wrong,
                     "element",
-                    _row_of(rows) if len(place) == 2 else f"row {rows[place[0]]}, head {{}}".format,
+                    _row_of(rows) if len(place) == 2 else _row_of(rows, heads=wrong.shape[1]),
                     shown=shown_number,
                 ),
             )
     return None
 
 
-def _row_of(rows: list[int]) -> Callable[[int], str]:
+def _row_of(rows: list[int], heads: int = 0) -> Callable[[int], str]:
+    """Names of rows, or of heads of rows."""
+    if heads:
+        return lambda number: f"row {rows[number // heads]}, head {number % heads}"
     return lambda number: f"row {rows[number]}"
 
 

@@ -75,13 +75,8 @@ class SurveyRows(PageInput):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
-
-    @property
-    def in_order(self) -> list[dict[str, Any]]:
-        """The rows, broken ones first."""
-        return sorted(self.rows, key=lambda row: not row.get("broken"))
+        """Names of the columns. A row names its case in the line that replays it."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name != "case"))
 
 
 class TimedRow(PageInput):

@@ -47,10 +47,10 @@ def test_large_field_is_cut_around_the_first_wrong_cell(place: tuple[int, int]) 
     assert row.got[place[1] - seen.column] == str(place[0] * 1000 + place[1] + 1000)
 
 
-def test_of_three_axes_the_first_is_that_of_the_first_wrong_cell() -> None:
+def test_of_three_axes_the_first_two_are_drawn_as_one() -> None:
     seen = drawn((3, 2, 4), (1, 1, 3), (2, 0, 0))
-    assert seen.shape == (2, 4)
-    assert [row.states for row in seen.rows] == ["....", "...x"]
+    assert seen.shape == (6, 4)
+    assert [row.states for row in seen.rows] == ["....", "....", "....", "...x", "x...", "...."]
 
 
 def test_cells_without_a_specified_content_are_dead() -> None:
@@ -100,4 +100,7 @@ def test_changed_bits_have_a_picture() -> None:
     finding = differs(results(1), results(2), [0, 1])
     assert finding is not None
     assert finding.picture is not None
-    assert [(row.label, row.states) for row in finding.picture.rows] == [("row 1, head 0", "...x")]
+    assert [(row.label, row.states) for row in finding.picture.rows] == [
+        ("row 0, head 0", "...."),
+        ("row 1, head 0", "...x"),
+    ]
