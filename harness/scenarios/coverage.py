@@ -40,6 +40,7 @@ PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill o
 AROUND_K = ("prefill beyond K", "prefill within K", "K between the lengths")
 PAIRS = (  # two calls of which the second shows what the first left behind
     "same batch on other pages",
+    "same batch on other pages, eager",
     "row grown on other pages",
     "eager after the longest left",
     "small after large in one bucket",
@@ -51,7 +52,9 @@ ROWS_OF_STEPS = (
 )
 CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
-COMPANY = ("second backend", "prepared twice")
+COMPANY = ("second backend", "second backend, alike", "prepared twice")
+IDLE_AFTER_SEGMENTS = "graph idle after several segments"
+NO_NEW_TOKEN = ("prefill without a new token", "prefill of cached tokens alone")
 FEWER_STEPS = ("fewer draft steps, replay", "fewer draft steps, eager")
 SLOTS_BY_STEP = "slots of several steps in one tensor"
 OVER_COMMITTED = "more tokens than slots"
@@ -62,8 +65,8 @@ SEGMENTS = (
 )
 # Classes that metadata alone visits as well, but that a layer must visit too: it has state of its own.
 ALSO_WITH_A_LAYER = (
-    *(*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:4], *COMPANY, OVER_COMMITTED),
-    *("prefill without a new token", MIXED, FEWER_STEPS[1]),
+    *(*ROWS_OF_STEPS, *PREFILLS, *AROUND_K, *PAIRS[:1], *PAIRS[2:5], *COMPANY, OVER_COMMITTED),
+    *(*NO_NEW_TOKEN, MIXED, FEWER_STEPS[1]),
 )
 
 LAYER_CLASSES: tuple[str, ...] = (
@@ -101,7 +104,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *COMPANY,
     *CYCLES,
-    *(OVER_COMMITTED, "prefill without a new token", MIXED, *FEWER_STEPS),
+    *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS),
 )
 
 
@@ -197,8 +200,9 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                     elif (event.mode, bucket) in served:
                         yield "graph empty after requests"
                 in_graph = bucket is not None
-                if batch.size and setup.neighbour_context_len not in (0, setup.max_context_len):
-                    yield "second backend"
+                if batch.size and setup.neighbour_context_len:
+                    alike = setup.neighbour_context_len == setup.max_context_len
+                    yield COMPANY[1] if alike else COMPANY[0]
                 if batch.size and event.preparations > 1:
                     yield "prepared twice"
                 if not in_graph and setup.eager_padding and event.mode is not ForwardMode.EXTEND:
@@ -227,6 +231,8 @@ def _visited(scenario: Scenario) -> Iterator[str]:
         used_rows |= {r.pool_row for r in world.running}
     yield from _sequence_classes(ran)
     yield from _pair_classes(calls)
+    if setup.paged_mqa_num_sms > 1:
+        yield from _idle_classes(calls)
 
 
 def _bucket_classes(batch: Batch, bucket: int | None) -> Iterator[str]:
@@ -322,10 +328,12 @@ def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
         yield "cached prefix extended"
     if any(whole):
         yield "prefill from the first token"
+    if not any(batch.extend_lens):
+        yield NO_NEW_TOKEN[1]
     if batch.size > 1:
         yield "prefill of several requests"
         if 0 in batch.extend_lens and any(batch.extend_lens):
-            yield "prefill without a new token"
+            yield NO_NEW_TOKEN[0]
         decodes = [new == 1 < length for new, length in zip(batch.extend_lens, batch.seq_lens, strict=True)]
         if any(decodes) and max(batch.extend_lens) > 1:
             yield MIXED
@@ -401,6 +409,16 @@ def _sequence_classes(ran: list[tuple[ForwardMode, int, bool]]) -> Iterator[str]
         yield "eager between replays"
 
 
+def _idle_classes(calls: Sequence[_Call]) -> Iterator[str]:
+    """Of graphs in which the schedule of padding alone differs from that of the call before."""
+    longest: dict[int, int] = {}  # of the last batch of each DECODE graph
+    for call in calls:
+        if call.bucket is not None and call.batch.mode.is_decode_or_idle:
+            if not call.batch.size and longest.get(call.bucket, 0) > MQA_SEGMENT:
+                yield IDLE_AFTER_SEGMENTS
+            longest[call.bucket] = max(call.batch.seq_lens, default=0)
+
+
 def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
     last: dict[tuple[ForwardMode, int | None], _Call] = {}
     for call in calls:
@@ -410,7 +428,9 @@ def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
             continue
         now, then = call.batch, before.batch
         if (now.seq_lens, now.accept_lengths) == (then.seq_lens, then.accept_lengths) and call.pages != before.pages:
-            yield "same batch on other pages"
+            yield PAIRS[0]
+            if call.bucket is None:
+                yield PAIRS[1]
         lengths = dict(zip(then.pool_rows, then.seq_lens, strict=True))
         pages = dict(zip(then.pool_rows, before.pages, strict=True))
         for row, length, held in zip(now.pool_rows, now.seq_lens, call.pages, strict=True):

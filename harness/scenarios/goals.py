@@ -13,12 +13,14 @@ from nsa_oracle.harness.scenarios.coverage import (
     COPY_CHUNK,
     FEWER_STEPS,
     FLASHMLA_BLOCK,
+    IDLE_AFTER_SEGMENTS,
     MANY_HEADS,
     MANY_KEYS,
     MANY_STEPS,
     MANY_SUMMED,
     MIXED,
     MQA_SEGMENT,
+    NO_NEW_TOKEN,
     OVER_COMMITTED,
     PREFILLS,
     SLOTS_BY_STEP,
@@ -168,6 +170,7 @@ def _segments(scale: Scale) -> Iterator[Want]:
     together = {"drive": (Drive.MULTI_STEP,), LENGTH: OWN, "num_steps": _steps(scale, MANY_STEPS)}
     name = f"N >= {MANY_STEPS} multi-step replay of several paged-MQA segments"
     yield Want(name, {SITUATION: ("several segments",), **together, **wide}, decode)
+    yield Want(IDLE_AFTER_SEGMENTS, {SITUATION: ("several segments",), **together, **wide}, decode)
     for name, sizes in (("paged-MQA segment", mqa), ("FlashMLA block", mla)):
         pins = {SITUATION: (f"steps cross a {name}",), **base, **sizes, "num_steps": _steps(scale, MANY_STEPS)}
         yield Want(f"N >= {MANY_STEPS} steps cross a {name}", pins, decode)
@@ -180,6 +183,9 @@ def _pairs(scale: Scale, prefix: str) -> Iterator[Want]:
     ordered = {ORDER: (Order.JOINED, Order.REVERSED)}
     name = "same batch on other pages"
     yield Want(f"{prefix}{name}", {SITUATION: (name,), **moved, **ordered})
+    if not prefix:
+        name = "same batch on other pages, eager"
+        yield Want(name, {SITUATION: (name,), **moved, **ordered})
     name = "row grown on other pages"
     yield Want(f"{prefix}{name}", {SITUATION: (name,), **moved, "reuse": (Reuse.QUEUE,)})
     name = "eager after the longest left"
@@ -334,9 +340,10 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want("prefill between replays", {SITUATION: ("serving cycle",)}, cycle)
     pool = _more_than(scale.drawn()["pool_size"], 1)
     chunks: Pins = {SITUATION: ("chunks",), "pool_size": pool, LENGTH: OWN}
-    yield Want(f"{prefix}prefill without a new token", chunks, cycle[2:])
+    yield from (Want(f"{prefix}{name}", chunks, cycle[2:]) for name in NO_NEW_TOKEN)
     yield Want(f"{prefix}{MIXED}", chunks, cycle[2:])
     yield Want(f"{prefix}second backend", {NEIGHBOUR: ("other",)})
+    yield Want(f"{prefix}second backend, alike", {NEIGHBOUR: ("alike",)})
     yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
     wide = _more_than(scale.max_context_lens, 100)
     several = {"pool_size": _more_than(scale.drawn()["pool_size"], 2), "max_context_len": wide, LENGTH: OWN}

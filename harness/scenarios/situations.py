@@ -63,7 +63,9 @@ def _cached_prefixes(script: Script) -> None:
 
 
 def _chunks(script: Script) -> None:
-    """Prefills in chunks: of a request whose tokens are all cached beside one with new tokens, then beside a decode."""
+    """Prefills in chunks: a request whose tokens are all cached, beside one with new tokens; a decode beside one; the
+    cached tokens of all requests, and nothing else.
+    """
     script.join(max(2, _full_page(script)))
     script.join(script.pick((2, 3, script.setup.max_seq_len)))
     new = max(2, min(script.scale.most_new_tokens or 3, 3))
@@ -71,6 +73,7 @@ def _chunks(script: Script) -> None:
     if script.most > 2 and script.pick((False, True)):
         script.join()
     script.eager(EXTEND, script.pick(((1, new), (new, 1))), order=Order.JOINED)
+    script.eager(EXTEND, (0,))
 
 
 def _whole_prompts(script: Script) -> None:
@@ -86,9 +89,10 @@ def _whole_prompts(script: Script) -> None:
     script.eager(EXTEND)
 
 
-def _same_batch_on_other_pages(script: Script) -> None:
+def _same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
     script.fill()
-    call = _call(script, order=_same_order(script))
+    order = _same_order(script)
+    call = script.eager(script.eager_mode(), order=order) if eager else _call(script, order=order)
     running = script.running
     moving = script.pick(("all", "last", "first pages"))
     if moving == "first pages" and len(running) > 1 and running[0].seq_len >= script.setup.page_size:
@@ -298,11 +302,13 @@ def _wide(script: Script) -> None:
 
 
 def _several_segments(script: Script) -> None:
-    """The lengths at capture need one segment, those of the replay several."""
+    """The lengths at capture and of an idle rank need one segment, those of the replay in between several."""
     bucket = script.graph(DECODE, script.pick(range(1, script.most + 1)))
     while len(script.running) < bucket:
         script.join(script.pick((MQA_SEGMENT + 1, script.setup.max_seq_len, 2 * MQA_SEGMENT)))
-    script.replay(DECODE, bucket)
+    call = script.replay(DECODE, bucket)
+    script.finish(0, script.most)
+    script.again(call)
 
 
 def _crossed(size: int, script: Script) -> None:
@@ -320,6 +326,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "steps cross a paged-MQA segment": partial(_crossed, MQA_SEGMENT),
     "steps cross a FlashMLA block": partial(_crossed, FLASHMLA_BLOCK),
     "same batch on other pages": _same_batch_on_other_pages,
+    "same batch on other pages, eager": partial(_same_batch_on_other_pages, eager=True),
     "row grown on other pages": _row_grown_on_other_pages,
     "eager after the longest left": _longest_leaves,
     "small after large in one bucket": _small_after_large,

@@ -292,7 +292,7 @@ def scenarios(
     seed = draw(st.integers(0, 2**32 - 1))
     happened = draw(events(setup, seed, scale, goal))
     if goal.of(NEIGHBOUR) or draw(st.sampled_from(_RARELY)):
-        setup = setup.model_copy(update={"neighbour_context_len": draw(_neighbours(setup, scale))})
+        setup = setup.model_copy(update={"neighbour_context_len": draw(_neighbours(setup, scale, goal))})
     if goal.of(PREPARATIONS) or draw(st.sampled_from(_RARELY)):
         happened = draw(_prepared_again(happened))
     return within(Scenario(setup=setup, optimizations=chosen, seed=seed, events=happened), scale.limits)
@@ -304,8 +304,10 @@ def _tight(setup: Setup) -> int:
     return min(setup.pages_per_request + (setup.pool_size - 1) * own, setup.held_pages)
 
 
-def _neighbours(setup: Setup, scale: Scale) -> st.SearchStrategy[int]:
-    """Context lengths of a second backend: short ones, preferably other than that of the first."""
+def _neighbours(setup: Setup, scale: Scale, goal: Goal) -> st.SearchStrategy[int]:
+    """Context lengths of a second backend: that of the first if the goal says so, else preferably short others."""
+    if goal.of(NEIGHBOUR) == ("alike",):
+        return st.just(setup.max_context_len)
     lengths = sorted(n for n in scale.limits.of("max_context_len", scale.max_context_lens) if n > setup.draft_overshoot)
     others = [n for n in lengths if n != setup.max_context_len]
     return st.sampled_from((others or lengths or [setup.max_context_len])[:3])

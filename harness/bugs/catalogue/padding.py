@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.mutate import Mutation
-from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, Moment, OwnInputs
+from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment, OwnInputs
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode
 
@@ -34,6 +34,15 @@ class PadsWithLastRow(OwnInputs):
         last = self.pool.shape[0] - 1
         numbers.pool_rows[numbers.raw_bs :] = [last] * (len(numbers.pool_rows) - numbers.raw_bs)
         return numbers
+
+
+class IdleKeepsSchedules(KeepsFields):
+    """An IDLE replay prepares all but the schedules."""
+
+    names = ("paged_mqa_schedule_metadata", "flashmla_metadata", "flashmla_num_splits")
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        return batch.forward_mode is ForwardMode.IDLE
 
 
 class IdleKeepsBatch(OwnInputs):
@@ -173,6 +182,15 @@ BUGS = (
         plant=by_mutation(
             Mutation("nsa_oracle.optimized.metadata:read_sizes", "max(seq_lens, default=-1)", "max(seq_lens)")
         ),
+    ),
+    Bug(
+        name="idle-rank-keeps-its-schedules",
+        group=Group.PADDING,
+        sentence="A rank without requests replays with new lengths, but with the schedules of its last batch.",
+        reference=REVIEW,
+        trigger="IDLE in a graph that served a batch whose schedules differ from those of padding",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(IdleKeepsSchedules),
     ),
     Bug(
         name="ragged-batch-taken-for-uniform",

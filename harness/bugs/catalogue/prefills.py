@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import REVIEW, Bug, layer_bug
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, layer_bug
 from nsa_oracle.harness.bugs.catalogue.targets import FORWARD, TOPK
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
@@ -11,6 +11,33 @@ TOPK_MODULE = "nsa_oracle.optimized.kernels.topk"
 _SELECTED = "indices = self.topk_transform_paged(logits, lengths, page_table_1)"
 
 BUGS: tuple[Bug, ...] = (
+    Bug(
+        name="prefill-of-cached-tokens-refused",
+        group=Group.TABLES,
+        sentence="A prefill asserts that some token is new, as none is if the tokens of all requests are cached.",
+        reference=REVIEW,
+        trigger="a prefill of requests whose tokens are all cached",
+        caught_by=frozenset({Check.CRASH}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.metadata:read_sizes",
+                "flattened = sum(seq_lens) if",
+                'assert not bs or sum(q_lens), "nothing to prefill"\n        flattened = sum(seq_lens) if',
+            )
+        ),
+    ),
+    layer_bug(
+        "programs-shared-by-no-row",
+        "The indexer divides its programs by the number of rows, which is 0 if no request has a new token.",
+        REVIEW,
+        "an eager call of requests without a row",
+        Check.CRASH,
+        Mutation(
+            "nsa_oracle.optimized.indexer:indexer_logits",
+            "    logits = torch.empty(",
+            "    PROGRAMS // index_q.shape[0] if max_seq_len_k else 0\n    logits = torch.empty(",
+        ),
+    ),
     layer_bug(
         "short-prefill-not-selected",
         "A prefill of at most index_topk tokens selects nothing, for a dense attention that does not follow.",

@@ -14,7 +14,7 @@ from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment, OwnPool
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
-from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode, Metadata
 
 
 class SkipsTheSameBatch(KeepsFields):
@@ -78,12 +78,37 @@ class SharesBuffers(KeepsFields):
         super().__init__(config, req_to_token, optimizations)
         self.all.add(self)
 
+    def shares_with(self, other: SharesBuffers) -> bool:
+        """Whether this backend and ``other`` have the same buffer."""
+        return True
+
     def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
         super().done(backend, batch, moment, index)
         if moment is Moment.REPLAY:
             key = self._key(index, batch)
-            for other in [other for other in self.all if other is not self and key in other.bound]:
+            sharing = [other for other in self.all if other is not self and self.shares_with(other)]
+            for other in [other for other in sharing if key in other.bound]:
                 other.bound[key].cu_seqlens_k.copy_(backend.forward_metadata.cu_seqlens_k)
+
+
+class SharesBuffersIfAlike(SharesBuffers):
+    """Backends share the buffer only if their configurations are equal, as those of draft and target model may be."""
+
+    def shares_with(self, other: SharesBuffers) -> bool:
+        return other.config == self.config
+
+
+class KeepsEagerMetadata(BackendWrapper):
+    """An eager call of a mode, lengths, pool rows and accept lengths that were called before gives that metadata."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.kept: dict[object, Metadata] = {}
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.EAGER and batch.forward_mode is not ForwardMode.EXTEND:
+            key = (index, batch.forward_mode, str(HostNumbers.of(batch)))
+            backend.forward_metadata = self.kept.setdefault(key, backend.forward_metadata)
 
 
 class SharesRowStarts(BackendWrapper):
@@ -190,6 +215,24 @@ BUGS = (
         trigger="a second backend, which prepares a replay in between",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(SharesBuffers),
+    ),
+    Bug(
+        name="buffers-shared-by-alike-backends",
+        group=Group.BUFFERS,
+        sentence="Two backends of a process have one buffer of KV bounds if their configurations are equal.",
+        reference=REVIEW,
+        trigger="a second backend of the same context length, which prepares a replay in between",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SharesBuffersIfAlike),
+    ),
+    Bug(
+        name="eager-metadata-kept-by-lengths",
+        group=Group.TABLES,
+        sentence="An eager call gives the metadata of an earlier one of the same lengths, whatever its pages are now.",
+        reference=REVIEW,
+        trigger="two eager calls of the same batch, the second one on other pages",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(KeepsEagerMetadata),
     ),
     Bug(
         name="row-starts-kept-for-another-context",

@@ -29,6 +29,13 @@ def test_same_batch_on_other_pages(between: tuple[Event, ...]) -> None:
     assert name not in visited(*first, *between, Join(seq_len=1), REPLAY, reuse=Reuse.QUEUE), "another batch"
 
 
+def test_same_batch_eagerly_on_other_pages() -> None:
+    name, moved = "same batch on other pages, eager", (Finish(request=0), Join(seq_len=5))
+    assert name in visited(Join(seq_len=5), CALL, *moved, CALL, reuse=Reuse.QUEUE)
+    assert name not in visited(Join(seq_len=5), CALL, *moved, CALL), "the same pages"
+    assert name not in visited(GRAPH, Join(seq_len=5), REPLAY, *moved, REPLAY, reuse=Reuse.QUEUE), "in a graph"
+
+
 def test_the_same_pages_in_the_same_order_are_not_other_pages() -> None:
     events = (GRAPH, Join(seq_len=5), REPLAY, Finish(request=0), Join(seq_len=5), REPLAY)
     assert "same batch on other pages" not in visited(*events)
@@ -124,6 +131,24 @@ def test_prefill_without_a_new_token() -> None:
     assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(0,))), "of no request"
 
 
+def test_prefill_of_cached_tokens_alone() -> None:
+    joins, name = (Join(seq_len=3), Join(seq_len=9)), "prefill of cached tokens alone"
+    assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(0,)))
+    assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(0, 2)))
+    assert name not in visited(Eager(mode=EXTEND, extend_lens=(0,))), "an empty batch"
+
+
+def test_idle_rank_after_several_segments() -> None:
+    name, idle = "graph idle after several segments", (Finish(request=0), REPLAY)
+    sizes = {"max_context_len": 600, "paged_mqa_num_sms": 3}
+    assert name in visited(GRAPH, Join(seq_len=257), REPLAY, *idle, **sizes)
+    assert name not in visited(GRAPH, Join(seq_len=256), REPLAY, *idle, **sizes), "one segment, as padding has"
+    assert name not in visited(GRAPH, Join(seq_len=257), *idle, **sizes), "the graph served no request"
+    assert name not in visited(GRAPH, Join(seq_len=257), REPLAY, *idle, REPLAY, max_context_len=600), "no schedule"
+    served = (Join(seq_len=257), REPLAY, Finish(request=0), Join(seq_len=5), REPLAY)
+    assert name not in visited(GRAPH, *served, *idle, **sizes), "a short batch in between"
+
+
 def test_prefill_mixed_with_decodes() -> None:
     joins, name = (Join(seq_len=3), Join(seq_len=9)), "prefill mixed with decodes"
     assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(1, 2)))
@@ -150,6 +175,9 @@ def test_company() -> None:
     assert "prepared twice" not in visited(GRAPH, twice, Join(seq_len=5), REPLAY), "an empty batch"
     assert "second backend" in visited(GRAPH, Join(seq_len=5), REPLAY, neighbour_context_len=70)
     assert "second backend" not in visited(GRAPH, Join(seq_len=5), REPLAY)
+    alike = visited(GRAPH, Join(seq_len=5), REPLAY, max_context_len=70, neighbour_context_len=70)
+    assert "second backend, alike" in alike
+    assert "second backend" not in alike
 
 
 def test_padding_of_length_0() -> None:
