@@ -18,7 +18,16 @@ from nsa_oracle.harness.commands import (  # each adds some
 from nsa_oracle.harness.commands.app import app
 
 __all__ = [
-    *("app", "bugs", "cases", "exploring", "importing", "main", "mutants", "replaying", "reporting", "surveys"),
+    "app",
+    "bugs",
+    "cases",
+    "exploring",
+    "importing",
+    "main",
+    "mutants",
+    "replaying",
+    "reporting",
+    "surveys",
     "upstream",
 ]
 

@@ -42,6 +42,18 @@ def name_of(specs: Specs) -> str:
     return (backend or "optimized/") + (f" and {layer}" if layer is not None else "")
 
 
+def _save_folder(config: pytest.Config) -> Path:
+    """The folder for failing cases. Raises UsageError if one is named in which nothing can be saved."""
+    kept, named = setting(config, "save"), config.getoption("oracle_save")
+    folder = folder_of(config, named, kept or "failures")
+    if kept is not None:  # else a failure is told without a file, as in a folder that is mounted read-only
+        try:
+            check_folder(folder, "oracle_save" if named is None else "--oracle-save")
+        except ScenarioError as error:
+            raise pytest.UsageError(str(error)) from None
+    return folder
+
+
 @dataclass
 class Session:
     """The settings of one run, and methods that judge with them.
@@ -89,14 +101,8 @@ class Session:
         """
         share_gpus(config)
         backend, layer, wanted = (setting(config, name) for name in ("backend", "layer", "device"))
-        profile, timeout, kept = (setting(config, name) for name in ("profile", "case_timeout", "save"))
-        budget, saved_in = config.getoption("oracle_budget"), config.getoption("oracle_save")
-        save_dir = folder_of(config, saved_in, kept or "failures")
-        if kept is not None:  # else a failure is told without a file, as in a folder that is mounted read-only
-            try:
-                check_folder(save_dir, "oracle_save" if saved_in is None else "--oracle-save")
-            except ScenarioError as error:
-                raise pytest.UsageError(str(error)) from None
+        profile, timeout = (setting(config, name) for name in ("profile", "case_timeout"))
+        budget, save_dir = config.getoption("oracle_budget"), _save_folder(config)
         if wanted == "cuda" and not torch.cuda.is_available():
             raise pytest.UsageError("--oracle-device cuda: torch sees no CUDA device here; use cpu or auto")
         device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -106,7 +112,7 @@ class Session:
                 processes.prepare_process(device.type)
             except BackendError as error:
                 raise pytest.UsageError(str(error)) from None
-        counts.mkdir(exist_ok=True)
+        counts.mkdir(exist_ok=True)  # behind whatever may be refused: it says that the run is the oracle's
         return Session(
             config=config,
             started=started,
