@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,26 @@ class SameBatchIsSkipped(Step):
         if self.known.get(id(buffers)) != now:
             super().refresh(buffers, batch)
         self.known[id(buffers)] = now
+
+
+class RepeatedBatchIsSkipped(SameBatchIsSkipped):
+    """The same, but only if no other graph was refreshed in between, as where all graphs share page tables."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        self.known = {key: known for key, known in self.known.items() if key == id(buffers)}
+        super().refresh(buffers, batch)
+
+
+class VerifiedTablesAreReused(Step):
+    """A draft extend of the rows that were verified last gets the page tables of the verification."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        rows, verified = batch.req_pool_indices.tolist(), self.known.pop("verified", None)
+        super().refresh(buffers, batch)
+        if batch.forward_mode is VERIFY:
+            self.known["verified"] = rows, buffers.page_table_1.clone()
+        elif batch.forward_mode is ForwardMode.DRAFT_EXTEND_V2 and verified is not None and verified[0] == rows:
+            buffers.page_table_1.copy_(verified[1])
 
 
 class NewTokensAreAppended(Step):
@@ -144,6 +165,9 @@ def sums_of(mode: ForwardMode) -> type[Step]:
     ("case", "step", "field"),
     [
         ("same-batch-on-other-pages", SameBatchIsSkipped, "page_table_1"),
+        ("same-ends-in-replays-behind-each-other", RepeatedBatchIsSkipped, "page_table_1"),
+        ("same-ends-in-replays-behind-each-other", NewTokensAreAppended, "page_table_1"),
+        ("draft-extend-on-other-pages-than-its-verification", VerifiedTablesAreReused, "page_table_1"),
         ("same-batch-on-other-pages", NewTokensAreAppended, "page_table_1"),
         ("hundreds-of-replays", CounterWraps, "cache_seqlens_int32"),
         ("dozens-of-buckets", SixteenGraphsAreKept, "cache_seqlens_int32"),
@@ -192,6 +216,28 @@ class PrefillIsAnotherKernel(CleanLayer):
         return out, torch.nextafter(lse, lse + 1) if len(q) >= 64 else lse
 
 
+class SlotsOf16Bits(CleanLayer):
+    """Slots to attend to are kept in 16 bits."""
+
+    def sparse_mla(self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor) -> Any:
+        return super().sparse_mla(q, kv_cache, torch.where(indices < 0, indices, indices & 0xFFFF))
+
+
+class PagesOf16Bits(CleanLayer):
+    """Pages to score are kept in 16 bits."""
+
+    def indexer_logits(self, *arguments: Any) -> torch.Tensor:
+        index_q, weights, cache, pages, *rest = arguments
+        return super().indexer_logits(index_q, weights, cache, pages & 0xFFFF, *rest)
+
+
+class StoresFewRows(CleanLayer):
+    """Keys of rows beyond the first 256 are not stored."""
+
+    def store_cache(self, caches: Any, inputs: Any) -> None:
+        super().store_cache(caches, dataclasses.replace(inputs, **{n: t[:256] for n, t in vars(inputs).items()}))
+
+
 class NoBlockThatWide(CleanLayer):
     """A width of exactly the largest block has none."""
 
@@ -208,6 +254,9 @@ class NoBlockThatWide(CleanLayer):
         ("layer-rows-of-five-chunks", KeysEnd, "out"),
         ("layer-prefill-of-many-rows", PrefillIsAnotherKernel, "lse"),
         ("layer-width-of-exactly-a-block", NoBlockThatWide, "AssertionError"),
+        ("layer-slots-beyond-16-bits", SlotsOf16Bits, "out"),
+        ("layer-slots-beyond-16-bits", PagesOf16Bits, "logits"),
+        ("layer-prefill-of-hundreds-of-rows", StoresFewRows, "kv_cache"),
     ],
 )
 def test_a_corner_of_the_layer_shows_its_bugs(case: str, layer: Callable[..., Any], what: str) -> None:
@@ -230,6 +279,24 @@ def test_a_write_far_outside_a_buffer_is_reported(device: torch.device) -> None:
     else:
         assert (finding.kind, finding.field) == (Kind.LAYER_CRASH, "OutOfBounds")
         assert finding.got.startswith("a store of 8 bytes that begins 0 bytes behind the end of likely")
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new"),
+    [
+        ("batch-wider-than-two-scans", "kv_total += tl.sum(kv_lens, 0)", "kv_total = tl.sum(kv_lens, 0)"),
+        (
+            "sixteen-steps-of-sixteen-drafts",
+            "for j in range(rows_per_request):",
+            "for j in range(tl.minimum(rows_per_request, 15)):",
+        ),
+    ],
+)
+def test_sizes_beyond_those_drawn_are_prepared(case: str, old: str, new: str, device: torch.device) -> None:
+    fewer = by_mutation(Mutation("nsa_oracle.optimized.kernels.lengths:write_lengths", old, new))
+    with fewer() as subject, pytest.raises(OracleFailure) as failure:
+        judge_subject(subject, load(PROJECT / f"tests/cases/{case}.json"), device)
+    assert failure.value.finding.kind is Kind.VALUE
 
 
 def test_a_line_more_than_there_is_room_for_is_reported(device: torch.device) -> None:
