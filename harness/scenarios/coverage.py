@@ -73,7 +73,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"content {regime.value}" for regime in Regime),
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
-    MANY_SUMMED,
+    *(MANY_SUMMED, "ordinary numbers in an FP8 cache"),
     *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
     *("rows behind the metadata, replay", "rows behind the metadata, eager", SLOTS_BY_STEP),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
@@ -263,6 +263,8 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
     if setup.layer is not None:
         yield f"content {setup.layer.regime.value}"
         yield f"cache {setup.layer.kv_cache_dtype.value}"
+        if setup.layer.regime is Regime.RANDOM and setup.layer.kv_cache_dtype is KVCacheDtype.FP8:
+            yield "ordinary numbers in an FP8 cache"
         if setup.layer.far_slots:
             yield "far slots"
         if setup.layer.num_heads > 1:

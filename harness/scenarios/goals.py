@@ -126,6 +126,10 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     yield from _steps_of_modes(scale, prefix)
     yield from (Want(f"content {regime.value}", {"regime": (regime,)}) for regime in reversed(Regime))
     yield from (Want(f"cache {dtype.value}", {"kv_cache_dtype": (dtype,)}) for dtype in KVCacheDtype)
+    ranks = tuple(scale.drawn()["kv_lora_rank"])
+    smaller = tuple(rank for rank in ranks if rank < max(ranks)) or ranks  # a kernel of its own may have the largest
+    ordinary: Pins = {"regime": (Regime.RANDOM,), "kv_cache_dtype": (KVCacheDtype.FP8,), "kv_lora_rank": smaller}
+    yield Want("ordinary numbers in an FP8 cache", ordinary)
     yield Want("more heads than one", {"num_heads": _more_than(scale.drawn()["num_heads"], 1)})
     many_heads = {"num_heads": _more_than(scale.drawn()["num_heads"], MANY_HEADS - 1)}
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})

@@ -180,6 +180,13 @@ def test_company() -> None:
     assert "second backend" not in alike
 
 
+def test_ordinary_numbers_in_an_fp8_cache() -> None:
+    name, fp8, random = "ordinary numbers in an FP8 cache", {"kv_cache_dtype": "fp8"}, {"regime": "random"}
+    assert name in visited(Join(seq_len=5), CALL, layer={**fp8, **random})
+    assert name not in visited(Join(seq_len=5), CALL, layer=fp8)
+    assert name not in visited(Join(seq_len=5), CALL, layer=random)
+
+
 def test_padding_of_length_0() -> None:
     name = "padding of length 0"
     assert name in visited(GRAPH, Join(seq_len=5), REPLAY, padding_len=0)
