@@ -342,6 +342,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.config.stash[REFUSED].append(str(error))
             raise pytest.Collector.CollectError(str(error)) from None
         metafunc.fixturenames.append(PART)
+        if not parts:
+            why = f"no item of this test is in shard {metafunc.config.getoption('oracle_shard')}"
+            metafunc.parametrize(PART, [pytest.param(None, marks=pytest.mark.skip(reason=why))], ids=["none"])
+            return
         metafunc.parametrize(PART, list(parts.values()), ids=list(parts))
 
 

@@ -169,6 +169,8 @@ def _write_run(terminalreporter: pytest.TerminalReporter, session: Session, spec
 
 
 def _unused(session: Session, exitstatus: int, runs: Runs) -> list[str]:
+    if session.shard is not None and not runs:  # none of the oracle's items are in it; the merged report has them
+        return []
     taken = [run.options for run in runs.values()]
     return unused_options(session.config, exitstatus, taken, bool(session.replayed))
 

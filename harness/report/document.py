@@ -199,6 +199,7 @@ class SubjectReport(ReportPart):
     classes: how many cases visited each boundary class; 0: none did. unfit: saved cases that are outside of declared
     limits. without: why there was no saved case. left_out: what declared limits exclude. options: the options of the
     command line that its tests took. items: number of test items. gaps: why the run proves less than it seems to.
+    failed_cases: how many cases failed, by the field or stage that was wrong.
     """
 
     name: str
@@ -214,6 +215,7 @@ class SubjectReport(ReportPart):
     items: int
     gaps: tuple[str, ...]
     found: tuple[FoundReport, ...]
+    failed_cases: dict[str, int]
 
     @staticmethod
     def of(
@@ -239,6 +241,7 @@ class SubjectReport(ReportPart):
             items=run.items,
             gaps=tuple(gaps),
             found=tuple(FoundReport.of(group) for group in grouped(run.failures)),
+            failed_cases=dict(Counter(failure.field for failure in run.failures)),
         )
 
     def run(self) -> RunRecord:

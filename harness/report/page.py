@@ -143,7 +143,7 @@ def stage_rows(subject: SubjectReport) -> list[StageRow]:
     rows = []
     for name in STAGES:
         stage = subject.coverage.layers.stages.get(name)
-        failures = sum(1 + len(found.equal) for found in subject.found if found.field == name)
+        failures = subject.failed_cases.get(name, 0)
         if stage is not None:
             worst = stage.worst if stage.bounded or stage.worst else None
             rows.append(StageRow(name, stage.exact, stage.bounded, stage.weaker, stage.declared, worst, failures))

@@ -168,3 +168,10 @@ def test_summary_that_cannot_be_written_is_told_in_one_line(folder: Path) -> Non
     done = run(folder, *ONE_ITEM, variables={"GITHUB_STEP_SUMMARY": str(folder / "absent" / "summary.md")})
     assert done.exit_code == 0
     assert f"NOT WRITTEN: GITHUB_STEP_SUMMARY {folder}/absent/summary.md: No such file" in done.output
+
+
+def test_more_shards_than_items_leave_some_without_one(folder: Path) -> None:
+    done = run(folder, *METADATA, "-rs", "--oracle-shard=9/9", "--oracle-json=9.json")
+    assert done.exit_code == 0
+    assert "no item of this test is in shard 9/9" in done.output
+    assert read(folder / "9.json").totals.cases == 0

@@ -28,6 +28,7 @@ def test_findings_alike_are_one_with_the_smallest_case() -> None:
     first, second = whole.subjects[0].found
     assert (first.field, len(first.equal), second.field, second.equal) == ("real_page_table", 1, "out", ())
     assert first.size == failed(scenario=case()).size
+    assert whole.subjects[0].failed_cases == {"real_page_table": 2, "out": 1}
     assert (whole.totals.findings, whole.totals.failing_cases) == (2, 3)
     assert (whole.verdict, whole.exit_code) == (RunVerdict.FAILED, 1)
 
