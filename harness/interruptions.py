@@ -145,7 +145,7 @@ def exits_refused() -> Iterator[RefusedExits]:
             if os.getpid() != process or not ends(*arguments, **options):
                 return function(*arguments, **options)
             shown = ", ".join("os.getpid()" if one == process else repr(one) for one in arguments)[:80]
-            effect = "stops the process" if set(arguments) & set(_STOPPING) else "ends the process"
+            effect = "stops the process" if any(one in _STOPPING for one in arguments) else "ends the process"
             effect = "closes files of the process" if name.endswith("closerange") else effect
             said = ProcessExit(f"{name}({shown}), which {effect}")
             refused.first = refused.first or said

@@ -395,12 +395,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         oracle = item.stash.get(JUDGE, None)
         if oracle is None and _part_of(item) is None and failures_raised() > before:
             item.user_properties.append((CAUGHT, failures_raised() - before))
-        if oracle is not None and oracle.lost:
+        if oracle is not None and oracle.running:
+            refusal = "not judged: a call of oracle.judge had not ended with the test; join its thread, or await it"
+        elif oracle is not None and oracle.lost:
             refusal = oracle.lost
         elif oracle is None or oracle.has_judged or _part_of(item) is not None:
             return returned
         else:
             refusal = "not judged: the test takes the fixture oracle and never calls oracle.judge"
+    except (pytest.skip.Exception, pytest.xfail.Exception):
+        oracle = item.stash.get(JUDGE, None)
+        if oracle is None or not oracle.lost:
+            raise
+        refusal = oracle.lost
     except (ValueError, pytest.UsageError) as error:
         if not _is_refusal(error, item):
             raise

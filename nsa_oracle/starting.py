@@ -17,7 +17,6 @@ from types import FrameType
 from typing import NoReturn
 
 _end_process = os._exit  # while a backend is loaded, ``os._exit`` is another function
-SEARCHED = tuple(sys.path)  # where modules are found before pytest or judged code adds folders
 MESSAGE = "interrupted before anything was judged\n"
 # Of a case, in seconds: a shorter limit ends none of the harness's own steps, timers cannot be longer.
 SHORTEST_LIMIT, LONGEST_LIMIT = 0.1, 1e6

@@ -112,7 +112,7 @@ class Exploring:
         self.found: list[ClusterFinding] = []
         self.unsaved = ""  # why cases, or the state, could not be saved
         self._before = state or RunState(
-            backend=task.spec.backend, layer=task.spec.layer, device=task.device, seed=task.seed
+            version=1, backend=task.spec.backend, layer=task.spec.layer, device=task.device, seed=task.seed
         )
         self._done = {False: numbers_in(self._before.metadata), True: numbers_in(self._before.layers)}
         self._share = share

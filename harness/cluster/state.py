@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,7 +33,7 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: int = 1
+    version: Literal[1]
     backend: str | None = None
     layer: str | None = None
     device: str

@@ -33,7 +33,7 @@ from nsa_oracle.harness.scenarios.files import check_folder
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.progress import duration
 from nsa_oracle.harness.search.spec import SubjectSpec
-from nsa_oracle.harness.signals import INTERRUPTED
+from nsa_oracle.harness.signals import INTERRUPTED, Termination
 
 CASE_SECONDS = 600.0  # of a case, by default, as in a run of pytest
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
@@ -76,7 +76,8 @@ def explore_cases(
     """
     task: ClusterTask | None = None
     run: Exploring | None = None
-    begun, lost, interrupted = time.monotonic(), "", False
+    termination: Termination | None = None
+    begun, lost, interrupted, stopped = time.monotonic(), "", False, INTERRUPTED
     deadline = math.inf if budget is None else begun + budget
     counts = cases, cases // 5 if layer_cases is None else layer_cases
     if not sum(counts):
@@ -90,7 +91,10 @@ def explore_cases(
         known, share = _shared(corpus)
         if state is not None:  # before workers are started
             state.check(backend, layer, state.device if wanted is None else device.value, seed, save / FILE)
-        with ended_by_a_signal(), connected(scheduler, workers or os.cpu_count() or 1, wanted) as (pool, on_gpu):
+        with (
+            ended_by_a_signal() as termination,
+            connected(scheduler, workers or os.cpu_count() or 1, wanted) as (pool, on_gpu),
+        ):
             task = ClusterTask(spec, "cuda" if on_gpu else "cpu", seed)
             if state is not None:
                 state.check(backend, layer, task.device, seed, save / FILE)
@@ -99,6 +103,7 @@ def explore_cases(
                 run.run(deadline, _reporter(run, show))
     except KeyboardInterrupt:
         interrupted = True
+        stopped = INTERRUPTED if termination is None else termination.exit_code
     except PoolLost as error:
         lost = str(error)
     except (BackendError, ScenarioError) as error:
@@ -106,7 +111,7 @@ def explore_cases(
             raise unusable(str(error)) from None
         lost = str(error)
     if run is None or task is None:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped)
     _report(run, task)
     seconds = time.monotonic() - begun
     typer.echo(f"{_line(run)} in {duration(seconds)}, {run.verdict.replays / max(seconds, 1e-9):.0f} replays a second")
@@ -118,7 +123,7 @@ def explore_cases(
         typer.echo(f"error: not saved: {run.unsaved}", err=True)
     if run.found or run.unsaved:
         raise typer.Exit(1)
-    raise typer.Exit(INTERRUPTED if interrupted else 2 if lost else 0 if run.judged else 1)
+    raise typer.Exit(stopped if interrupted else 2 if lost else 0 if run.judged else 1)
 
 
 def _state(save: Path, resume: bool) -> RunState | None:
@@ -175,7 +180,7 @@ def _report(run: Exploring, task: ClusterTask) -> None:
     for found in run.found:
         typer.echo(_told(found, task))
         typer.echo(f"{counted(found.count, 'case')} failed like this\n")
-    if run.verdict.cases and not run.found:
+    if run.verdict.cases and not run.found and run.judged == run.expected:
         typer.echo(how_exact(run.verdict))
 
 

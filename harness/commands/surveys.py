@@ -63,6 +63,11 @@ def survey(
             check_folder(save, "--save")
         except ScenarioError as error:
             raise unusable(str(error)) from None
+    if json_file is not None:
+        try:
+            check_folder(json_file.parent, "--json")
+        except ScenarioError as error:
+            raise unusable(str(error)) from None
     deadline = None if budget is None else time.monotonic() + budget
     limit = timeout or None
     found: SurveyFound | BackendFound

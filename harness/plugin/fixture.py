@@ -53,12 +53,13 @@ def parts_of(
 class Oracle:
     """Judges backends and layers within one test, and records for the closing report what that covered.
 
-    has_judged: whether ``judge`` was called; a test that passes without a call has judged nothing, and fails.
-    lost: what a call of ``judge`` failed with, of which nobody else is told if the test swallows it, or has made the
-    call in a thread; empty if none failed.
+    has_judged: whether ``judge`` was called; a test that passes without a call has judged nothing, and fails. running:
+    calls of ``judge`` that have not ended. lost: what a call of ``judge`` failed with, of which nobody else is told if
+    the test swallows it, or has made the call in a thread; empty if none failed.
     """
 
     has_judged = False
+    running = 0
     lost = ""
 
     def __init__(self, session: Session, node: pytest.Item) -> None:
@@ -86,6 +87,7 @@ class Oracle:
         test catches that. expect_failure: fails the test if nothing failed; what fails is not in the closing report.
         """
         self.has_judged = True
+        self.running += 1
         try:
             self._judge(parts_of(self._session, backend, layer, profile, cases), expect_failure)
         except (Exception, pytest.fail.Exception) as error:
@@ -94,6 +96,8 @@ class Oracle:
                 where = "and the test caught it; one that expects it calls oracle.judge(..., expect_failure=True)"
             self.lost = f"oracle.judge failed {where}: {error}"
             raise
+        finally:
+            self.running -= 1
 
     def _judge(self, parts: Mapping[str, Part], expect_failure: bool) -> None:
         said = []

@@ -23,22 +23,27 @@ def folder_of(config: pytest.Config, given: str | None, name: str) -> Path:
 
 @dataclass(frozen=True)
 class SavedCases:
-    """The cases of ``folder``. named_by: the option or setting that names the folder; empty for the default one."""
+    """The cases of ``folder``.
+
+    named_by: the option or setting that names the folder; empty for the default one. base: the current folder at the
+    start, which a test may change.
+    """
 
     folder: Path
     named_by: str
     device: torch.device
+    base: Path
 
     @staticmethod
     def of(config: pytest.Config, device: torch.device) -> SavedCases:
         """Those that the options and the configuration file name."""
         given, named = config.getoption("oracle_cases"), setting(config, "cases")
         named_by = "" if named is None else "oracle_cases" if given is None else "--oracle-cases"
-        return SavedCases(folder_of(config, given, named or "tests/cases"), named_by, device)
+        return SavedCases(folder_of(config, given, named or "tests/cases"), named_by, device, Path.cwd())
 
     def files(self) -> Sequence[Path]:
         """Their files. Raises UsageError if the folder was named and has none."""
-        files = corpus(self.device, self.folder)
+        files = corpus(self.device, self.folder if Path.cwd() == self.base else self.base / self.folder)
         if not files and self.named_by:
             raise pytest.UsageError(f"{self.named_by} {self.folder}: {self.why_none()}")
         return files

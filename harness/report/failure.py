@@ -6,8 +6,11 @@ import importlib.util
 import os
 import shlex
 import shutil
+import site
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.table import Table
@@ -18,7 +21,6 @@ from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import MAX_PATH, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.scenarios.story import story
-from nsa_oracle.starting import SEARCHED
 
 
 def explain(failure: OracleFailure, saved: Path | None, command: str, unsaved: str = "") -> str:
@@ -91,6 +93,24 @@ def replay_command(
     return f"PYTHONPATH={shlex.quote(os.pathsep.join(folders))} {shlex.join(words)}"
 
 
+def _searched_afresh() -> set[Path]:
+    """The folders that a fresh process of this Python searches besides the current one.
+
+    Those of ``sys.path`` at this process's start are more: pytest adds those of its setting ``pythonpath`` before it
+    loads plugins.
+    """
+    sites = {*site.getsitepackages(), site.getusersitepackages()}
+    named = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    found = {Path(entry).absolute() for entry in (*sites, *sysconfig.get_paths().values(), *named)}
+    for file in (file for folder in sites for file in sorted(Path(folder).glob("*.pth"))):
+        with suppress(OSError, ValueError):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found |= {
+                file.parent / line.strip() for line in lines if line.strip() and not line.startswith(("#", "import"))
+            }
+    return found
+
+
 def _added_folders(spec: str) -> Iterator[str]:
     """The folder in which the module of ``spec`` is found, if this process has added it to those that are searched."""
     top = spec.partition(":")[0].partition(".")[0]
@@ -102,5 +122,5 @@ def _added_folders(spec: str) -> Iterator[str]:
     if place is None or place.origin is None:
         return
     folder = Path(place.origin).parent.parent if place.submodule_search_locations else Path(place.origin).parent
-    if str(folder) in sys.path and str(folder) not in SEARCHED and folder != Path.cwd():
+    if str(folder) in sys.path and folder not in _searched_afresh() and folder != Path.cwd():
         yield str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)

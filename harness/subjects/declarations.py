@@ -263,7 +263,7 @@ def _listed(what: str, kind: type[_T], get: Callable[[str, Any], Any]) -> tuple[
         raise ValueError(f"{what} must be a list or tuple of {named}; it is {_kind(given)}{mend}")
     for one in given:
         if not isinstance(one, kind):
-            raise ValueError(f"{what} must be a list of {named}, not of {_kind(one)}")
+            raise ValueError(f"{what} must be a list of {named}; one is {_kind(one)}")
     return tuple(given)
 
 
@@ -320,7 +320,7 @@ def _padding(padding: object) -> dict[ForwardMode, Padding]:
         raise ValueError(f"padding must map modes to {Padding.__module__}.Padding; it is {_kind(padding)}")
     for value in padding.values():
         if not isinstance(value, Padding):
-            raise ValueError(f"padding must map modes to {Padding.__module__}.Padding, not to {_kind(value)}")
+            raise ValueError(f"padding must map modes to {Padding.__module__}.Padding; one is {_kind(value)}")
     return {_known_modes("padding", [mode])[0]: value for mode, value in padding.items()}
 
 

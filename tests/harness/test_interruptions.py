@@ -196,6 +196,8 @@ def test_other_programs_are_refused_and_everything_is_as_before() -> None:
     before = os._exit, os.execv, os.execve
     with exits_refused(), pytest.raises(ProcessExit, match=r"^os\.execv\('/bin/true', \('true',\)\), which ends"):
         os.execl("/bin/true", "true")
+    with exits_refused(), pytest.raises(ProcessExit, match=r"^os\.execv\('/bin/true', \['true'\]\), which ends"):
+        os.execv("/bin/true", ["true"])
     with exits_refused():
         assert subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True, check=True).stdout == b"3\n"
     assert before == (os._exit, os.execv, os.execve)

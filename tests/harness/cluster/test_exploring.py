@@ -265,7 +265,18 @@ def test_a_state_is_of_its_subject_alone(tmp_path: Path) -> None:
             state.check(*other, tmp_path / FILE)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"version": 1}', b"\xff\xfe", b'{"device": 3, "seed": 0}', None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"version": 1}',
+        b"\xff\xfe",
+        b'{"device": 3, "seed": 0}',
+        b'{"version": 2, "device": "cpu", "seed": 0}',
+        None,
+    ],
+)
 def test_a_file_that_is_no_state_is_one_line(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / FILE).write_bytes(content)
