@@ -16,7 +16,7 @@ from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
 from nsa_oracle.harness.protocol import SparseAttention
 from nsa_oracle.harness.scenarios.setup import Setup
-from nsa_oracle.harness.subjects.result_checks import locating_results, outputs_of
+from nsa_oracle.harness.subjects.result_checks import locating_results, outputs_of, tensor_of
 from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, AttentionInputs, Metadata
 
 BAND = 16  # slots, pages or rows at either end. 16 times a multiple of 4 bytes keeps memory aligned to 64 bytes
@@ -136,6 +136,18 @@ class LayerDriver:
         cache_copy.kv.copy_(self.caches.kv)
         cache_copy.index_k.copy_(self.caches.index_k[: self.setup.num_pages])
         return LayerStep(outputs, cache_copy)
+
+    def positions(self, step: int, logits: torch.Tensor, metadata: Metadata) -> torch.Tensor | None:
+        """Select by ``topk_indices`` from the logits of a pass; None if the layer brings no such method.
+
+        The chain takes a transform in its place, so that nothing else would show whether it can be captured.
+        """
+        calls = getattr(self.layer, "method_calls", None)
+        if calls is None or "topk_indices" not in calls.names:
+            return None
+        lengths = metadata.seqlens_expanded
+        with locating_results(step, Feed.GRAPH.value):
+            return tensor_of("topk_indices", self.layer.topk_indices(logits[: len(lengths)], lengths))
 
     def forward_eagerly(
         self, a_pass: Pass, metadata: Metadata, guard: GuardedAllocations

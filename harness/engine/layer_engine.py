@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -163,11 +164,19 @@ class CapturedPasses:
         """Run one pass per step. The warm-up run allocates the copies; the capture records copies into them."""
         for step, step_metadata in enumerate(metadata):
             shown = self.driver.forward(step, step_metadata, self.rows)
-            if step not in self._steps:
+            first = step not in self._steps
+            if first:
                 self._steps[step] = LayerStep(copied(shown.outputs), shown.caches)
             copies, outputs = vars(self._steps[step].outputs).values(), vars(shown.outputs).values()
             for copy, output in zip(copies, outputs, strict=True):
                 copy.copy_(output)  # at once, because the next pass may reuse the memory
+            positions = self.driver.positions(step, self._steps[step].outputs.logits, step_metadata)
+            if positions is not None:
+                if first:
+                    self._steps[step] = replace(self._steps[step], positions=positions.clone())
+                kept = self._steps[step].positions
+                assert kept is not None
+                kept.copy_(positions)
 
     @property
     def steps(self) -> tuple[LayerStep, ...]:

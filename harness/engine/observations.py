@@ -144,8 +144,9 @@ class LayerLoad:
 class LayerStep:
     """The results of one pass of the layer, and the caches after it (dense, the setup's pages).
 
-    Only isolated stages give the others. positions, ragged: results of ``topk_indices`` and ``topk_transform_ragged``.
-    fed: the reference's logits that top-k selected from.
+    Only isolated stages give the others, but for positions, which a captured layer that brings ``topk_indices`` gives
+    as well. positions, ragged: results of ``topk_indices`` and ``topk_transform_ragged``. fed: the reference's logits
+    that top-k selected from.
     """
 
     outputs: AttentionOutputs

@@ -43,11 +43,18 @@ def test_wrong_method_that_the_captured_chain_does_not_use_is_found(name: str, d
         judge(ONE_REPLAY, BACKEND, device, layer_factory=factory)
 
 
+def test_method_that_cannot_be_captured_is_found(device: torch.device) -> None:
+    factory, _ = load_layer(f"{LAYERS}:Synchronises")
+    with pytest.raises(OracleFailure, match="capture rejected"):
+        judge(ONE_REPLAY, BACKEND, device, layer_factory=factory)
+
+
 def test_right_method_passes_and_its_calls_are_reported(device: torch.device) -> None:
     factory, _ = load_layer(f"{LAYERS}:Right")
     verdict = judge(ONE_REPLAY, BACKEND, device, Verdict(), factory)
     assert list(verdict.layers.calls) == ["topk_indices"]
     assert verdict.layers.calls["topk_indices"]["isolated stage"] > 0
+    assert verdict.layers.calls["topk_indices"]["captured chain"] > 0
     assert verdict.layers.never_called == []
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from nsa_oracle.reference.topk import topk_indices, topk_transform_ragged
+from nsa_oracle.reference.topk import topk_transform_ragged
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 
 class Right:
-    """The reference's top-k, on the device of its inputs."""
+    """Top-k by torch's operators, without a loop over the rows: it can be captured."""
 
     def __init__(self, config: BackendConfig, attention: AttentionConfig) -> None:
         self.topk = config.index_topk
 
     def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
-        return topk_indices(logits, seqlens_expanded, self.topk)
+        rows, width = logits.shape
+        columns, lengths = torch.arange(width, device=logits.device), seqlens_expanded[:, None]
+        scores = torch.where(logits.isnan() | (columns >= lengths), -torch.inf, logits) + 0.0
+        best = scores.sort(descending=True, stable=True).indices[:, : self.topk]
+        positions = torch.where(best < lengths, best, width).sort().values
+        found = torch.full((rows, self.topk), -1, dtype=torch.int32, device=logits.device)
+        found[:, : positions.shape[1]] = torch.where(positions < width, positions, -1)
+        return found
 
 
 class ReturnsNone(Right):
@@ -53,6 +60,14 @@ class WritesItsInput(Right):
 class WrongPositions(Right):
     def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
         return super().topk_indices(-logits, seqlens_expanded)
+
+
+class Synchronises(Right):
+    """Right, but reads a value of the device on the host."""
+
+    def topk_indices(self, logits: torch.Tensor, seqlens_expanded: torch.Tensor) -> torch.Tensor:
+        assert int(seqlens_expanded.sum()) >= 0
+        return super().topk_indices(logits, seqlens_expanded)
 
 
 class WrongRagged:
