@@ -19,6 +19,7 @@ from nsa_oracle.harness.signals import postponed
 from nsa_oracle.harness.watching import die_with_the_parent
 
 _SECONDS_TO_COME_BACK = 1.0  # of a fork, behind the call that made it; one that works on is waited for once
+_SECONDS_FOR_ANOTHER = 0.02  # where one has not come back; later looks find it all the same
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # until another process has it go on
@@ -73,12 +74,13 @@ class _Fork:
         self.is_settled = False
         self._process = process
         self._pipe = pipe
-        self._patience = _SECONDS_TO_COME_BACK
+        self._has_been_waited_for = False
 
-    def has_returned(self) -> bool:
-        """Whether it was about to leave judged code, and has ended for that."""
-        if self.is_settled or not select.select([self._pipe], [], [], self._patience)[0]:
-            self._patience = 0
+    def has_returned(self, patience: float) -> bool:
+        """Whether it was about to leave judged code, and has ended for that. It is waited for once."""
+        seconds = 0.0 if self._has_been_waited_for else patience
+        self._has_been_waited_for = True
+        if self.is_settled or not select.select([self._pipe], [], [], seconds)[0]:
             return False
         returned = bool(os.read(self._pipe, 1))
         self.close()
@@ -103,13 +105,16 @@ class RefusedExits:
 
     def __init__(self) -> None:
         self.forks: list[_Fork] = []
+        self._patience = _SECONDS_TO_COME_BACK
 
     def check_forks(self) -> None:
         """Raises ForkReturned if a fork has returned from judged code, at the first look behind that."""
         for fork in self.forks:
-            if fork.has_returned():
+            if fork.has_returned(self._patience):
                 self.first = self.first or fork.error
                 raise fork.error
+            if not fork.is_settled:  # a backend that starts a worker in each call would use up the time of its case
+                self._patience = _SECONDS_FOR_ANOTHER
         self.forks = [fork for fork in self.forks if not fork.is_settled]
 
     def check(self) -> None:

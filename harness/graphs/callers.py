@@ -61,6 +61,8 @@ def defined_at(error: BaseException) -> str:
         there = frame.f_locals
         for value in (*there.values(), *getattr(there.get("self"), "__dict__", {}).values()):
             method = inspect.getattr_static(value, called[1], None)
+            if method is None and getattr(value, "__name__", "") == called[1]:
+                method = value  # a method that was wrapped
             function = inspect.unwrap(getattr(method, "__func__", method)) if method is not None else None
             code = getattr(function, "__code__", None)
             if code is not None and is_judged_code(code.co_filename):
