@@ -118,12 +118,6 @@ def judge_subject(
         raise _too_slow(error) from None
 
 
-def _is_raised_in_judged_code(error: BaseException) -> bool:
-    """Whether judged code itself raised the error, whatever its class: those of the harness are public."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and is_judged_code(frames[-1].filename)
-
-
 def _too_slow(error: CaseTimeout) -> ScenarioError:
     return ScenarioError(f"the case is {error} in the harness, not in the judged code: allow it more")
 
@@ -212,10 +206,8 @@ class _Run:
                 self.verdict.layers.count_calls(engine.layer.method_calls.counts)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        except (OracleFailure, BackendError, ScenarioError) as error:
-            if not _is_raised_in_judged_code(error):
-                raise
-            raise OracleFailure(self.scenario, _raised(error), number) from error
+        except (OracleFailure, BackendError, ScenarioError):
+            raise
         except CaseTimeout as error:
             if not judged_frames(error.__traceback__) and not error.stack:
                 raise _too_slow(error) from None
