@@ -393,7 +393,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         returned = yield
         oracle = item.stash.get(JUDGE, None)
-        if oracle is None and _part_of(item) is None and failures_raised() > before:
+        is_of_a_bug = BUG in dict(item.user_properties)  # which is planted to make judge fail
+        if oracle is None and _part_of(item) is None and failures_raised() > before and not is_of_a_bug:
             item.user_properties.append((CAUGHT, failures_raised() - before))
         if oracle is not None and oracle.running:
             refusal = "not judged: a call of oracle.judge had not ended with the test; join its thread, or await it"
