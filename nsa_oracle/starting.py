@@ -18,6 +18,7 @@ from typing import NoReturn
 
 _end_process = os._exit  # while a backend is loaded, ``os._exit`` is another function
 MESSAGE = "interrupted before anything was judged\n"
+CASE_SECONDS = 600.0  # that a case may take, unless an option says otherwise
 # Of a case, in seconds: a shorter limit ends none of the harness's own steps, timers cannot be longer.
 SHORTEST_LIMIT, LONGEST_LIMIT = 0.1, 1e6
 LIMITS = f"from {SHORTEST_LIMIT:g} to {LONGEST_LIMIT:,.0f} seconds (0: no limit)"

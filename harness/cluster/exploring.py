@@ -36,8 +36,8 @@ CRASH = "crash"
 class ClusterFinding:
     """One finding. cases: how many failed like this. saved: file of the smallest. died: how the processes ended.
 
-    failure: of the smallest case; None if it ended its processes. depends: a fresh process did not show it. known: what
-    an earlier run has found, of which no more is known.
+    failure: of the smallest case; None if it ended its processes: then scenario is the case. depends: a fresh process
+    did not show it. known: what an earlier run has found, of which no more is known.
     """
 
     files: FailureFiles
@@ -218,7 +218,7 @@ class Exploring:
         self._drawing[self.pool.submit(drawn_case, self.task, chunk, urgent=True)] = died
 
     def _keep_failure(self, failure: OracleFailure) -> None:
-        found = ClusterFinding(FailureFiles(self.folder), self.folder, failure, failure.scenario)
+        found = ClusterFinding(FailureFiles(self.folder), self.folder, failure)
         earlier = self._like(found)
         if earlier is not None:  # its case is not made smaller once more
             earlier.cases += 1
@@ -228,7 +228,7 @@ class Exploring:
         self._out[self.pool.submit(make_smaller, self.task, failure, urgent=True)] = found
 
     def _keep_smaller(self, found: ClusterFinding, smaller: Smaller) -> None:
-        found.failure, found.scenario, found.depends = smaller.failure, smaller.failure.scenario, smaller.depends
+        found.failure, found.depends = smaller.failure, smaller.depends
         if not smaller.depends:
             self._save(found, smaller.failure.scenario, smaller=True)
             self._share(smaller.failure.scenario)

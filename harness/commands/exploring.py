@@ -28,14 +28,15 @@ from nsa_oracle.harness.commands.app import (
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import explain, explain_death, replay_command
+from nsa_oracle.harness.report.records import gaps_of_the_whole
 from nsa_oracle.harness.report.summary import how_exact
 from nsa_oracle.harness.scenarios.files import check_folder
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.progress import duration
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import INTERRUPTED, Termination
+from nsa_oracle.starting import CASE_SECONDS
 
-CASE_SECONDS = 600.0  # of a case, by default, as in a run of pytest
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 
 
@@ -83,10 +84,8 @@ def explore_cases(
     if not sum(counts):
         raise unusable("explore: no cases; give --cases or --layer-cases")
     try:
-        spec, wanted = (
-            SubjectSpec(backend, layer, timeout or None),
-            None if device is Device.AUTO else device is Device.CUDA,
-        )
+        spec = SubjectSpec(backend, layer, timeout or None)
+        wanted = None if device is Device.AUTO else device is Device.CUDA
         state = _state(save, resume)
         known, share = _shared(corpus)
         if state is not None:  # before workers are started
@@ -121,7 +120,12 @@ def explore_cases(
         typer.echo(f"{why}: explore --resume --save {save} goes on")
     if run.unsaved:
         typer.echo(f"error: not saved: {run.unsaved}", err=True)
-    if run.found or run.unsaved:
+    # Of a run that goes on with another one, or is not at its end, this process knows a part alone.
+    is_whole = not (resume or unfinished)
+    gaps = gaps_of_the_whole(run.verdict, layer, has_drawn=True) if is_whole and not run.found else []
+    for gap in gaps:
+        typer.echo(gap)
+    if run.found or run.unsaved or gaps:
         raise typer.Exit(1)
     raise typer.Exit(stopped if interrupted else 2 if lost else 0 if run.judged else 1)
 

@@ -22,7 +22,7 @@ from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
 from nsa_oracle.harness.signals import Termination
-from nsa_oracle.starting import MESSAGE
+from nsa_oracle.starting import CASE_SECONDS, MESSAGE
 
 
 @app.command()
@@ -41,7 +41,7 @@ def survey(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
     device: DeviceOption = Device.AUTO,
     budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
-    timeout: TimeoutOption = 600,
+    timeout: TimeoutOption = CASE_SECONDS,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, too.", metavar="FILE")
     ] = None,

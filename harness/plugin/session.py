@@ -31,6 +31,7 @@ from nsa_oracle.harness.search.recovery import Recovery
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import Termination
 from nsa_oracle.pytest_plugin import setting
+from nsa_oracle.starting import CASE_SECONDS
 
 Specs = tuple[str | None, str | None]
 """The backend and the layer that are judged, as ``module:attribute``; None stands for ``optimized/``."""
@@ -123,7 +124,7 @@ class Session:
             profile="pr" if profile is None else profile,
             save_dir=save_dir,
             saved=SavedCases.of(config, device),
-            case_timeout=600.0 if timeout is None else timeout or None,
+            case_timeout=CASE_SECONDS if timeout is None else timeout or None,
             replayed=tuple(Path(file) for file in config.getoption("oracle_replay")),
             deadline=None if budget is None else time.monotonic() + budget,
             seed=config.getoption("oracle_seed"),

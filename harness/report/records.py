@@ -171,21 +171,23 @@ class RunRecord:
         for with_layer, names in self.missing.items():
             if unseen := [name for name in dict.fromkeys(names) if name not in self.verdict.boundary_classes]:
                 gaps.append(not_visited(unseen, with_layer))
-        return gaps if is_part else gaps + self._gaps_of_the_whole(layer)
+        return gaps if is_part else gaps + gaps_of_the_whole(self.verdict, layer, self.drawn.total() > 0)
 
-    def _gaps_of_the_whole(self, layer: str | None) -> list[str]:
-        gaps = []
-        if not self.verdict.cases:
-            gaps.append("NOT JUDGED: no case at all was judged")
-        elif not self.verdict.tally.cells:
-            gaps.append(NOTHING_COMPARED)
-        elif layer is not None and not self.verdict.layers.calls:
-            gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
-        if methods := self.verdict.layers.never_called:
-            gaps.append(methods_not_judged(methods))
-        if self.drawn.total():
-            gaps += own_fields_not_judged(self.verdict.declared)
-        return gaps + unneeded_declarations(self.verdict.declared)
+
+def gaps_of_the_whole(verdict: Verdict, layer: str | None, has_drawn: bool) -> list[str]:
+    """What a whole run did not judge. layer: that alone was to be judged, if so. has_drawn: whether it drew cases."""
+    gaps = []
+    if not verdict.cases:
+        gaps.append("NOT JUDGED: no case at all was judged")
+    elif not verdict.tally.cells:
+        gaps.append(NOTHING_COMPARED)
+    elif layer is not None and not verdict.layers.calls:
+        gaps.append(f"NOT JUDGED: layer '{layer}': no case of this run has a layer")
+    if methods := verdict.layers.never_called:
+        gaps.append(methods_not_judged(methods))
+    if has_drawn:
+        gaps += own_fields_not_judged(verdict.declared)
+    return gaps + unneeded_declarations(verdict.declared)
 
 
 NOTHING_COMPARED = "NOT JUDGED: no cell of any field was compared; declare fewer fields as unjudged or absent"

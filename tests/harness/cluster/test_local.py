@@ -90,3 +90,10 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
     assert more.returncode == PASSES, more.stdout + more.stderr
     assert "3 of 3 cases" in more.stdout
     assert read_state(tmp_path / "failures" / FILE).cases == 3
+
+
+def test_a_layer_that_no_case_has_is_not_green(tmp_path: Path) -> None:
+    words = ("explore", "--workers", "1", "--device", "cpu", "--cases", "1", "--layer-cases", "0")
+    done = harness(*words, "--layer", "tests.support.layers.topk_alone:Right", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "NOT JUDGED: layer 'tests.support.layers.topk_alone:Right': no case of this run has a layer" in done.stdout
