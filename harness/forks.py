@@ -27,11 +27,17 @@ from nsa_oracle.harness.processes import (
     ChildDied,
     death_of,
     last_words_in,
-    note_time_limits_in,
     write_last_words_to,
 )
 from nsa_oracle.harness.signals import Termination
-from nsa_oracle.harness.watching import SECONDS_BETWEEN_LOOKS, Watch, die_with_the_parent, end_group, lead_a_group
+from nsa_oracle.harness.watching import (
+    SECONDS_BETWEEN_LOOKS,
+    Watch,
+    die_with_the_parent,
+    end_group,
+    lead_a_group,
+    watched_by,
+)
 
 _T = TypeVar("_T")
 _SECONDS_TO_KILL = 4.0  # judged code may swallow any exception
@@ -82,7 +88,7 @@ def forked(work: Callable[[Tell], _T], hear: Callable[[Any], None] | None = None
         _raise_interruption(fork)
         raise ChildDied(complaint or f"it took longer than {timeout:.0f} s and was ended", hung=bool(complaint))
     _raise_interruption(fork)
-    raise death_of(fork.code, last_words_in(fork.words))
+    raise death_of(fork.code, last_words_in(fork.words), fork.watch)
 
 
 def _raise_interruption(fork: _Fork) -> None:
@@ -97,8 +103,8 @@ class _Fork:
     """A fork that works, as its parent sees it.
 
     interrupts: how often a user has pressed Ctrl-C. terminated: whether the parent was told to end, by SIGTERM. What
-    does not end then is killed. words: a pipe of what a time limit says that ends it. code: as ``multiprocessing``
-    gives it, once the fork has ended.
+    does not end then is killed. words: a pipe of what a time limit or a fault says that ends it. watch: what it notes.
+    code: as ``multiprocessing`` gives it, once the fork has ended.
     """
 
     def __init__(self, process: int, words: Connection, watch: Watch) -> None:
@@ -106,7 +112,7 @@ class _Fork:
         self.terminated = False
         self._process = process
         self.words = words
-        self._watch = watch
+        self.watch = watch
         self.code: int | None = None
         self._kill_at = math.inf
 
@@ -124,7 +130,7 @@ class _Fork:
             lead_a_group()
             receiver.close()
             write_last_words_to(words_sender)
-            note_time_limits_in(watch)
+            watched_by(watch)
             _carry_out(work, sender)
         sender.close()
         words_sender.close()
@@ -142,7 +148,7 @@ class _Fork:
 
     def complaint(self) -> str:
         """Why the fork is to be ended; empty if there is no reason."""
-        return self._watch.complaint(self._process) if self.code is None else ""
+        return self.watch.complaint(self._process) if self.code is None else ""
 
     def end(self, seconds: float = 0) -> None:
         """Kill the fork unless it ends within ``seconds``."""

@@ -30,15 +30,24 @@ import torch
 
 from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.errors import CaseTimeout
-from nsa_oracle.harness.graphs.callers import is_judged_code, judged_stack
+from nsa_oracle.harness.graphs.callers import is_harness, is_judged_code, judged_stack
 from nsa_oracle.harness.interpreter import bounds, promises
 from nsa_oracle.harness.interpreter.masks import accept_integer_masks
 from nsa_oracle.harness.interpreter.speed import speed_up
 from nsa_oracle.harness.signals import INTERRUPTED
-from nsa_oracle.harness.watching import SECONDS_BETWEEN_LOOKS, Watch, end_group, lead_a_group
+from nsa_oracle.harness.watching import (
+    SECONDS_BETWEEN_LOOKS,
+    Watch,
+    end_group,
+    lead_a_group,
+    watch_of_this_process,
+    watched_by,
+)
 
 _T = TypeVar("_T")
 SECONDS_TO_END = 3
+_FAULT = "Fatal Python error: "  # as faulthandler says it
+_FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
 
@@ -63,14 +72,34 @@ def how_it_ended(code: int | None) -> str:
     return f"signal {names.get(-code, -code)}"
 
 
-def death_of(code: int | None, words: str, process: int | None = None) -> ChildDied:
+def death_of(code: int | None, words: str, watch: Watch, process: int | None = None) -> ChildDied:
     """The error for a process that ended with ``code``. words: what it wrote to ``write_last_words_to``."""
     if not words:
-        return ChildDied(f"the process ended ({how_it_ended(code)})", process)
-    sys.stderr.write(words)
-    frames = re.findall(r'File "(.*)", line (\d+) in (.*)', words)  # the innermost of a thread first
-    at = next((f" at {file}:{line} in {name}" for file, line, name in frames if is_judged_code(file)), "")
+        return ChildDied(f"the process ended ({how_it_ended(code)}){watch.during()}", process)
+    stacks = _judged_stacks(words)
+    at = next((f" at {file}:{line} in {name}" for _, frames in stacks for file, line, name in frames), "")
+    said = [line for line in words.splitlines() if line.startswith((_FAULT, "Timeout", "ORACLE FAILURE"))]
+    for heading, frames in stacks:
+        said += [heading, *(f'  File "{file}", line {line} in {name}' for file, line, name in frames)]
+    sys.stderr.write("".join(f"{line}\n" for line in said))
+    if any(line.startswith(_FAULT) for line in said):
+        return ChildDied(f"the process ended ({how_it_ended(code)}){at or watch.during()}", process)
     return ChildDied(f"the process was still running{at} long after the time limit, and was ended", process, hung=True)
+
+
+def _judged_stacks(words: str) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """The heading and the frames of judged code of each thread in ``words``, innermost first.
+
+    The current thread comes first. What has called the harness is not judged. A thread without such frames is left out.
+    """
+    found = []
+    for part in words.split("\n\n"):
+        frames: list[tuple[str, str, str]] = _FRAME.findall(part)
+        ends = max((number for number, (file, *_) in enumerate(frames) if is_harness(file)), default=len(frames))
+        if judged := [frame for frame in frames[:ends] if is_judged_code(frame[0])]:
+            heading = next((line for line in part.splitlines() if "thread 0x" in line.lower()), "")
+            found.append((heading, judged))
+    return sorted(found, key=lambda stack: not stack[0].startswith("Current"))
 
 
 class Child:
@@ -110,7 +139,8 @@ class Child:
             answer, error = self._pipe.recv()
         except (EOFError, OSError):  # the other end is closed
             words = self._words
-            raise death_of(self.close(), "" if words is None else last_words_in(words), process) from None
+            code = self.close()
+            raise death_of(code, "" if words is None else last_words_in(words), self._watch, process) from None
         except KeyboardInterrupt:
             if process is not None:
                 with suppress(ProcessLookupError):
@@ -186,7 +216,7 @@ def _serve(pipe: Connection, words: Connection, watch: Watch, device: str, numbe
         os.dup2(file, 1)
         os.dup2(file, 2)
     write_last_words_to(words)
-    note_time_limits_in(watch)
+    watched_by(watch)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
     take_gpu(number)
     prepare_process(device)
@@ -263,15 +293,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # not sooner: what cleans up must not be interrupted
         faulthandler.dump_traceback_later(3 * seconds, exit=True, file=_for_last_words())
-        if _watch is not None:
-            _watch.begin(seconds, 3 * seconds)
+        watch_of_this_process().begin(seconds, 3 * seconds)
         yield
     finally:
         is_closed = True  # before anything is called: signals are handled at calls
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         faulthandler.cancel_dump_traceback_later()
-        if _watch is not None:
-            _watch.end()
+        watch_of_this_process().end()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if insistence is not None:
@@ -347,20 +375,17 @@ def _stderr() -> int:
 
 
 _words: Connection | None = None
-_watch: Watch | None = None
-
-
-def note_time_limits_in(watch: Watch) -> None:
-    """Time limits of this process are noted there, for the process that waits for it."""
-    global _watch
-    _watch = watch
 
 
 def write_last_words_to(pipe: Connection) -> None:
-    """What a time limit says when it ends this process is written there, for the process that waits for it."""
+    """What ends this process says there where judged code was, for the process that waits for it.
+
+    That is a time limit, or a fault of native code.
+    """
     global _words
     _words = pipe
     os.set_blocking(pipe.fileno(), False)  # nobody reads it before the process has ended
+    faulthandler.enable(file=pipe.fileno())
 
 
 def last_words_in(pipe: Connection) -> str:

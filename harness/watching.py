@@ -1,6 +1,7 @@
 """What a process sees, from outside, of one that works for it: that it is stopped, or far behind its time limit.
 
-Nothing within a process that is stopped runs any more, the time limit of a case included.
+Nothing within a process that is stopped runs any more, the time limit of a case included. Of one that has been killed
+nothing is left but what it has noted before: which method of judged code it was about to call.
 """
 
 from __future__ import annotations
@@ -9,21 +10,44 @@ import ctypes
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.sharedctypes import RawArray
+from typing import ParamSpec, TypeVar
 
+from nsa_oracle.harness.graphs.callers import definition_of
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 SECONDS_BETWEEN_LOOKS = 0.1
 _LOOKS = 30  # in a row that find it stopped
 _SECONDS_BEHIND = 10.0  # the last resort of a time limit within the process, which is told with a stack
 _kill_group = os.killpg  # while a case is judged, ``os.killpg`` is another function
 
 
+_MOST_BYTES = 500  # of what is noted about a call
+
+
 class Watch:
-    """Made by the process that waits, and shared with the one that works, which notes its time limits in it."""
+    """Made by the process that waits, and shared with the one that works, which notes its time limits in it.
+
+    It also notes what judged code it calls.
+    """
 
     def __init__(self) -> None:
         self._limit = RawArray("d", 2)  # of how many seconds; when it ends, as time.monotonic() has it, 0: none
+        self._called = RawArray("c", _MOST_BYTES + 1)
         self._stopped = 0
+
+    @property
+    def called(self) -> str:
+        """The judged code that is being called, as FILE:LINE in NAME; "" if none is known to be."""
+        what: bytes = self._called.value
+        return what.decode(errors="replace")
+
+    @called.setter
+    def called(self, what: str) -> None:
+        self._called.value = what.encode(errors="replace")[:_MOST_BYTES]
 
     def begin(self, seconds: float, last_resort: float) -> None:
         """Note a time limit, and after how many seconds it ends the process itself."""
@@ -37,11 +61,51 @@ class Watch:
         """Why ``process``, a child of this process, is to be ended; empty if there is no reason."""
         seconds, ends = self._limit
         if ends and time.monotonic() > ends + _SECONDS_BEHIND:
-            return f"the process did not answer within {seconds:g} s, nor long after that, and was ended"
+            return f"the process did not answer within {seconds:g} s, nor long after that, and was ended{self.during()}"
         self._stopped = self._stopped + 1 if _is_stopped(process) else 0
         if self._stopped < _LOOKS:
             return ""
-        return f"the process was stopped, did not answer within {_LOOKS * SECONDS_BETWEEN_LOOKS:g} s, and was ended"
+        patience = f"{_LOOKS * SECONDS_BETWEEN_LOOKS:g} s"
+        return f"the process was stopped, did not answer within {patience}, and was ended{self.during()}"
+
+    def during(self) -> str:
+        """A clause that names the judged code that was being called; "" if none is known to be."""
+        return f" during the call of {self.called}" if self.called else ""
+
+
+_watch = Watch()
+
+
+def watched_by(watch: Watch) -> None:
+    """What this process does is noted in ``watch``, which the process has made that waits for it."""
+    global _watch
+    _watch = watch
+
+
+def watch_of_this_process() -> Watch:
+    """Where this process notes what it does."""
+    return _watch
+
+
+def noted(method: Callable[_P, _T], judged: object = None) -> Callable[_P, _T]:
+    """``method``, noted as what is being called while it runs. judged: the judged method in it, if it is wrapped."""
+
+    def call(*arguments: _P.args, **options: _P.kwargs) -> _T:
+        with noted_as(definition_of(judged or method)):
+            return method(*arguments, **options)
+
+    return call
+
+
+@contextmanager
+def noted_as(what: str) -> Iterator[None]:
+    """Note, while the body runs, that judged code is called, as FILE:LINE in NAME. "": leave what is noted."""
+    watch, before = _watch, _watch.called
+    watch.called = what or before
+    try:
+        yield
+    finally:
+        watch.called = before
 
 
 def _is_stopped(process: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -83,8 +82,6 @@ class Replaying:
 
         tell: is called with the number of each file and the device before it is judged.
         """
-        if tell is not None:
-            faulthandler.enable()  # a fault of native code then prints the lines that led to it
         where = torch_device(self.device)
         try:
             cases, subject = self.checked(where)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, TypeGuard, cast
 from nsa_oracle.harness.protocol import MultiStepBackend, PreparesInGraph, PreparesOutOfGraph, SingleStepBackend
 from nsa_oracle.harness.scenarios.setup import Drive
 from nsa_oracle.harness.subjects.names import BuiltBackend, attn_backends_of, has_older_names
+from nsa_oracle.harness.watching import noted
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
 
 
@@ -70,20 +71,20 @@ class MultiStepDriver:
         self.backend = backend
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:
-        self.backend.init_cuda_graph_state(max_bs, max_num_tokens)
+        noted(self.backend.init_cuda_graph_state)(max_bs, max_num_tokens)
 
     def prepare_eagerly(self, batch: ForwardBatch, steps: int | None = None) -> None:
-        self.backend.init_forward_metadata(batch)
+        noted(self.backend.init_forward_metadata)(batch)
 
     def bind(self, batch: ForwardBatch) -> None:
-        self.backend.init_forward_metadata_capture_cuda_graph(batch)
+        noted(self.backend.init_forward_metadata_capture_cuda_graph)(batch)
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
         if prepares_in_graph(self.backend):
-            self.backend.init_forward_metadata_in_graph(batch, batch.batch_size)
+            noted(self.backend.init_forward_metadata_in_graph)(batch, batch.batch_size)
 
     def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
-        self.backend.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+        noted(self.backend.init_forward_metadata_replay_cuda_graph)(batch, batch.batch_size)
 
 
 class _EachBackend:
@@ -94,11 +95,11 @@ class _EachBackend:
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:
         for backend in self._each:
-            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+            noted(backend.init_cuda_graph_state)(max_bs, max_num_tokens)
 
     def prepare_eagerly(self, batch: ForwardBatch, steps: int | None = None) -> None:
         for backend in self._each[:steps]:
-            backend.init_forward_metadata(batch)
+            noted(backend.init_forward_metadata)(batch)
 
 
 class SingleStepDriver(_EachBackend):
@@ -113,7 +114,7 @@ class SingleStepDriver(_EachBackend):
 
     def bind(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
-            backend.init_forward_metadata_capture_cuda_graph(
+            noted(backend.init_forward_metadata_capture_cuda_graph)(
                 bs=batch.batch_size,
                 num_tokens=batch.batch_size * self.config.rows_per_request(batch.forward_mode),
                 req_pool_indices=batch.req_pool_indices,
@@ -126,11 +127,11 @@ class SingleStepDriver(_EachBackend):
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
             if prepares_in_graph(backend):
-                backend.init_forward_metadata_in_graph(batch, batch.batch_size)
+                noted(backend.init_forward_metadata_in_graph)(batch, batch.batch_size)
 
     def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
         for backend in self.backends[:steps]:
-            backend.init_forward_metadata_replay_cuda_graph(
+            noted(backend.init_forward_metadata_replay_cuda_graph)(
                 bs=batch.batch_size,
                 req_pool_indices=batch.req_pool_indices,
                 seq_lens=batch.seq_lens,
@@ -154,15 +155,15 @@ class OutOfGraphDriver(_EachBackend):
 
     def bind(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
-            backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            noted(backend.init_forward_metadata_out_graph)(batch, in_capture=True)
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
         for backend in self.backends:
-            backend.init_forward_metadata_in_graph(batch)
+            noted(backend.init_forward_metadata_in_graph)(batch)
 
     def prepare_replay(self, batch: ForwardBatch, steps: int | None = None) -> None:
         for backend in self.backends[:steps]:
-            backend.init_forward_metadata_out_graph(batch)
+            noted(backend.init_forward_metadata_out_graph)(batch)
 
 
 def driver_for(drive: Drive, backend: BuiltBackend, config: BackendConfig) -> Driver:

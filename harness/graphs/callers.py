@@ -8,8 +8,9 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -63,10 +64,19 @@ def defined_at(error: BaseException) -> str:
             method = inspect.getattr_static(value, called[1], None)
             if method is None and getattr(value, "__name__", "") == called[1]:
                 method = value  # a method that was wrapped
-            function = inspect.unwrap(getattr(method, "__func__", method)) if method is not None else None
-            code = getattr(function, "__code__", None)
-            if code is not None and is_judged_code(code.co_filename):
-                return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+            if where := definition_of(method):
+                return where
+    return ""
+
+
+def definition_of(function: object) -> str:
+    """Where judged code defines ``function``, a method or a class, as FILE:LINE in NAME; "" if it does not."""
+    with suppress(Exception):  # judged objects may answer any question in any way
+        function = inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
+        unwrapped = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
+        code = getattr(unwrapped, "__code__", None)
+        if isinstance(code, CodeType) and is_judged_code(code.co_filename):
+            return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
     return ""
 
 
@@ -81,7 +91,12 @@ def judged_stack(frame: FrameType | None, outermost: FrameType) -> list[FrameTyp
 
 def is_judged_code(filename: str) -> bool:
     """Whether a source file is not of the harness, of Python, or of a library such as torch."""
-    return _is_user_code(filename) and not filename.startswith(_HARNESS)
+    return _is_user_code(filename) and not is_harness(filename)
+
+
+def is_harness(filename: str) -> bool:
+    """Whether a source file is of the harness."""
+    return filename.startswith(_HARNESS)
 
 
 def innermost_user_frame(frames: traceback.StackSummary) -> traceback.FrameSummary | None:

@@ -11,10 +11,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nsa_oracle.harness.graphs.audit import Audit
+from nsa_oracle.harness.graphs.callers import definition_of
 from nsa_oracle.harness.graphs.free_memory import spoil_storage
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_call
 from nsa_oracle.harness.graphs.operators import schema_arguments, tensors_in
 from nsa_oracle.harness.graphs.storages import FoundStorage, in_words, use_count
+from nsa_oracle.harness.watching import noted_as
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Launch:
         return of_call(f"kernel {self.executor.fn.__name__}", self.executor.arg_names, self.args, given, is_host)
 
     def run(self) -> None:
-        self.executor(*self.args, **self.kwargs)
+        with noted_as(definition_of(self.executor.fn)):
+            self.executor(*self.args, **self.kwargs)
 
 
 class SimulatedCapturedGraph:

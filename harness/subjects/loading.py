@@ -32,6 +32,7 @@ from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
 from nsa_oracle.harness.subjects.names import protocol_meant
 from nsa_oracle.harness.subjects.result_checks import checked_stages
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
+from nsa_oracle.harness.watching import noted
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
 _BACKEND_ARGUMENTS = "config, req_to_token"
@@ -70,7 +71,8 @@ class LoadedBackend:
         """The backend, or its instance for ``role``."""
         if role is None and self.declarations.roles[0].name is not None:
             role = self.declarations.roles[0].name  # any will do to try it out
-        built = self.build(config, req_to_token) if role is None else self.build(config, req_to_token, role)
+        build = noted(self.build)
+        built = build(config, req_to_token) if role is None else build(config, req_to_token, role)
         return checked(built, self.spec, single=self.declarations.roles != ASKS_THE_MOST.roles)
 
 
@@ -96,7 +98,7 @@ def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
     build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
 
     def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
-        return completed(build(config, attention), config, attention, spec)
+        return completed(noted(build)(config, attention), config, attention, spec)
 
     return factory, _declared(found, shown, LAYER_FIELDS, "neither a layer nor its setup")
 
@@ -138,7 +140,7 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
     ours = type(whole)
     calls = MethodCalls([name for name in own if getattr(type(layer), name, None) is not getattr(ours, name)])
     for name in calls.names:
-        setattr(whole, name, calls.counting(name, getattr(whole, name)))
+        setattr(whole, name, calls.counting(name, noted(getattr(whole, name), getattr(layer, name))))
     whole.method_calls = calls  # type: ignore[attr-defined]  # of a layer that is loaded alone
     return whole
 

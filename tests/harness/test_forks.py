@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import pty
@@ -61,6 +62,62 @@ def test_an_end_without_a_result_is_an_error(end: Callable[[], Any], how: str) -
     with pytest.raises(ChildDied, match=rf"^the process ended \({how}\)$"):
         forked(work, heard.append)
     assert heard == ["begun"], "what it said before is not lost"
+
+
+def fault() -> None:
+    ctypes.string_at(0)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+AT_THE_FAULT = rf"^the process ended \(signal SIGSEGV\) at {__file__}:\d+ in fault$"
+IN_THE_CALL = rf"^the process ended \(signal SIGKILL\) during the call of {__file__}:\d+ in kill_itself$"
+
+
+def test_a_fault_of_native_code_is_told_with_the_line_that_called_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ChildDied, match=AT_THE_FAULT):
+        forked(lambda tell: fault())
+    with pytest.raises(ChildDied, match=AT_THE_FAULT):
+        Child("cpu").call(fault)
+    said = capfd.readouterr().err
+    assert said.count("Fatal Python error: Segmentation fault") == 2
+    assert f'"{__file__}", line ' in said
+    assert "/harness/forks.py" not in said
+    assert "/harness/processes.py" not in said
+
+
+def killed_in_a_call() -> None:
+    watching.noted(kill_itself)()
+
+
+def killed_behind_a_call() -> None:
+    watching.noted(os.getpid)()
+    watching.noted(fault_of_python)()
+
+
+def fault_of_python() -> None:
+    with suppress(ZeroDivisionError):
+        watching.noted(lambda: 1 / 0)()
+    kill_itself()
+
+
+def killed_between_calls() -> None:
+    watching.noted(is_closed)(os.open(os.devnull, os.O_RDONLY))
+    kill_itself()
+
+
+def test_what_is_killed_is_told_with_the_method_that_was_called() -> None:
+    """Nothing but what it has noted before is left of it."""
+    with pytest.raises(ChildDied, match=IN_THE_CALL):
+        forked(lambda tell: killed_in_a_call())
+    with pytest.raises(ChildDied, match=IN_THE_CALL):
+        Child("cpu").call(killed_in_a_call)
+    with pytest.raises(ChildDied, match=r"during the call of .* in fault_of_python$"):
+        forked(lambda tell: killed_behind_a_call())
+    with pytest.raises(ChildDied, match=r"^the process ended \(signal SIGKILL\)$"):
+        forked(lambda tell: killed_between_calls())
 
 
 def is_closed(receiver: int) -> bool:

@@ -250,6 +250,9 @@ def test_constructor_without_an_end_is_a_failure(tmp_path: Path) -> None:
 
 
 CRASHES = "tests.support.backends.crashes"
+IN_REFRESH = r"/\S*/crashes\.py:\d+ in refresh"
+DURING = r"during the call of /\S*/reference/multi_step\.py:\d+ in init_forward_metadata_replay_cuda_graph"
+WHILE = r"while it judged .*case\.json"
 
 
 @pytest.mark.parametrize(
@@ -259,11 +262,13 @@ CRASHES = "tests.support.backends.crashes"
             "Exits",
             r"backend raised: ProcessExit at .*crashes.py:\d+ in refresh: got os\._exit\(0\), ",
         ),
-        ("ReallyExits", r"the process ended \(exit code 0\) while it judged .*case\.json$"),
-        ("EndsTheProcess", r"the process ended \(signal SIGKILL\) while it judged .*case\.json$"),
+        ("Faults", rf"the process ended \(signal SIGSEGV\) at {IN_REFRESH} {WHILE}$"),
+        ("Aborts", rf"the process ended \(signal SIGABRT\) at {IN_REFRESH} {WHILE}$"),
+        ("ReallyExits", rf"the process ended \(exit code 0\) {DURING} {WHILE}$"),
+        ("EndsTheProcess", rf"the process ended \(signal SIGKILL\) {DURING} {WHILE}$"),
         (
             "ReallyStopsItself",
-            r"the process was stopped, did not answer within 3 s, and was ended while it judged .*case\.json$",
+            rf"the process was stopped, did not answer within 3 s, and was ended {DURING} {WHILE}$",
         ),
         ("InterruptsItself", r"backend raised: KeyboardInterrupt at .*crashes.py:\d+ in refresh: "),
     ],
@@ -279,6 +284,8 @@ def test_case_that_ends_its_process_is_a_failure_and_costs_that_case_only(
     assert re.match(rf"ORACLE FAILURE  {verdict}", verdicts[0])
     assert story(CASE) in done.stdout.replace("  <- fails here", "")
     assert done.stdout.splitlines()[-1] == f"{REPLAY} {path} --device cpu --backend {CRASHES}:{backend}"
+    frames = re.findall(r'File "(.*?)"', done.stderr)
+    assert [file for file in frames if not file.endswith(("crashes.py", "multi_step.py", "seams.py"))] == []
 
 
 @pytest.mark.parametrize("in_process", [(), ("--in-process",)])

@@ -37,9 +37,9 @@ def test_survey_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> N
     (tmp_path / "dies.py").write_text(DIES)
     done = harness("survey", "--layer", "dies:Dies", "--cases", "2", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == FAILS, done.stderr
-    assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) +│", done.stdout), (
-        done.stdout
-    )
+    assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) ", done.stdout), done.stdout
+    told = "".join(re.sub(r"[│\n]", " ", done.stdout).split())
+    assert f"duringthecallof{tmp_path}/dies.py:6insparse_mla" in told, done.stdout
 
 
 BACKEND_DIES = """
@@ -68,7 +68,8 @@ def test_survey_of_a_backend_goes_on_behind_a_case_that_ends_its_process(tmp_pat
     died = rows["keeps its process alive"]
     assert died["checked"] == 4, "the cases behind it are surveyed"
     assert 0 < died["broken"] < 4
-    assert "the process ended (signal SIGKILL)" in died["finding"]
+    method = "init_forward_metadata_capture_cuda_graph"
+    assert f"the process ended (signal SIGKILL) during the call of {tmp_path}/dies.py:8 in {method}" in died["finding"]
     assert rows["page_table_1"]["checked"] > 0
     assert [name for name, row in rows.items() if row["broken"]] == ["keeps its process alive"]
     again = replay(died["case"], "--backend", "dies:Dies", cwd=tmp_path)

@@ -53,6 +53,22 @@ class EndsTheProcess(Step):
 
 
 @backend_of
+class Faults(Step):
+    """Reads address 0, as native code does that is given a wrong pointer."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        ctypes.string_at(0)
+
+
+@backend_of
+class Aborts(Step):
+    """Ends as native code does whose assertion fails."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        os.abort()
+
+
+@backend_of
 class Exits(Step):
     """Ends its process with success, and without a word."""
 
