@@ -8,7 +8,7 @@ import sysconfig
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,12 +48,18 @@ from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario
 from nsa_oracle.harness.scenarios.setup import Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
-from nsa_oracle.harness.subjects.global_state import inference_mode_left_on, kept_global_state
+from nsa_oracle.harness.subjects.global_state import (
+    files_left_open,
+    inference_mode_left_on,
+    kept_global_state,
+    open_files_at_first,
+)
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.thread_errors import thread_errors_noted
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import Metadata
+from nsa_oracle.starting import lacks_files, open_files_told
 
 MOST_FRAMES = 5  # of an exception's stack, in a report
 _HERE = Path(__file__).parent
@@ -86,7 +92,7 @@ def judge(
         thread_errors_noted() as covered.thread_errors,
     ):
         try:
-            with exits_refused() as exits:
+            with exits_refused() as exits, _left_open_told(scenario):
                 _judge_twice(scenario, factory, device, covered, layer_factory, graphs, interruptions, exits)
             interruptions.check()
             if exits.first is not None:  # and nothing else noticed
@@ -120,6 +126,22 @@ def judge_subject(
 
 def _too_slow(error: CaseTimeout) -> ScenarioError:
     return ScenarioError(f"the case is {error} in the harness, not in the judged code: allow it more")
+
+
+@contextmanager
+def _left_open_told(scenario: Scenario) -> Iterator[None]:
+    """Raises OracleFailure if the harness can open no file any more because judged code has left some open.
+
+    Raises ScenarioError if it has not.
+    """
+    open_files_at_first()
+    with open_files_told(ScenarioError):
+        try:
+            yield
+        except OSError as error:
+            if lacks_files(error) and (left := files_left_open()) is not None:
+                raise OracleFailure(scenario, left, None) from error
+            raise
 
 
 def _judge_twice(
@@ -224,6 +246,8 @@ class _Run:
                 raise ScenarioError(
                     f"the GPU has too little memory left ({error_line(error)}): run fewer processes on it (-n)"
                 ) from error
+            if lacks_files(error) and not judged_frames(error.__traceback__):
+                raise
             raise OracleFailure(self.scenario, _raised(error), number) from error
 
     def _judge_event(self, engine: Engine, observations: Iterator[Observation | LayerObservation], number: int) -> None:

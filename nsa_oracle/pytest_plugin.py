@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nsa_oracle.caught import CAUGHT, caught_line, failures_raised
-from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT, ended_in_one_line, interruption_deferred
+from nsa_oracle.starting import (
+    LIMITS,
+    LONGEST_LIMIT,
+    SHORTEST_LIMIT,
+    ended_in_one_line,
+    interruption_deferred,
+    open_files_told,
+)
 
 if TYPE_CHECKING:
     from nsa_oracle.harness.plugin.fixture import Oracle
@@ -136,7 +143,7 @@ def _name(text: str) -> str:
 
 def _profile(name: str) -> str:
     """The type of --oracle-profile."""
-    with ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
+    with open_files_told(argparse.ArgumentTypeError), ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
         from nsa_oracle.harness.search.drawing import PROFILES
 
     if name not in PROFILES:
@@ -182,7 +189,7 @@ def _shard(text: str) -> Any:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARDS):
         raise argparse.ArgumentTypeError(f"'{text}' is not a part of at most {MOST_SHARDS}, such as 3/8")
-    with ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
+    with open_files_told(argparse.ArgumentTypeError), ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
         from nsa_oracle.harness.plugin.parts import Shard
 
     return Shard(int(number), int(count))
@@ -246,7 +253,8 @@ def pytest_configure(config: pytest.Config) -> None:
     }
     given = [value for name, value in vars(config.option).items() if name.startswith("oracle_")]
     if any(value not in (None, []) for value in given) or config.getini("oracle_in_process"):
-        with ended_in_one_line(is_worker(config), None if is_worker(config) else _counts(config)):
+        leftover = None if is_worker(config) else _counts(config)
+        with open_files_told(pytest.UsageError), ended_in_one_line(is_worker(config), leftover):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # of a worker, see pytest_sessionstart
             config.stash[SESSION] = _new_session(config)
             config.stash[SESSION].check()
@@ -262,7 +270,7 @@ def session_of(config: pytest.Config) -> Session:
 
 
 def _new_session(config: pytest.Config) -> Session:
-    with interruption_deferred():
+    with open_files_told(pytest.UsageError), interruption_deferred():
         from nsa_oracle.harness.plugin.session import Session
 
     seed = config.stash[WORKER_INPUT][RANDOM_SEED]

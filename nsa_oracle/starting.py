@@ -1,16 +1,20 @@
 """What a signal does while a process starts, which takes seconds: importing torch, building a backend.
 
+Also what is said where a process may open no more files.
+
 Imports neither torch nor pytest, because it is needed before them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +26,25 @@ CASE_SECONDS = 600.0  # that a case may take, unless an option says otherwise
 # Of a case, in seconds: a shorter limit ends none of the harness's own steps, timers cannot be longer.
 SHORTEST_LIMIT, LONGEST_LIMIT = 0.1, 1e6
 LIMITS = f"from {SHORTEST_LIMIT:g} to {LONGEST_LIMIT:,.0f} seconds (0: no limit)"
+
+
+def lacks_files(error: BaseException) -> bool:
+    """Whether ``error`` says that this process may open no more files."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    return isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error)  # of a shared library
+
+
+@contextmanager
+def open_files_told(refusal: Callable[[str], BaseException]) -> Iterator[None]:
+    """In the body an error of too many open files becomes what ``refusal`` makes of a line that says what to do."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        if not lacks_files(error):
+            raise
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise refusal(f"too many open files: this process may have {most}; raise that, as by ulimit -n 1024") from None
 
 
 def _is_default(number: signal.Signals) -> bool:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import builtins
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 
+from nsa_oracle import pytest_plugin
 from nsa_oracle.starting import MESSAGE
 from tests.support.command_line import environment_of_children, run, saved
 from tests.support.metadata_cases import DECODE, one_replay
@@ -119,3 +125,23 @@ finally:
 def test_a_ctrl_c_while_garbage_is_collected_is_not_lost() -> None:
     done = run(sys.executable, "-c", IN_A_COLLECTION)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+TOO_MANY = r"too many open files: this process may have \d+; raise that, as by ulimit -n 1024"
+
+
+def test_a_command_that_may_open_too_few_files_says_so(tmp_path: Path) -> None:
+    saved(tmp_path, one_replay(DECODE))
+    command = ["sh", "-c", f"ulimit -n 9; exec {sys.executable} -m nsa_oracle replay case.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment_of_children(), capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.match(f"error: {TOO_MANY}\n$", done.stderr), done.stderr
+
+
+def test_an_option_of_pytest_that_may_open_too_few_files_says_so() -> None:
+    full = Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    with (
+        pytest.raises(argparse.ArgumentTypeError, match=TOO_MANY),
+        patch.object(builtins, "__import__", full),
+    ):
+        pytest_plugin._profile("smoke")

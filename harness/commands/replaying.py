@@ -35,14 +35,17 @@ from nsa_oracle.harness.scenarios.files import MAX_PATH, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.subjects.subject import Subject
-from nsa_oracle.starting import MESSAGE
+from nsa_oracle.starting import CASE_SECONDS, MESSAGE
 
 PASSED = 0  # exit code
 
 
 @dataclass(frozen=True)
 class Replaying:
-    """Saved cases and what to judge on them; as the options of ``replay``."""
+    """Saved cases and what to judge on them; as the options of ``replay``.
+
+    timeout: of a case, in seconds. None: no limit, but ``CASE_SECONDS`` for the imports; 0: no limit at all.
+    """
 
     files: tuple[Path, ...]
     device: Device = Device.AUTO
@@ -118,7 +121,8 @@ class Replaying:
     def checked(self, where: torch.device) -> tuple[list[tuple[Path, Scenario]], Subject]:
         """The cases, and the subject to judge on them. Raises ScenarioError or BackendError if they do not fit."""
         cases = [(file, load(file)) for file in self.files]
-        subject = SubjectSpec(self.backend, self.layer, self.timeout).build(where)
+        loading = CASE_SECONDS if self.timeout is None else None
+        subject = SubjectSpec(self.backend, self.layer, self.timeout or None, loading).build(where)
         for file, scenario in cases:
             subject.check(scenario, file)
         if self.layer is not None and self.backend is None and all(case.setup.layer is None for _, case in cases):
@@ -126,7 +130,7 @@ class Replaying:
         return cases, subject
 
     def command(self, file: Path, device: str) -> str:
-        return replay_command((file,), self.backend, device, self.layer, self.graphs, self.timeout)
+        return replay_command((file,), self.backend, device, self.layer, self.graphs, self.timeout or None)
 
     def _judged(self) -> str:
         return " and ".join(spec for spec in (self.backend, self.layer) if spec) or "optimized/"
@@ -169,7 +173,7 @@ def replay(
     Prints one line for each case that passes and a full report for each that fails. If judged code ends the process,
     that case has failed, and the rest is judged in a new process.
     """
-    judging = Replaying(tuple(files), device, backend, layer, graphs, timeout or None)
+    judging = Replaying(tuple(files), device, backend, layer, graphs, timeout)
     with ended_by_a_signal() as termination:
         try:
             code = judging.run() if in_process else judging.watched()
@@ -195,8 +199,8 @@ def tiers(
     cause is: in the case itself, the logic, the compilation or the capture.
     """
     try:
-        check_at_once(Replaying((file,), Device.CPU, backend, layer, timeout=timeout or None))
-        outcomes = list(run_tiers(file, backend, layer, timeout or None))
+        check_at_once(Replaying((file,), Device.CPU, backend, layer, timeout=timeout))
+        outcomes = list(run_tiers(file, backend, layer, timeout))
     except (ScenarioError, BackendError) as error:
         raise unusable(str(error)) from None
     typer.echo(render(tiers_table(outcomes)))

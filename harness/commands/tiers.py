@@ -70,7 +70,7 @@ def run_tiers(
 ) -> Iterator[TierOutcome]:
     """Replay ``file`` on every tier, cheapest first. Continues after a tier has failed.
 
-    timeout: seconds after which a case that is still running in judged code has failed; None: never.
+    timeout: seconds after which a case that is still running in judged code has failed; 0, None: never.
 
     Raises BackendError if the backend or layer cannot be judged at all.
     """

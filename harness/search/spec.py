@@ -9,26 +9,38 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError, error_line
 from nsa_oracle.harness.interruptions import ForkReturned, exits_refused, interruptions_noted
+from nsa_oracle.harness.subjects.global_state import MOST_FILES_OF_OURS, open_files
 from nsa_oracle.harness.subjects.subject import Subject
+from nsa_oracle.starting import lacks_files
 
 
 @dataclass(frozen=True)
 class SubjectSpec:
-    """The subject as named on the command line, from which another process can build it, and its time limit a case."""
+    """The subject as named on the command line, from which another process can build it, and its time limit a case.
+
+    loading_timeout: seconds within which modules must be imported where a case has no time limit; None: no limit.
+    """
 
     backend: str | None = None
     layer: str | None = None
     case_timeout: float | None = None
+    loading_timeout: float | None = None
 
     def build(self, device: torch.device) -> Subject:
         """Load the subject. Raises BackendError if it cannot be judged, or if its code ends the import in any way."""
+        before = open_files()
         try:
             with interruptions_noted() as interruptions, exits_refused() as exits:
-                subject = Subject.load(self.backend, self.layer, device, self.case_timeout)
+                subject = Subject.load(self.backend, self.layer, device, self.case_timeout, self.loading_timeout)
                 exits.check_forks()
                 return subject
         except ForkReturned as error:
             raise BackendError(f"{self._named}: loading it called {error_line(error)}") from None
+        except (OSError, ImportError) as error:
+            left = open_files() - before
+            if not lacks_files(error) or left <= MOST_FILES_OF_OURS:
+                raise
+            raise BackendError(f"{self._named}: loading it left {left} files open, and no more can be opened") from None
         except KeyboardInterrupt:
             interruptions.check()
             raise BackendError(f"{self._named}: loading it raised KeyboardInterrupt") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +103,32 @@ class Streams:
         self._files = {}
         for name, stream in self._before.items():
             setattr(sys, name, stream)
+
+
+MOST_FILES_OF_OURS = 8  # that the harness may have opened meanwhile
+_MOST_LOOKED_AT = 4096
+
+
+def open_files() -> int:
+    """How many files this process has open, of the first 4,096 that it may have. Needs no further one."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sum(_file_of(descriptor) is not None for descriptor in range(min(most, _MOST_LOOKED_AT)))
+
+
+@functools.cache
+def open_files_at_first() -> int:
+    """How many files this process had open when this was called for the first time."""
+    return open_files()
+
+
+def files_left_open() -> Finding | None:
+    """A finding if judged code has left files open since ``open_files_at_first`` was called, else None."""
+    left = open_files() - open_files_at_first()
+    if left <= MOST_FILES_OF_OURS:
+        return None
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    got = f"{left} more than before the first case, and this process may have {most}"
+    return Finding(Kind.STATE, "open files", got, "as many as before")
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:

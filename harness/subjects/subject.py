@@ -49,26 +49,33 @@ class Subject:
 
     @staticmethod
     def load(
-        backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None = None
+        backend: str | None,
+        layer: str | None,
+        device: torch.device,
+        case_timeout: float | None = None,
+        loading_timeout: float | None = None,
     ) -> Subject:
         """The subject named by two ``module:attribute``; None stands for ``optimized/``.
 
+        loading_timeout: of the imports, in seconds, if ``case_timeout`` is None.
         Raises BackendError if it cannot be judged at all.
         """
         with kept_global_state(partial(_left_changed, backend, layer), ()):
-            return Subject._load(backend, layer, device, case_timeout)
+            return Subject._load(backend, layer, device, case_timeout, case_timeout or loading_timeout)
 
     @staticmethod
-    def _load(backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None) -> Subject:
+    def _load(
+        backend: str | None, layer: str | None, device: torch.device, case_timeout: float | None, limit: float | None
+    ) -> Subject:
         subject = optimized_subject()
         if backend is not None:
-            with _loading(f"backend '{one_line(backend)}'"), time_limit(case_timeout):
+            with _loading(f"backend '{one_line(backend)}'"), time_limit(limit):
                 subject = Subject(load_backend(backend), limits=limits_of_backend(backend))
         subject = replace(subject, case_timeout=case_timeout)
         with suppress(CaseTimeout), time_limit(case_timeout):
             try_out(subject.backend, device, subject.limits)
         if layer is not None:
-            with _loading(f"layer '{one_line(layer)}'"), time_limit(case_timeout):
+            with _loading(f"layer '{one_line(layer)}'"), time_limit(limit):
                 layer_factory, layer_limits = load_layer(layer)
             with suppress(CaseTimeout), time_limit(case_timeout):
                 layer_limits = try_out_layer(layer_factory, layer_limits, layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -14,15 +15,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.interruptions import ProcessExit, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.signals import Termination
 from tests.support.backends import crashes, process
+from tests.support.backends.clean import Clean
 from tests.support.command_line import FAILS, PASSES, assert_one_line_error, harness, replay, saved
 from tests.support.metadata_cases import DECODE, factory_of, one_replay
 
@@ -42,6 +46,53 @@ def test_an_end_of_the_process_is_a_finding(backend: Any) -> None:
     assert finding.got == "os._exit(0), which ends the process"
     assert "crashes.py" in finding.place
     assert "in refresh" in finding.place
+
+
+def judged_without_files(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge in a process whose last file is opened behind the first run."""
+    refused = Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))  # not by a line of these tests
+    monkeypatch.setattr(sys.modules[judge.__module__], "frozen_value", refused)
+    judge(one_replay(DECODE), factory_of(backend), CPU)
+
+
+def test_files_that_judged_code_leaves_open_are_a_finding_once_there_are_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge(one_replay(DECODE), factory_of(Clean), CPU)
+    try:
+        with pytest.raises(OracleFailure) as caught:
+            judged_without_files(process.LeavesFilesOpen, monkeypatch)
+    finally:
+        for file in process.LEFT_OPEN:
+            os.close(file)
+        process.LEFT_OPEN.clear()
+    finding = caught.value.finding
+    assert (finding.kind, finding.field) == (Kind.STATE, "open files")
+    assert re.match(r"\d+ more than before the first case, and this process may have \d+$", finding.got)
+
+
+def test_a_process_that_may_open_too_few_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ScenarioError, match=r"^too many open files: this process may have \d+; raise that, as by ul"):
+        judged_without_files(Clean, monkeypatch)
+
+
+LEAKS = """
+import os, resource
+from nsa_oracle.reference.multi_step import MultiStepBackend
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
+
+class Leaks(MultiStepBackend):
+    def __init__(self, config, req_to_token):
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+"""
+
+
+def test_files_that_loading_leaves_open_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "leaks.py").write_text(LEAKS)
+    done = replay(saved(tmp_path, one_replay(DECODE)), "--backend", "leaks:Leaks", cwd=tmp_path)
+    assert_one_line_error(done, "leaks:Leaks: loading it left ", " files open, and no more can be opened")
 
 
 @pytest.mark.parametrize(("backend", "field"), [(crashes.EndsPytest, "Exit"), (crashes.FailsInNumpy, "ValueError")])

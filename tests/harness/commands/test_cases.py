@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_oracle.harness.commands import replaying
+from nsa_oracle.harness.commands.app import Device
+from nsa_oracle.harness.errors import BackendError
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.report.failure import python_command
 from nsa_oracle.harness.scenarios.files import to_json
@@ -247,6 +250,20 @@ def test_constructor_without_an_end_is_a_failure(tmp_path: Path) -> None:
     done = replay(path, "--backend", CLEAN, "--layer", "hangs:Hangs", "--timeout", "2", cwd=tmp_path)
     assert done.returncode == FAILS, done.stderr
     assert "still running after 2 seconds" in done.stdout
+
+
+def test_import_without_an_end_is_one_line_though_a_case_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text("import time\nwhile True:\n    time.sleep(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(replaying, "CASE_SECONDS", 0.5)
+    path = Path(saved(tmp_path, CASE))
+    said = (
+        r"^backend 'endless:X': the import of endless did not end: still running after 0\.5 seconds, at \S+endless.py:"
+    )
+    with pytest.raises(BackendError, match=said):
+        replaying.check_at_once(replaying.Replaying((path,), Device.CPU, "endless:X"))
 
 
 CRASHES = "tests.support.backends.crashes"

@@ -32,6 +32,18 @@ class ClosesFiles(Step):
         super().refresh(buffers, batch)
 
 
+LEFT_OPEN: list[int] = []
+
+
+@backend_of
+class LeavesFilesOpen(Step):
+    """Opens files and forgets them."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        LEFT_OPEN.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(20))
+        super().refresh(buffers, batch)
+
+
 @backend_of
 class AsksForItself(Step):
     """Clean: looks whether its own process is alive."""
