@@ -11,6 +11,10 @@ class BackendError(ValueError):
     """A backend or layer that cannot be judged at all. The message is one line and names the cause and the remedy."""
 
 
+class ModuleMissing(BackendError):
+    """A module of what is to be judged is not found in this process; another may find it."""
+
+
 class ScenarioError(ValueError):
     """A scenario that cannot be used. The message is one line and names the cause."""
 

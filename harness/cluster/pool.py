@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nsa_oracle.harness.errors import BackendError, error_line
+from nsa_oracle.harness.errors import BackendError, ModuleMissing, error_line
 
 LOCAL = "local"
 _POLL_SECONDS = 0.05
@@ -48,19 +49,23 @@ class Pool(Protocol):
 
 
 class DaskPool:
-    """The workers of a Dask scheduler. gpu: calls only go to workers with the resource GPU, one at a time each."""
+    """The workers of a Dask scheduler. gpu: calls only go to workers with the resource GPU, one at a time each.
 
-    def __init__(self, client: Any, gpu: bool) -> None:
+    elsewhere: they may run in other environments than this process, so errors of loading name them.
+    """
+
+    def __init__(self, client: Any, gpu: bool, elsewhere: bool = False) -> None:
         self._client = client
         self._completed: Any = _distributed().as_completed(raise_errors=False)
         self._resources = {"GPU": 1} if gpu else None
+        self._elsewhere = elsewhere
 
     def size(self) -> int:
         return len(self._client.scheduler_info(n_workers=-1)["workers"])
 
     def submit(self, function: Callable[..., Any], *arguments: object, urgent: bool = False) -> object:
         future = self._client.submit(
-            _called, function, arguments, pure=False, priority=int(urgent), resources=self._resources
+            _called, function, arguments, self._elsewhere, pure=False, priority=int(urgent), resources=self._resources
         )
         self._completed.add(future)
         return future.key
@@ -91,9 +96,36 @@ class DaskPool:
         self._completed.clear()
 
 
-def _called(function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
-    name = str(_distributed().get_worker().name).rpartition("-")[2]
-    return function(*arguments, int(name) if name.isdecimal() else 0)
+def _called(function: Callable[..., Any], arguments: tuple[object, ...], elsewhere: bool) -> Any:
+    worker = _distributed().get_worker()
+    number = str(worker.name).rpartition("-")[2]
+    try:
+        return function(*arguments, int(number) if number.isdecimal() else 0)
+    except BackendError as error:
+        if not elsewhere:
+            raise
+        mend = "; start workers where it can be imported" if isinstance(error, ModuleMissing) else ""
+        raise BackendError(f"{error} (on worker {worker.name}, {worker.address}{mend})") from None
+
+
+def _check_environments(client: Any, address: str) -> None:
+    """Raises BackendError, in one line, if the scheduler or a worker cannot import what it is to call."""
+    needed = f"{_called.__module__}:__name__"
+    found = {"the scheduler": _answer(lambda: client.run_on_scheduler(pkgutil.resolve_name, needed))}
+    found |= {
+        f"worker {one}": said for one, said in client.run(pkgutil.resolve_name, needed, on_error="return").items()
+    }
+    for who, said in found.items():
+        if isinstance(said, Exception):
+            reason = f"{who} cannot import nsa_oracle as this process does: {error_line(said)}"
+            raise BackendError(f"--scheduler {address}: {reason}; start it where it is installed, or on PYTHONPATH")
+
+
+def _answer(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        return error
 
 
 def _distributed() -> Any:
@@ -122,7 +154,7 @@ def connected(address: str, workers: int, gpu: bool | None) -> Iterator[tuple[Da
                 distributed.LocalCluster(
                     n_workers=workers,
                     threads_per_worker=1,
-                    dashboard_address=None,
+                    dashboard_address=":0",  # None would take the port that all clusters of a machine ask for
                     resources={"GPU": 1} if on_gpu else None,
                     local_directory=os.environ.get("TMPDIR"),
                     silence_logs=logging.CRITICAL,
@@ -135,6 +167,7 @@ def connected(address: str, workers: int, gpu: bool | None) -> Iterator[tuple[Da
                 client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
             except (OSError, TimeoutError, ValueError) as error:
                 raise BackendError(f"--scheduler {address}: {error_line(error)}") from None
+            _check_environments(client, address)
             known = client.scheduler_info(n_workers=-1)["workers"].values()
             on_gpu = any("GPU" in worker.get("resources", {}) for worker in known) if gpu is None else gpu
-        yield DaskPool(client, on_gpu), on_gpu
+        yield DaskPool(client, on_gpu, elsewhere=address != LOCAL), on_gpu

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from pydantic.fields import FieldInfo
 
-from nsa_oracle.harness.errors import BackendError, CaseTimeout, error_line, meant, one_line
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, ModuleMissing, error_line, meant, one_line
 from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.protocol import (
     STAGES,
@@ -226,7 +226,7 @@ def _imported(name: str, shown: str) -> object:
         raise BackendError(slow) from None
     except ModuleNotFoundError as error:
         missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{_line_of(error)}"
-        raise BackendError(f"{missing}; is it on PYTHONPATH?") from error
+        raise ModuleMissing(f"{missing}; is it on PYTHONPATH?") from error
     except (Exception, SystemExit) as error:  # the module's code may do anything
         reason = f"{type(error).__name__}: {error_line(error)}{_line_of(error)}"
         raise BackendError(f"{shown}: importing {one_line(name)} raised {reason}") from error

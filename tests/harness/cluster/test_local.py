@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from nsa_oracle.harness.cluster import pool as pool_module
 from nsa_oracle.harness.cluster.exploring import Exploring
 from nsa_oracle.harness.cluster.pool import connected
 from nsa_oracle.harness.cluster.state import FILE, read_state
@@ -21,7 +23,8 @@ from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import optimized_subject
 from tests.support.command_line import FAILS, PASSES, assert_one_line_error, harness
 
-pytest.importorskip("distributed", reason="dask's distributed is not installed")
+distributed = pytest.importorskip("distributed", reason="dask's distributed is not installed")
+dask = pytest.importorskip("dask")
 CASES = 20
 
 
@@ -66,6 +69,44 @@ def test_a_scheduler_that_nobody_answers_at_is_one_line(tmp_path: Path, monkeypa
         connected("tcp://127.0.0.1:9", 1, None),
     ):
         pass
+
+
+def test_a_module_that_a_worker_cannot_import_is_one_line_that_names_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "only_here.py").write_text("from nsa_oracle.reference.multi_step import MultiStepBackend as Mine\n")
+    settings = {"distributed.worker.daemon": False}
+    with (
+        dask.config.set(settings),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+    ):
+        (worker,) = cluster.workers.values()
+        words = ("explore", "--scheduler", cluster.scheduler_address, "--device", "cpu", "--cases", "1")
+        done = harness(*words, "--backend", "only_here:Mine", cwd=tmp_path)
+        assert_one_line_error(
+            done,
+            "error: backend 'only_here:Mine': cannot import only_here: No module named 'only_here'; ",
+            f"(on worker 0, {worker.worker_address}; start workers where it can be imported)",
+        )
+
+
+@pytest.mark.parametrize("who", ["the scheduler", "worker tcp://one"])
+def test_a_cluster_without_the_oracle_is_one_line(who: str) -> None:
+    missing = ModuleNotFoundError("No module named 'nsa_oracle'")
+
+    class Cluster:
+        def run_on_scheduler(self, function: Callable[..., object], name: str) -> object:
+            if who == "the scheduler":
+                raise missing
+            return function(name)
+
+        def run(self, function: Callable[..., object], name: str, on_error: str) -> dict[str, object]:
+            assert on_error == "return"
+            return {"tcp://other": function(name), "tcp://one": missing}
+
+    said = (
+        rf"^--scheduler here: {who} cannot import nsa_oracle as this process does: No module named 'nsa_oracle'; start"
+    )
+    with pytest.raises(BackendError, match=said):
+        pool_module._check_environments(Cluster(), "here")
 
 
 def test_the_command_tells_a_finding_once(tmp_path: Path) -> None:
