@@ -16,7 +16,7 @@ from nsa_oracle.harness.protocol import STAGES, Strictness
 from nsa_oracle.harness.report.declared import declared_lines
 from nsa_oracle.harness.report.records import FailureRecord, grouped, methods_not_judged
 from nsa_oracle.harness.report.text import not_judged, render, wrapped
-from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, switch_classes
+from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, all_classes, switch_classes
 from nsa_oracle.harness.scenarios.switches import Switches
 
 MOST_UNVISITED = 20  # boundary classes: a run that leaves out more is a short one, and the count says so

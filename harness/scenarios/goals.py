@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nsa_oracle.harness.scenarios.coverage import (
+from nsa_oracle.harness.scenarios.classes import (
     COPY_CHUNK,
     FEWER_STEPS,
     FLASHMLA_BLOCK,
     IDLE_AFTER_SEGMENTS,
+    IDLE_IN_COMPANY,
     MANY_HEADS,
     MANY_KEYS,
     MANY_STEPS,
@@ -210,6 +211,7 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(f"{prefix}{name}, N > 1", pins, (mode,))
         if not prefix:
             yield Want(name, {SITUATION: (name,)}, (mode,))
+            yield Want(f"second backend, {name}", {SITUATION: (name,), NEIGHBOUR: ("alike",)}, (mode,))
     mode = ForwardMode.DECODE
     for name, call in zip(FEWER_STEPS, ("replay", "eager"), strict=True):
         several: Pins = {SITUATION: (f"{call} {mode.value}",), "num_steps": _steps(scale, 2)}
@@ -229,6 +231,7 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(f"{prefix}{name}, N > 1", {**place, "num_steps": _steps(scale, 2)}, (mode,))
         if not prefix:
             yield Want(name, place, (mode,))
+            yield Want(f"second backend, {name}", {**place, NEIGHBOUR: ("alike",)}, (mode,))
 
 
 def _prefills(scale: Scale, prefix: str) -> Iterator[Want]:
@@ -261,6 +264,8 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
     yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
     for name in ("batch empty", "graph empty after requests"):
         yield Want(name, {SITUATION: ("graph empty after requests",)})
+    idle = {SITUATION: ("graph empty after requests",), NEIGHBOUR: ("alike",)}
+    yield Want(IDLE_IN_COMPANY, idle, (ForwardMode.DECODE,))
     for name in ("full graph, nothing accepted", "accept 0", "accept none at all"):
         yield Want(name, {SITUATION: ("nothing accepted",)}, (ForwardMode.DRAFT_EXTEND,))
     drafts_to_part = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from nsa_oracle.harness.scenarios.coverage import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
+from nsa_oracle.harness.scenarios.classes import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Remap, Replay
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
 from nsa_oracle.harness.scenarios.setup import Order
@@ -194,7 +194,8 @@ def _outgrown(script: Script) -> None:
 
 
 def _emptied(script: Script) -> None:
-    mode = script.graph_mode()
+    """A graph is replayed for requests, for none, and again: half the time in DECODE, where none of them is IDLE."""
+    mode = DECODE if DECODE in script.graph_modes and script.pick((True, False)) else script.graph_mode()
     if mode is None:
         return
     script.fill()

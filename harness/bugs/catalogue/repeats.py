@@ -98,6 +98,17 @@ class SharesBuffersIfAlike(SharesBuffers):
         return other.config == self.config
 
 
+class SharesBuffersOfIdleRanks(SharesBuffers):
+    """Backends share the buffer only in replays without a request."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        if moment is Moment.CAPTURE or batch.forward_mode is ForwardMode.IDLE:
+            super().done(backend, batch, moment, index)
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        return False
+
+
 class KeepsEagerMetadata(BackendWrapper):
     """An eager call of a mode, lengths, pool rows and accept lengths that were called before gives that metadata."""
 
@@ -224,6 +235,15 @@ BUGS = (
         trigger="a second backend of the same context length, which prepares a replay in between",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(SharesBuffersIfAlike),
+    ),
+    Bug(
+        name="buffers-shared-by-idle-ranks",
+        group=Group.BUFFERS,
+        sentence="Two backends of a process have one buffer of KV bounds in replays without a request, and only there.",
+        reference=REVIEW,
+        trigger="a second backend, which prepares a replay of an idle rank in between",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SharesBuffersOfIdleRanks),
     ),
     Bug(
         name="eager-metadata-kept-by-lengths",

@@ -222,3 +222,21 @@ def test_layer_visits_classes_of_its_own() -> None:
     events = (Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(2,)))
     assert "layer: cached prefix extended" in visited(*events, layer=Layer())
     assert not any(name.startswith("layer: ") for name in visited(*events))
+
+
+def test_each_kind_of_call_beside_a_second_backend() -> None:
+    def seen(*events: Event, **setup: int) -> set[str]:
+        return {
+            name for name in visited(*events, **setup) if name.startswith(("second backend, r", "second backend, e"))
+        }
+
+    served, alike = (GRAPH, Join(seq_len=5)), {"max_context_len": 70, "neighbour_context_len": 70}
+    assert seen(*served, REPLAY, **alike) == {"second backend, replay DECODE"}
+    assert seen(*served, CALL, **alike) == {"second backend, eager TARGET_VERIFY"}
+    assert seen(Eager(mode=ForwardMode.IDLE), **alike) == {"second backend, eager IDLE"}
+    assert seen(*served, REPLAY, CALL) == set(), "alone"
+    idle = "second backend, idle replay"
+    assert idle in visited(*served, REPLAY, Finish(request=0), REPLAY, **alike)
+    assert idle not in visited(*served, REPLAY, **alike)
+    assert idle not in visited(GRAPH, REPLAY)
+    assert idle not in visited(Capture(mode=VERIFY, buckets=(2,)), Replay(mode=VERIFY), **alike), "of another mode"

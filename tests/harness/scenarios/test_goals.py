@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes
+from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, all_classes
 from nsa_oracle.harness.scenarios.goal import SITUATION, Goal, Want
 from nsa_oracle.harness.scenarios.goals import FIRST_SITUATIONS, PERIODS, goals, wants
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted

@@ -10,7 +10,8 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 
-from nsa_oracle.harness.scenarios.coverage import all_classes, classes_of
+from nsa_oracle.harness.scenarios.classes import all_classes
+from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Remap, Replay, Scenario
 from nsa_oracle.harness.scenarios.setup import Mirror

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nsa_oracle.harness.report.records import not_visited
-from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, METADATA_CLASSES, classes_of, switch_classes
+from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, METADATA_CLASSES, switch_classes
+from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.search.drawing import PROFILES, Profile
 from nsa_oracle.harness.search.quota import unvisited
 from nsa_oracle.harness.search.stream import CaseStream

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.coverage import LAYER_CLASSES, all_classes, classes_of
+from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, all_classes
+from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.goals import PERIODS
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Eager, Replay, Scenario
