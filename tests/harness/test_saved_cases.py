@@ -137,6 +137,13 @@ class SumsInFloat32(Step):
         metadata.nsa_cu_seqlens_k.copy_(metadata.nsa_cu_seqlens_k.float())
 
 
+class PagesOfSixteenBits(Step):
+    """Page numbers go through 16 bits."""
+
+    def alter(self, metadata: Metadata, batch: ForwardBatch) -> None:
+        metadata.real_page_table.copy_(metadata.real_page_table.to(torch.int16))
+
+
 class NothingAcceptedIsSkipped(Step):
     """A batch of several that accepted nothing has no rows to prepare."""
 
@@ -176,6 +183,7 @@ def sums_of(mode: ForwardMode) -> type[Step]:
         *(("hundreds-of-requests-in-other-modes-one-launch", sums_of(mode), "cu_seqlens_k") for mode in ForwardMode
           if mode is not ForwardMode.IDLE),
         ("running-sums-beyond-24-bits", SumsInFloat32, "nsa_cu_seqlens_k"),
+        ("page-numbers-beyond-16-bits", PagesOfSixteenBits, "real_page_table"),
         ("nothing-left-after-verification", NothingAcceptedIsSkipped, "seqlens_expanded"),
         ("nothing-left-after-verification", IdleIsSkipped, "cache_seqlens_int32"),
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+import dataclasses
+
+import torch
+
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import BackendWrapper, HostNumbers, KeepsFields, Moment
 from nsa_oracle.harness.checks.check import Check
 from nsa_oracle.harness.protocol import SingleStepBackend
-from nsa_oracle.reference.types import ForwardBatch
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch, SpecInfo
 
 
 class IgnoresPadding(BackendWrapper):
@@ -29,7 +33,35 @@ class KeepsPlan(KeepsFields):
         return len(self.attn_backends) > 1 and batch.forward_mode.is_decode_or_idle
 
 
+class SelectsAtCapture(BackendWrapper):
+    """Selects the accept lengths of a graph's requests when it is bound; the preparation in the graph reads these."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.selected: dict[int | None, torch.Tensor] = {}
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if batch.spec_info is None:
+            return batch
+        accepted = batch.spec_info.accept_length
+        if moment is Moment.CAPTURE:
+            requests = torch.arange(len(accepted), device=accepted.device)
+            self.selected[step] = accepted.index_select(0, requests)
+        if moment is Moment.IN_GRAPH:
+            return dataclasses.replace(batch, spec_info=SpecInfo(self.selected[step]))
+        return batch
+
+
 BUGS = (
+    Bug(
+        name="accepts-selected-at-capture",
+        group=Group.ACCEPTS,
+        sentence="A graph reads accept lengths that were selected into a tensor of their own when it was captured.",
+        reference=REVIEW,
+        trigger="a draft extend that is prepared in the graph, with other accept lengths than at the capture",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SelectsAtCapture),
+    ),
     Bug(
         name="no-accept-underflows-offset",
         group=Group.ACCEPTS,

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from nsa_oracle.harness.bugs.bug import Bug, Group, by_mutation, by_wrapping
+from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, by_mutation, by_wrapping
 from nsa_oracle.harness.bugs.catalogue.targets import STEP
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.bugs.wrappers import DRAFT_EXTENDS, BackendWrapper, HostNumbers, Moment, OwnInputs, OwnPool
@@ -80,6 +80,22 @@ class ReadsHalves(BackendWrapper):
 
 
 BUGS = (
+    Bug(
+        name="page-number-of-16-bits",
+        group=Group.TABLES,
+        sentence="A page number passes through 16 bits on its way to the page table: beyond 32,767 it is negative.",
+        reference=REVIEW,
+        trigger="a page whose number is beyond 32,767, which no pool that is drawn for a CPU has",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_mutation(
+            Mutation(
+                "nsa_oracle.optimized.kernels.page_table:write_table_rows",
+                "mask=live_pages, other=0) // PAGE_SIZE",
+                "mask=live_pages, other=0) // PAGE_SIZE\n            page_ids = page_ids.to(tl.int16)",
+            )
+        ),
+        drawn=False,
+    ),
     Bug(
         name="pool-narrower-than-overshoot",
         group=Group.TABLES,
