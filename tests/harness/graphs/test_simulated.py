@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nsa_oracle.harness.graphs.recording import Launch
 from nsa_oracle.harness.graphs.simulated import SimulatedGraphRunner
 from nsa_oracle.harness.graphs.storages import StorageWatch
+from nsa_oracle.harness.watching import watch_of_this_process
 from tests.support.captures import add_kernel, floats
 
 CPU = torch.device("cpu")
@@ -90,3 +93,18 @@ class TestSimulationOnly:
             made = torch.zeros(4) + 1
             assert not watch.existed(made)
         assert not watch.found
+
+
+def test_a_launch_is_noted_while_it_is_replayed() -> None:
+    """A fault of a kernel in a replay passes no line of judged code."""
+    noted: list[str] = []
+
+    class Executor:
+        fn = staticmethod(lambda: None)
+
+        def __call__(self) -> None:
+            noted.append(watch_of_this_process().called)
+
+    Launch(Executor(), (), {}).run()
+    assert re.fullmatch(rf"{re.escape(__file__)}:\d+ in <lambda>", noted[0])
+    assert watch_of_this_process().called == ""
