@@ -27,6 +27,7 @@ from nsa_oracle.harness.checks.verdict import Verdict as Verdict
 from nsa_oracle.harness.compiled import launcher
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
@@ -39,7 +40,6 @@ from nsa_oracle.harness.interruptions import (
     exits_refused,
     interruptions_noted,
 )
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
@@ -80,7 +80,7 @@ def judge(
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
     launcher.interpreted.clear()
     with (
-        memory_for(scenario.setup.is_far, device),
+        memory_for(scenario.setup, device),
         nullcontext() if is_ours else shown_warnings(),
         interruptions_noted() as interruptions,
         thread_errors_noted() as covered.thread_errors,

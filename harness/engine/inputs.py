@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.interpreter.bounds import hand_out
-from nsa_oracle.harness.memory.poison import BandedInput
+from nsa_oracle.harness.memory.banded import BandedInput
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.setup import Inputs, IntDtype, Setup
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo

@@ -22,6 +22,7 @@ from nsa_oracle.harness.checks.metadata import differing_fields
 from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
@@ -30,7 +31,6 @@ from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.files import digest, save
@@ -170,7 +170,7 @@ class BackendSurvey:
             surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
             streams = Streams()
             try:
-                far = memory_for(scenario.setup.is_far, self.device)
+                far = memory_for(scenario.setup, self.device)
                 with shown_warnings(), speed.without_warnings(), far, time_limit(self.subject.case_timeout):
                     surveyed.run()
                 lost = streams.lost()

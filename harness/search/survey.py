@@ -19,13 +19,13 @@ from nsa_oracle.harness.checks.selection import edge_logits_by_kind
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Scenario
@@ -136,7 +136,7 @@ class Survey:
         streams = Streams()
         with interruptions_noted() as interruptions:
             try:
-                far, limit = memory_for(scenario.setup.is_far, self.device), time_limit(self.subject.case_timeout)
+                far, limit = memory_for(scenario.setup, self.device), time_limit(self.subject.case_timeout)
                 with speed.without_warnings(), far, exits_refused() as exits, limit:
                     self._survey_calls(scenario, build, check_time)
                 interruptions.check()
