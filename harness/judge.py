@@ -20,11 +20,11 @@ from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
 from nsa_oracle.harness.checks.metadata import compare_metadata
-from nsa_oracle.harness.checks.relations import Relation, Relations, differs
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs, differs_among_many
 from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
 from nsa_oracle.harness.checks.verdict import OracleFailure as OracleFailure  # what callers of ``judge`` import with it
 from nsa_oracle.harness.checks.verdict import Verdict as Verdict
-from nsa_oracle.harness.compiled import launcher
+from nsa_oracle.harness.compiled import launcher, tier
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.far_memory import memory_for
@@ -78,7 +78,7 @@ def judge(
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
-    launcher.interpreted.clear()
+    tier.interpreted.clear()
     with (
         memory_for(scenario.setup, device),
         nullcontext() if is_ours else shown_warnings(),
@@ -273,6 +273,11 @@ class _Run:
             return finding
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
+        if seen.many is not None:
+            layers.count(Relation.MANY)
+            finding = differs_among_many(seen)
+            if finding is not None:
+                return finding
 
         self.calls.append(stages.judged)
         if first_call is not None:

@@ -95,6 +95,7 @@ class LayerObservation:
     selected: Selected | None = None
     stored: Stored | None = None
     scored: Scored | None = None
+    many: ManyRows | None = None
     again: bool = False
 
 
@@ -114,6 +115,19 @@ class Scored:
 
     given: EdgeScores
     logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """Results of stages by themselves on ``count`` rows, those of a pass over and over: row i is its row i % ``rows``.
+
+    step: of the pass. results: by the names of fields in reports.
+    """
+
+    step: int
+    rows: int
+    count: int
+    results: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

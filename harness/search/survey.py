@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from nsa_oracle.harness.checks.layer import StageJudge
-from nsa_oracle.harness.checks.relations import Relations
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs_among_many
 from nsa_oracle.harness.checks.selection import edge_logits_by_kind
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.engine import Engine
@@ -176,6 +176,8 @@ class Survey:
                         self.records[f"made-up logits: {kind.value}"].note(finding)
                     seen = dataclasses.replace(seen, selected=None)
                 self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
+                if seen.many is not None:
+                    self.records[f"same bits: {Relation.MANY.value}"].note(differs_among_many(seen))
                 if seen.feed is Feed.ISOLATED or regime.is_exact:
                     continue
                 for relation, finding in relations.check_all(engine, seen):
