@@ -206,8 +206,10 @@ class _Run:
                 self.verdict.layers.count_calls(engine.layer.method_calls.counts)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        except (OracleFailure, BackendError, ScenarioError):
-            raise
+        except (OracleFailure, BackendError, ScenarioError) as error:
+            if not _is_of_a_method(error):
+                raise
+            raise OracleFailure(self.scenario, _raised(error), number) from error
         except CaseTimeout as error:
             if not judged_frames(error.__traceback__) and not error.stack:
                 raise _too_slow(error) from None
@@ -351,6 +353,15 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames that the exception passed, without those of libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     return [f for f in frames if "site-packages" not in f.filename or Path(f.filename).is_relative_to(_HERE)]
+
+
+def _is_of_a_method(error: OracleFailure | BackendError | ScenarioError) -> bool:
+    """Whether a method of judged code has raised an error of the harness, which only a factory may raise."""
+    if not judged_frames(error.__traceback__):
+        return False
+    if isinstance(error, OracleFailure):
+        return True
+    return not error.of_factory and is_judged_code(_frames(error)[-1].filename)
 
 
 def _raised(error: BaseException) -> Finding:

@@ -25,6 +25,7 @@ from nsa_oracle.harness.engine.observations import (
     copied,
     dense_copy,
 )
+from nsa_oracle.harness.errors import building
 from nsa_oracle.harness.memory.poison import POISON_BYTES, GuardedAllocations
 from nsa_oracle.harness.protocol import LayerFactory
 from nsa_oracle.harness.scenarios.batch import Batch
@@ -59,7 +60,8 @@ class LayerEngine:
         self.device = device
         self.conditions = conditions
         self.config = setup.backend_config()
-        built = factory(setup.backend_config(), layer.attention_config())  # copies, as it may change them
+        with building():
+            built = factory(setup.backend_config(), layer.attention_config())  # copies, as it may change them
         self.driver = LayerDriver(setup, built, device, conditions.poison, max_rows, setup.num_steps)
         self.cache_state = CacheState(setup, scenario.seed, conditions.poison, device)
         self.expected = ExpectedLayer(self.config, attention)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
+from nsa_oracle.harness.errors import building
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.scenarios.batch import Batch, Padding
@@ -213,7 +214,8 @@ class Declarations:
     ) -> BuiltBackend:
         """The instance for ``role``: ``factory`` gets the role's name if it has one."""
         build: Callable[..., BuiltBackend] = factory
-        return build(config, pool, switches) if role.name is None else build(config, pool, switches, role.name)
+        with building():
+            return build(config, pool, switches) if role.name is None else build(config, pool, switches, role.name)
 
 
 ASKS_THE_MOST = Declarations()
