@@ -335,11 +335,18 @@ def _stray_write(engine: Engine) -> Finding | None:
 
 def _modified_input(engine: Engine, event: Event | None = None) -> Finding | None:
     """An input of the backend that is not as the engine wrote it, or None. event: in which the backend was called."""
-    modified = engine.modified_input()
-    if modified is None:
+    modified, written = engine.modified_input(), engine.instances.written.first
+    if modified is None and written is None:
         return None
     by = engine.instances.called_in(event)
-    return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=f"by {by}" if by else "")
+    how = f"by {by}" if by else ""
+    if written is None or modified not in (None, written.name):
+        assert modified is not None
+        return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=how)
+    if modified is not None:
+        return Finding(Kind.INPUT, modified, "changed content", "the engine's content", place=written.place, how=how)
+    got = f"a write by {written.operation} that leaves its content as it is"
+    return Finding(Kind.INPUT, written.name, got, "no write", place=written.place, how=how)
 
 
 def _is_shortage(error: BaseException) -> bool:

@@ -45,6 +45,11 @@ class StaticInput:
         before = self._views.setdefault(count, written)
         return before if _is_same_view(before, written) else written
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of its memory, the poison around it included."""
+        return self._banded.memory
+
     def is_modified(self) -> bool:
         return self._banded.is_modified()
 
@@ -129,8 +134,15 @@ class StaticInputs:
         """The name of an input whose memory differs from what the engine wrote, or None."""
         if self._mirror is not None and self._mirror.tolist() != list(self._mirrored):
             return "seq_lens_cpu"
-        inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
-        return next((static.name for static in inputs if static.is_modified()), None)
+        return next((static.name for static in self._static() if static.is_modified()), None)
+
+    def memory(self) -> list[tuple[str, torch.Tensor]]:
+        """The name and the memory of each input, as it is now."""
+        mirror = [] if self._mirror is None else [("seq_lens_cpu", self._mirror)]
+        return [*mirror, *((static.name, static.memory) for static in self._static())]
+
+    def _static(self) -> list[StaticInput]:
+        return [value for value in vars(self).values() if isinstance(value, StaticInput)]
 
 
 class PoolInput:
@@ -151,6 +163,10 @@ class PoolInput:
         """Set the content that the table has from the next delivery on."""
         self._banded.content[:, self._columns] = torch.from_numpy(req_to_token)
         self._delivery.send(self._banded.memory, self._banded.expected)
+
+    def memory(self) -> list[tuple[str, torch.Tensor]]:
+        """Its name and all of its memory."""
+        return [("req_to_token", self._banded.memory)]
 
     def is_modified(self) -> bool:
         return self._banded.is_modified()

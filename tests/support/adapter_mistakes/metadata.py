@@ -39,7 +39,8 @@ def steps() -> Iterator[Mistake]:
         "a step writes what the next one reads",
         writes + "class Mine(Backend):\n    def __init__(self, c, r):\n        super().__init__(c, r)\n"
         "        self.attn_backends = [S(c, r) for _ in self.attn_backends]\n",
-        "input modified: seq_lens (by Mine.init_forward_metadata): got changed content",
+        "input modified: seq_lens at ",
+        " in init_forward_metadata (by Mine.init_forward_metadata): got changed content",
     )
     yield init(
         "one step too few",
