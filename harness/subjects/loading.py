@@ -19,6 +19,7 @@ from nsa_oracle.harness.protocol import (
     BackendFactory,
     LayerFactory,
     MultiStepBackend,
+    PreparesOutOfGraph,
     SingleStepBackend,
     SparseAttention,
     Strictness,
@@ -29,7 +30,14 @@ from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
 from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
-from nsa_oracle.harness.subjects.names import protocol_meant
+from nsa_oracle.harness.subjects.names import (
+    OLDER,
+    TODAYS,
+    begins_todays_names,
+    methods_left,
+    protocol_meant,
+    todays_lacking,
+)
 from nsa_oracle.harness.subjects.result_checks import checked_stages
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
@@ -277,9 +285,15 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
     """Raises BackendError for the first method of ``protocol`` that ``found`` lacks or that cannot be called."""
     kind = type(found).__name__
     _check_runs(found, "init_forward_metadata_in_graph", shown)  # optional in the older set
+    if protocol is PreparesOutOfGraph and methods_left(found):
+        for name in OLDER:
+            if not hasattr(found, name) and (near := _misspelt(found, name, 0.9)):  # meant to be called by those names
+                raise BackendError(f"{shown} lacks {kind}.{name}{near}")
     for name in _methods(protocol):
         if not hasattr(found, name):
             near = _misspelt(found, name)
+            if protocol is not PreparesOutOfGraph and begins_todays_names(found):
+                near += f", and of today's set {kind}.{', '.join(todays_lacking(found))}; complete one of the two sets"
             raise BackendError(
                 f"{shown} lacks {kind}.{name}{near}; nsa_oracle/harness/protocol.py says what it must do"
             )
@@ -300,7 +314,7 @@ def _check_runs(found: object, name: str, shown: str) -> None:
 
 def _misspelt(found: object, name: str, cutoff: float = 0.75) -> str:
     """A clause about an attribute of ``found`` whose name is like ``name``, or ""."""
-    known = {*_methods(MultiStepBackend), *_stages()}
+    known = {*_methods(MultiStepBackend), *TODAYS, *_stages()}
     near = meant(name, (other for other in dir(found) if not other.startswith("_") and other not in known), cutoff)
     return f" (it has {near}: did you mean {name}?)" if near else ""
 
