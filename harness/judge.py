@@ -29,6 +29,7 @@ from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
+from nsa_oracle.harness.engine.writes import modified_input, stray_write
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
@@ -45,7 +46,7 @@ from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
 from nsa_oracle.harness.scenarios.setup import Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.global_state import inference_mode_left_on, kept_global_state
@@ -188,7 +189,7 @@ class _Run:
         try:
             engine = self.build(self.scenario)
             exits.check_forks()
-            if (modified := _modified_input(engine)) is not None:  # by the constructor
+            if (modified := modified_input(engine)) is not None:  # by the constructor
                 raise OracleFailure(self.scenario, modified, None)
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
@@ -196,7 +197,7 @@ class _Run:
                     exits.check_forks()
                     if (left := inference_mode_left_on(inference)) is not None:
                         raise OracleFailure(self.scenario, left, number)
-            finding = _stray_write(engine) or _modified_input(engine)  # a capture without a replay can write, too
+            finding = stray_write(engine) or modified_input(engine)  # a capture without a replay can write, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             exits.check_forks()
@@ -234,7 +235,7 @@ class _Run:
         event = self.scenario.events[number]
         for seen in observations:
             batch = seen.batch
-            if (modified := _modified_input(engine, event)) is not None:  # first: wrong values may come of it
+            if (modified := modified_input(engine, event)) is not None:  # first: wrong values may come of it
                 raise OracleFailure(self.scenario, modified, number)
             if isinstance(seen, Observation):
                 table, steps = engine.world.req_to_token, engine.num_steps(seen.batch)
@@ -250,10 +251,10 @@ class _Run:
                     self.verdict.eager_calls += 1
             else:
                 finding = self._judge_layer(engine, seen, metadata)
-            finding = finding or _stray_write(engine)
+            finding = finding or stray_write(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        if batch is None and (modified := _modified_input(engine, event)) is not None:  # by a capture
+        if batch is None and (modified := modified_input(engine, event)) is not None:  # by a capture
             raise OracleFailure(self.scenario, modified, number)
         launched = self._counter.take()
         alone = not self.scenario.setup.neighbour_context_len  # another context length may select other variants
@@ -321,32 +322,6 @@ def _differing(first: Sequence[JudgedPass], second: LayerObservation, relation: 
         if finding is not None:
             return replace(finding, step=step, how=relation.value)
     return None
-
-
-def _stray_write(engine: Engine) -> Finding | None:
-    """A write to memory that the backend and the layer must not write to, or None."""
-    overrun = engine.guards.overrun()
-    if overrun is not None:
-        buffer = f"buffer of shape {list(overrun.shape)} made by {overrun.operation}"
-        return Finding(Kind.GUARD, buffer, "a written guard band", "no write around it")
-    modified = engine.modified_input_of_layer()
-    return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
-
-
-def _modified_input(engine: Engine, event: Event | None = None) -> Finding | None:
-    """An input of the backend that is not as the engine wrote it, or None. event: in which the backend was called."""
-    modified, written = engine.modified_input(), engine.instances.written.first
-    if modified is None and written is None:
-        return None
-    by = engine.instances.called_in(event)
-    how = f"by {by}" if by else ""
-    if written is None or modified not in (None, written.name):
-        assert modified is not None
-        return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=how)
-    if modified is not None:
-        return Finding(Kind.INPUT, modified, "changed content", "the engine's content", place=written.place, how=how)
-    got = f"a write by {written.operation} that leaves its content as it is"
-    return Finding(Kind.INPUT, written.name, got, "no write", place=written.place, how=how)
 
 
 def _is_shortage(error: BaseException) -> bool:

@@ -181,7 +181,7 @@ class Engine:
             self.second.prepare(batch, in_graph=False)
             metadata = serving.shown_metadata(Act.EAGER, batch)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
-        self.guards.check(guard.buffers)
+        self.guards.check(guard.buffers, metadata)
         yield Observation(batch, raw_bs, False, _observed(metadata, seen, own))
         if self.layer is not None:
             assert load is not None

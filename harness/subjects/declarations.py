@@ -171,7 +171,10 @@ class Role:
 
 @dataclass(frozen=True)
 class Declarations:
-    """See the module. stand_ins: gives the dotted names of parts that are not the backend's own, so not judged."""
+    """See the module. stand_ins: gives the dotted names of parts that are not the backend's own, so not judged.
+
+    owner: how messages name the backend that declares all this.
+    """
 
     roles: tuple[Role, ...] = (Role(None, tuple(ForwardMode)),)
     padding: Mapping[ForwardMode, Padding] = field(default_factory=dict)
@@ -180,6 +183,7 @@ class Declarations:
     own_fields: tuple[OwnField, ...] = ()
     waivers: tuple[Waiver, ...] = ()
     stand_ins: Callable[[], Sequence[str]] = tuple
+    owner: str = "declarations"
 
     def role_of(self, mode: ForwardMode) -> Role:
         return next(role for role in self.roles if mode in role.modes)

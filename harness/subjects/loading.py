@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -54,7 +54,7 @@ def load_backend(spec: str) -> LoadedBackend:
     try:
         if near := misspelt_declaration(found):
             raise ValueError(near)
-        declarations = read_declarations(found)
+        declarations = replace(read_declarations(found), owner=shown)
     except ValueError as error:
         raise BackendError(f"{shown}: {error}") from None
     except Exception as error:  # an attribute of an unforeseen type, or one that raises
@@ -194,6 +194,8 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
         kind = type(found).__name__
         mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
         raise BackendError(f"{shown} is not callable; {mend}")
+    for function in (found, getattr(found, "__init__", None), inspect.getattr_static(type(found), "__call__")):
+        _check_body_runs(function, shown)
     return cast("Callable[..., object]", found), shown
 
 
@@ -273,7 +275,10 @@ def checked(backend: object, spec: str, single: bool = False) -> MultiStepBacken
 
 
 def _check_instance(found: object, shown: str, told: str, mend: str) -> None:
-    """Raises BackendError for None and for a class, which may have all the methods."""
+    """Raises BackendError for None, for a coroutine, and for a class, which may have all the methods."""
+    if inspect.iscoroutine(found):
+        found.close()  # else Python warns that nothing awaited it
+        raise BackendError(f"{shown}: {told.format(kind='a coroutine')}, which nothing awaits; {mend}")
     if found is None:
         raise BackendError(f"{shown}: {told.format(kind='None')}; {mend}")
     if isinstance(found, type):
@@ -305,10 +310,13 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
 
 def _check_runs(found: object, name: str, shown: str) -> None:
     """Raises BackendError if the method ``name`` of ``found`` is one whose body does not run when it is called."""
-    method, named = getattr(found, name, None), f"{shown}: {type(found).__name__}.{name}"
-    if inspect.iscoroutinefunction(method):
+    _check_body_runs(getattr(found, name, None), f"{shown}: {type(found).__name__}.{name}")
+
+
+def _check_body_runs(function: object, named: str) -> None:
+    if inspect.iscoroutinefunction(function):
         raise BackendError(f"{named} is a coroutine, which nothing awaits; define it without async")
-    if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise BackendError(f"{named} is a generator, which nothing iterates over; define it without yield")
 
 

@@ -246,11 +246,17 @@ def declarations() -> Iterator[Mistake]:
         ("numbers", "lambda *a: 1", ("must be a mask of bool", "not numbers of int64")),
         ("of another shape", "lambda *a: np.zeros(3, bool)", ("raised ValueError",)),
     ):
-        named = "the cells of the waiver 'page_table_1 in DECODE, <lambda>'"
+        named = "Mine': the cells of the waiver 'page_table_1 in DECODE, <lambda>'"
         waivers = f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]"
         yield whole(f"waivers: cells are {name}", waivers, *says, names=named)
     cells = "__import__('functools').partial(lambda call, field, shape: np.zeros(shape, bool))"
     yield whole("waivers: cells without a name", f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]", PASSES)
+    for name, given, says in (
+        ("raise", "1 / 0", "Mine': stand_ins raised ZeroDivisionError: division by zero"),
+        ("are no names", "3", "Mine': stand_ins must give a list of names; it gives one int"),
+        ("are one text", "'a.b'", "Mine': stand_ins must give a list of names; it gives one str"),
+    ):
+        yield whole(f"stand-ins {name}", f"stand_ins = staticmethod(lambda: {given})", says)
     yield whole("misspelt modes", "mode = ('DECODE',)", "it has mode: did you mean modes?")
     yield whole("misspelt role", "roles = {'draft': ('DECODER',)}", "roles: there is no mode 'DECODER'")
     for name, modes, says in (

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.support.adapter_mistakes.mistake import FILE, GOOD, PASSES, Mistake, backend, field, init, layer, whole
+from tests.support.adapter_mistakes.mistake import (
+    FILE,
+    GOOD,
+    PASSES,
+    Mistake,
+    backend,
+    field,
+    init,
+    layer,
+    layer_class,
+    whole,
+)
 
 
 def naming() -> Iterator[Mistake]:
@@ -146,6 +157,23 @@ def construction() -> Iterator[Mistake]:
     )
     yield whole(
         "coroutine", "async def init_forward_metadata(self, batch): pass", "Mine.init_forward_metadata is a coroutine"
+    )
+    yield backend(
+        "coroutine for a factory",
+        "async def Mine(c, r): return Backend(c, r)\n",
+        "Mine' is a coroutine, which nothing awaits; define it without async",
+    )
+    yield whole(
+        "coroutine for a constructor", "async def __init__(self, c, r): pass", "Mine' is a coroutine", names="Mine"
+    )
+    yield backend("generator for a factory", "def Mine(c, r): yield\n", "Mine' is a generator", names="Mine")
+    yield backend(
+        "returns a coroutine",
+        "async def build(c, r): return Backend(c, r)\ndef Mine(c, r): return build(c, r)\n",
+        "returned a coroutine, which nothing awaits; return the backend",
+    )
+    yield layer_class(
+        "coroutine for a layer", "async def Mine(c, a): return Layer(c, a)\n", "Mine' is a coroutine", names="Mine"
     )
     for prefix, kind in (("", "generator"), ("async ", "asynchronous generator")):
         yield whole(
