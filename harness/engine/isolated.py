@@ -16,7 +16,7 @@ from nsa_oracle.harness.content.edge_keys import EdgeKeys
 from nsa_oracle.harness.content.edge_logits import EdgeLogits
 from nsa_oracle.harness.content.edge_scores import EdgeScores
 from nsa_oracle.harness.engine.expected import ExpectedLayer, LayerRows
-from nsa_oracle.harness.engine.layer_driver import LayerDriver
+from nsa_oracle.harness.engine.layer_driver import LayerDriver, modified_by
 from nsa_oracle.harness.engine.observations import (
     Feed,
     LayerLoad,
@@ -30,6 +30,7 @@ from nsa_oracle.harness.engine.observations import (
     dense_copy,
 )
 from nsa_oracle.harness.engine.read_only import ReadOnly, first_modified, handed_out
+from nsa_oracle.harness.graphs.written_inputs import WrittenInputs
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations
@@ -44,6 +45,7 @@ _RESULT_NAMES = {
     "topk_transform_paged": "indices",
     "topk_transform_ragged": "topk_ragged",
 }
+_CACHES = ("kv_cache", "index_k_cache")  # judged by their content: a store may write to them
 
 
 class IsolatedStages:
@@ -125,8 +127,7 @@ class IsolatedStages:
     def _store(self, step: int, inputs: AttentionInputs) -> AttentionCaches:
         self._step = step
         watched = [self._read_only(name, tensor) for name, tensor in vars(inputs).items()]
-        given = AttentionInputs(**{read_only.name: read_only.given for read_only in watched})
-        self._call("store_cache", self.driver.caches, given, watched=watched)
+        self._call("store_cache", self.driver.caches, self.driver.given_inputs(watched), watched=watched)
         return self.driver.cached()
 
     def _compute(self, rows: LayerRows, stored: AttentionCaches) -> LayerStep:
@@ -219,11 +220,11 @@ class IsolatedStages:
         return tensor_of(_RESULT_NAMES.get(stage, stage), self._call(stage, *arguments)).clone()
 
     def _call(self, stage: str, *arguments: Any, watched: Sequence[ReadOnly] = ()) -> Any:
-        with self.guard:
+        read_only = [*watched, *(argument for argument in arguments if isinstance(argument, ReadOnly))]
+        written = WrittenInputs(lambda: [(one.name, one.given) for one in read_only if one.name not in _CACHES])
+        with self.guard, written.watching():
             result = getattr(self.driver.layer, stage)(
                 *(argument.given if isinstance(argument, ReadOnly) else argument for argument in arguments)
             )
-        name = first_modified([*watched, *(argument for argument in arguments if isinstance(argument, ReadOnly))])
-        if name is not None:
-            self.modified = self.modified or Modified(self._step, name)
+        self.modified = self.modified or modified_by(self._step, first_modified(read_only), written)
         return result

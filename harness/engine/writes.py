@@ -33,5 +33,4 @@ def modified_input(engine: Engine, event: Event | None = None) -> Finding | None
         return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=how)
     if modified is not None:
         return Finding(Kind.INPUT, modified, "changed content", "the engine's content", place=written.place, how=how)
-    got = f"a write by {written.operation} that leaves its content as it is"
-    return Finding(Kind.INPUT, written.name, got, "no write", place=written.place, how=how)
+    return Finding(Kind.INPUT, written.name, written.shown, "no write", place=written.place, how=how)

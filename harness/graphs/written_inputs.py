@@ -11,23 +11,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from nsa_oracle.harness.findings import InputWrite
 from nsa_oracle.harness.graphs.callers import is_judged_code
 from nsa_oracle.harness.graphs.dispatch import DispatchMode
 from nsa_oracle.harness.graphs.operators import aten, written_arguments
 
 _WRITES_NOTHING = {aten.requires_grad_, aten._coalesced_, aten._resize_output_}  # beside what only changes a shape
-
-
-class InputWrite(NamedTuple):
-    """A write to the input ``name``, by an operator such as "add_", at ``place``: a file, a line and a function."""
-
-    name: str
-    operation: str
-    place: str
 
 
 class WrittenInputs:

@@ -13,8 +13,18 @@ from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay, Scenario
 from nsa_oracle.harness.scenarios.setup import Drive, Mirror
-from nsa_oracle.reference.types import ForwardMode, SpecInfo
+from nsa_oracle.reference.layer import SparseAttention as ReferenceLayer
+from nsa_oracle.reference.types import (
+    AttentionCaches,
+    AttentionInputs,
+    AttentionOutputs,
+    ForwardMode,
+    Metadata,
+    SpecInfo,
+)
 from tests.support.backends import identity
+from tests.support.layer_cases import BACKEND, lattice
+from tests.support.layer_cases import case as layer_case
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND_V2, EXTEND, case, factory_of
 
 # All of one size. The lengths of padding, with which graphs are captured, are in none of them.
@@ -69,6 +79,26 @@ def several_times(drive: Drive = Drive.MULTI_STEP) -> Scenario:
 @pytest.mark.parametrize("backend", [identity.RemembersBatches, identity.RemembersWeakly])
 def test_a_batch_that_the_backend_still_has_is_right(backend: Any, device: torch.device) -> None:
     assert judge(several_times(), factory_of(backend), device).eager_calls
+
+
+class ByInputsId(ReferenceLayer):
+    """Runs each object of inputs once."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self._known: dict[int, AttentionOutputs] = {}
+
+    def forward(self, inputs: AttentionInputs, caches: AttentionCaches, metadata: Metadata) -> AttentionOutputs:
+        if id(inputs) not in self._known:
+            self._known[id(inputs)] = super().forward(inputs, caches, metadata)
+        return self._known[id(inputs)]
+
+
+def test_a_layer_that_knows_its_inputs_by_an_identity_is_wrong(device: torch.device) -> None:
+    events = Join(seq_len=5), Eager(mode=DECODE), Eager(mode=DECODE)
+    with pytest.raises(OracleFailure) as caught:
+        judge(layer_case(*events, layer=lattice()), BACKEND, device, layer_factory=ByInputsId)
+    assert caught.value.event == 2
 
 
 def test_an_instance_is_handed_out_again_only_if_nobody_has_it() -> None:
