@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class BackendError(ValueError):
-    """A backend or layer that cannot be judged at all. The message is one line and names the cause and the remedy."""
+    """A backend or layer that cannot be judged at all. The message is one line and names the cause and the remedy.
+
+    of_factory: whether judged code has raised it while it was built, and not in one of its methods.
+    """
+
+    of_factory = False
 
 
 class ModuleMissing(BackendError):
@@ -16,7 +22,19 @@ class ModuleMissing(BackendError):
 
 
 class ScenarioError(ValueError):
-    """A scenario that cannot be used. The message is one line and names the cause."""
+    """A scenario that cannot be used. The message is one line and names the cause. of_factory: as in BackendError."""
+
+    of_factory = False
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Context for a call of a factory, which may say by one of these errors that it cannot be judged."""
+    try:
+        yield
+    except (BackendError, ScenarioError) as error:
+        error.of_factory = True
+        raise
 
 
 class CaseTimeout(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Kind(enum.Enum):
@@ -126,3 +127,16 @@ class Finding:
         count = f"; {self.differing} of {self.compared} live cells differ" if self.compared else ""
         how = f" ({self.how})" if self.how else ""
         return f"{self.kind.value}: {self.field}{at}{how}: got {self.got}, expected {self.expected}{count}"
+
+
+class InputWrite(NamedTuple):
+    """A write to the input ``name``, by an operator such as "add_", at ``place``: a file, a line and a function."""
+
+    name: str
+    operation: str
+    place: str
+
+    @property
+    def shown(self) -> str:
+        """What was done, of a write that leaves the content as it is."""
+        return f"a write by {self.operation} that leaves its content as it is"

@@ -20,14 +20,16 @@ from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
 from nsa_oracle.harness.checks.metadata import compare_metadata
-from nsa_oracle.harness.checks.relations import Relation, Relations, differs
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs, differs_among_many
 from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
 from nsa_oracle.harness.checks.verdict import OracleFailure as OracleFailure  # what callers of ``judge`` import with it
 from nsa_oracle.harness.checks.verdict import Verdict as Verdict
-from nsa_oracle.harness.compiled import launcher
+from nsa_oracle.harness.compiled import launcher, tier
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
+from nsa_oracle.harness.engine.writes import modified_input, stray_write
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.graphs.callers import defined_at, is_judged_code, judged_frames
@@ -39,13 +41,12 @@ from nsa_oracle.harness.interruptions import (
     exits_refused,
     interruptions_noted,
 )
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES, SENTINELS
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.scenario import Eager, Event, Scenario
+from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
 from nsa_oracle.harness.scenarios.setup import Regime, Setup
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.global_state import (
@@ -84,9 +85,9 @@ def judge(
     """
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
-    launcher.interpreted.clear()
+    tier.interpreted.clear()
     with (
-        memory_for(scenario.setup.is_far, device),
+        memory_for(scenario.setup, device),
         nullcontext() if is_ours else shown_warnings(),
         interruptions_noted() as interruptions,
         thread_errors_noted() as covered.thread_errors,
@@ -210,7 +211,7 @@ class _Run:
         try:
             engine = self.build(self.scenario)
             exits.check_forks()
-            if (modified := _modified_input(engine)) is not None:  # by the constructor
+            if (modified := modified_input(engine)) is not None:  # by the constructor
                 raise OracleFailure(self.scenario, modified, None)
             with self._counter.counting():
                 for number, event in enumerate(self.scenario.events):
@@ -218,7 +219,7 @@ class _Run:
                     exits.check_forks()
                     if (left := inference_mode_left_on(inference)) is not None:
                         raise OracleFailure(self.scenario, left, number)
-            finding = _stray_write(engine) or _modified_input(engine)  # a capture without a replay can write, too
+            finding = stray_write(engine) or modified_input(engine)  # a capture without a replay can write, too
             if self._is_first:
                 finding = finding or self._growth.finding() or frozen_value(engine, self.scenario, self.build)
             exits.check_forks()
@@ -228,8 +229,10 @@ class _Run:
                 self.verdict.layers.count_calls(engine.layer.method_calls.counts)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        except (OracleFailure, BackendError, ScenarioError):
-            raise
+        except (OracleFailure, BackendError, ScenarioError) as error:
+            if not _is_of_a_method(error):
+                raise
+            raise OracleFailure(self.scenario, _raised(error), number) from error
         except CaseTimeout as error:
             if not judged_frames(error.__traceback__) and not error.stack:
                 raise _too_slow(error) from None
@@ -256,7 +259,7 @@ class _Run:
         event = self.scenario.events[number]
         for seen in observations:
             batch = seen.batch
-            if (modified := _modified_input(engine, event)) is not None:  # first: wrong values may come of it
+            if (modified := modified_input(engine, event)) is not None:  # first: wrong values may come of it
                 raise OracleFailure(self.scenario, modified, number)
             if isinstance(seen, Observation):
                 table, steps = engine.world.req_to_token, engine.num_steps(seen.batch)
@@ -272,10 +275,10 @@ class _Run:
                     self.verdict.eager_calls += 1
             else:
                 finding = self._judge_layer(engine, seen, metadata)
-            finding = finding or _stray_write(engine)
+            finding = finding or stray_write(engine)
             if finding is not None:
                 raise OracleFailure(self.scenario, finding, number)
-        if batch is None and (modified := _modified_input(engine, event)) is not None:  # by a capture
+        if batch is None and (modified := modified_input(engine, event)) is not None:  # by a capture
             raise OracleFailure(self.scenario, modified, number)
         launched = self._counter.take()
         alone = not self.scenario.setup.neighbour_context_len  # another context length may select other variants
@@ -297,6 +300,11 @@ class _Run:
             return finding
         if seen.feed is Feed.GRAPH:
             layers.replays += 1
+        if seen.many is not None:
+            layers.count(Relation.MANY)
+            finding = differs_among_many(seen)
+            if finding is not None:
+                return finding
 
         self.calls.append(stages.judged)
         if first_call is not None:
@@ -340,25 +348,6 @@ def _differing(first: Sequence[JudgedPass], second: LayerObservation, relation: 
     return None
 
 
-def _stray_write(engine: Engine) -> Finding | None:
-    """A write to memory that the backend and the layer must not write to, or None."""
-    overrun = engine.guards.overrun()
-    if overrun is not None:
-        buffer = f"buffer of shape {list(overrun.shape)} made by {overrun.operation}"
-        return Finding(Kind.GUARD, buffer, "a written guard band", "no write around it")
-    modified = engine.modified_input_of_layer()
-    return None if modified is None else Finding(Kind.INPUT, modified, "changed content", "the engine's content")
-
-
-def _modified_input(engine: Engine, event: Event | None = None) -> Finding | None:
-    """An input of the backend that is not as the engine wrote it, or None. event: in which the backend was called."""
-    modified = engine.modified_input()
-    if modified is None:
-        return None
-    by = engine.instances.called_in(event)
-    return Finding(Kind.INPUT, modified, "changed content", "the engine's content", how=f"by {by}" if by else "")
-
-
 def _is_shortage(error: BaseException) -> bool:
     """Whether the harness or the reference ran out of GPU memory, for which the judged code is not at fault."""
     text = error_line(error)
@@ -370,6 +359,15 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames that the exception passed, without those of libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     return [f for f in frames if "site-packages" not in f.filename or Path(f.filename).is_relative_to(_HERE)]
+
+
+def _is_of_a_method(error: OracleFailure | BackendError | ScenarioError) -> bool:
+    """Whether a method of judged code has raised an error of the harness, which only a factory may raise."""
+    if not judged_frames(error.__traceback__):
+        return False
+    if isinstance(error, OracleFailure):
+        return True
+    return not error.of_factory and is_judged_code(_frames(error)[-1].filename)
 
 
 def _raised(error: BaseException) -> Finding:

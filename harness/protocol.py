@@ -3,7 +3,8 @@
 An engine does five things with a backend: it builds it, allocates for graphs, prepares a forward pass eagerly, binds
 the metadata to a graph at capture, and prepares a replay, before the graph or inside it. SGLang has had two sets of
 names for them, and a backend may have either. Those of ``SingleStepBackend`` and ``MultiStepBackend`` are the older
-ones (up to 0.5.8); ``PreparesOutOfGraph`` are today's. If a backend has both, the older ones are called.
+ones (up to 0.5.8); ``PreparesOutOfGraph`` are today's. If a backend has both completely, the older ones are called; if
+it has some of the older ones beside all of today's, nothing calls those.
 
 A third-party backend needs a thin adapter that renames its metadata fields to those of ``reference.types.Metadata``.
 Every field is required, except schedules that the configuration does not ask for.

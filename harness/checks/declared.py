@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,11 +75,16 @@ class DeclaredTally:
                 counts[name] = counts.get(name, 0) + count
 
     def count_stand_ins(self, declarations: Declarations) -> None:
-        """Count the cases in which each stand-in of the backend took part."""
+        """Count the cases in which each stand-in of the backend took part. Raises BackendError if they are no names."""
         try:
-            names = [str(name) for name in declarations.stand_ins()]
+            given: object = declarations.stand_ins()
+            names = None if isinstance(given, str) or not isinstance(given, Iterable) else [*map(str, given)]
         except Exception as error:
-            raise BackendError(f"declarations: stand_ins raised {type(error).__name__}: {error_line(error)}") from error
+            raised = f"{type(error).__name__}: {error_line(error)}"
+            raise BackendError(f"{declarations.owner}: stand_ins raised {raised}") from error
+        if names is None:
+            kind = type(given).__name__
+            raise BackendError(f"{declarations.owner}: stand_ins must give a list of names; it gives one {kind}")
         for name in names:
             self.stand_ins[name] = self.stand_ins.get(name, 0) + 1
 
@@ -152,19 +157,17 @@ class DeclaredStep:
         Raises BackendError if such a reference fails or gives anything but an int32 tensor.
         """
         for own in self.declared.declarations.own(self.call.batch.mode):
+            named = f"{self.declared.declarations.owner}: own_fields: the reference of '{own.name}'"
             try:
                 content = own.reference(dataclasses.replace(reference), self.call)
             except Exception as error:
-                raise BackendError(f"own_fields: the reference of '{own.name}' raised {error!r}") from error
+                raise BackendError(f"{named} raised {error!r}") from error
             if content is None:
                 tensors.pop(own.name, None)
             elif not isinstance(content, torch.Tensor) or content.dtype is not torch.int32:
-                raise BackendError(f"own_fields: the reference of '{own.name}' must give an int32 tensor or None")
+                raise BackendError(f"{named} must give an int32 tensor or None")
             elif content.dim() != len(own.field.axes):
-                raise BackendError(
-                    f"own_fields: the reference of '{own.name}' gives {content.dim()} dimensions, axes names "
-                    f"{len(own.field.axes)}"
-                )
+                raise BackendError(f"{named} gives {content.dim()} dimensions, axes names {len(own.field.axes)}")
             else:
                 tensors[own.name] = content
             self.declared.tally.own[own.name] = self.declared.tally.own.get(own.name, 0) + (content is not None)
@@ -203,11 +206,12 @@ class DeclaredStep:
             given = cells(self.call, field, shape)
             mask = np.broadcast_to(given, shape)
         except Exception as error:
-            raise BackendError(f"declarations: the {what} raised {error!r}") from error
+            raise BackendError(f"{self.declared.declarations.owner}: the {what} raised {error!r}") from error
         if mask.dtype != np.bool_:
             kind = described(given) if given is None or mask.dtype == object else f"numbers of {mask.dtype}"
             raise BackendError(
-                f"declarations: the {what} must be a mask of bool that broadcasts to {list(shape)}, not {kind}"
+                f"{self.declared.declarations.owner}: the {what} must be a mask of bool that broadcasts to "
+                f"{list(shape)}, not {kind}"
             )
         return mask
 

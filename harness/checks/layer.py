@@ -74,8 +74,10 @@ class StageJudge:
         """
         self.judged = []
         if seen.modified is not None:
-            step, name = seen.modified
+            step, name, write = seen.modified
             how = seen.feed.value
+            if write is not None:
+                return Finding(Kind.INPUT, name, write.shown, "no write", step, place=write.place, how=how)
             return Finding(Kind.INPUT, name, "changed content", "the content that it was given", step, how=how)
 
         caches = dense_copy(seen.load.caches)  # updated pass by pass to their expected content

@@ -8,7 +8,7 @@ each relation is checked after some history.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObserva
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Scenario, graph_mode
+from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
 from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
 
 
@@ -35,6 +36,7 @@ class Relation(enum.StrEnum):
     PADDED = "another bucket"
     RELABELLED = "other pages"
     POISONED = "other content of unspecified memory"
+    MANY = "rows many times over, a stage by itself"
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Relations:
 def differs(
     first: AttentionOutputs,
     second: AttentionOutputs,
-    rows: list[int],
+    rows: Sequence[int],
     original_slot: Callable[[torch.Tensor], torch.Tensor] = lambda slots: slots,
 ) -> Finding | None:
     """The first stage whose bits differ between ``rows`` of ``first`` and the first rows of ``second``, or None.
@@ -178,30 +180,60 @@ def differs(
         if want.shape != got.shape:  # eager logits are only as wide as the longest request
             width = min(want.shape[-1], got.shape[-1])
             want, got = want[..., :width], got[..., :width]
-        wrong = _bits(want) != _bits(got)
-        if bool(wrong.any()):
-            place = [int(i) for i in wrong.nonzero()[0]]
-            return Finding(
-                Kind.RELATION,
-                name,
-                str(got[tuple(place)].item()),
-                str(want[tuple(place)].item()),
-                place=f"row {rows[place[0]]}, element {place[1:]}",
-                differing=int(wrong.sum()),
-                compared=wrong.numel(),
-                picture=picture_of(
-                    got,
-                    want,
-                    wrong,
-                    "element",
-                    _row_of(rows) if len(place) == 2 else _row_of(rows, heads=wrong.shape[1]),
-                    shown=shown_number,
-                ),
-            )
+        finding = _differing_bits(name, want, got, rows)
+        if finding is not None:
+            return finding
     return None
 
 
-def _row_of(rows: list[int], heads: int = 0) -> Callable[[int], str]:
+def differs_among_many(seen: LayerObservation) -> Finding | None:
+    """The first stage by itself that gave a row other bits among many rows, or None."""
+    many = seen.many
+    if many is None:
+        return None
+    again = torch.arange(many.count) % many.rows
+    how = f"{Relation.MANY.value}: {many.count} rows, of which {many.rows} differ"
+    step = seen.steps[many.step]
+    results = {"logits": step.outputs.logits, "topk_indices": step.positions, "indices": step.outputs.indices}
+    results |= {"topk_ragged": step.ragged, "out": step.outputs.out, "lse": step.outputs.lse}
+    for name, got in many.results.items():
+        once = results[name]
+        if once is None or not once.dim() or len(once) < many.rows:
+            continue  # another finding says so
+        shape = (many.count, *once.shape[1:])
+        finding = wrong_shape_or_dtype(name, got, once.dtype, shape, once.device)
+        finding = finding or _differing_bits(name, once[again.to(once.device)], got, range(many.count))
+        if finding is not None:
+            return replace(finding, step=many.step, how=how)
+    return None
+
+
+def _differing_bits(name: str, want: torch.Tensor, got: torch.Tensor, rows: Sequence[int]) -> Finding | None:
+    """The first element of other bits, or None. rows: their names, by number."""
+    wrong = _bits(want) != _bits(got)
+    if not bool(wrong.any()):
+        return None
+    place = [int(i) for i in wrong.nonzero()[0]]
+    return Finding(
+        Kind.RELATION,
+        name,
+        str(got[tuple(place)].item()),
+        str(want[tuple(place)].item()),
+        place=f"row {rows[place[0]]}, element {place[1:]}",
+        differing=int(wrong.sum()),
+        compared=wrong.numel(),
+        picture=picture_of(
+            got,
+            want,
+            wrong,
+            "element",
+            _row_of(rows) if len(place) == 2 else _row_of(rows, heads=wrong.shape[1]),
+            shown=shown_number,
+        ),
+    )
+
+
+def _row_of(rows: Sequence[int], heads: int = 0) -> Callable[[int], str]:
     """Names of rows, or of heads of rows."""
     if heads:
         return lambda number: f"row {rows[number // heads]}, head {number % heads}"

@@ -48,13 +48,14 @@ class SelectedEntries:
     entry_name: Callable[[int, int], str]
 
     def wrong_form(self) -> Finding | None:
-        """A wrong device type, shape or dtype, or None."""
+        """A wrong device type, dtype or shape, or None."""
         got, want = self.got, self.want
         if got.device.type != want.device.type:
             return Finding(Kind.DEVICE, self.name, str(got.device), str(want.device))
-        if got.shape != want.shape or got.dtype is not want.dtype:
-            got_form, want_form = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (got, want))
-            return Finding(Kind.SHAPE, self.name, got_form, want_form)
+        if got.dtype is not want.dtype:
+            return Finding(Kind.DTYPE, self.name, str(got.dtype), str(want.dtype))
+        if got.shape != want.shape:
+            return Finding(Kind.SHAPE, self.name, str(list(got.shape)), str(list(want.shape)))
         return None
 
     def wrong(self, as_sets: bool) -> torch.Tensor:

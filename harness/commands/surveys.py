@@ -13,11 +13,11 @@ import typer
 from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, TimeoutOption, app, unusable
 from nsa_oracle.harness.commands.surveying import NO_CASE, backend_report, surveyed, surveyed_backend
 from nsa_oracle.harness.commands.terminal import progress_of
-from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted, one_line
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import not_judged, render
-from nsa_oracle.harness.scenarios.files import check_folder, load
+from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound, survey_table
@@ -64,6 +64,8 @@ def survey(
         except ScenarioError as error:
             raise unusable(str(error)) from None
     if json_file is not None:
+        if json_file.is_dir() or not json_file.absolute().parent.is_dir():
+            raise unusable(f"--json {one_line(str(json_file), MAX_PATH)}: name a file in a folder that exists")
         try:
             check_folder(json_file.parent, "--json")
         except ScenarioError as error:

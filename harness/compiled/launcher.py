@@ -13,7 +13,6 @@ import inspect
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from nsa_oracle.harness.compiled import numerics, races
 from nsa_oracle.harness.compiled.building import BuildError, build
 from nsa_oracle.harness.compiled.emit import Interface, emit
 from nsa_oracle.harness.compiled.faults import KernelFault, raise_fault
+from nsa_oracle.harness.compiled.tier import interpreted, is_installed
 from nsa_oracle.harness.compiled.ttir import Unsupported, parse
 from nsa_oracle.harness.errors import BackendError, error_line, one_line
 from nsa_oracle.harness.interpreter.bounds import Extent, extents_of
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 TIER_VARIABLE = "NSA_ORACLE_KERNELS"  # of the environment; the tier is chosen by
 COMPILED_TIER, INTERPRETED_TIER = "compiled", "interpreted"
 LEFT_TO_THE_INTERPRETER = "left to Triton's interpreter, where no race is found: "  # begins a line of reports
-
-interpreted: dict[str, str] = {}  # by the name of a kernel of which a launch was left to the interpreter: why
 
 
 def chosen_tier() -> str:
@@ -347,12 +345,6 @@ def install() -> None:
         if tier == COMPILED_TIER:
             raise
         _refused = error_line(error)
-
-
-def is_installed() -> bool:
-    """Whether kernels of this process are compiled."""
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    return interpreter is not None and hasattr(interpreter.GridExecutor.__call__, "compiles")
 
 
 def _remembering(rewrite: Callable[[Any], Any], of: type) -> Callable[[Any], Any]:

@@ -81,7 +81,8 @@ class Engine:
         self.second = SecondBackend(factory, self.declarations, scenario, max_bs, sentinel, device)
         with GuardedAllocations(sentinel, device) as guard:
             config, pool = setup.backend_config(), self._pool.tensor  # not our configuration: a backend may change it
-            self.instances = Instances(factory, self.declarations, setup, config, pool, scenario.optimizations)
+            inputs = lambda: [*self._pool.memory(), *self.inputs.memory()]  # noqa: E731
+            self.instances = Instances(factory, self.declarations, setup, config, pool, scenario.optimizations, inputs)
             self.instances.allocate(max_bs, max_bs * setup.num_draft_tokens)
         self.guards.keep(guard.buffers)
 
@@ -180,7 +181,7 @@ class Engine:
             self.second.prepare(batch, in_graph=False)
             metadata = serving.shown_metadata(Act.EAGER, batch)
             seen = [{name: tensor.clone() for name, tensor in fields.tensors(m, own).items()} for m in metadata]
-        self.guards.check(guard.buffers)
+        self.guards.check(guard.buffers, metadata)
         yield Observation(batch, raw_bs, False, _observed(metadata, seen, own))
         if self.layer is not None:
             assert load is not None
@@ -202,7 +203,7 @@ class Engine:
         self._delivery.deliver()
         self.second.bind(batch)
         with GuardedAllocations(self.conditions.sentinel, self.device) as guard:
-            serving.driver.bind(forward_batch)
+            serving.bind(forward_batch)
         metadata = tuple(serving.shown_metadata(Act.CAPTURE, batch))
         self.guards.check_and_keep(guard.buffers, metadata)
 
@@ -211,7 +212,7 @@ class Engine:
         layer = None if self.layer is None else self.layer.prepare_capture(bs * self.config.rows_per_request(mode))
 
         def forward() -> None:
-            serving.driver.prepare_in_graph(forward_batch)
+            serving.prepare_in_graph(forward_batch)
             arena.copy_metadata()  # what attention would read, from the addresses that it uses
             if layer is not None:
                 layer.forward(metadata)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nsa_oracle.harness.engine.recycled import Recycled
 from nsa_oracle.harness.engine.stress import Delivery
 from nsa_oracle.harness.interpreter.bounds import hand_out
-from nsa_oracle.harness.memory.poison import BandedInput
+from nsa_oracle.harness.memory.banded import BandedInput
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.setup import Inputs, IntDtype, Setup
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo
@@ -29,15 +30,25 @@ class StaticInput:
         self._banded = BandedInput((capacity, columns), INT_DTYPES[dtype], sentinel, delivery.device)
         self._delivery = delivery
         self._column = columns // 2
+        self._views: dict[int, torch.Tensor] = {}  # what was returned, by its length
 
     def write(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Write ``numbers`` to the front and return that part. Entries after it keep the values of earlier batches."""
+        """Write ``numbers`` to the front and return that part. Entries after it keep the values of earlier batches.
+
+        It is one tensor object for each length, which the engine refreshes in place.
+        """
         count, banded = len(numbers), self._banded
         banded.content[:count, self._column] = torch.tensor(numbers, dtype=banded.content.dtype)
         self._delivery.send(banded.memory, banded.expected)
         written = banded.tensor[:count, self._column]
         hand_out(written, banded.memory)
-        return written
+        before = self._views.setdefault(count, written)
+        return before if _is_same_view(before, written) else written
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of its memory, the poison around it included."""
+        return self._banded.memory
 
     def is_modified(self) -> bool:
         return self._banded.is_modified()
@@ -70,10 +81,22 @@ class StaticInputs:
         self._new_positions = positions
         self._mirror: torch.Tensor | None = None  # the host's lengths of the last batch, and what they are
         self._mirrored: tuple[int, ...] = ()
+        self._batches, self._spec_infos, self._mirrors = Recycled(), Recycled(), Recycled()
 
     def load(self, batch: Batch) -> ForwardBatch:
-        """Write ``batch`` into the static tensors. Returns it as a backend receives it."""
-        mirror = None if batch.seq_lens_cpu is None else torch.tensor(batch.seq_lens_cpu, dtype=torch.int64)
+        """Write ``batch`` into the static tensors. Returns it as a backend receives it.
+
+        Objects of earlier calls that nobody else has are used again (see ``engine.recycled``).
+        """
+        self._mirror = None
+        self._batches.release()
+        self._spec_infos.release()
+        return self._batches.instance(self._loaded(batch))
+
+    def _loaded(self, batch: Batch) -> ForwardBatch:
+        mirror = None
+        if batch.seq_lens_cpu is not None:
+            mirror = self._mirrors.tensor(torch.tensor(batch.seq_lens_cpu, dtype=torch.int64))
         self._mirror, self._mirrored = mirror, batch.seq_lens_cpu or ()
         accept_length = self.accept_length.write(batch.accept_lengths)
         drafts = batch.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2)
@@ -84,7 +107,7 @@ class StaticInputs:
             seq_lens=self.seq_lens.write(batch.seq_lens),
             seq_lens_cpu=mirror,
             seq_lens_sum=None if batch.seq_lens_cpu is None else sum(batch.seq_lens_cpu),
-            spec_info=SpecInfo(accept_length) if drafts else None,
+            spec_info=self._spec_infos.instance(SpecInfo(accept_length)) if drafts else None,
         )
         if batch.mode.is_decode_or_idle:
             positions = self.positions.write(batch.seq_lens)
@@ -111,8 +134,15 @@ class StaticInputs:
         """The name of an input whose memory differs from what the engine wrote, or None."""
         if self._mirror is not None and self._mirror.tolist() != list(self._mirrored):
             return "seq_lens_cpu"
-        inputs = (value for value in vars(self).values() if isinstance(value, StaticInput))
-        return next((static.name for static in inputs if static.is_modified()), None)
+        return next((static.name for static in self._static() if static.is_modified()), None)
+
+    def memory(self) -> list[tuple[str, torch.Tensor]]:
+        """The name and the memory of each input, as it is now."""
+        mirror = [] if self._mirror is None else [("seq_lens_cpu", self._mirror)]
+        return [*mirror, *((static.name, static.memory) for static in self._static())]
+
+    def _static(self) -> list[StaticInput]:
+        return [value for value in vars(self).values() if isinstance(value, StaticInput)]
 
 
 class PoolInput:
@@ -134,8 +164,17 @@ class PoolInput:
         self._banded.content[:, self._columns] = torch.from_numpy(req_to_token)
         self._delivery.send(self._banded.memory, self._banded.expected)
 
+    def memory(self) -> list[tuple[str, torch.Tensor]]:
+        """Its name and all of its memory."""
+        return [("req_to_token", self._banded.memory)]
+
     def is_modified(self) -> bool:
         return self._banded.is_modified()
+
+
+def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the object ``one`` still stands for what ``other`` does: judged code may have reshaped it in place."""
+    return (one.shape, one.stride(), one.data_ptr()) == (other.shape, other.stride(), other.data_ptr())
 
 
 def _new_tokens(batch: Batch, num_draft_tokens: int) -> tuple[int, ...]:

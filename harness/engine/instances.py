@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from nsa_oracle.harness.engine.drivers import Act, Driver, driver_for, prepares_in_graph
 from nsa_oracle.harness.engine.shown_metadata import shown_metadata, steps_of
+from nsa_oracle.harness.graphs.written_inputs import WrittenInputs
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Event, Replay
@@ -20,7 +22,7 @@ from nsa_oracle.reference.types import BackendConfig, ForwardBatch, ForwardMode,
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance. num_steps: the number of single-step backends that it must have."""
+    """One instance. num_steps: the number of single-step backends that it must have. written: watched in its calls."""
 
     role: Role
     backend: BuiltBackend
@@ -28,6 +30,7 @@ class Instance:
     num_steps: int
     declarations: Declarations
     device: torch.device
+    written: WrittenInputs
 
     def steps(self) -> Sequence[object]:
         """The single-step backends. Raises WrongResult unless there are ``num_steps``."""
@@ -39,13 +42,25 @@ class Instance:
 
     def prepare_eagerly(self, given: ForwardBatch, batch: Batch, times: int) -> None:
         """Prepare the same batch ``times`` times, as the backend is ``given`` it."""
-        for _ in range(times):
-            self.driver.prepare_eagerly(given, self.running(batch))
+        with self.written.watching():
+            for _ in range(times):
+                self.driver.prepare_eagerly(given, self.running(batch))
+
+    def bind(self, given: ForwardBatch) -> None:
+        """Bind to the buffers of the mode and bucket of the batch."""
+        with self.written.watching():
+            self.driver.bind(given)
+
+    def prepare_in_graph(self, given: ForwardBatch) -> None:
+        """Record the preparation, if there is one. A real capture gets no dispatch mode that it would not have."""
+        with self.written.watching() if self.device.type == "cpu" else nullcontext():
+            self.driver.prepare_in_graph(given)
 
     def prepare_replay(self, given: ForwardBatch, batch: Batch, times: int) -> None:
         """Prepare the same padded batch ``times`` times, as the backend is ``given`` it."""
-        for _ in range(times):
-            self.driver.prepare_replay(given, self.running(batch))
+        with self.written.watching():
+            for _ in range(times):
+                self.driver.prepare_replay(given, self.running(batch))
 
     def shown_metadata(self, after: Act, batch: Batch) -> list[Metadata]:
         """The metadata that each single-step backend that runs exposes after an act of its driver for ``batch``.
@@ -57,7 +72,10 @@ class Instance:
 
 
 class Instances:
-    """All instances of the backend. Each has the right number of steps when it has been built."""
+    """All instances of the backend. Each has the right number of steps when it has been built.
+
+    inputs: gives the names and tensors that they must not write to; ``written`` tells whether they have.
+    """
 
     def __init__(
         self,
@@ -67,17 +85,21 @@ class Instances:
         config: BackendConfig,
         pool: torch.Tensor,
         switches: tuple[str, ...],
+        inputs: Callable[[], Iterable[tuple[str, torch.Tensor]]] = tuple,
     ) -> None:
         self.all: list[Instance] = []
+        self.written = WrittenInputs(inputs)
         for role in declarations.roles:
-            backend = declarations.build(factory, role, config, pool, switches)
+            with self.written.watching():
+                backend = declarations.build(factory, role, config, pool, switches)
             driver, count = driver_for(setup.drive, backend, config), role.count(config.speculative_num_steps)
-            self.all.append(Instance(role, backend, driver, count, declarations, pool.device))
+            self.all.append(Instance(role, backend, driver, count, declarations, pool.device, self.written))
             self.all[-1].steps()
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:
         for instance in self.all:
-            instance.driver.allocate(max_bs, max_num_tokens)
+            with self.written.watching():
+                instance.driver.allocate(max_bs, max_num_tokens)
 
     def serving(self, mode: ForwardMode) -> Instance:
         """The instance that serves ``mode``. An idle rank replays the graph of DECODE, so both have one instance."""

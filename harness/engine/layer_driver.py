@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,8 @@ from nsa_oracle.harness.engine.allocation import new_caches
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerStep, Modified, copied
 from nsa_oracle.harness.engine.passes import Pass, map_tensors, with_extra_rows
 from nsa_oracle.harness.engine.read_only import ReadOnly, ReadOnlyMetadata, first_modified, handed_out
+from nsa_oracle.harness.engine.recycled import Recycled
+from nsa_oracle.harness.graphs.written_inputs import WrittenInputs
 from nsa_oracle.harness.memory.bits import as_bytes, same_bits, unwritten_memory
 from nsa_oracle.harness.memory.far_apart import far_apart
 from nsa_oracle.harness.memory.poison import GuardedAllocations, band
@@ -69,6 +72,7 @@ class LayerDriver:
         self._slots = torch.full((count + 2 * margin,), last_slot, dtype=torch.int64, device=device)
         self._expected_slots = self._slots.clone()
         self._cache_copies: list[AttentionCaches] = []
+        self._recycled = Recycled()
 
     def is_strided(self, name: str) -> bool:
         """Whether the rows of this input of the layer or of a stage have gaps. Lengths and offsets are dense."""
@@ -159,11 +163,17 @@ class LayerDriver:
                 self._handed_out(name, tensor, a_pass.step)
                 for name, tensor in vars(self.with_extra_rows(a_pass.inputs)).items()
             ]
-            inputs = AttentionInputs(**{read_only.name: read_only.given for read_only in watched})
-            outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
+            inputs = self.given_inputs(watched)
+            written = WrittenInputs(lambda: vars(inputs).items())
+            with written.watching():
+                outputs = outputs_of(self.layer.forward(inputs, self.caches, metadata))
         name = first_modified(watched) or watched_metadata.first_modified()
         step = LayerStep(copied(outputs), self.cached())
-        return step, None if name is None else Modified(a_pass.step, name)
+        return step, modified_by(a_pass.step, name, written)
+
+    def given_inputs(self, watched: Sequence[ReadOnly]) -> AttentionInputs:
+        """The tensors that a layer is given, in an object that it may have been given before (``engine.recycled``)."""
+        return self._recycled.instance(AttentionInputs(**{read_only.name: read_only.given for read_only in watched}))
 
     def _handed_out(self, name: str, tensor: torch.Tensor, step: int) -> ReadOnly:
         """A copy of an input of an eager pass; of slots, behind those of the steps before if they lie together."""
@@ -185,6 +195,13 @@ class LayerDriver:
                 if bool((as_bytes(memory) != self._poison).any()):
                     return Modified(None, f"memory beside {name}")
         return None
+
+
+def modified_by(step: int, changed: str | None, written: WrittenInputs) -> Modified | None:
+    """What a call has done to an input, of which ``changed`` has another content now; None if nothing."""
+    if changed is not None:
+        return Modified(step, changed)
+    return None if written.first is None else Modified(step, written.first.name, written.first)
 
 
 def _inner(tensor: torch.Tensor, margin: int) -> torch.Tensor:

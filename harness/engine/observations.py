@@ -13,6 +13,7 @@ from nsa_oracle.harness.content.edge_keys import EdgeKeys
 from nsa_oracle.harness.content.edge_logits import EdgeLogits
 from nsa_oracle.harness.content.edge_scores import EdgeScores
 from nsa_oracle.harness.engine.passes import Pass
+from nsa_oracle.harness.findings import InputWrite
 from nsa_oracle.harness.memory.bits import NAN_WORD
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
@@ -95,6 +96,7 @@ class LayerObservation:
     selected: Selected | None = None
     stored: Stored | None = None
     scored: Scored | None = None
+    many: ManyRows | None = None
     again: bool = False
 
 
@@ -114,6 +116,19 @@ class Scored:
 
     given: EdgeScores
     logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """Results of stages by themselves on ``count`` rows, those of a pass over and over: row i is its row i % ``rows``.
+
+    step: of the pass. results: by the names of fields in reports.
+    """
+
+    step: int
+    rows: int
+    count: int
+    results: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,11 @@ def dense_copy(caches: AttentionCaches) -> AttentionCaches:
 
 
 class Modified(NamedTuple):
-    """An input that a layer has modified, and the step of the pass that did so, if known."""
+    """An input that a layer has modified, and the step of the pass that did so, if known.
+
+    write: an operator that has written to it and left its content as it is; None if that has changed.
+    """
 
     step: int | None
     name: str
+    write: InputWrite | None = None

@@ -13,11 +13,8 @@ read is counted and not judged.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from nsa_oracle.harness.graphs.allocator import Allocator, Block, Reference, in_free_block
 from nsa_oracle.harness.graphs.nodes import (
@@ -85,15 +82,6 @@ class Audit:
     tally: AuditTally = field(default_factory=AuditTally)
     fault: Fault | None = None
     references: list[Reference] = field(default_factory=list)
-
-
-@functools.cache
-def driver_bindings() -> Any | None:
-    """The module ``cuda.bindings.driver``, or None if it is not installed."""
-    try:
-        return importlib.import_module("cuda.bindings.driver")
-    except ImportError:
-        return None
 
 
 HostMemory = Callable[[int], bool | None]

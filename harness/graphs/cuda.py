@@ -24,8 +24,9 @@ import torch
 
 from nsa_oracle.harness.errors import CaptureError
 from nsa_oracle.harness.graphs.allocator import Allocator, Reference, in_free_block
-from nsa_oracle.harness.graphs.audit import Audit, audit, driver_bindings
+from nsa_oracle.harness.graphs.audit import Audit, audit
 from nsa_oracle.harness.graphs.callers import describe_frame, innermost_user_frame
+from nsa_oracle.harness.graphs.driver import driver_bindings
 from nsa_oracle.harness.graphs.free_memory import spoil_free_blocks
 from nsa_oracle.harness.graphs.host_values import NodeValues, of_nodes
 from nsa_oracle.harness.graphs.nodes import DriverRefusal, GraphReader, Node

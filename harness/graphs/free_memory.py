@@ -7,27 +7,13 @@ at once. It allocates no memory, so it does not change which blocks later alloca
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nsa_oracle.harness.graphs.allocator import SHARED_POOL, Allocator
+from nsa_oracle.harness.graphs.driver import MemoryAt
 
 MOST_SPOILED_BYTES = 1 << 31  # for one call: bounds the time, and is more than any case leaves free
 _WORD = 4
-
-
-class _Words:
-    """int32 words at an address, as an object that torch can wrap in a tensor."""
-
-    def __init__(self, address: int, count: int) -> None:
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "shape": (count,),
-            "typestr": "<i4",
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
 
 
 def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: torch.device, value: int) -> int:
@@ -40,7 +26,7 @@ def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: t
     for block in allocator.blocks:
         shared = block.pool == SHARED_POOL and block.stream == stream
         if block.free and (shared or block.pool == own_pool) and spoiled + block.size <= MOST_SPOILED_BYTES:
-            words = torch.as_tensor(_Words(block.address, block.size // _WORD), device=device)
+            words = torch.as_tensor(MemoryAt(block.address, block.size // _WORD, "<i4"), device=device)
             words.fill_(value)
             spoiled += block.size
     return spoiled

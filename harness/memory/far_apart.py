@@ -1,92 +1,49 @@
 """Small tensors whose rows lie so far apart that offsets need 64 bits, as in the caches and pools of production.
 
-On a host the gaps are address space that is never touched. A GPU allocates all of it, so processes that share a GPU
-take turns.
+The gaps are addresses without memory of their own: never touched on a host, mapped to one small piece of memory on a
+GPU. Where rows are many, so that there are no gaps of 2 MiB, it takes gigabytes of a GPU.
 """
 
 from __future__ import annotations
 
 import gc
 import mmap
-import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import torch
-from filelock import FileLock, Timeout
 
 from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.memory.sparse_gpu import GRANULE, Piece, bytes_of, layout, sparse_gpu_memory, unmap_unused
 
 BEYOND_32_BITS = 1 << 32  # elements; an offset of 32 bits, signed or unsigned, cannot express this or more
 BEYOND_31_BITS = BEYOND_32_BITS >> 1  # elements; a signed offset of 32 bits cannot express this or more
-MOST_FAR_BYTES = 48 << 30  # of GPU memory for one case at a time: three engines, each with both caches
-_POLL_INTERVAL = 0.02  # seconds between attempts to lock a place
+MOST_FAR_BYTES = 48 << 30  # of GPU memory for one case: three engines with both caches, no rows with gaps of 2 MiB
 _ADDRESSES = 1 << 42  # bytes of address space that rows may spread over on a host
 _ROW_ALIGNMENT = 128
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, in ``mmap`` from Python 3.13 on
 
 
-@contextmanager
-def memory_for(far: bool, device: torch.device) -> Iterator[None]:
-    """Context for judging one case. If the case is ``far``, reserves memory for it and releases it afterwards.
-
-    On a GPU, waits until few enough processes hold such memory.
-    """
-    if not far:
-        yield
-    elif device.type == "cpu":
-        gc.collect()  # engines are in reference cycles, and each holds a page of memory for every far row
-        yield
-    else:
-        with _turn(_lock_files(device)):
-            try:
-                yield
-            finally:
-                _release_unused()
-
-
-def _lock_files(device: torch.device) -> list[Path]:
-    """Lock files, one for each case that fits on the GPU at a time. The owner of a lock may use ``MOST_FAR_BYTES``."""
-    properties = torch.cuda.get_device_properties(device)
-    name = f"nsa-oracle-{os.getuid()}-{properties.uuid}"
-    count = max(1, properties.total_memory // MOST_FAR_BYTES)
-    return [Path(tempfile.gettempdir()) / f"{name}.{place}.lock" for place in range(count)]
-
-
-@contextmanager
-def _turn(places: Sequence[Path]) -> Iterator[None]:
-    """Hold the lock of one of ``places``. Waits until one is free. A process that dies releases its lock."""
-    while True:
-        for place in places:
-            try:
-                held = FileLock(place).acquire(timeout=0)
-            except Timeout:
-                continue
-            with held:
-                yield
-            return
-        time.sleep(_POLL_INTERVAL)
-
-
 def far_apart(dense: torch.Tensor, reach: int | None = None) -> torch.Tensor:
     """A copy of ``dense`` whose rows lie so far apart that offsets need 64 bits, in elements and in bytes.
 
-    The last row lies ``reach`` elements after the first. The default reach on a GPU is 2**32, because all of the memory
-    is allocated. By default on a host, where gaps are not touched, every row but the first few lies beyond 2**32
-    elements, and a wrapped offset stays within the memory, where it finds row 0 or zeros. Raises ScenarioError if
-    there is too little memory or address space.
+    The last row lies ``reach`` elements after the first: 2**32 by default on a GPU, where rows that are close share
+    little memory with the gaps. By default on a host every row but the first few lies beyond 2**32 elements. A wrapped
+    offset stays within the memory, where it finds row 0 or the content of a gap. Raises ScenarioError if there is too
+    little memory or address space.
     """
     rows, size = len(dense), dense.element_size()
-    spacing = -(-(reach or BEYOND_32_BITS) * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     if dense.device.type == "cpu":
-        memory, stride, first = _sparse_host_memory(dense, spacing if reach else BEYOND_32_BITS * size)
+        widest = -(-reach * size // max(1, rows - 1)) if reach else BEYOND_32_BITS * size
+        memory, stride, first = _sparse_host_memory(dense, widest)
     else:
-        memory, stride, first = _gpu_memory((rows - 1) * spacing // size + dense[0].numel(), dense), spacing // size, 0
+        memory, stride, first = _gpu_memory(dense, reach)
     return memory.as_strided(dense.shape, (stride, *dense.stride()[1:]), first).copy_(dense)
+
+
+def gpu_bytes(rows: int, row_bytes: int, element_size: int, reach: int | None = None) -> int:
+    """The memory that ``far_apart`` takes on a GPU for ``rows`` of ``row_bytes`` each."""
+    return bytes_of(_gpu_pieces(rows, row_bytes, element_size, reach))
 
 
 def _sparse_host_memory(like: torch.Tensor, widest: int) -> tuple[torch.Tensor, int, int]:
@@ -123,21 +80,45 @@ def _mapped_addresses(count: int) -> mmap.mmap | None:
     return None
 
 
-def _gpu_memory(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Allocates ``count`` elements on a GPU. First releases memory of engines that are gone, if that is needed."""
-    needed = count * like.element_size()
-    for is_short in (torch.cuda.memory_reserved(like.device) + needed > MOST_FAR_BYTES, True):
-        if is_short:
-            _release_unused()
-        with suppress(torch.OutOfMemoryError):
-            return torch.empty(count, dtype=like.dtype, device=like.device)
-    raise ScenarioError(f"far memory needs {needed >> 30} GiB on {like.device} in one piece, and less is free")
+def _gpu_spacing(rows: int, size: int, reach: int | None) -> int:
+    """The distance of ``rows`` of elements of ``size`` bytes on a GPU, in bytes."""
+    spacing = -(-(reach or BEYOND_32_BITS) * size // max(1, rows - 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    # A row that begins a granule is in no other one. Closer rows gain less than such a distance costs.
+    return spacing if spacing < 4 * GRANULE else -(-spacing // GRANULE) * GRANULE
 
 
-def _release_unused() -> None:
+def _gpu_pieces(rows: int, row_bytes: int, size: int, reach: int | None) -> list[Piece]:
+    """``rows`` and the gaps between them, with as much before and behind as a wrapped offset may reach."""
+    spacing, before = _gpu_spacing(rows, size, reach), BEYOND_31_BITS * size
+    count = before + max((rows - 1) * spacing + row_bytes, (BEYOND_32_BITS + 1) * size)
+    begins = range(before, before + rows * spacing, spacing)
+    return layout(count, [(begin, begin + row_bytes) for begin in begins])
+
+
+def _gpu_memory(dense: torch.Tensor, reach: int | None) -> tuple[torch.Tensor, int, int]:
+    """Memory of a GPU for the rows of ``dense``, their distance and the offset of row 0, in elements.
+
+    Where the driver maps no memory to addresses, all of it is allocated, from row 0 on.
+    """
+    rows, size, row_bytes = len(dense), dense.element_size(), dense[0].numel() * dense.element_size()
+    spacing = _gpu_spacing(rows, size, reach)
+    pieces = _gpu_pieces(rows, row_bytes, size, reach)
+    for _ in range(2):
+        memory = sparse_gpu_memory(pieces, dense.device)
+        if memory is not None:
+            return memory.view(dense.dtype), spacing // size, BEYOND_31_BITS
+        release_unused()  # memory of engines that are gone
+    count = (rows - 1) * spacing // size + dense[0].numel()
+    with suppress(torch.OutOfMemoryError):
+        return torch.empty(count, dtype=dense.dtype, device=dense.device), spacing // size, 0
+    raise ScenarioError(f"far memory needs {count * size >> 30} GiB on {dense.device} in one piece, and less is free")
+
+
+def release_unused() -> None:
     """Return GPU memory to other processes: that of engines in reference cycles, and what torch keeps cached."""
     gc.collect()
     torch.cuda.empty_cache()
+    unmap_unused()
 
 
 def _aligned(count: int) -> int:

@@ -22,7 +22,9 @@ from nsa_oracle.harness.checks.metadata import differing_fields
 from nsa_oracle.harness.checks.tally import Tally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, LayerObservation, Observation
+from nsa_oracle.harness.engine.writes import modified_input, stray_write
 from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
 from nsa_oracle.harness.findings import Finding, Kind
@@ -30,7 +32,6 @@ from nsa_oracle.harness.graphs.callers import judged_frames
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.files import digest, save
@@ -170,7 +171,7 @@ class BackendSurvey:
             surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
             streams = Streams()
             try:
-                far = memory_for(scenario.setup.is_far, self.device)
+                far = memory_for(scenario.setup, self.device)
                 with shown_warnings(), speed.without_warnings(), far, time_limit(self.subject.case_timeout):
                     surveyed.run()
                 lost = streams.lost()
@@ -318,14 +319,10 @@ class _Case:
         self.exits.check_forks()
         if isinstance(event, Capture):
             self._note(Property("graph", event.mode.value, CAPTURES), [], number)
-        overrun, modified = engine.guards.overrun(), engine.modified_input()
-        written = (
-            [] if overrun is None else [Finding(Kind.GUARD, str(list(overrun.shape)), overrun.operation, "no write")]
-        )
-        changed = [] if modified is None else [Finding(Kind.INPUT, modified, "changed content", "the engine's content")]
-        self._note(Property("-", "-", WITHIN), written, number)
-        self._note(Property("-", "-", UNMODIFIED), changed, number)
-        if written or changed:  # it would be found again after every later event
+        stray, modified = stray_write(engine), modified_input(engine, event)
+        self._note(Property("-", "-", WITHIN), [] if stray is None else [stray], number)
+        self._note(Property("-", "-", UNMODIFIED), [] if modified is None else [modified], number)
+        if stray or modified:  # it would be found again after every later event
             raise _SpoiltMemory
 
     def _judge_call(self, engine: Engine, seen: Observation, number: int) -> None:

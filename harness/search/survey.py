@@ -14,18 +14,18 @@ import torch
 from rich.table import Table
 
 from nsa_oracle.harness.checks.layer import StageJudge
-from nsa_oracle.harness.checks.relations import Relations
+from nsa_oracle.harness.checks.relations import Relation, Relations, differs_among_many
 from nsa_oracle.harness.checks.selection import edge_logits_by_kind
 from nsa_oracle.harness.checks.tally import LayerTally
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
+from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
 from nsa_oracle.harness.judge import sentinels
-from nsa_oracle.harness.memory.far_apart import memory_for
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Scenario
@@ -136,7 +136,7 @@ class Survey:
         streams = Streams()
         with interruptions_noted() as interruptions:
             try:
-                far, limit = memory_for(scenario.setup.is_far, self.device), time_limit(self.subject.case_timeout)
+                far, limit = memory_for(scenario.setup, self.device), time_limit(self.subject.case_timeout)
                 with speed.without_warnings(), far, exits_refused() as exits, limit:
                     self._survey_calls(scenario, build, check_time)
                 interruptions.check()
@@ -176,6 +176,8 @@ class Survey:
                         self.records[f"made-up logits: {kind.value}"].note(finding)
                     seen = dataclasses.replace(seen, selected=None)
                 self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
+                if seen.many is not None:
+                    self.records[f"same bits: {Relation.MANY.value}"].note(differs_among_many(seen))
                 if seen.feed is Feed.ISOLATED or regime.is_exact:
                     continue
                 for relation, finding in relations.check_all(engine, seen):

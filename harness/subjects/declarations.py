@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nsa_oracle.harness import fields
+from nsa_oracle.harness.errors import building
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS, Axis, Field
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.scenarios.batch import Batch, Padding
@@ -170,7 +171,10 @@ class Role:
 
 @dataclass(frozen=True)
 class Declarations:
-    """See the module. stand_ins: gives the dotted names of parts that are not the backend's own, so not judged."""
+    """See the module. stand_ins: gives the dotted names of parts that are not the backend's own, so not judged.
+
+    owner: how messages name the backend that declares all this.
+    """
 
     roles: tuple[Role, ...] = (Role(None, tuple(ForwardMode)),)
     padding: Mapping[ForwardMode, Padding] = field(default_factory=dict)
@@ -179,6 +183,7 @@ class Declarations:
     own_fields: tuple[OwnField, ...] = ()
     waivers: tuple[Waiver, ...] = ()
     stand_ins: Callable[[], Sequence[str]] = tuple
+    owner: str = "declarations"
 
     def role_of(self, mode: ForwardMode) -> Role:
         return next(role for role in self.roles if mode in role.modes)
@@ -213,7 +218,8 @@ class Declarations:
     ) -> BuiltBackend:
         """The instance for ``role``: ``factory`` gets the role's name if it has one."""
         build: Callable[..., BuiltBackend] = factory
-        return build(config, pool, switches) if role.name is None else build(config, pool, switches, role.name)
+        with building():
+            return build(config, pool, switches) if role.name is None else build(config, pool, switches, role.name)
 
 
 ASKS_THE_MOST = Declarations()

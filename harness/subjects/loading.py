@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from nsa_oracle.harness.protocol import (
     BackendFactory,
     LayerFactory,
     MultiStepBackend,
+    PreparesOutOfGraph,
     SingleStepBackend,
     SparseAttention,
     Strictness,
@@ -29,7 +30,14 @@ from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
 from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
-from nsa_oracle.harness.subjects.names import protocol_meant
+from nsa_oracle.harness.subjects.names import (
+    OLDER,
+    TODAYS,
+    begins_todays_names,
+    methods_left,
+    protocol_meant,
+    todays_lacking,
+)
 from nsa_oracle.harness.subjects.result_checks import checked_stages
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.harness.watching import noted
@@ -47,7 +55,7 @@ def load_backend(spec: str) -> LoadedBackend:
     try:
         if near := misspelt_declaration(found):
             raise ValueError(near)
-        declarations = read_declarations(found)
+        declarations = replace(read_declarations(found), owner=shown)
     except ValueError as error:
         raise BackendError(f"{shown}: {error}") from None
     except Exception as error:  # an attribute of an unforeseen type, or one that raises
@@ -188,6 +196,8 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
         kind = type(found).__name__
         mend = f"name a class or function of ({arguments}), not {_article(kind)} {kind}"
         raise BackendError(f"{shown} is not callable; {mend}")
+    for function in (found, getattr(found, "__init__", None), inspect.getattr_static(type(found), "__call__")):
+        _check_body_runs(function, shown)
     return cast("Callable[..., object]", found), shown
 
 
@@ -267,7 +277,10 @@ def checked(backend: object, spec: str, single: bool = False) -> MultiStepBacken
 
 
 def _check_instance(found: object, shown: str, told: str, mend: str) -> None:
-    """Raises BackendError for None and for a class, which may have all the methods."""
+    """Raises BackendError for None, for a coroutine, and for a class, which may have all the methods."""
+    if inspect.iscoroutine(found):
+        found.close()  # else Python warns that nothing awaited it
+        raise BackendError(f"{shown}: {told.format(kind='a coroutine')}, which nothing awaits; {mend}")
     if found is None:
         raise BackendError(f"{shown}: {told.format(kind='None')}; {mend}")
     if isinstance(found, type):
@@ -279,9 +292,15 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
     """Raises BackendError for the first method of ``protocol`` that ``found`` lacks or that cannot be called."""
     kind = type(found).__name__
     _check_runs(found, "init_forward_metadata_in_graph", shown)  # optional in the older set
+    if protocol is PreparesOutOfGraph and methods_left(found):
+        for name in OLDER:
+            if not hasattr(found, name) and (near := _misspelt(found, name, 0.9)):  # meant to be called by those names
+                raise BackendError(f"{shown} lacks {kind}.{name}{near}")
     for name in _methods(protocol):
         if not hasattr(found, name):
             near = _misspelt(found, name)
+            if protocol is not PreparesOutOfGraph and begins_todays_names(found):
+                near += f", and of today's set {kind}.{', '.join(todays_lacking(found))}; complete one of the two sets"
             raise BackendError(
                 f"{shown} lacks {kind}.{name}{near}; nsa_oracle/harness/protocol.py says what it must do"
             )
@@ -293,16 +312,19 @@ def _check_methods(found: object, protocol: type, shown: str) -> None:
 
 def _check_runs(found: object, name: str, shown: str) -> None:
     """Raises BackendError if the method ``name`` of ``found`` is one whose body does not run when it is called."""
-    method, named = getattr(found, name, None), f"{shown}: {type(found).__name__}.{name}"
-    if inspect.iscoroutinefunction(method):
+    _check_body_runs(getattr(found, name, None), f"{shown}: {type(found).__name__}.{name}")
+
+
+def _check_body_runs(function: object, named: str) -> None:
+    if inspect.iscoroutinefunction(function):
         raise BackendError(f"{named} is a coroutine, which nothing awaits; define it without async")
-    if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise BackendError(f"{named} is a generator, which nothing iterates over; define it without yield")
 
 
 def _misspelt(found: object, name: str, cutoff: float = 0.75) -> str:
     """A clause about an attribute of ``found`` whose name is like ``name``, or ""."""
-    known = {*_methods(MultiStepBackend), *_stages()}
+    known = {*_methods(MultiStepBackend), *TODAYS, *_stages()}
     near = meant(name, (other for other in dir(found) if not other.startswith("_") and other not in known), cutoff)
     return f" (it has {near}: did you mean {name}?)" if near else ""
 

@@ -30,10 +30,30 @@ def attn_backends_of(backend: object) -> Sequence[object] | None:
 
 
 def protocol_meant(backend: object, older: type) -> type:
-    """The protocol whose methods ``backend`` must have: today's if it begins that set alone, else ``older``."""
-    of_older = [name for name in OLDER if name not in TODAYS and hasattr(backend, name)]
-    begins_todays = hasattr(backend, "init_forward_metadata_out_graph") and not of_older
-    return PreparesOutOfGraph if begins_todays else older
+    """The protocol whose methods ``backend`` must have: the one by which it is called, if it has one set completely.
+
+    Else today's if it begins that set alone, and otherwise ``older``. Some of the older methods beside all of today's
+    are no part of the protocol: such a backend is called by today's names.
+    """
+    if has_older_names(backend):
+        return older
+    begins_todays = begins_todays_names(backend) and not methods_left(backend)
+    return PreparesOutOfGraph if begins_todays or not todays_lacking(backend) else older
+
+
+def methods_left(backend: object) -> list[str]:
+    """The methods of ``backend`` that only the older set has."""
+    return [name for name in OLDER if name not in TODAYS and hasattr(backend, name)]
+
+
+def begins_todays_names(backend: object) -> bool:
+    """Whether the backend has the method by which today's set is known."""
+    return hasattr(backend, "init_forward_metadata_out_graph")
+
+
+def todays_lacking(backend: object) -> list[str]:
+    """The methods of today's set that ``backend`` lacks."""
+    return _lacking(backend, TODAYS)
 
 
 def _lacking(backend: object, names: Sequence[str]) -> list[str]:

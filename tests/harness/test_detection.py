@@ -265,8 +265,18 @@ PLANTS = (
     ),
     # Memory that is not the backend's to write
     Plant(
-        memory.WritesOneRowBeyond, one_replay(DECODE), Kind.GUARD, "~buffer of shape [1, 16]",
+        memory.WritesOneRowBeyond, one_replay(DECODE), Kind.GUARD, "~page_table_1, a buffer of shape [1, 16]",
         "", "a written guard band", "no write around it", step=None, id="one row beyond",
+    ),
+    Plant(
+        memory.WritesBesideAFieldEagerly, case(Join(seq_len=3), Eager(mode=DECODE)), Kind.GUARD,
+        "~cu_seqlens_k, a buffer of shape [2]", "", "a written guard band", "no write around it", step=None, event=1,
+        id="beyond a field of an eager call",
+    ),
+    Plant(
+        memory.WritesBesideItsScratch, case(Join(seq_len=3), Eager(mode=DECODE)), Kind.GUARD,
+        "~WritesBesideItsScratch.scratch[...][0], a buffer of shape [8]", "", "a written guard band",
+        "no write around it", step=None, event=1, id="beyond a tensor that is no field",
     ),
     Plant(
         memory.WritesReqToToken, one_replay(DECODE), Kind.INPUT, "req_to_token", step=None, id="writes the pool",

@@ -65,6 +65,18 @@ _INDEXERS = (
         Mutation(INDEXER, "tl.where(live, result,", "tl.where(live, tl.where(result == result, result, 0.0),"),
     ),
     layer_bug(
+        "fourth-tile-of-a-program-left-out",
+        "A program that shares a row with others computes three tiles of tokens at most; later ones are not scored.",
+        REVIEW,
+        "so many rows that few programs share each of them",
+        frozenset({Check.RELATION, Check.LOGITS}),
+        Mutation(
+            INDEXER,
+            "range(first, num_tiles, programs_per_row)",
+            "range(first, tl.minimum(num_tiles, first + 3 * programs_per_row), programs_per_row)",
+        ),
+    ),
+    layer_bug(
         "page-offset-loses-high-bits",
         "The offset of a page is truncated to 31 bits: page * 8448 wraps near page 254,200.",
         "sglang#34725",

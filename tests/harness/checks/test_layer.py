@@ -147,12 +147,16 @@ def test_wrong_form_of_a_single_stage_is_reported(name: str) -> None:
     attribute = {"topk_indices": "positions", "topk_ragged": "ragged"}[name]
     step = clean.layer.steps[0]
     right = getattr(step, attribute)
-    for wrong in (right.long(), right[:, :-1]):
+    narrow = right[:, :-1]
+    for wrong, form in (
+        (right.long(), (Kind.DTYPE, "torch.int64", "torch.int32")),
+        (narrow, (Kind.SHAPE, str(list(narrow.shape)), str(list(right.shape)))),
+    ):
         layer = dataclasses.replace(clean.layer, steps=(replace(step, **{attribute: wrong}),))
         finding = clean.judge().compare(layer, clean.metadata)
         assert finding is not None
-        assert (finding.kind, finding.field) == (Kind.SHAPE, name)
-        assert finding.expected == f"torch.int32 {list(right.shape)}"
+        assert finding.field == name
+        assert (finding.kind, finding.got, finding.expected) == form
 
 
 # The scenario's other run

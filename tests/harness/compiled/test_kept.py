@@ -331,13 +331,13 @@ PROGRAM = """
 import torch
 from nsa_oracle.harness.processes import prepare_process
 prepare_process("cpu")
-from nsa_oracle.harness.compiled import launcher
+from nsa_oracle.harness.compiled import tier
 from tests.support import kept_kernels
 for width in range(1, 9):
     target = torch.zeros(width, dtype=torch.int32)
     kept_kernels.filling_kernel[(width,)](target, WIDTH=width)
     assert target.tolist() == [width] * width
-assert launcher.interpreted == {}
+assert tier.interpreted == {}
 """
 
 

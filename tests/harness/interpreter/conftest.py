@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from nsa_oracle.harness.compiled import launcher
+from nsa_oracle.harness.compiled import tier
 from nsa_oracle.harness.processes import prepare_process
 
 
@@ -21,7 +21,7 @@ def interpreted() -> Iterator[None]:
     prepare_process("cpu")
     from triton.runtime import interpreter
 
-    if not launcher.is_installed():
+    if not tier.is_installed():
         yield
         return
     launch = interpreter.GridExecutor.__call__.__wrapped__

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -64,40 +62,3 @@ def test_host_that_gives_no_addresses_is_reported_in_one_line(
         scenario = case(Join(seq_len=3), Eager(mode=VERIFY), layer={"far_slots": True})
         with pytest.raises(ScenarioError, match=r"^far memory needs "):
             judge(scenario, factory_of(CleanBackend), device)
-
-
-def test_cases_that_need_far_memory_of_one_gpu_take_turns(tmp_path: Path) -> None:
-    """At most as many at a time as there are places; nobody waits for a place while there is one."""
-    places = [tmp_path / "first.lock", tmp_path / "second.lock"]
-    both_hold, done = threading.Barrier(3), threading.Event()
-    holding: list[int] = []
-
-    def hold(number: int) -> None:
-        with far._turn(places):
-            holding.append(number)
-            both_hold.wait()
-            done.wait()
-
-    holders = [threading.Thread(target=hold, args=(number,)) for number in (1, 2)]
-    for holder in holders:
-        holder.start()
-    both_hold.wait()  # so two got in
-    third = threading.Thread(target=lambda: [holding.append(3) for _ in [0] if _enter(places)])
-    third.start()
-    third.join(0.2)
-    assert sorted(holding) == [1, 2]
-    done.set()
-    for thread in (*holders, third):
-        thread.join()
-    assert sorted(holding) == [1, 2, 3]
-
-
-def _enter(places: list[Path]) -> bool:
-    with far._turn(places):
-        return True
-
-
-def test_turn_ends_with_an_exception(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"^of the case$"), far._turn([tmp_path / "only.lock"]):
-            raise ValueError("of the case")

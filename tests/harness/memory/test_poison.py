@@ -7,7 +7,8 @@ import torch
 
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
-from nsa_oracle.harness.memory.poison import BandedInput, GuardedAllocations, overrun, without_bands
+from nsa_oracle.harness.memory.banded import BandedInput
+from nsa_oracle.harness.memory.poison import GuardedAllocations, overrun, without_bands
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
 from nsa_oracle.harness.scenarios.setup import Inputs
 from tests.support.backends import clean, memory, replays

@@ -36,7 +36,7 @@ from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.multi_step import MultiStepBackend
 from nsa_oracle.reference.types import BackendConfig, ForwardBatch
-from tests.support.backends import clean, declared, in_graph, memory
+from tests.support.backends import clean, declared, in_graph, memory, writes
 from tests.support.metadata_cases import DECODE, VERIFY, case, factory_of, one_replay
 
 CPU = torch.device("cpu")
@@ -162,6 +162,8 @@ def test_stray_writes_and_modified_inputs_have_rows() -> None:
     assert {key.name for key in found.broken} == {UNMODIFIED}
     found = surveyed(factory_of(memory.WritesOneRowBeyond), HISTORY)
     assert {key.name for key in found.broken} == {WITHIN}
+    found = surveyed(factory_of(writes.touching(writes.adds_nothing, "eager")))
+    assert {key.name for key in found.broken} == {UNMODIFIED}
 
 
 def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ STRANGE_LAYERS = {
     "LogitsOfTooFewRows": SHAPE_OF_LOGITS,
     "LogitsElsewhere": (Kind.DEVICE, "logits", "meta", "the device", ISOLATED),
     "NoPositions": (Kind.RESULT, "topk_indices", "None", "a tensor", ISOLATED),
-    "ScalarPositions": (Kind.SHAPE, "topk_indices", "torch.int32 []", "torch.int32 [3, 8]", ISOLATED),
+    "ScalarPositions": (Kind.SHAPE, "topk_indices", "[]", "[3, 8]", ISOLATED),
     "NoSlots": (Kind.RESULT, "indices", "None", "a tensor", ISOLATED),
     "WideSlots": (Kind.DTYPE, "indices", "torch.int64", "torch.int32", ISOLATED),
     "SlotsOfTooFewRows": (Kind.SHAPE, "indices", "[2, 8]", "[3, 8]", ISOLATED),

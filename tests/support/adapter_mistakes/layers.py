@@ -121,7 +121,12 @@ def layers() -> Iterator[Mistake]:
         names="topk_indices",
     )
     yield layer(
-        "positions in int64", "topk_indices", "return right.long()", "topk_indices", "torch.int64", names="topk_indices"
+        "positions in int64",
+        "topk_indices",
+        "return right.long()",
+        "wrong dtype",
+        "torch.int64, expected torch.int32",
+        names="topk_indices",
     )
     yield layer(
         "slots in int64",

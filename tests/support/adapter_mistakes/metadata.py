@@ -39,7 +39,8 @@ def steps() -> Iterator[Mistake]:
         "a step writes what the next one reads",
         writes + "class Mine(Backend):\n    def __init__(self, c, r):\n        super().__init__(c, r)\n"
         "        self.attn_backends = [S(c, r) for _ in self.attn_backends]\n",
-        "input modified: seq_lens (by Mine.init_forward_metadata): got changed content",
+        "input modified: seq_lens at ",
+        " in init_forward_metadata (by Mine.init_forward_metadata): got changed content",
     )
     yield init(
         "one step too few",
@@ -245,11 +246,17 @@ def declarations() -> Iterator[Mistake]:
         ("numbers", "lambda *a: 1", ("must be a mask of bool", "not numbers of int64")),
         ("of another shape", "lambda *a: np.zeros(3, bool)", ("raised ValueError",)),
     ):
-        named = "the cells of the waiver 'page_table_1 in DECODE, <lambda>'"
+        named = "Mine': the cells of the waiver 'page_table_1 in DECODE, <lambda>'"
         waivers = f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]"
         yield whole(f"waivers: cells are {name}", waivers, *says, names=named)
     cells = "__import__('functools').partial(lambda call, field, shape: np.zeros(shape, bool))"
     yield whole("waivers: cells without a name", f"waivers = [Waiver('DECODE', 'page_table_1', 'x', {cells})]", PASSES)
+    for name, given, says in (
+        ("raise", "1 / 0", "Mine': stand_ins raised ZeroDivisionError: division by zero"),
+        ("are no names", "3", "Mine': stand_ins must give a list of names; it gives one int"),
+        ("are one text", "'a.b'", "Mine': stand_ins must give a list of names; it gives one str"),
+    ):
+        yield whole(f"stand-ins {name}", f"stand_ins = staticmethod(lambda: {given})", says)
     yield whole("misspelt modes", "mode = ('DECODE',)", "it has mode: did you mean modes?")
     yield whole("misspelt role", "roles = {'draft': ('DECODER',)}", "roles: there is no mode 'DECODER'")
     for name, modes, says in (

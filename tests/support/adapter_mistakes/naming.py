@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.support.adapter_mistakes.mistake import FILE, GOOD, Mistake, backend, field, init, layer, whole
+from tests.support.adapter_mistakes.mistake import (
+    FILE,
+    GOOD,
+    PASSES,
+    Mistake,
+    backend,
+    field,
+    init,
+    layer,
+    layer_class,
+    whole,
+)
 
 
 def naming() -> Iterator[Mistake]:
@@ -106,6 +117,7 @@ def construction() -> Iterator[Mistake]:
         for name in ("init_forward_metdata", "init_cuda_graph_state", "init_forward_metadata_capture_cuda_graph")
     )
     yield backend("misspelt method", misspelt, "lacks Mine.init_forward_metadata", "it has init_forward_metdata")
+    yield from _two_sets()
     yield whole("method is None", "init_cuda_graph_state = None", "Mine.init_cuda_graph_state is not a method")
     yield whole(
         "method is a property",
@@ -146,6 +158,23 @@ def construction() -> Iterator[Mistake]:
     yield whole(
         "coroutine", "async def init_forward_metadata(self, batch): pass", "Mine.init_forward_metadata is a coroutine"
     )
+    yield backend(
+        "coroutine for a factory",
+        "async def Mine(c, r): return Backend(c, r)\n",
+        "Mine' is a coroutine, which nothing awaits; define it without async",
+    )
+    yield whole(
+        "coroutine for a constructor", "async def __init__(self, c, r): pass", "Mine' is a coroutine", names="Mine"
+    )
+    yield backend("generator for a factory", "def Mine(c, r): yield\n", "Mine' is a generator", names="Mine")
+    yield backend(
+        "returns a coroutine",
+        "async def build(c, r): return Backend(c, r)\ndef Mine(c, r): return build(c, r)\n",
+        "returned a coroutine, which nothing awaits; return the backend",
+    )
+    yield layer_class(
+        "coroutine for a layer", "async def Mine(c, a): return Layer(c, a)\n", "Mine' is a coroutine", names="Mine"
+    )
     for prefix, kind in (("", "generator"), ("async ", "asynchronous generator")):
         yield whole(
             kind,
@@ -182,4 +211,33 @@ def construction() -> Iterator[Mistake]:
         "def init_forward_metadata_replay_cuda_graph(self, b, bs): raise NotImplementedError",
         "NotImplementedError",
         FILE + ":11",
+    )
+
+
+def _two_sets() -> Iterator[Mistake]:
+    """One set of names, with some of the other beside it."""
+    replay, todays = "init_forward_metadata_replay_cuda_graph", "init_forward_metadata_out_graph"
+    shared = "init_forward_metadata", "init_cuda_graph_state"
+    steps = (
+        "class Mine:\n    def __init__(self, c, r):\n        self._own = Backend(c, r)\n"
+        "    @property\n    def attn_backends(self): return self._own.attn_backends\n"
+    )
+
+    def having(*names: str, without: str = "") -> str:
+        passed_on = "".join(f"    def {name}(self, *a, **o): self._own.{name}(*a, **o)\n" for name in names)
+        return steps + passed_on + (f"    def {without}(self, *a, **o): 1 / 0\n" if without else "")
+
+    whole_set = (*shared, todays, "init_forward_metadata_in_graph")
+    yield backend("an older method left", having(*whole_set, without=replay), PASSES, names="")
+    capture = "init_forward_metadata_capture_cuda_graf"
+    yield backend(
+        "an older set misspelt beside today's",
+        having(*whole_set, replay, without=capture),
+        "lacks Mine.init_forward_metadata_capture_cuda_graph (it has init_forward_metadata_capture_cuda_graf: did you",
+    )
+    yield backend(
+        "neither set whole",
+        having(*shared, todays, replay),
+        "lacks Mine.init_forward_metadata_capture_cuda_graph, and of today's set Mine.init_forward_metadata_in_graph; ",
+        "complete one of the two sets",
     )

@@ -21,6 +21,28 @@ class WritesOneRowBeyond(Step):
         beyond[:, :32] = 7
 
 
+class WritesBesideItsScratch(MultiStepBackend):
+    """A tensor of its own, which is no field, is written once more behind its end."""
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        super().__init__(config, req_to_token)
+        self.scratch = {"lengths": [torch.zeros(8, dtype=torch.int32, device=req_to_token.device)]}
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        (lengths,) = self.scratch["lengths"]
+        lengths.as_strided((4,), (1,), lengths.storage_offset() + 8).fill_(1)
+
+
+@backend_of
+class WritesBesideAFieldEagerly(Step):
+    """A field of an eager call is written beyond its end."""
+
+    def alter(self, metadata: Metadata, batch: ForwardBatch) -> None:
+        bounds = metadata.cu_seqlens_k
+        bounds.as_strided((4,), (1,), bounds.storage_offset() + len(bounds)).fill_(1)
+
+
 @backend_of
 class ReadsBehindSeqLens(Step):
     """Takes the length of the last request from one request further on than the engine has memory for."""
