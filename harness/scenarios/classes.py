@@ -38,9 +38,9 @@ MIXED = "prefill mixed with decodes"
 COMPANY = ("second backend", "second backend, alike", "prepared twice")
 IDLE_IN_COMPANY = "second backend, idle replay"
 IN_COMPANY = (  # buffers may be shared in one mode only
-    *(f"second backend, replay {mode.value}" for mode in GRAPH_MODES),
+    *(f"second backend, {mode.value} replay" for mode in GRAPH_MODES),
     IDLE_IN_COMPANY,
-    *(f"second backend, eager {mode.value}" for mode in ForwardMode),
+    *(f"second backend, {mode.value} eagerly" for mode in ForwardMode),
 )
 IDLE_AFTER_SEGMENTS = "graph idle after several segments"
 NO_NEW_TOKEN = ("prefill without a new token", "prefill of cached tokens alone")

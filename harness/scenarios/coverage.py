@@ -166,9 +166,9 @@ def _company_classes(batch: Batch, setup: Setup, in_graph: bool) -> Iterator[str
         yield COMPANY[1] if setup.neighbour_context_len == setup.max_context_len else COMPANY[0]
     if not in_graph:
         if batch.size or batch.mode is ForwardMode.IDLE:
-            yield f"second backend, eager {batch.mode.value}"
+            yield f"second backend, {batch.mode.value} eagerly"
     elif batch.size:
-        yield f"second backend, replay {batch.mode.value}"
+        yield f"second backend, {batch.mode.value} replay"
     elif batch.mode is ForwardMode.IDLE:
         yield IDLE_IN_COMPANY
 

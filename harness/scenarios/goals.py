@@ -211,7 +211,7 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(f"{prefix}{name}, N > 1", pins, (mode,))
         if not prefix:
             yield Want(name, {SITUATION: (name,)}, (mode,))
-            yield Want(f"second backend, {name}", {SITUATION: (name,), NEIGHBOUR: ("alike",)}, (mode,))
+            yield Want(f"second backend, {mode.value} replay", {SITUATION: (name,), NEIGHBOUR: ("alike",)}, (mode,))
     mode = ForwardMode.DECODE
     for name, call in zip(FEWER_STEPS, ("replay", "eager"), strict=True):
         several: Pins = {SITUATION: (f"{call} {mode.value}",), "num_steps": _steps(scale, 2)}
@@ -231,7 +231,7 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(f"{prefix}{name}, N > 1", {**place, "num_steps": _steps(scale, 2)}, (mode,))
         if not prefix:
             yield Want(name, place, (mode,))
-            yield Want(f"second backend, {name}", {**place, NEIGHBOUR: ("alike",)}, (mode,))
+            yield Want(f"second backend, {mode.value} eagerly", {**place, NEIGHBOUR: ("alike",)}, (mode,))
 
 
 def _prefills(scale: Scale, prefix: str) -> Iterator[Want]:
