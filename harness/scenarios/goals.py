@@ -251,8 +251,9 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
             width for width in scale.max_context_lens if scale.most_requests(width, max(steps) * max(drafts)) >= size
         )
         pins: Pins = {SITUATION: (name,), "max_context_len": widths, "num_steps": steps, "num_draft_tokens": drafts}
-        pools = tuple(n for n in scale.drawn()["pool_size"] if n >= size)
-        yield Want(name, {**pins, "pool_size": pools})
+        pools = tuple(n for n in scale.pools if n >= size)
+        throng = scale.limits.of("pool_size", (scale.throng + 2,)) if scale.throng and size > 8 else ()
+        yield Want(name, {**pins, "pool_size": throng or pools})
     yield Want("batch padded", {SITUATION: ("replay, padded",)})
     several = {"eager_padding": _more_than(scale.drawn()["eager_padding"], 0)}
     mode = ForwardMode.IDLE
@@ -319,7 +320,7 @@ def _of_setups(scale: Scale, switches: Switches) -> Iterator[Want]:
     yield from (Want(f"{dtype.value} lengths", {"seq_lens": (dtype,)}) for dtype in IntDtype)
     yield Want("strided inputs", {"strided": (True,)})
     yield Want("wide req_to_token", {"wide_req_to_token": (True,)})
-    several = _more_than(scale.drawn()["pool_size"], 1)
+    several = _more_than(scale.pools, 1)
     yield Want("far req_to_token", {"far_req_to_token": (True,), "pool_size": several})
     yield from (Want(f"drive {drive.value}", {"drive": (drive,)}) for drive in Drive)
     yield from (Want(f"steps {each.value}", {"step_semantics": (each,)}) for each in StepSemantics)
@@ -347,7 +348,7 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
     if not prefix:
         yield Want("drafts behind a verification", {SITUATION: ("serving cycle",)}, cycle[:2])
         yield Want("prefill between replays", {SITUATION: ("serving cycle",)}, cycle)
-    pool = _more_than(scale.drawn()["pool_size"], 1)
+    pool = _more_than(scale.pools, 1)
     chunks: Pins = {SITUATION: ("chunks",), "pool_size": pool, LENGTH: OWN}
     yield from (Want(f"{prefix}{name}", chunks, cycle[2:]) for name in NO_NEW_TOKEN)
     yield Want(f"{prefix}{MIXED}", chunks, cycle[2:])
@@ -355,7 +356,7 @@ def _company(scale: Scale, prefix: str) -> Iterator[Want]:
     yield Want(f"{prefix}second backend, alike", {NEIGHBOUR: ("alike",)})
     yield Want(f"{prefix}prepared twice", {PREPARATIONS: (2,)})
     wide = _more_than(scale.max_context_lens, 100)
-    several = {"pool_size": _more_than(scale.drawn()["pool_size"], 2), "max_context_len": wide, LENGTH: OWN}
+    several = {"pool_size": _more_than(scale.pools, 2), "max_context_len": wide, LENGTH: OWN}
     small_pages = tuple(p for p in scale.page_sizes if p <= 16)
     tight = {SITUATION: ("cached prefixes",), CACHE: ("tight",), "page_size": small_pages, **several}
     yield Want(f"{prefix}{OVER_COMMITTED}", tight, cycle[2:])

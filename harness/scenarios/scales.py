@@ -32,6 +32,9 @@ class Scale:
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8, 9)
     num_draft_tokens: tuple[int, ...] = (1, 2, 3, 4, 8, 9)
+    throng: int = (
+        0  # requests of a case that a goal asks for, where tables are narrow and rows few; 0: as many_requests
+    )
     wide_context_lens: tuple[int, ...] = ()  # drawn only if a goal asks for them: the interpreter takes seconds
     most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
     far_slots: tuple[bool, ...] = RARELY
@@ -42,6 +45,11 @@ class Scale:
         """Largest number of requests in one scenario. rows: of one request over all steps; narrow ones cost half."""
         cheap = max_context_len <= NARROW_TABLE and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
         return self.many_requests if cheap else self.max_requests
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """The sizes of the pool, but for that of a throng."""
+        return tuple(range(1, max(self.max_requests, self.many_requests) + 3))
 
     def drawn(self) -> Sizes:
         """The values that are drawn for each field that ``limits`` can name, regardless of the other fields."""
@@ -55,7 +63,7 @@ class Scale:
             "step_semantics": tuple(StepSemantics),
             "paged_mqa_num_sms": self.parts,
             "flashmla_num_sm_parts": self.parts,
-            "pool_size": tuple(range(1, max(self.max_requests, self.many_requests) + 3)),
+            "pool_size": (*self.pools, *((self.throng + 2,) if self.throng else ())),
             "page_layout": tuple(PageLayout),
             "reuse": tuple(Reuse),
             "drive": tuple(Drive),
@@ -90,6 +98,7 @@ SMALL = Scale(
     max_events=9,
     max_rows=16,
     crowds=(2,),
+    throng=70,  # more than two warps have lanes
     parts=(0, 1, 3, 6),  # a schedule over 6 neither fills whole vectors nor comes close to it by chance
 )
 LARGE = Scale(
@@ -99,6 +108,7 @@ LARGE = Scale(
     max_events=18,
     max_rows=512,
     crowds=(3,),
+    throng=140,
     parts=(0, 1, 7, 132),
     far_slots=MORE_RARELY,
     far_req_to_token=MORE_RARELY,

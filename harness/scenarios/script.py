@@ -62,7 +62,8 @@ class Script:
         self.setup = setup
         self.scale = scale
         self.goal = goal
-        self.most = min(scale.most_requests(setup.max_context_len, rows), setup.pool_size)
+        most = scale.throng if 0 < scale.throng < setup.pool_size else scale.most_requests(setup.max_context_len, rows)
+        self.most = min(most, setup.pool_size)
         self.captures: dict[ForwardMode, set[int]] = {}
         self._events: list[Event] = []
         self._world = World(Scenario(setup=setup, seed=seed), poison=0)

@@ -232,6 +232,25 @@ def _crowd(least: int, most: int, script: Script) -> None:
     _call(script)
 
 
+def _throng(script: Script) -> None:
+    """More requests than 8; where the pool has as many rows, than one or two warps have lanes, and then fewer."""
+    throng = script.scale.throng
+    if script.setup.pool_size <= throng:
+        _crowd(9, 12, script)
+        return
+    script.fill(script.pick((throng, throng - 1, 65, 33)))
+    for mode in script.graph_modes:
+        script.accept_before(mode)
+        script.replay(mode)
+    script.eager(script.eager_mode())
+    script.finish(script.pick((0, 1)), script.pick((31, 20)))
+    for mode in script.graph_modes:
+        script.accept_before(mode)
+        script.replay(mode)
+    if EXTEND in script.scale.limits.modes:
+        script.eager(EXTEND, script.pick(((1,), (1, 2))))
+
+
 def _two_modes(script: Script) -> None:
     first = script.graph_mode()
     second = None if first is None else script.graph_mode(first)
@@ -337,7 +356,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "cached prefixes": _cached_prefixes,
     "whole prompts": _whole_prompts,
     "batch of 5..8": partial(_crowd, 5, 8),
-    "batch of more than 8": partial(_crowd, 9, 12),
+    "batch of more than 8": _throng,
     "replay, padded": partial(_padded, False),
     "replay, full": partial(_padded, True),
     "outgrown": _outgrown,

@@ -71,6 +71,27 @@ def test_few_batches_are_empty(scale: Scale, rounds: int) -> None:
     assert 0 < sum(size == 0 for _, size in made) < len(made) / 8
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("scale", "most"), [(SMALL, 65), (LARGE, 65)], ids=["small", "large"])
+def test_dev_has_more_requests_than_two_warps_have_lanes(scale: Scale, most: int, seed: int) -> None:
+    """In a prefill and in a graph of each mode, and then fewer than one warp has."""
+    throngs = [drawn.scenario for drawn in stream(scale, DEV.cases, seed) if drawn.scenario.setup.pool_size > most]
+    assert len(throngs) == 1
+    sizes: dict[ForwardMode, set[int]] = {}
+    for mode, size in calls(throngs[0]):
+        sizes.setdefault(mode, set()).add(size)
+    for mode in (DECODE, VERIFY, ForwardMode.DRAFT_EXTEND, ForwardMode.DRAFT_EXTEND_V2):
+        assert max(sizes[mode]) >= 33
+        assert len(sizes[mode]) > 1
+    assert max(sizes[EXTEND]) >= 2
+
+
+def test_limits_on_the_pool_leave_the_requests_that_fit() -> None:
+    small = restricted(SMALL, limits(pool_size=tuple(range(1, 15))))
+    assert all(drawn.scenario.setup.pool_size < 15 for drawn in stream(small, DEV.cases))
+    assert max(size for drawn in stream(small, DEV.cases) for _, size in calls(drawn.scenario)) > 8
+
+
 def test_dev_prefills_through_the_layer() -> None:
     prefills = [
         event
