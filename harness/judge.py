@@ -302,7 +302,7 @@ class _Run:
             layers.replays += 1
         if seen.many is not None:
             layers.count(Relation.MANY)
-            finding = differs_among_many(seen)
+            finding = differs_among_many(seen, self.scenario.setup.page_size)
             if finding is not None:
                 return finding
 
@@ -381,7 +381,7 @@ def _raised(error: BaseException) -> Finding:
     while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:  # without importing Triton
         error = error.__cause__
         frames += _judged_frames(error)
-    calls = [frame for frame in _frames(error) if frame.line]
+    calls = [frame for frame in _frames(error) if frame.line and not _only_notes(frame)]
     place = defined_at(error) or (f"the call {calls[-1].line}" if calls else "")
     if frames:
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
@@ -394,6 +394,11 @@ def _raised(error: BaseException) -> Finding:
         got = "a child that leaves the judged code, too"
         return Finding(Kind.STATE, "os.fork()", got, "a child that ends within it", place=place, stack=stack)
     return Finding(kind, type(error).__name__, got, "no exception", place=place, stack=stack)
+
+
+def _only_notes(frame: traceback.FrameSummary) -> bool:
+    """Whether the frame passes a call on, which the frame before it shows."""
+    return Path(frame.filename) == _HERE / "watching.py"
 
 
 def _unwrapped(error: BaseException) -> BaseException:

@@ -18,6 +18,7 @@ from nsa_oracle.harness.checks.cells import picture_of, shown_number
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.scenario import Capture, Scenario, graph_mode
 from nsa_oracle.harness.subjects.result_checks import wrong_shape_or_dtype
@@ -186,14 +187,20 @@ def differs(
     return None
 
 
-def differs_among_many(seen: LayerObservation) -> Finding | None:
-    """The first stage by itself that gave a row other bits among many rows, or None."""
+def differs_among_many(seen: LayerObservation, page_size: int) -> Finding | None:
+    """The first stage by itself that gave a row other bits among many rows, or None. Page 0 is nobody's."""
     many = seen.many
     if many is None:
         return None
     again = torch.arange(many.count) % many.rows
     how = f"{Relation.MANY.value}: {many.count} rows, of which {many.rows} differ"
     step = seen.steps[many.step]
+    if many.caches is not None:
+        finding = _differing_bytes("kv_cache", "slot", step.caches.kv, many.caches.kv, page_size)
+        finding = finding or _differing_bytes("index_k_cache", "page", step.caches.index_k, many.caches.index_k, 1)
+        if finding is not None:
+            how = f"{Relation.MANY.value}: {many.count} rows, of which all but the last {many.rows} stand for no token"
+            return replace(finding, step=many.step, how=how)
     results = {"logits": step.outputs.logits, "topk_indices": step.positions, "indices": step.outputs.indices}
     results |= {"topk_ragged": step.ragged, "out": step.outputs.out, "lse": step.outputs.lse}
     for name, got in many.results.items():
@@ -206,6 +213,17 @@ def differs_among_many(seen: LayerObservation) -> Finding | None:
         if finding is not None:
             return replace(finding, step=many.step, how=how)
     return None
+
+
+def _differing_bytes(name: str, unit: str, want: torch.Tensor, got: torch.Tensor, first: int) -> Finding | None:
+    """The first byte of two caches that differs, from entry ``first`` on, or None. unit: what an entry is."""
+    wrong = (as_bytes(want[first:]) != as_bytes(got[first:])).flatten(1)
+    if not bool(wrong.any()):
+        return None
+    entry, byte = (int(i) for i in wrong.nonzero()[0])
+    one, other = (int(as_bytes(cache[first + entry]).flatten()[byte]) for cache in (got, want))
+    place = f"{unit} {first + entry}, byte {byte}"
+    return Finding(Kind.RELATION, name, f"0x{one:02x}", f"0x{other:02x}", None, place, int(wrong.sum()), wrong.numel())
 
 
 def _differing_bits(name: str, want: torch.Tensor, got: torch.Tensor, rows: Sequence[int]) -> Finding | None:

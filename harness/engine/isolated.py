@@ -29,6 +29,7 @@ from nsa_oracle.harness.engine.observations import (
     copied,
     dense_copy,
 )
+from nsa_oracle.harness.engine.passes import map_tensors
 from nsa_oracle.harness.engine.read_only import ReadOnly, first_modified, handed_out
 from nsa_oracle.harness.graphs.written_inputs import WrittenInputs
 from nsa_oracle.harness.interpreter import speed
@@ -72,6 +73,8 @@ class IsolatedStages:
             with locating_results(step, Feed.ISOLATED.value):
                 stored.append(self._store(step, self.driver.with_extra_rows(a_pass.inputs)))
 
+        behind_others = self._store_behind_others(load) if self._repeats and self._is_compiled() else None
+
         # 2. The other stages, on caches that the reference has written.
         truth = dense_copy(load.caches)
         steps = []
@@ -82,7 +85,7 @@ class IsolatedStages:
             with locating_results(step, Feed.ISOLATED.value):
                 steps.append(self._compute(rows, stored[step]))
                 if self._repeats and self.many is None and a_pass.rows and self._can_repeat(rows):
-                    self.many = self._compute_many(rows, a_pass.rows)
+                    self.many = self._compute_many(rows, a_pass.rows, None if step else behind_others)
         return tuple(steps)
 
     def store(self, given: EdgeKeys) -> Stored:
@@ -160,16 +163,33 @@ class IsolatedStages:
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
 
     def _can_repeat(self, rows: LayerRows) -> bool:
-        """Whether ``MANY_ROWS`` rows take little time. Kernels that are interpreted would take minutes."""
+        """Whether the stages of ``MANY_ROWS`` rows take little time."""
         if self.driver.device.type != "cpu":
             return True
         config, topk = self.driver.config, self.expected.reference.config.index_topk
         scored = rows.page_table_1.shape[1] * config.index_n_heads * config.index_head_dim
         attended = topk * config.num_heads * config.qk_head_dim
         little = MANY_ROWS * max(scored, attended) <= _MOST_PRODUCTS
-        return little and tier.is_installed() and not tier.interpreted
+        return little and self._is_compiled()
 
-    def _compute_many(self, rows: LayerRows, count: int) -> ManyRows:
+    def _is_compiled(self) -> bool:
+        """Whether no kernel is interpreted, which takes minutes on many rows."""
+        return self.driver.device.type != "cpu" or (tier.is_installed() and not tier.interpreted)
+
+    def _store_behind_others(self, load: LayerLoad) -> AttentionCaches | None:
+        """The caches after a store of the first pass, behind so many rows without a token that its own come late."""
+        first = load.passes[0]
+        if not first.rows:
+            return None
+        others = torch.arange(max(0, MANY_ROWS - first.rows)) % first.rows
+        inputs = map_tensors(first.inputs, lambda tensor: torch.cat((tensor[others.to(tensor.device)], tensor)))
+        assert self.driver.setup.layer is not None
+        inputs.out_cache_loc[: len(others)] = self.driver.setup.layer.padding_slot
+        self.driver.load_caches(load.caches)
+        with locating_results(0, Feed.ISOLATED.value):
+            return self._store(0, inputs)
+
+    def _compute_many(self, rows: LayerRows, count: int, caches: AttentionCaches | None) -> ManyRows:
         """The stages of a long prefill: rows of which most are the same, so that the results are known."""
         again = torch.arange(MANY_ROWS) % count
         inputs, fed = rows.inputs, self.expected.logits(rows)
@@ -203,7 +223,7 @@ class IsolatedStages:
             repeated("indices", self.expected.indices_with_holes(rows, fed)),
         )
         results["out"], results["lse"] = (tensor.clone() for tensor in out_and_lse_of(attention))
-        return ManyRows(self._step, count, MANY_ROWS, results)
+        return ManyRows(self._step, count, MANY_ROWS, results, caches)
 
     def _read_only(self, name: str, tensor: torch.Tensor) -> ReadOnly:
         with self.guard:

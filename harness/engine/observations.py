@@ -122,13 +122,15 @@ class Scored:
 class ManyRows:
     """Results of stages by themselves on ``count`` rows, those of a pass over and over: row i is its row i % ``rows``.
 
-    step: of the pass. results: by the names of fields in reports.
+    step: of the pass. results: by the names of fields in reports. caches: after a store of the pass behind rows that
+    stand for no token, ``count`` in all; only of the first pass.
     """
 
     step: int
     rows: int
     count: int
     results: Mapping[str, torch.Tensor]
+    caches: AttentionCaches | None
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ class _Case:
                 self._judge_event(engine, number)
             except (BackendError, ScenarioError):
                 raise
-            except (Exception, SystemExit, KeyboardInterrupt) as error:  # the backend's code may raise anything
+            except BaseException as error:  # the backend's code may raise anything
                 self.interruptions.check()
                 if not isinstance(error, _SpoiltMemory):
                     self._note(self._property_of(number), [_finding_of(error)], number)
@@ -288,7 +288,7 @@ class _Case:
             self.exits.check_forks()
         except (BackendError, ScenarioError):
             raise
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except BaseException as error:
             self.interruptions.check()
             self._note(Property("-", "-", BUILDS), [_finding_of(error)], -1)
             if isinstance(error, CaseTimeout):
@@ -306,7 +306,7 @@ class _Case:
                     engine.world.apply(event)  # it may finish requests
                 elif index not in self._uncapturable:
                     list(engine.run(event))
-        except (Exception, SystemExit, KeyboardInterrupt):
+        except BaseException:
             self.interruptions.check()
             return None
         return engine

@@ -159,8 +159,20 @@ class Survey:
         assert engine.layer is not None
         relations = Relations(scenario, build)
         judge = StageJudge(engine.layer.judged(), LayerTally())
+        try:
+            self._survey_events(scenario, engine, judge, relations, check_time)
+        finally:  # a call that raises is a call
+            self.layers.count_calls(engine.layer.method_calls.counts)
+
+    def _survey_events(
+        self,
+        scenario: Scenario,
+        engine: Engine,
+        judge: StageJudge,
+        relations: Relations,
+        check_time: Callable[[], None],
+    ) -> None:
         regime = judge.layer.content.regime
-        self.layers.count_calls(engine.layer.method_calls.counts)  # zero calls, if the case ends early
         for event in scenario.events:
             metadata = []
             for seen in engine.run(event):
@@ -177,12 +189,12 @@ class Survey:
                     seen = dataclasses.replace(seen, selected=None)
                 self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
                 if seen.many is not None:
-                    self.records[f"same bits: {Relation.MANY.value}"].note(differs_among_many(seen))
+                    finding = differs_among_many(seen, scenario.setup.page_size)
+                    self.records[f"same bits: {Relation.MANY.value}"].note(finding)
                 if seen.feed is Feed.ISOLATED or regime.is_exact:
                     continue
                 for relation, finding in relations.check_all(engine, seen):
                     self.records[f"same bits: {relation.value}"].note(finding)
-        self.layers.count_calls(engine.layer.method_calls.counts)
 
 
 def survey_table(records: Mapping[str, Record]) -> Table:

@@ -372,9 +372,10 @@ def _known_fields(what: str, listed: Any, names: set[str]) -> tuple[str, ...]:
         raise ValueError(f"{what}: fields must be a list or tuple, not {_kind(listed)}")
     for name in listed:
         if name not in names:
-            raise ValueError(
-                f"{what}: there is no field '{name}'; name one of nsa_oracle/harness/fields.py or of own_fields"
-            )
+            stem = str(name).removesuffix("_start_end")  # a pair of the contract, of which each half is a field
+            halves = [f"'{half}'" for half in (f"{stem}_start", f"{stem}_end") if half in names]
+            others = f"there are {' and '.join(halves)}" if halves else f"known are {', '.join(sorted(names))}"
+            raise ValueError(f"{what}: there is no field '{name}'; {others}")
     return tuple(listed)
 
 

@@ -9,14 +9,16 @@ import torch
 
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.engine.isolated import MANY_ROWS
+from nsa_oracle.harness.engine.passes import map_tensors
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.scenarios.scenario import Eager, Join, Scenario
 from nsa_oracle.optimized.layer import SparseAttention
+from nsa_oracle.reference.types import AttentionCaches, AttentionInputs, KVCacheDtype
 from tests.support.layer_cases import BACKEND, case, lattice
 from tests.support.metadata_cases import DECODE, EXTEND, IDLE
 
-ONE_CALL = case(Join(seq_len=9), Join(seq_len=6), Eager(mode=DECODE), layer=lattice())
+ONE_CALL = case(Join(seq_len=9), Join(seq_len=6), Eager(mode=DECODE), layer=lattice(), seed=1)
 MULTIPROCESSORS = 132
 
 
@@ -44,6 +46,13 @@ class CutsShort(SparseAttention):
         return super().topk_indices(logits, seqlens_expanded)[:512]
 
 
+class StoresTheFirst(SparseAttention):
+    """A store whose programs are too few for all rows."""
+
+    def store_cache(self, caches: AttentionCaches, inputs: AttentionInputs) -> None:
+        super().store_cache(caches, map_tensors(inputs, lambda tensor: tensor[:300]))
+
+
 def finding_of(layer: Any, scenario: Scenario, device: torch.device) -> Finding:
     with pytest.raises(OracleFailure) as caught:
         judge(scenario, BACKEND, device, layer_factory=layer)
@@ -51,8 +60,14 @@ def finding_of(layer: Any, scenario: Scenario, device: torch.device) -> Finding:
 
 
 def test_clean_layer(device: torch.device) -> None:
-    """Once in a scenario: in the first run, in the first call that has rows."""
-    scenario = case(Eager(mode=IDLE), *ONE_CALL.events, Eager(mode=DECODE), layer=lattice())
+    """Once in one case of four, by its seed: in the first run, in the first call that has rows."""
+    assert (
+        Relation.MANY
+        not in judge(
+            ONE_CALL.model_copy(update={"seed": 2}), BACKEND, device, layer_factory=SparseAttention
+        ).layers.relations
+    )
+    scenario = case(Eager(mode=IDLE), *ONE_CALL.events, Eager(mode=DECODE), layer=lattice(), seed=5)
     assert judge(scenario, BACKEND, device, layer_factory=SparseAttention).layers.relations[Relation.MANY] == 1
 
 
@@ -74,9 +89,22 @@ def test_stage_that_computes_only_so_many_rows(stage: str, field: str, device: t
 
 
 def test_ragged_transform_of_a_prefill(device: torch.device) -> None:
-    scenario = case(Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(3,)), layer=lattice())
+    scenario = case(Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(3,)), layer=lattice(), seed=1)
     finding = finding_of(type("Broken", (RowsAtMost,), {"broken": "topk_transform_ragged"}), scenario, device)
     assert (finding.kind, finding.field) == (Kind.RELATION, "topk_ragged")
+
+
+@pytest.mark.parametrize("padding_slot", [0, -1])
+@pytest.mark.parametrize("dtype", KVCacheDtype)
+def test_store_that_stores_only_so_many_rows(dtype: KVCacheDtype, padding_slot: int, device: torch.device) -> None:
+    scenario = case(*ONE_CALL.events, layer={**lattice(dtype), "padding_slot": padding_slot}, seed=1)
+    finding = finding_of(StoresTheFirst, scenario, device)
+    assert (finding.kind, finding.field, finding.step) == (Kind.RELATION, "kv_cache", 0)
+    assert finding.place is not None
+    assert finding.place.startswith("slot ")
+    assert finding.how is not None
+    assert finding.how.endswith(f"{MANY_ROWS} rows, of which all but the last 2 stand for no token")
+    assert judge(scenario, BACKEND, device, layer_factory=SparseAttention).layers.relations[Relation.MANY] == 1
 
 
 def test_too_few_rows(device: torch.device) -> None:
@@ -90,5 +118,5 @@ def test_host_repeats_no_rows_that_take_long(device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("a GPU computes them at once")
     many = {**lattice(), "num_heads": 64}
-    scenario = case(Join(seq_len=9), Eager(mode=DECODE), layer=many, index_topk=2048, max_context_len=2300)
+    scenario = case(Join(seq_len=9), Eager(mode=DECODE), layer=many, index_topk=2048, max_context_len=2300, seed=1)
     assert Relation.MANY not in judge(scenario, BACKEND, device, layer_factory=SparseAttention).layers.relations

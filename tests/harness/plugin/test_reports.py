@@ -52,7 +52,7 @@ def test_report_holds_what_the_terminal_shows(folder: Path) -> None:
 
 
 def test_report_of_processes_holds_the_findings_of_all(folder: Path) -> None:
-    items = [f"test_oracle.py::test_scenarios[{number}]" for number in (1, 2)]
+    items = [f"test_oracle.py::test_scenarios[{number}]" for number in (1, 6)]  # only the last finds it
     words = [*items, "--oracle-profile=smoke", f"--oracle-backend={BROKEN}"]
     done = run(folder, *words, "-n2", "--oracle-json=report.json")
     report = read(folder / "report.json")

@@ -134,7 +134,23 @@ def _interrupts() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("end", "name"), [(_exits, "ProcessExit"), (_interrupts, "KeyboardInterrupt")])
+class _Own(BaseException):
+    pass
+
+
+def _raises_its_own() -> None:
+    raise _Own("internal")
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        (_exits, "ProcessExit"),
+        (_interrupts, "KeyboardInterrupt"),
+        (_raises_its_own, "_Own: got internal"),
+        (lambda: pytest.skip("not today"), "Skipped: got not today"),
+    ],
+)
 def test_a_backend_that_would_end_the_survey_has_a_row(end: Callable[[], None], name: str) -> None:
     class Ends(MultiStepBackend):
         def init_forward_metadata_replay_cuda_graph(self, forward_batch: ForwardBatch, bs: int) -> None:

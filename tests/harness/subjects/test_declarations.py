@@ -65,7 +65,14 @@ MALFORMED = {
     ),
     "padding": ({"padding": {"DECODE": 1}}, "padding must map modes to nsa_oracle.harness.scenarios.batch.Padding"),
     "absent": ({"absent": ("page_table_1",)}, "absent must map modes to fields; it is of type tuple"),
-    "a field": ({"absent": {"DECODE": ("page_table_2",)}}, "absent: there is no field 'page_table_2'"),
+    "a field": (
+        {"absent": {"DECODE": ("page_table_2",)}},
+        "absent: there is no field 'page_table_2'; known are cache_seqlens_int32, ",
+    ),
+    "a pair of fields": (
+        {"absent": {"DECODE": ("indexer_k_start_end",)}},
+        "absent: there is no field 'indexer_k_start_end'; there are 'indexer_k_start' and 'indexer_k_end'",
+    ),
     "a field that is nowhere": (
         {"absent": {"DECODE": ("token_to_batch_idx",)}},
         "absent: no call expects 'token_to_batch_idx' in DECODE; remove it",
