@@ -222,7 +222,7 @@ PLANTS = (
     Plant(attention.ZeroLseOfNothing, "lse", Kind.BOUND),
     Plant(attention.LseInBaseTwo, "lse", Kind.BOUND),
     Plant(attention.LseWithoutMaximum, "lse", Kind.BOUND),
-    Plant(attention.SplitsByBatch, "", Kind.RELATION, Relation.ALONE, start=f"{RELATIONS} 0"),
+    Plant(attention.SplitsByBatch, "", Kind.RELATION, AMONG_MANY, start=f"{RELATIONS} 0"),
     Plant(attention.SumsInOrderOfSlots, "", Kind.RELATION, Relation.RELABELLED, start=f"{RELATIONS} 0"),
     # Inputs
     Plant(inputs.ScalesKeysInPlace, "k", Kind.INPUT),
