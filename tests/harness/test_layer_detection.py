@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.checks.relations import Relation
+from nsa_oracle.harness.engine.isolated import MANY_ROWS
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
@@ -222,7 +223,13 @@ PLANTS = (
     Plant(attention.ZeroLseOfNothing, "lse", Kind.BOUND),
     Plant(attention.LseInBaseTwo, "lse", Kind.BOUND),
     Plant(attention.LseWithoutMaximum, "lse", Kind.BOUND),
-    Plant(attention.SplitsByBatch, "", Kind.RELATION, AMONG_MANY, start=f"{RELATIONS} 0"),
+    Plant(
+        attention.SplitsByBatch,
+        "",
+        Kind.RELATION,
+        f"{Relation.MANY.value}: {MANY_ROWS} rows, of which 4 differ",
+        start=f"{RELATIONS} 0",
+    ),
     Plant(attention.SumsInOrderOfSlots, "", Kind.RELATION, Relation.RELABELLED, start=f"{RELATIONS} 0"),
     # Inputs
     Plant(inputs.ScalesKeysInPlace, "k", Kind.INPUT),
