@@ -67,8 +67,10 @@ class LayerEngine:
         self.expected = ExpectedLayer(self.config, attention)
         self.num_steps = num_steps
         self._skips_padding = layer.padding_slot < 0
-        # Once in the first run of one case of four: a layer in plain PyTorch takes seconds for so many rows.
-        self._repeats = scenario.seed % 4 == 1 and conditions.poison == POISON_BYTES[0]
+        # Once in the first run of one case of four, and of those of wide rows, which take a kernel several tiles: a layer
+        # in plain PyTorch takes seconds for so many rows.
+        is_chosen = scenario.seed % 4 == 1 or setup.max_context_len > 1000
+        self._repeats = is_chosen and conditions.poison == POISON_BYTES[0]
         self._edge_sets = 0  # number of sets of edge-case rows used so far
 
     def judged(self) -> JudgedLayer:
