@@ -67,7 +67,7 @@ class LayerEngine:
         self.expected = ExpectedLayer(self.config, attention)
         self.num_steps = num_steps
         self._skips_padding = layer.padding_slot < 0
-        # Once in the first run of one case of four, and of those of wide rows, which take a kernel several tiles: a layer
+        # Once in the first run of one case of four, and of those whose wide rows take a kernel several tiles. A layer
         # in plain PyTorch takes seconds for so many rows.
         is_chosen = scenario.seed % 4 == 1 or setup.max_context_len > 1000
         self._repeats = is_chosen and conditions.poison == POISON_BYTES[0]
