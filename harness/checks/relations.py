@@ -16,7 +16,7 @@ import torch
 
 from nsa_oracle.harness.checks.cells import picture_of, shown_number
 from nsa_oracle.harness.engine.engine import Engine
-from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation
+from nsa_oracle.harness.engine.observations import Feed, LayerLoad, LayerObservation, LayerStep
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.memory.bits import as_bytes
 from nsa_oracle.harness.scenarios.batch import Batch
@@ -194,25 +194,30 @@ def differs_among_many(seen: LayerObservation, page_size: int) -> Finding | None
         return None
     again = torch.arange(many.count) % many.rows
     how = f"{Relation.MANY.value}: {many.count} rows, of which {many.rows} differ"
-    step = seen.steps[many.step]
-    if many.caches is not None:
-        finding = _differing_bytes("kv_cache", "slot", step.caches.kv, many.caches.kv, page_size)
-        finding = finding or _differing_bytes("index_k_cache", "page", step.caches.index_k, many.caches.index_k, 1)
-        if finding is not None:
-            how = f"{Relation.MANY.value}: {many.count} rows, of which all but the last {many.rows} stand for no token"
-            return replace(finding, step=many.step, how=how)
-    results = {"logits": step.outputs.logits, "topk_indices": step.positions, "indices": step.outputs.indices}
-    results |= {"topk_ragged": step.ragged, "out": step.outputs.out, "lse": step.outputs.lse}
-    for name, got in many.results.items():
-        once = results[name]
-        if once is None or not once.dim() or len(once) < many.rows:
+    once, result = seen.steps[many.step], many.result
+    finding = _differing_bytes("kv_cache", "slot", once.caches.kv, result.caches.kv, page_size)
+    finding = finding or _differing_bytes("index_k_cache", "page", once.caches.index_k, result.caches.index_k, 1)
+    if finding is not None:
+        how = f"{Relation.MANY.value}: {many.count} rows, of which all but the last {many.rows} stand for no token"
+        return replace(finding, step=many.step, how=how)
+    given = dict(_results(result))
+    for name, want in _results(once):
+        got = given[name]
+        if want is None or got is None or not want.dim() or len(want) < many.rows:
             continue  # another finding says so
-        shape = (many.count, *once.shape[1:])
-        finding = wrong_shape_or_dtype(name, got, once.dtype, shape, once.device)
-        finding = finding or _differing_bits(name, once[again.to(once.device)], got, range(many.count))
+        shape = (many.count, *want.shape[1:])
+        finding = wrong_shape_or_dtype(name, got, want.dtype, shape, want.device)
+        finding = finding or _differing_bits(name, want[again.to(want.device)], got, range(many.count))
         if finding is not None:
             return replace(finding, step=many.step, how=how)
     return None
+
+
+def _results(step: LayerStep) -> list[tuple[str, torch.Tensor | None]]:
+    """What the stages behind the store gave, by the names of reports, in their order."""
+    outputs = step.outputs
+    selected = [("topk_indices", step.positions), ("indices", outputs.indices), ("topk_ragged", step.ragged)]
+    return [("logits", outputs.logits), *selected, ("out", outputs.out), ("lse", outputs.lse)]
 
 
 def _differing_bytes(name: str, unit: str, want: torch.Tensor, got: torch.Tensor, first: int) -> Finding | None:

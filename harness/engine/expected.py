@@ -76,6 +76,17 @@ class LayerRows:
     topk_indices_offset: torch.Tensor | None
     caches: AttentionCaches
 
+    def at(self, numbers: torch.Tensor) -> LayerRows:
+        """The rows with these ``numbers``, [n] int64 on their device, in this order; any may come again."""
+        return LayerRows(
+            map_tensors(self.inputs, lambda tensor: tensor[numbers]),
+            self.seqlens_expanded[numbers],
+            self.page_table_1[numbers],
+            self.real_page_table[numbers],
+            None if self.topk_indices_offset is None else self.topk_indices_offset[numbers],
+            self.caches,
+        )
+
 
 class ExpectedLayer:
     """The reference's layer on the rows of a pass, padding left out. Each stage is a function of the stage before."""

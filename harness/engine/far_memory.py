@@ -6,8 +6,9 @@ import gc
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from nsa_oracle.reference.types import KVCacheDtype
 LITTLE = 1 << 30  # bytes of GPU memory that a case takes without waiting for others
 _ENGINES = 3  # of one case that hold memory at a time
 _PLACE = 8 << 30  # bytes of GPU memory behind each lock
-_POLL_INTERVAL = 0.02  # seconds between attempts to lock a place
+_POLL_INTERVAL = 0.005  # seconds between attempts to lock a place
 
 
 @contextmanager
@@ -69,20 +70,23 @@ def _lock_files(device: torch.device) -> list[Path]:
 def _turn(places: Sequence[Path], count: int) -> Iterator[None]:
     """Hold the locks of ``count`` of ``places``, or of all. Waits until as many are free.
 
-    A process that dies releases its locks. One process at a time collects: two that each hold half would wait for ever.
+    A process that dies releases its locks.
     """
     with ExitStack() as held:
         if count:
+            # One process at a time collects: two that each hold half of what they need would wait for ever.
             with FileLock(places[0].with_suffix(".order")):
-                free = list(places)
-                while count and free:
-                    for place in list(free):
-                        with suppress(Timeout):
-                            held.enter_context(FileLock(place).acquire(timeout=0))
-                            free.remove(place)
-                            count -= 1
-                        if not count:
-                            break
-                    else:
-                        time.sleep(_POLL_INTERVAL)
+                _collect(places, min(count, len(places)), held)
         yield
+
+
+def _collect(places: Sequence[Path], count: int, held: ExitStack) -> None:
+    """Lock ``count`` of ``places`` until ``held`` is closed."""
+    others = deque(places)
+    while len(places) - len(others) < count:
+        place = others.popleft()
+        try:
+            held.enter_context(FileLock(place).acquire(timeout=0))
+        except Timeout:
+            others.append(place)
+            time.sleep(_POLL_INTERVAL)

@@ -61,7 +61,7 @@ class IsolatedStages:
         self.many: ManyRows | None = None
         self._repeats = repeats
         self._step = 0
-        # On a GPU the gaps would take 8 GB and more for each input.
+        # On a GPU each row would take 2 MiB, or the gaps between many rows gigabytes.
         self._far = driver.setup.layer is not None and driver.setup.layer.far_slots and driver.device.type == "cpu"
 
     def run(self, load: LayerLoad, metadata: Sequence[Metadata]) -> tuple[LayerStep, ...]:
@@ -82,10 +82,15 @@ class IsolatedStages:
             self._step = step
             rows = self.expected.rows(a_pass, step_metadata, truth)
             self.driver.load_caches(truth)
+            fed = self.expected.logits(rows)
+            attended = self.expected.indices_with_holes(rows, fed)
             with locating_results(step, Feed.ISOLATED.value):
-                steps.append(self._compute(rows, stored[step]))
+                steps.append(self._compute(rows, fed, attended, stored[step]))
                 if self._repeats and self.many is None and a_pass.rows and self._can_repeat(rows):
-                    self.many = self._compute_many(rows, a_pass.rows, None if step else behind_others)
+                    again = torch.arange(MANY_ROWS, device=fed.device) % a_pass.rows
+                    caches = stored[step] if step or behind_others is None else behind_others
+                    result = self._compute(rows.at(again), fed[again], attended[again], caches)
+                    self.many = ManyRows(step, a_pass.rows, MANY_ROWS, result)
         return tuple(steps)
 
     def store(self, given: EdgeKeys) -> Stored:
@@ -133,8 +138,11 @@ class IsolatedStages:
         self._call("store_cache", self.driver.caches, self.driver.given_inputs(watched), watched=watched)
         return self.driver.cached()
 
-    def _compute(self, rows: LayerRows, stored: AttentionCaches) -> LayerStep:
-        inputs, fed = rows.inputs, self.expected.logits(rows)
+    def _compute(
+        self, rows: LayerRows, fed: torch.Tensor, attended: torch.Tensor, stored: AttentionCaches
+    ) -> LayerStep:
+        """Run the stages behind the store. fed: logits for top-k. attended: slots for attention."""
+        inputs = rows.inputs
         lengths = self._read_only("seqlens_expanded", rows.seqlens_expanded)
         logits = self._tensor(
             "indexer_logits",
@@ -157,7 +165,7 @@ class IsolatedStages:
             "sparse_mla",
             self._rows("q", inputs.q),
             ReadOnly("kv_cache", self.driver.caches.kv, rows.caches.kv),
-            self._rows("indices", self.expected.indices_with_holes(rows, fed)),
+            self._rows("indices", attended),
         )
         out, lse = out_and_lse_of(attention)
         return LayerStep(copied(AttentionOutputs(logits, indices, out, lse)), stored, positions, ragged, fed)
@@ -188,42 +196,6 @@ class IsolatedStages:
         self.driver.load_caches(load.caches)
         with locating_results(0, Feed.ISOLATED.value):
             return self._store(0, inputs)
-
-    def _compute_many(self, rows: LayerRows, count: int, caches: AttentionCaches | None) -> ManyRows:
-        """The stages of a long prefill: rows of which most are the same, so that the results are known."""
-        again = torch.arange(MANY_ROWS) % count
-        inputs, fed = rows.inputs, self.expected.logits(rows)
-
-        def repeated(name: str, tensor: torch.Tensor) -> ReadOnly:
-            return self._read_only(name, tensor[again.to(tensor.device)])
-
-        lengths = repeated("seqlens_expanded", rows.seqlens_expanded)
-        index_k = ReadOnly("index_k_cache", self.driver.caches.index_k, rows.caches.index_k)
-        scores, table = repeated("logits", fed), repeated("page_table_1", rows.page_table_1)
-        results = {
-            "logits": self._tensor(
-                "indexer_logits",
-                repeated("index_q", inputs.index_q),
-                repeated("index_weights", inputs.index_weights),
-                index_k,
-                repeated("real_page_table", rows.real_page_table),
-                lengths,
-                rows.page_table_1.shape[1],
-            ),
-            "topk_indices": self._tensor("topk_indices", scores, lengths),
-            "indices": self._tensor("topk_transform_paged", scores, lengths, table),
-        }
-        if rows.topk_indices_offset is not None:
-            offset = repeated("topk_indices_offset", rows.topk_indices_offset)
-            results["topk_ragged"] = self._tensor("topk_transform_ragged", scores, lengths, offset)
-        attention = self._call(
-            "sparse_mla",
-            repeated("q", inputs.q),
-            ReadOnly("kv_cache", self.driver.caches.kv, rows.caches.kv),
-            repeated("indices", self.expected.indices_with_holes(rows, fed)),
-        )
-        results["out"], results["lse"] = (tensor.clone() for tensor in out_and_lse_of(attention))
-        return ManyRows(self._step, count, MANY_ROWS, results, caches)
 
     def _read_only(self, name: str, tensor: torch.Tensor) -> ReadOnly:
         with self.guard:

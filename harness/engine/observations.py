@@ -122,15 +122,14 @@ class Scored:
 class ManyRows:
     """Results of stages by themselves on ``count`` rows, those of a pass over and over: row i is its row i % ``rows``.
 
-    step: of the pass. results: by the names of fields in reports. caches: after a store of the pass behind rows that
-    stand for no token, ``count`` in all; only of the first pass.
+    step: of the pass. result: its caches are those after a store of the pass, of the first one behind so many rows
+    without a token that there are ``count`` in all.
     """
 
     step: int
     rows: int
     count: int
-    results: Mapping[str, torch.Tensor]
-    caches: AttentionCaches | None
+    result: LayerStep
 
 
 @dataclass(frozen=True)

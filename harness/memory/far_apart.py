@@ -14,6 +14,7 @@ from contextlib import suppress
 import torch
 
 from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.graphs.driver import driver_bindings
 from nsa_oracle.harness.memory.sparse_gpu import GRANULE, Piece, bytes_of, layout, sparse_gpu_memory, unmap_unused
 
 BEYOND_32_BITS = 1 << 32  # elements; an offset of 32 bits, signed or unsigned, cannot express this or more
@@ -43,6 +44,8 @@ def far_apart(dense: torch.Tensor, reach: int | None = None) -> torch.Tensor:
 
 def gpu_bytes(rows: int, row_bytes: int, element_size: int, reach: int | None = None) -> int:
     """The memory that ``far_apart`` takes on a GPU for ``rows`` of ``row_bytes`` each."""
+    if driver_bindings() is None:
+        return (rows - 1) * _gpu_spacing(rows, element_size, reach) + row_bytes
     return bytes_of(_gpu_pieces(rows, row_bytes, element_size, reach))
 
 

@@ -18,7 +18,7 @@ from nsa_oracle.harness.graphs.driver import MemoryAt, driver_bindings
 
 GRANULE = 2 << 20  # bytes; what the driver maps is a multiple of its granularity, 2 MiB on all GPUs so far
 _FILLER = 16 * GRANULE  # bytes of the larger of two fillers: fewer pieces to map
-_FILLER_BYTE = 0x5A  # no value that a case holds anywhere, of any dtype
+_FILLER_BYTE = 0x5A  # as integers no slot, page or length of a case: see the sentinels in ``memory.poison``
 ByteRange = tuple[int, int]
 """Begin and end, in bytes."""
 _unused: list[_Mapping] = []

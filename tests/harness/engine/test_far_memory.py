@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nsa_oracle.harness.engine import far_memory
+from nsa_oracle.harness.memory import far_apart
 from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Setup
 from nsa_oracle.reference.types import KVCacheDtype
 
@@ -60,8 +61,17 @@ def test_turn_ends_with_an_exception(tmp_path: Path) -> None:
             raise ValueError("of the case")
 
 
-def test_what_a_case_needs() -> None:
+def test_what_a_case_needs_where_the_driver_maps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: processes must wait for each other."""
+    monkeypatch.setattr(far_apart, "driver_bindings", lambda: None)
+    table = Setup(**SMALL, page_size=1, max_context_len=4096, pool_size=50, inputs=Inputs(far_req_to_token=True))
+    assert 3 << 33 <= far_memory.far_bytes(table) < (3 << 33) + (3 * 50 << 21)
+    assert far_memory.far_bytes(table) > far_memory.LITTLE
+
+
+def test_what_a_case_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A granule of 2 MiB for each row with a gap; the whole reach where rows are close; and the fillers of the gaps."""
+    monkeypatch.setattr(far_apart, "driver_bindings", object)
     granule, fillers, engines = 2 << 20, 34 << 20, 3
     table = Setup(**SMALL, page_size=1, max_context_len=4096, pool_size=50, inputs=Inputs(far_req_to_token=True))
     assert far_memory.far_bytes(table) == engines * (50 * granule + fillers)
