@@ -144,7 +144,7 @@ TABLES = {
     ),
     "recorder": Table(
         "A call that is recorded: host time",
-        ("calls", "bs"),
+        ("between", "bs"),
         ("not recorded", "recorded", "recorded, digest"),
         (),
     ),

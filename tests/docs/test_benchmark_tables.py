@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.benchmarks.table import TABLES
 from tests.support.pages import PAGES
 from tests.support.project import PROJECT
 
@@ -32,7 +33,7 @@ def test_benchmark_tables(tmp_path: Path) -> None:
         entry("top-k rows=8 width=8192", "ours-8-8192", 20e-6, name="ours"),
         entry("top-k rows=8 width=8192", "fast_topk-8-8192", 25e-6, name="fast_topk"),
         entry("store cache=bf16 rows=64", "ours-bf16-64", 3e-6, name="ours"),
-        entry("recorder calls=paused bs=64", "recorded-64-paused-0.5", 15e-6, name="recorded"),
+        entry("recorder between=work bs=64", "recorded-64-work", 15e-6, name="recorded"),
         *(
             entry("step mode=DECODE bs=64 length=8192", f"{name}-DECODE-64-8192", median, name=name)
             for name, median in [
@@ -61,7 +62,7 @@ def test_benchmark_tables(tmp_path: Path) -> None:
     ]
     assert "| 8 | 8192 | 20.0 | - | 25.0 | - | - | - | 1.25 | - | - |" in lines
     assert "| bf16 | 64 | 3.0 | - | - |" in lines
-    assert "| paused | 64 | - | 15.0 | - |" in lines
+    assert "| work | 64 | - | 15.0 | - |" in lines
     stages = "2.0 | 3.0 | 40.0 | 15.0 | 60.0"
     assert f"| DECODE | 64 | 8192 | {stages} | 120.0 | 108.0 | 20.0 | 40.0 | 0.90 | 2.70 |" in lines
 
@@ -74,12 +75,23 @@ def test_benchmark_tables(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_benchmarks_name_the_sizes_of_their_tables() -> None:
+    """A benchmark's group has its sizes as ``name={value}``, which the table of its family has as columns."""
+    sources = [path.read_text() for path in (PROJECT / "tests" / "benchmarks").glob("test_*.py")]
+    groups = [group for source in sources for group in re.findall(r'benchmark\.group = f"([^"]+)"', source)]
+    assert len(groups) >= len({*TABLES}) - 1  # one group serves both modes of seqlens_expanded
+    for group in groups:
+        words = re.sub(r"{mode.value}(?= )", "DRAFT_EXTEND", group) if group.startswith("seqlens") else group
+        family = re.sub(r" \w+={.*", "", words)
+        assert set(TABLES[family].sizes) == set(re.findall(r"(\w+)={", words)), group
+
+
 def test_columns_are_described() -> None:
     """Every column of a time has a row in docs/benchmarks.md, or is a ratio or a size."""
     heads = re.findall(r"^(\|.*\|)\n\| -", PAGES["docs/records/benchmarks.md"].partition("## Tried")[0], re.MULTILINE)
     columns = {column.strip() for head in heads for column in head.strip("|").split("|")}
     times = {column for column in columns if " / " not in column}
-    sizes = {"bs", "length", "N", "cache", "heads", "tokens", "rows", "width", "mode", "calls"}
+    sizes = {"bs", "length", "N", "cache", "heads", "tokens", "rows", "width", "mode", "between"}
     described = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", PAGES["docs/benchmarks.md"], re.MULTILINE)
     known = {*described, *(name for names in described for name in names.split(", ")), "fast_topk, paged"}
     assert times - sizes <= known
