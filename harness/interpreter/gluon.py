@@ -46,7 +46,8 @@ THREADS_PER_WARP = 32
 POISON_BYTE = 0xFF  # repeated, it gives NaN in bf16 and float32
 GLUON = "triton.experimental.gluon"
 CUDA = "triton.language.extra.cuda"
-KERNELS = "nsa_oracle.optimized.kernels.attention_hopper"
+_PACKAGE = "nsa_oracle.optimized.kernels."
+KERNELS = frozenset(_PACKAGE + name for name in ("attention_hopper", "gluon_names", "indexer_hopper"))
 
 _program: Program | None = None
 
@@ -69,12 +70,13 @@ class _Language(ModuleType):
     """A stand-in for a module of Gluon. Some names that it does not define come from ``triton.language``."""
 
     OF_TRITON = (
-        "int1", "int32", "int64", "uint8", "float32", "bfloat16", "pointer_type", "constexpr", "tensor", "tuple",
-        "load", "store", "where", "maximum", "minimum", "max", "sum", "zeros_like", "reshape", "join", "broadcast",
-        "multiple_of", "max_contiguous", "fma", "program_id", "num_programs",
+        "int1", "int32", "int64", "uint8", "float16", "float32", "bfloat16", "pointer_type", "constexpr", "tensor",
+        "tuple", "load", "store", "where", "maximum", "minimum", "max", "sum", "abs", "zeros_like", "reshape",
+        "permute", "join", "broadcast", "multiple_of", "max_contiguous", "fma", "program_id", "num_programs",
     )  # fmt: skip
     LAYOUTS = (
         "NVMMADistributedLayout", "NVMMASharedLayout", "BlockedLayout", "SliceLayout", "SwizzledSharedLayout",
+        "DotOperandLayout", "DistributedLinearLayout",
     )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +99,7 @@ def _zeros(shape: Sequence[Any], dtype: Any, layout: Any = None) -> Any:
     return _full(shape, 0, dtype)
 
 
-def _convert_layout(value: Any, layout: Any) -> Any:
+def _convert_layout(value: Any, layout: Any, assert_trivial: Any = False) -> Any:
     return value
 
 
@@ -204,12 +206,21 @@ def _async_arrive(barrier: Descriptor, increment_count: Any = True) -> None:
         program.offer()
 
 
-def _wait_group(num_outstanding: Any = 0) -> None:
-    """Waits for all copies of the partition: groups, of which some could stay outstanding, are not modelled."""
+def _commit_group() -> None:
+    """The copies since the last group become a group."""
     partition = _running().current
-    copies, partition.copies = partition.copies, []
-    for copy in copies:
-        copy.land()
+    partition.groups.append(partition.copies)
+    partition.copies = []
+
+
+def _wait_group(num_outstanding: Any = 0) -> None:
+    """Waits for all groups but the last ``num_outstanding``. Copies that are in no group are not waited for."""
+    partition = _running().current
+    ended = len(partition.groups) - operator.index(num_outstanding)
+    for group in partition.groups[: max(0, ended)]:
+        for copy in group:
+            copy.land()
+    del partition.groups[: max(0, ended)]
 
 
 def _jit(function: Any = None, **options: Any) -> Any:
@@ -285,6 +296,7 @@ def _modules() -> dict[str, ModuleType]:
         async_load=_async_load,
         async_copy_global_to_shared=_async_load,
         mbarrier_arrive=_async_arrive,
+        commit_group=_commit_group,
         wait_group=_wait_group,
     )
     mbarrier = _module(
@@ -343,7 +355,7 @@ def stand_ins() -> Iterator[None]:
 def as_installed(name: str) -> AbstractContextManager[None]:
     """The context in which to execute the module ``name``: ``stand_ins`` for Gluon kernels after ``install``."""
     is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
-    return stand_ins() if name == KERNELS and is_installed else nullcontext()
+    return stand_ins() if name in KERNELS and is_installed else nullcontext()
 
 
 class _Loader(SourceFileLoader):
@@ -354,7 +366,7 @@ class _Loader(SourceFileLoader):
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path) if fullname == KERNELS else None
+        spec = PathFinder.find_spec(fullname, path) if fullname in KERNELS else None
         if spec is not None:
             assert spec.origin is not None
             spec.loader = _Loader(fullname, spec.origin)

@@ -135,7 +135,8 @@ class Copy:
     mask: Any
 
     def land(self) -> None:
-        self.target.write(tl.load(self.pointers, mask=self.mask, other=0).handle.data)
+        other = None if self.mask is None else 0
+        self.target.write(tl.load(self.pointers, mask=self.mask, other=other).handle.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +156,12 @@ class Product:
 
 
 def _floats(operand: Any) -> torch.Tensor:
-    """A bf16 operand, in shared memory or in registers, as float32. torch multiplies in one thread; numpy may not."""
+    """A 16-bit operand, in shared memory or in registers, as float32. torch multiplies in one thread; numpy may not."""
     bits = operand.data if isinstance(operand, Descriptor) else operand.handle.data
+    if bits.dtype == np.float16:
+        return torch.from_numpy(bits.astype(np.float32))
     if bits.dtype != np.uint16:
-        raise GluonError(f"the Gluon interpreter multiplies bf16 alone, not {operand.dtype}")
+        raise GluonError(f"the Gluon interpreter multiplies bf16 and float16 alone, not {operand.dtype}")
     return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32))
 
 
@@ -171,12 +174,16 @@ class _Abandoned(Exception):
 
 @dataclass(eq=False)
 class Partition:
-    """Warps that run one function, and act as one thread. copies: not yet assigned to a barrier."""
+    """Warps that run one function, and act as one thread.
+
+    copies: assigned neither to a group nor to a barrier yet. groups: of copies, not waited for yet.
+    """
 
     warps: int
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits_for: tuple[Barrier, int] | None = None
     copies: list[Copy] = field(default_factory=list)
+    groups: list[list[Copy]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     is_done: bool = False
 

@@ -41,10 +41,8 @@ from nsa_oracle.optimized.kernels.attention import (
     place_in_blocks,
     weight,
 )
+from nsa_oracle.optimized.kernels.gluon_names import async_load, barrier
 
-# Their names from Triton 3.7 on, or those before.
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 HEAD_BLOCK = gl.constexpr(64)
@@ -132,7 +130,6 @@ def fetch_keys(
         copy_columns(latent, kv, slots, kv_stride, KEYS)
         copy_columns(ropes.index(tile & 1), kv + latent.shape[1], slots, kv_stride, KEYS)
         async_copy.mbarrier_arrive(arrived.index(tile & 1), increment_count=False)
-    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -285,6 +282,7 @@ def fetch_quantised_keys(
             next_words, next_scales = load_words(kv, slots, kv_stride, (quarter + 2) % NUM_QUANT_TILES, rank)
         announce(kv, slots_3_ahead, kv_stride, token_bytes)
         slots_1_ahead, slots_2_ahead = slots_2_ahead, slots_3_ahead
+        async_copy.commit_group()  # what is in no group is not waited for
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
