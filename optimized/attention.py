@@ -9,8 +9,7 @@ import torch
 
 from nsa_oracle.optimized.kernels.attention import padded, sparse_mla_combine_kernel, sparse_mla_kernel
 from nsa_oracle.optimized.kernels.attention_hopper import HEAD_BLOCK, NUM_WARPS, sparse_mla_hopper_kernel
-from nsa_oracle.optimized.kernels.fp8 import INTERPRETED
-from nsa_oracle.optimized.launch import Launcher, is_wide
+from nsa_oracle.optimized.launch import Launcher, is_hopper, is_wide, runs_gluon
 from nsa_oracle.optimized.library import register
 from nsa_oracle.reference.types import AttentionConfig
 
@@ -103,7 +102,7 @@ def _launch_sparse_mla(
         scale=sm_scale,
         scale_log2=_scale_log2(sm_scale),
     )
-    if aligned and (rank, rope) == HOPPER_SIZES and _runs_gluon():
+    if aligned and (rank, rope) == HOPPER_SIZES and runs_gluon(sparse_mla_hopper_kernel):
         _attend_on_hopper(
             rows * splits * -(-heads // HEAD_BLOCK.value),
             (heads, fp8, *wide),
@@ -114,7 +113,7 @@ def _launch_sparse_mla(
         )
         return
     head_block = _head_block(heads)
-    key_block, num_stages = (64 if _is_hopper() else 32), 2
+    key_block, num_stages = (64 if is_hopper() else 32), 2
     _attend(
         rows * splits * -(-heads // head_block),
         (heads, rank, rope, fp8, aligned, *wide),
@@ -142,7 +141,7 @@ def _launch_combine(
     rows, heads, rank = out.shape
     if rows == 0:
         return
-    early = _is_hopper()
+    early = is_hopper()
     options = {"launch_pdl": True} if early else {}  # only NVIDIA's compiler has this option
     _combine(
         rows * heads,
@@ -170,26 +169,6 @@ sparse_mla_combine_op = register(
 def _scale_log2(sm_scale: float) -> float:
     """sm_scale * log2(e), rounded to float32: exactly 1.0 for sm_scale = ln 2."""
     return torch.tensor(sm_scale * math.log2(math.e), dtype=torch.float32).item()
-
-
-@functools.cache
-def _runs_gluon() -> bool:
-    """Whether the Gluon kernel can run here: on a Hopper GPU, or interpreted.
-
-    Triton's interpreter does not support Gluon. A Gluon interpreter, where one is installed, has replaced the kernel by
-    an object of another type.
-    """
-    from triton.runtime.jit import JITFunction  # late: see ``optimized.kernels``
-
-    return not isinstance(sparse_mla_hopper_kernel, JITFunction) if INTERPRETED.value else _is_hopper()
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    import triton  # late: see ``optimized.kernels``
-
-    # Asks Triton, not torch: kernels are also compiled for GPUs that are not present.
-    return not INTERPRETED.value and triton.runtime.driver.active.get_current_target().arch == 90
 
 
 def _splits(programs: int, num_chunks: int, device: torch.device) -> int:

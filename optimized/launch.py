@@ -154,3 +154,35 @@ def is_wide(number: int) -> bool:
 def is_dense(*tensors: torch.Tensor) -> bool:
     """Whether the last dimension of each tensor is contiguous; the other dimensions may be strided."""
     return all(tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 for tensor in tensors)
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether kernels are compiled for a Hopper GPU."""
+    import triton  # late: see ``optimized.kernels``
+
+    # Asks Triton, not torch: kernels are also compiled for GPUs that are not present.
+    return not _is_interpreted() and triton.runtime.driver.active.get_current_target().arch == 90
+
+
+def runs_gluon(kernel: Any) -> bool:
+    """Whether a Gluon kernel for Hopper can run here: on a Hopper GPU, or interpreted.
+
+    Triton's interpreter does not support Gluon. A Gluon interpreter, where one is installed, has replaced the kernel by
+    an object of another type.
+    """
+    return is_hopper() or (_is_interpreted() and not _is_of_triton(kernel))
+
+
+@functools.cache
+def _is_interpreted() -> bool:
+    import triton
+
+    interpreted: bool = triton.knobs.runtime.interpret
+    return interpreted
+
+
+def _is_of_triton(kernel: Any) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(kernel, JITFunction)

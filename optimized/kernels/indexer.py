@@ -10,13 +10,13 @@ import triton.language as tl
 
 from nsa_oracle.optimized.kernels.fp8 import DOT_DTYPE, from_e4m3_bits
 
-_RUNTIME = [
+RUNTIME = [
     "logits", "q", "weights", "index_k_cache", "page_table", "seqlens_expanded", "logits_stride", "q_stride",
     "q_head_stride", "weights_stride", "page_stride", "table_stride", "lengths_stride", "width", "programs_per_row",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=RUNTIME)
 def indexer_logits_kernel(
     logits: tl.tensor,
     q: tl.tensor,

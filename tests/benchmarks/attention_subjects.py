@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from docs.examples.peers import FOLDER, sgl_kernel
+from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.subjects.adapters.deep_gemm import deep_gemm
 from nsa_oracle.optimized import attention, indexer, kv_cache, topk
 from nsa_oracle.optimized.layer import SparseAttention
 from nsa_oracle.reference.kv_cache import store_index_k, store_kv
@@ -26,6 +28,7 @@ DEVICE = "cuda"
 LAYERS = 16  # caches that a stage reads in turn: what it reads of all is at least twice the L2 cache of an H200
 REQUESTS = 8  # that the tokens of a sparse MLA case belong to
 REQUEST_LENGTH = 32_768
+DEEP_GEMM_TOKENS = 2  # of one request, at most, that its kernel for Hopper takes together
 CHUNK = 65_536  # slots that are filled at once
 OUTPUT_TILES = 1536, 2816  # sides of a product that is one tile of 128 x 256 for each of 132 multiprocessors
 DEPTH_MULTIPLE = 8  # of that product: rows of bf16 that start on 16 bytes
@@ -144,17 +147,24 @@ class TopK:
 
 @dataclass
 class Indexer:
-    """Rows that each read pages of their own, in random order, all of ``width`` tokens live."""
+    """Requests of ``width`` tokens, each with pages of its own, in random order, and with as many query tokens.
 
-    rows: int
+    query_tokens: of a request, each a row; the last one sees all tokens.
+    """
+
+    requests: int
+    query_tokens: int
     width: int
     config: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
-        self.q, self.weights = index_queries(self.config, self.rows)
-        self.caches = layers(filled_index_k(self.config, self.rows * self.width))
-        self.table = torch.randperm(len(self.caches[0]), device=DEVICE).int().view(self.rows, -1)
-        self.lengths = torch.full((self.rows,), self.width, dtype=torch.int32, device=DEVICE)
+        rows = self.requests * self.query_tokens
+        self.q, self.weights = index_queries(self.config, rows)
+        self.caches = layers(filled_index_k(self.config, self.requests * self.width))
+        pages = torch.randperm(len(self.caches[0]), device=DEVICE).int().view(self.requests, -1)
+        self.table = pages.repeat_interleave(self.query_tokens, 0)  # [rows, pages of a request]
+        behind = torch.arange(self.query_tokens - 1, -1, -1, device=DEVICE).repeat(self.requests)
+        self.lengths = (self.width - behind).int()
 
     def ours(self) -> Call:
         def score(cache: torch.Tensor) -> torch.Tensor:
@@ -164,9 +174,34 @@ class Indexer:
 
         return in_turn(score, self.caches)
 
+    def deep_gemm(self) -> Call | None:
+        """DeepGEMM's paged MQA logits. Its schedule is made beforehand: the layers of a model share one.
+
+        Two query tokens are those of one request, as its kernel for Hopper has them; more are requests of their own, as
+        SGLang calls it then. Cells behind a row's length are not cleared.
+        """
+        try:
+            package = deep_gemm()
+        except BackendError:
+            return None
+        together = self.query_tokens if self.query_tokens <= DEEP_GEMM_TOKENS else 1
+        lengths, config = self.lengths.view(-1, together), self.config
+        q = self.q.view(len(lengths), together, config.index_n_heads, config.index_head_dim)
+        table = self.table.view(len(lengths), together, -1)[:, -1].contiguous()
+        multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        schedule = package.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, multiprocessors)
+        pages = [cache.view(-1, PAGE_SIZE, 1, config.index_page_bytes(1)) for cache in self.caches]
+
+        def score(cache: torch.Tensor) -> Any:
+            return package.fp8_paged_mqa_logits(
+                q, cache, self.weights, lengths, table, schedule, self.width, clean_logits=False
+            )
+
+        return in_turn(score, pages)
+
     def copy_floor(self) -> Call:
         """Index keys and queries read once, the logits written once."""
-        logits = 4 * self.rows * self.width
+        logits = 4 * len(self.q) * self.width
         return copy(self.caches[0].nbytes + self.q.nbytes + self.weights.nbytes + logits, LAYERS)
 
 

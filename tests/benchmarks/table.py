@@ -125,9 +125,9 @@ TABLES = {
     ),
     "indexer": Table(
         "Indexer logits",
-        ("rows", "width"),
-        ("ours", "copy floor"),
-        (Ratio("ours", "copy floor"),),
+        ("requests", "tokens", "width"),
+        ("ours", "DeepGEMM", "copy floor"),
+        (Ratio("DeepGEMM", "ours"), Ratio("ours", "copy floor")),
     ),
     "store": Table(
         "Quantise and store",

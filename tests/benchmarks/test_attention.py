@@ -34,7 +34,7 @@ TOP_K = {
     "torch.topk": TopK.torch_topk,
     "copy floor": TopK.copy_floor,
 }
-INDEXER = {"ours": Indexer.ours, "copy floor": Indexer.copy_floor}
+INDEXER = {"ours": Indexer.ours, "DeepGEMM": Indexer.deep_gemm, "copy floor": Indexer.copy_floor}
 STORE = {"ours": Store.ours, "copy floor": Store.copy_floor}
 STEP = {
     "whole step": Step.whole,
@@ -51,7 +51,7 @@ STEP = {
 def in_graph(benchmark: BenchmarkFixture, call: Call | None, repeats: int = REPEATS) -> None:
     """Time of one call among ``repeats`` in a captured graph. Skips a peer that is not there."""
     if call is None:
-        pytest.skip(f"{FOLDER} is not set")
+        pytest.skip(f"{FOLDER} is not set, or the package is not there")
     torch.cuda.synchronize()  # the inputs are ready for any stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -86,11 +86,15 @@ def test_top_k(benchmark: BenchmarkFixture, rows: int, width: int, name: str) ->
     in_graph(benchmark, TOP_K[name](TopK(rows, width)), REPEATS if rows == 8 else FEW_REPEATS)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(8, 8192), (64, 32768)])
+@pytest.mark.parametrize(
+    ("requests", "tokens", "width"),
+    [(1, 1, 131072), (8, 1, 8192), (8, 2, 65536), (8, 4, 65536), (64, 1, 8192), (64, 1, 32768)],
+)
 @pytest.mark.parametrize("name", INDEXER)
-def test_indexer(benchmark: BenchmarkFixture, rows: int, width: int, name: str) -> None:
-    benchmark.group = f"indexer rows={rows} width={width}"
-    in_graph(benchmark, INDEXER[name](Indexer(rows, width)), REPEATS if rows == 8 else FEW_REPEATS)
+def test_indexer(benchmark: BenchmarkFixture, requests: int, tokens: int, width: int, name: str) -> None:
+    benchmark.group = f"indexer requests={requests} tokens={tokens} width={width}"
+    call = INDEXER[name](Indexer(requests, tokens, width))
+    in_graph(benchmark, call, REPEATS if requests * width <= 1 << 17 else FEW_REPEATS)
 
 
 @pytest.mark.parametrize("rows", [64, 512])

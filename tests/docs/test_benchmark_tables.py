@@ -91,7 +91,7 @@ def test_columns_are_described() -> None:
     heads = re.findall(r"^(\|.*\|)\n\| -", PAGES["docs/records/benchmarks.md"].partition("## Tried")[0], re.MULTILINE)
     columns = {column.strip() for head in heads for column in head.strip("|").split("|")}
     times = {column for column in columns if " / " not in column}
-    sizes = {"bs", "length", "N", "cache", "heads", "tokens", "rows", "width", "mode", "between"}
+    sizes = {"bs", "length", "N", "cache", "heads", "tokens", "rows", "width", "mode", "between", "requests"}
     described = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", PAGES["docs/benchmarks.md"], re.MULTILINE)
     known = {*described, *(name for names in described for name in names.split(", ")), "fast_topk, paged"}
     assert times - sizes <= known

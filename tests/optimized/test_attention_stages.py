@@ -18,7 +18,7 @@ from nsa_oracle.reference.types import AttentionCaches, AttentionConfig, Attenti
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = AttentionConfig(num_heads=2, kv_lora_rank=48, qk_rope_head_dim=12, index_n_heads=3, index_head_dim=24)
 PRODUCTION = AttentionConfig()
-PAGE_SIZES = [1, 16, 32, 64]
+PAGE_SIZES = [1, 16, 32, 64, 128]
 UNTOUCHED = 0xAB
 NAN_BYTE = 0xFF  # NaN in e4m3, bf16 and float32 alike
 GARBAGE = 0x7FFFFFFF  # in dead cells of a table: looking it up would fault
@@ -241,14 +241,23 @@ def test_logits_are_exact_where_sums_are(config: AttentionConfig, gap: int, page
 
 
 @pytest.mark.parametrize("programs", [1, 3, 10**6])
-def test_a_logit_does_not_depend_on_who_else_is_scored(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    case = scoring(dataclasses.replace(SMALL, index_n_heads=16), 16, [150, 0, 301, 7], 310, exact=False)
+@pytest.mark.parametrize(
+    ("config", "page_size"), [(dataclasses.replace(SMALL, index_n_heads=16), 16), (PRODUCTION, 64), (PRODUCTION, 128)]
+)
+def test_a_logit_does_not_depend_on_who_else_is_scored(
+    monkeypatch: pytest.MonkeyPatch, config: AttentionConfig, page_size: int, programs: int
+) -> None:
+    case = scoring(config, page_size, [150, 0, 301, 7], 310, exact=False)
     together = case.logits()
     monkeypatch.setattr(indexer, "PROGRAMS", programs)
-    for row in range(4):
-        assert_same_bits(case.logits(slice(row, row + 1)), together[row : row + 1])
-    case.width = 1000
-    assert_same_bits(case.logits()[:, :310].contiguous(), together)
+    monkeypatch.setattr(indexer, "HOPPER_PROGRAMS", programs)
+    for many_tiles in (1, 10**6):  # steps of two tiles, steps of one
+        monkeypatch.setattr(indexer, "MANY_TILES", many_tiles)
+        for row in range(4):
+            assert_same_bits(case.logits(slice(row, row + 1)), together[row : row + 1])
+        case.width = 1000
+        assert_same_bits(case.logits()[:, :310].contiguous(), together)
+        case.width = 310
 
 
 def test_random_logits_are_close() -> None:
@@ -264,12 +273,13 @@ def test_random_logits_are_close() -> None:
     assert ((case.logits() - case.expected()).abs() <= bound)[live].all()
 
 
-def test_a_nan_key_has_a_nan_logit() -> None:
-    case = scoring(SMALL, 16, [40], 48, exact=True)
+@pytest.mark.parametrize(("config", "page_size"), [(SMALL, 16), (PRODUCTION, 64)])
+def test_a_nan_key_has_a_nan_logit(config: AttentionConfig, page_size: int) -> None:
+    case = scoring(config, page_size, [100], 120, exact=True)
     page = int(case.real_page_table[0, 1])
-    case.index_k_cache[page, 3 * SMALL.index_head_dim] = NAN_BYTE
+    case.index_k_cache[page, 3 * config.index_head_dim] = NAN_BYTE
     got = case.logits()
-    assert got.isnan().nonzero().tolist() == [[0, 19]]
+    assert got.isnan().nonzero().tolist() == [[0, page_size + 3]]
 
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 16), (2, 0)])

@@ -28,7 +28,7 @@ KERNELS = {
     "topk_filter_kernel",
     "topk_kernel",
 }
-HOPPER_KERNELS = {"sparse_mla_hopper_kernel"}
+HOPPER_KERNELS = {"indexer_logits_hopper_kernel", "sparse_mla_hopper_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nsa_oracle import optimized
 from nsa_oracle.harness.memory.far_apart import BEYOND_31_BITS, far_apart
-from nsa_oracle.optimized import attention, metadata, topk
+from nsa_oracle.optimized import attention, indexer, metadata, topk
 from nsa_oracle.optimized.kernels.kv_cache import store_cache_kernel
 from nsa_oracle.optimized.kernels.lengths import expand_seqlens_kernel
 from nsa_oracle.optimized.kernels.topk import topk_kernel
@@ -47,10 +47,17 @@ def test_groups_of_arguments_are_the_signature_of_the_kernel(name: str) -> None:
     assert arguments == names
 
 
-def test_both_attention_kernels_have_the_same_tensors_and_numbers() -> None:
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        (attention._attend, attention._attend_on_hopper),
+        (indexer._indexer_logits, indexer._indexer_logits_on_hopper),
+    ],
+)
+def test_the_kernels_of_a_stage_have_the_same_tensors_and_numbers(kernels: tuple[Launcher, Launcher]) -> None:
     """They are named for one and passed to either."""
     for group in ("tensors", "numbers"):
-        of_each = [inspect.signature(getattr(one, group)) for one in (attention._attend, attention._attend_on_hopper)]
+        of_each = [inspect.signature(getattr(one, group)) for one in kernels]
         assert of_each[0] == of_each[1]
 
 

@@ -145,11 +145,12 @@ class StageSizes:
     gap: int  # between slots and between pages, of as many bytes as the widest load
 
 
-STAGE_WARM_UP = [  # every block that a row can be selected in
+STAGE_WARM_UP = [  # every block that a row can be selected in, few and many tiles of the indexer
     StageSizes(1, 100, 1, 16, 0),
     StageSizes(1, 4096, 1, 2048, 0),
     StageSizes(1, 8192, 1, 2048, 0),
     StageSizes(1, 163840, 1, 2048, 0),
+    StageSizes(2, 163840, 1, 2048, 0),
 ]
 STAGE_SIZES = [
     StageSizes(3, 1021, 7, 64, 1),
@@ -181,6 +182,8 @@ def drive_stages(sizes: StageSizes, dtype: KVCacheDtype) -> None:
     pages = table[:, : -(-width // page_size)]
     scorer = (inputs.index_q, inputs.index_weights)
     logits = indexer.indexer_logits(config, *scorer, caches.index_k, pages, lengths, width)
+    some_heads = tuple(tensor[:, :32] for tensor in scorer)  # no size of the kernel for Hopper
+    indexer.indexer_logits(config, *some_heads, caches.index_k, pages, lengths, width)
     topk.topk_indices(logits, lengths, sizes.index_topk)
     topk.topk_transform_paged(logits, lengths, table, sizes.index_topk)
     topk.topk_transform_ragged(logits, lengths, lengths, sizes.index_topk)

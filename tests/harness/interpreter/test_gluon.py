@@ -12,15 +12,23 @@ from triton.runtime.errors import InterpreterError
 
 from nsa_oracle.harness.bugs.mutate import Mutation, mutated
 from nsa_oracle.harness.interpreter.speed import without_warnings
-from nsa_oracle.optimized import attention
+from nsa_oracle.optimized import attention, indexer
 from nsa_oracle.reference.attention import sparse_mla as reference_sparse_mla
-from nsa_oracle.reference.kv_cache import store_kv
+from nsa_oracle.reference.indexer import indexer_logits as reference_logits
+from nsa_oracle.reference.kv_cache import store_index_k, store_kv
 from nsa_oracle.reference.types import AttentionConfig, KVCacheDtype
 from tests.support.project import PROJECT
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
 
 KERNELS = "nsa_oracle.optimized.kernels.attention_hopper"
+INDEXER = "nsa_oracle.optimized.kernels.indexer_hopper"
+UNTAUGHT = """
+from nsa_oracle.optimized.kernels.attention_hopper import sparse_mla_hopper_kernel
+from nsa_oracle.optimized.kernels.indexer_hopper import indexer_logits_hopper_kernel
+from nsa_oracle.optimized.launch import runs_gluon
+print(runs_gluon(sparse_mla_hopper_kernel), runs_gluon(indexer_logits_hopper_kernel))
+"""
 DEADLOCK = "deadlock: every partition waits"
 UNFENCED = "written after the last fence"
 
@@ -68,6 +76,8 @@ def test_the_kernel_of_a_gpu_is_what_runs(dtype: KVCacheDtype) -> None:
         ("fetch_keys", "mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)", "pass", KVCacheDtype.BF16),
         ("fetch_quantised_keys", "mbarrier.wait(free.index(tile & 1), tile >> 1 & 1 ^ 1)", "pass", KVCacheDtype.FP8),
         ("fetch_quantised_keys", "async_copy.wait_group(0)", "pass", KVCacheDtype.FP8),
+        ("fetch_quantised_keys", "async_copy.wait_group(0)", "async_copy.wait_group(1)", KVCacheDtype.FP8),
+        ("fetch_quantised_keys", "async_copy.commit_group()", "pass", KVCacheDtype.FP8),
         ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)", "pass", KVCacheDtype.BF16),
         ("attend", "mbarrier.wait(arrived.index(tile & 1), tile >> 1 & 1)", "pass", KVCacheDtype.FP8),
         ("dequantise", "mul.rn.f32 x2, x2, $3;", "mul.rn.f32 x2, x3, $3;", KVCacheDtype.FP8),
@@ -118,14 +128,59 @@ def test_a_defect_is_an_error(function: str, old: str, new: str, dtype: KVCacheD
     assert is_near(*attend(dtype))
 
 
+def score() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of two rows of nine and five tiles, by two programs, and what the reference says; both exact."""
+    config, width, generator = AttentionConfig(), 570, torch.Generator().manual_seed(5)
+    cache = torch.full((18, config.index_page_bytes(64)), 0xFF, dtype=torch.uint8)
+    keys = torch.randint(-4, 5, (18 * 64, config.index_head_dim), generator=generator).bfloat16()
+    keys[:, 0] = 4.0  # the largest of each: all scales are alike
+    store_index_k(config, cache, keys, torch.arange(len(keys)))
+    table = torch.randperm(18, generator=generator).int().view(2, 9)
+    q = torch.randint(-4, 5, (2, config.index_n_heads, config.index_head_dim), generator=generator).float()
+    weights = torch.randint(-8, 9, (2, config.index_n_heads), generator=generator).float()
+    arguments = (
+        *(config, q.to(torch.float8_e4m3fn), weights, cache, table),
+        *(torch.tensor([570, 300], dtype=torch.int32), width),
+    )
+    return indexer.indexer_logits(*arguments), reference_logits(*arguments)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        ("page_of", "gl.minimum(token, length - 1)", "gl.minimum(token + 64, length - 1)"),
+        ("indexer_logits_hopper_kernel", "queries.store(in_order_of_reads(", "queries.store(("),
+        ("copy_step", "begin < length", "begin < length - 64"),
+        ("copy_step", "async_copy.commit_group()", "pass"),
+        ("indexer_logits_hopper_kernel", "async_copy.wait_group(0)", "pass"),
+        ("indexer_logits_hopper_kernel", "async_copy.wait_group(0)", "async_copy.wait_group(1)"),
+        ("indexer_logits_hopper_kernel", "slot ^= 1", "pass"),
+        ("indexer_logits_hopper_kernel", "keys.index(slot ^ 1)", "keys.index(slot)"),
+        ("indexer_logits_hopper_kernel", "fence_async_shared()", "pass"),
+        ("indexer_logits_hopper_kernel", "scores + gl.abs(scores)", "2.0 * scores"),
+        ("indexer_logits_hopper_kernel", "in_tile < length - begin", "in_tile <= length - begin"),
+    ],
+)
+def test_a_defect_of_the_indexer_shows(
+    monkeypatch: pytest.MonkeyPatch, function: str, old: str, new: str, tiles: int
+) -> None:
+    monkeypatch.setattr(indexer, "HOPPER_PROGRAMS", 4)  # several steps each
+    monkeypatch.setattr(indexer, "MANY_TILES", 1 if tiles == 2 else 100)
+    assert torch.equal(*score())
+    mutation = Mutation(f"{INDEXER}:{function}", old, new)
+    with mutated(mutation), pytest.raises((AssertionError, InterpreterError)):
+        assert torch.equal(*score())
+
+
 def test_nobody_has_to_teach_the_interpreter() -> None:
     """What is imported without the harness takes the kernel for other GPUs."""
     reported = subprocess.run(
-        [sys.executable, "-c", "from nsa_oracle.optimized import attention; print(attention._runs_gluon())"],
+        [sys.executable, "-c", UNTAUGHT],
         cwd=PROJECT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert reported.stdout == "False\n"
+    assert reported.stdout == "False False\n"
