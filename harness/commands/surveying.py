@@ -18,6 +18,7 @@ from nsa_oracle.harness.report.records import NOTHING_COMPARED
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
+from nsa_oracle.harness.search.rows import save_rows
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound
 
@@ -169,7 +170,7 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
     typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
     typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
     try:
-        found.save_cases(save, replay)
+        save_rows(found.broken.values(), save, replay)
     except OSError as error:
         raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
     for command in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case

@@ -7,7 +7,7 @@ address are therefore missed here, as the attention kernel in the same graph wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from nsa_oracle.harness.engine.inputs import PoolInput, StaticInputs
 from nsa_oracle.harness.engine.instances import Instances
 from nsa_oracle.harness.engine.layer_engine import LayerEngine
 from nsa_oracle.harness.engine.observations import (
+    CallKind,
     Conditions,
     Feed,
     LayerLoad,
@@ -63,6 +64,7 @@ class Engine:
         self.runner = graph_runner(device)
         self.graphs: dict[tuple[ForwardMode, int], BoundGraph] = {}
         self.audit = AuditTally()  # of all captured graphs
+        self.calling: CallKind | None = None  # by the event that runs, or ran last
         self._preparations = 1  # of each batch
         self._replayed: list[BoundGraph] = []  # graphs whose second replay has been checked
 
@@ -100,6 +102,7 @@ class Engine:
 
     def run(self, event: Event) -> Iterator[Observation | LayerObservation]:
         """Apply one event and yield the observations of its calls, metadata first: a caller may stop if it is wrong."""
+        self.calling = None
         batch = self.world.apply(event)
         self._pool.send(self.world.req_to_token)
         self._preparations = getattr(event, "preparations", 1)
@@ -107,15 +110,12 @@ class Engine:
             case Capture():
                 for bs in event.buckets if self.conditions.graphs else ():
                     self.capture(event.mode, bs)
-            case Replay():
+            case Replay() | Eager():
                 assert batch is not None
-                captured = [bs for mode, bs in self.graphs if mode is event.mode]
-                bucket = choose_bucket(event.bucket, batch.size, captured)
-                for _ in range(event.times):
+                bucket = _bucket_of(event, batch, self.graphs)
+                self.calling = CallKind(batch.mode, bucket is not None)
+                for _ in range(event.times if isinstance(event, Replay) else 1):
                     yield from self._call(batch, bucket)
-            case Eager():
-                assert batch is not None
-                yield from self._call(batch, None)
 
     def _call(self, batch: Batch, bucket: int | None) -> Iterator[Observation | LayerObservation]:
         """Make one replay or eager call, with new keys for the layer."""
@@ -242,6 +242,13 @@ class Engine:
 
     def _padded(self, batch: Batch, bs: int) -> Batch:
         return self.declarations.padded(batch, bs, self.setup)
+
+
+def _bucket_of(event: Replay | Eager, batch: Batch, graphs: Iterable[tuple[ForwardMode, int]]) -> int | None:
+    """The bucket of the graph that serves the batch. None for an eager call, and for a replay that fits no graph."""
+    if isinstance(event, Eager):
+        return None
+    return choose_bucket(event.bucket, batch.size, [bs for mode, bs in graphs if mode is event.mode])
 
 
 def _refuse_released_memory(bound: BoundGraph, where: str) -> None:

@@ -16,7 +16,7 @@ from nsa_oracle.harness.engine.passes import Pass
 from nsa_oracle.harness.findings import InputWrite
 from nsa_oracle.harness.memory.bits import NAN_WORD
 from nsa_oracle.harness.scenarios.batch import Batch
-from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs
+from nsa_oracle.reference.types import AttentionCaches, AttentionOutputs, ForwardMode
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class StepObservation:
     unchanged: tuple[str, ...] = ()
     odd: Mapping[str, str] = field(default_factory=dict)
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class CallKind(NamedTuple):
+    """What an engine calls: the mode of the batch, and whether a graph holds it. A replay that fits none is eager."""
+
+    mode: ForwardMode
+    in_graph: bool
 
 
 @dataclass(frozen=True)

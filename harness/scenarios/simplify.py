@@ -37,6 +37,7 @@ SIMPLEST_LAYER: dict[str, Any] = {
     "kv_cache_dtype": SMALLEST_LAYER.kv_cache_dtype,
 }
 MOST_TRIALS = 400
+MOST_TRIALS_OF_A_HANG = 8  # each may take the whole time limit of a case
 MANY_EVENTS = 64  # more than cases are drawn with
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +33,14 @@ from nsa_oracle.harness.interruptions import Interruptions, RefusedExits, exits_
 from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
-from nsa_oracle.harness.scenarios.files import digest, save
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
-from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.search.rows import Row, in_turn
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.global_state import Streams
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 
-SHRINKING_BUDGET = 60.0
 _FIELDS = {field.name for field in FIELDS}
 BUILDS, NO_EXCEPTION, CAPTURES = "is built", "runs", "can be captured"
 UNMODIFIED, WITHIN, FREEZES_NOTHING = "leaves inputs alone", "writes within its buffers", "freezes no host value"
@@ -58,33 +55,6 @@ class Property(NamedTuple):
     call: str
     mode: str
     name: str
-
-
-@dataclasses.dataclass
-class Row:
-    """Calls in which a property was checked, and broken; the smallest case known that breaks it, and its finding.
-
-    steps: of the draft, in which it was broken. has_hung: whether that case does not end. saved: file of that case;
-    replay: the command that replays it.
-    """
-
-    checked: int = 0
-    broken: int = 0
-    steps: set[int] = dataclasses.field(default_factory=set)
-    finding: str = ""
-    has_hung: bool = False
-    case: Scenario | None = None
-    saved: Path | None = None
-    replay: str = ""
-
-    def note(self, findings: list[Finding], case: Scenario) -> None:
-        """Count one call with what was found in it; ``case`` ends with that call."""
-        self.checked += 1
-        self.broken += bool(findings)
-        self.steps |= {finding.step for finding in findings if finding.step is not None}
-        if findings and self.case is None:
-            self.finding, self.case = findings[0].sentence(), case
-            self.has_hung = findings[0].kind is Kind.TIMEOUT
 
 
 @dataclasses.dataclass
@@ -118,14 +88,6 @@ class BackendFound:
         self.rows.setdefault(key, Row()).note(found, case)
         self.kept.add(key)  # a smaller case would have to end as many processes
         self.cases += is_drawn
-
-    def save_cases(self, folder: Path, command: Callable[[Path], str]) -> None:
-        """Save the case of each broken row in ``folder``. command: the command line that replays a file."""
-        for row in self.broken.values():
-            assert row.case is not None
-            row.saved = folder / f"{digest(row.case)}.json"
-            save(row.case.model_copy(update={"note": row.finding}), row.saved)
-            row.replay = command(row.saved)
 
 
 class BackendSurvey:
@@ -193,30 +155,18 @@ class BackendSurvey:
         deadline: value of ``time.monotonic()`` after which no trial begins; SHRINKING_BUDGET from now at the latest.
         begin: is called with each row before its trials. Rows that are ``kept`` already stay as they are.
         """
-        latest = time.monotonic() + SHRINKING_BUDGET
-        deadline = latest if deadline is None else min(deadline, latest)
-        for key, row in self.found.broken.items():
-            assert row.case is not None
-            if key in self.found.kept:
-                continue
-            begin(key)
+        for key, row, ends in in_turn(self.found.broken, self.found.kept, deadline, begin):
 
-            def breaks(case: Scenario, key: Property = key, row: Row = row) -> bool:
-                if time.monotonic() > deadline or not case.events or self.subject.misfit(case) is not None:
-                    return False
+            def breaks(case: Scenario, key: Property = key) -> str | None:
                 trial = BackendSurvey(self.subject, self.device)
                 try:
                     trial.survey(case)
                 except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
-                    return False
+                    return None
                 found = trial.found.rows.get(key, Row())
-                if found.case != case:
-                    return False
-                row.case, row.finding = found.case, found.finding
-                return True
+                return found.finding if found.case == case else None
 
-            simplify(row.case, breaks, most_trials)
-            self.found.kept.add(key)
+            row.shrink(breaks, self.subject, ends, most_trials)
 
 
 class _SpoiltMemory(Exception):
@@ -259,9 +209,8 @@ class _Case:
             except BaseException as error:  # the backend's code may raise anything
                 self.interruptions.check()
                 if not isinstance(error, _SpoiltMemory):
-                    self._note(self._property_of(number), [_finding_of(error)], number)
+                    self._note(self._property_of(engine, number), [_finding_of(error)], number)
                 if isinstance(error, CaseTimeout):
-                    self.found.kept.add(self._property_of(number))  # each trial would take as long
                     return
                 if isinstance(self.scenario.events[number], Capture):
                     self._uncapturable.add(number)
@@ -291,8 +240,6 @@ class _Case:
         except BaseException as error:
             self.interruptions.check()
             self._note(Property("-", "-", BUILDS), [_finding_of(error)], -1)
-            if isinstance(error, CaseTimeout):
-                self.found.kept.add(Property("-", "-", BUILDS))
             return None
         self._note(Property("-", "-", BUILDS), [], -1)
         return engine
@@ -330,7 +277,7 @@ class _Case:
         reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(seen.batch))
         declared = Declared(engine.config, engine.declarations, self.found.declared)
         found = list(differing_fields(seen, reference, self.device, Tally(), declared))
-        call = "graph" if seen.in_graph else "eager"
+        call = _called(seen.in_graph)
         self._note(Property(call, mode.value, NO_EXCEPTION), [], number)
         if seen.in_graph:
             moved = [finding for finding in found if finding.kind is Kind.ADDRESS]
@@ -339,19 +286,24 @@ class _Case:
         for name in dict.fromkeys([*HOST_SCALARS, *declared.compared(seen, reference), *(f.field for f in found)]):
             self._note(Property(call, mode.value, name), [f for f in found if f.field == name], number)
 
-    def _property_of(self, number: int) -> Property:
+    def _property_of(self, engine: Engine, number: int) -> Property:
         """The property that an exception in event ``number`` breaks."""
         event = self.scenario.events[number]
         if isinstance(event, Capture):
             return Property("graph", event.mode.value, CAPTURES)
-        call = "eager" if isinstance(event, Eager) else "graph"
-        return Property(call, event.mode.value if isinstance(event, Replay | Eager) else "-", NO_EXCEPTION)
+        if engine.calling is None:
+            return Property("-", "-", NO_EXCEPTION)
+        return Property(_called(engine.calling.in_graph), engine.calling.mode.value, NO_EXCEPTION)
 
     def _note(self, key: Property, findings: list[Finding], number: int) -> None:
         case = self.scenario
         if findings:
             case = case.model_copy(update={"events": case.events[: number + 1]})
         self.found.rows.setdefault(key, Row()).note(findings, case)
+
+
+def _called(in_graph: bool) -> str:
+    return "graph" if in_graph else "eager"
 
 
 def _finding_of(error: BaseException) -> Finding:

@@ -15,13 +15,12 @@ from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict, judge_subject
 from nsa_oracle.harness.scenarios.files import FailureFiles, saved_while_judged, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
-from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, simplify
+from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS, MOST_TRIALS_OF_A_HANG, simplify
 from nsa_oracle.harness.search.drawing import NotReproducible, draw
 from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.stream import ATTEMPTS, CaseStream, Drawn
 from nsa_oracle.harness.subjects.subject import Subject
 
-MOST_TRIALS_OF_A_HANG = 8
 SHRINKING_SECONDS = 120.0  # from the first failure on: a smaller case is not worth an endless run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, CaseTimeout
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import load
@@ -28,10 +29,10 @@ from nsa_oracle.harness.search.backend_survey import (
     BackendFound,
     BackendSurvey,
     Property,
-    Row,
     backend_table,
     rows_as_json,
 )
+from nsa_oracle.harness.search.rows import Row, save_rows
 from nsa_oracle.harness.subjects.loading import load_backend
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.multi_step import MultiStepBackend
@@ -186,7 +187,7 @@ def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
     survey = survey_of(load_backend("tests.support.backends.declared:StaleTable"))
     survey.shrink()
     found = survey.found
-    found.save_cases(tmp_path, lambda file: f"replay {file.name}")
+    save_rows(found.broken.values(), tmp_path, lambda file: f"replay {file.name}")
     row = found.rows[Property("graph", "DECODE", "real_page_table")]
     assert row.saved is not None
     assert row.case is not None
@@ -199,6 +200,49 @@ def test_the_smallest_case_is_saved_and_replays(tmp_path: Path) -> None:
     (entry,) = (e for e in as_json if (e["call"], e["mode"], e["name"]) == ("graph", "DECODE", "real_page_table"))
     assert (entry["checked"], entry["broken"], entry["steps"]) == (3, 3, [0, 1, 2])
     assert entry["case"] == str(row.saved)
+
+
+FITS_NO_GRAPH = case(
+    Capture(mode=DECODE, buckets=(1,)),
+    Join(seq_len=3),
+    Replay(mode=DECODE),
+    Accept(accept_lengths=(2,)),
+    Join(seq_len=4),
+    Replay(mode=DECODE),
+)
+
+
+class DoesNotEnd(MultiStepBackend):
+    """Eagerly; as if the time limit of the case had ended it."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        raise CaseTimeout("still running after 1 second")
+
+
+def test_a_replay_that_fits_no_graph_is_an_eager_call_also_if_it_raises_or_does_not_end() -> None:
+    class Raises(MultiStepBackend):
+        def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+            raise RuntimeError("no")
+
+    for backend in (Raises, DoesNotEnd):
+        found = surveyed(factory_of(backend), FITS_NO_GRAPH)
+        assert set(found.broken) == {Property("eager", "DECODE", NO_EXCEPTION)}
+        assert found.rows[Property("graph", "DECODE", NO_EXCEPTION)].checked == 1
+    empty = case(Eager(mode=DECODE))
+    assert set(surveyed(factory_of(Raises), empty).broken) == {Property("eager", "IDLE", NO_EXCEPTION)}, (
+        "as one that runs"
+    )
+
+
+@pytest.mark.parametrize(("case_timeout", "events"), [(1.0, 3), (600.0, len(FITS_NO_GRAPH.events))])
+def test_a_case_that_does_not_end_is_made_smaller_if_there_is_time_to_wait(case_timeout: float, events: int) -> None:
+    survey = BackendSurvey(dataclasses.replace(Subject(factory_of(DoesNotEnd)), case_timeout=case_timeout), CPU)
+    survey.survey(FITS_NO_GRAPH)
+    survey.shrink()
+    (row,) = survey.found.broken.values()
+    assert row.case is not None
+    assert row.has_hung
+    assert len(row.case.events) == events
 
 
 def test_the_table_begins_with_what_is_broken() -> None:

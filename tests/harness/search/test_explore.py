@@ -16,6 +16,7 @@ from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subjec
 from nsa_oracle.harness.report.failure import explain
 from nsa_oracle.harness.scenarios.files import RUNNING, from_json, load, to_json
 from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS_OF_A_HANG
 from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.explore import Exploration, explore
@@ -205,7 +206,7 @@ def test_a_hang_is_shrunk_once_in_a_run_and_with_few_trials(tmp_path: Path, monk
         return explore(Subject(factory_of(clean.Clean)), CPU, 30, 3, tmp_path / "saved", counter=counter)
 
     first = search("first")
-    assert 1 < len(judged) <= 1 + explore_module.MOST_TRIALS_OF_A_HANG
+    assert 1 < len(judged) <= 1 + MOST_TRIALS_OF_A_HANG
     assert first.failure is not None
     assert first.first is not None
     assert len(to_json(first.failure.scenario)) < len(to_json(first.first.scenario))

@@ -8,7 +8,8 @@ import pytest
 
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.scenarios.files import load
-from nsa_oracle.harness.search.backend_survey import BackendFound, Property, Row
+from nsa_oracle.harness.search.backend_survey import BackendFound, Property
+from nsa_oracle.harness.search.rows import Row
 from nsa_oracle.harness.search.upstream import changes, load_record, record_of, save_record
 from tests.support.metadata_cases import DECODE, one_replay
 
