@@ -1,4 +1,4 @@
-"""The pytest plugin: ``--oracle-*`` options, the marker and the fixture ``oracle``, and the closing report.
+"""The pytest plugin: its hooks, the marker and the fixture ``oracle``, and the closing report.
 
 pytest loads it, by an entry point, in every run of an environment that has the package. So it imports nothing but
 pytest until a test or an option uses it, and does nothing to other tests. ``harness/plugin/`` does the work.
@@ -6,27 +6,28 @@ pytest until a test or an option uses it, and does nothing to other tests. ``har
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nsa_oracle.caught import CAUGHT, caught_line, failures_raised
+from nsa_oracle.plugin_options import add_options, has_options
 from nsa_oracle.starting import (
-    LIMITS,
-    LONGEST_LIMIT,
-    SHORTEST_LIMIT,
+    FILES_OF_PYTEST,
+    FILES_OF_THE_HARNESS,
+    check_open_files,
     ended_in_one_line,
     interruption_deferred,
+    lacks_files,
     open_files_told,
+    too_many_open_files,
 )
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ PART = "oracle_part"  # the parameter of a marked test: what one of its items ju
 RANDOM_SEED = "oracle_random_seed"  # sent to workers of pytest-xdist, so that all draw from one seed
 COUNTS = "oracle_counts"  # sent to them, too: the folder in which all processes count what they have judged
 
-MOST_SHARDS = 1000
-
 SESSION = pytest.StashKey["Session"]()
 REFUSED = pytest.StashKey[list[str]]()  # what marked tests ask for and cannot have
 STARTED = pytest.StashKey[float]()  # a value of time.time()
@@ -50,175 +49,15 @@ WORKER_INPUT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("oracle", "correctness oracle for multi-step attention backends")
-
-    def option(name: str, text: str, metavar: str, default: str = "", **how: Any) -> None:
-        """An option of the command line, and a setting of the same name in the configuration file."""
-        ending = f" (default: {default})" if default else ""
-        group.addoption(f"--oracle-{name}", help=text + ending, metavar=metavar, **how)
-        parser.addini(f"oracle_{name.replace('-', '_')}", f"{text}, as --oracle-{name}{ending}", default=None)
-
-    option(
-        "profile",
-        "how many cases to draw: smoke, dev and pr draw the same ones in every run, nightly new ones",
-        "NAME",
-        "pr",
-        type=_profile,
-    )
-    option(
-        "device",
-        "where the backend runs; cuda: real CUDA graphs; cpu: kernels compiled for the CPU, a simulated graph; auto: "
-        "cuda if it is there",
-        "auto|cpu|cuda",
-        "auto",
-        type=_device,
-    )
-    option(
-        "backend",
-        "backend to judge: a callable of (config, req_to_token)",
-        "MODULE:ATTRIBUTE",
-        "optimized/",
-        type=_name,
-    )
-    option(
-        "layer",
-        "attention layer to judge: a callable of (config, attention) that returns a layer or single stages of one",
-        "MODULE:ATTRIBUTE",
-        "optimized/",
-        type=_name,
-    )
-    option("save", "folder to save failing cases in", "DIR", "failures", type=_name)
-    option("cases", "folder of saved cases that are judged first", "DIR", "tests/cases", type=_name)
-    option(
-        "case-timeout",
-        "a case that is still running in judged code after this time has failed; 0: no limit",
-        "SECONDS",
-        "600",
-        type=_time_limit,
-    )
-    group.addoption(
-        "--oracle-replay",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="judge this saved case and run nothing else; may be given several times",
-    )
-    group.addoption(
-        "--oracle-budget",
-        metavar="SECONDS",
-        type=_seconds,
-        help="judge no new case after this time; a failure found by then is still shrunk and reported (default: no "
-        "limit)",
-    )
-    group.addoption(
-        "--oracle-seed",
-        metavar="N",
-        type=_seed,
-        help="draw the cases of this seed, as another run reported it (default: 0; nightly: a new one)",
-    )
-    group.addoption(
-        "--oracle-shard",
-        metavar="I/N",
-        type=_shard,
-        help="judge the I-th of N disjoint parts of each test, on one of N machines (default: all of it)",
-    )
-    group.addoption(
-        "--oracle-json", metavar="FILE", type=_name, help="write all that the run found to this file, for machines"
-    )
-    group.addoption("--oracle-html", metavar="FILE", type=_name, help="write it to this file as a page to look at")
-    parser.addini(
-        "oracle_in_process",
-        "judge in pytest's own process and not in a child, for which its kernels are interpreted if there is no GPU",
-        type="bool",
-        default=False,
-    )
+    add_options(parser)
 
 
-def _name(text: str) -> str:
-    """The type of options that name something: an unset variable of a CI job must not stand for the default."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty; give one, or leave the option out")
-    return text
-
-
-def _profile(name: str) -> str:
-    """The type of --oracle-profile."""
-    with open_files_told(argparse.ArgumentTypeError), ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
-        from nsa_oracle.harness.search.drawing import PROFILES
-
-    if name not in PROFILES:
-        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(PROFILES)})")
-    return name
-
-
-def _device(name: str) -> str:
-    """The type of --oracle-device."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from auto, cpu, cuda)")
-    return name
-
-
-def _seconds(text: str) -> float:
-    """The type of options in seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
-    return seconds
-
-
-def _time_limit(text: str) -> float:
-    """The type of --oracle-case-timeout."""
-    seconds = _seconds(text)
-    if seconds and not SHORTEST_LIMIT <= seconds <= LONGEST_LIMIT:
-        raise argparse.ArgumentTypeError(f"'{text}' is not in the range {LIMITS}")
-    return seconds
-
-
-def _seed(text: str) -> int:
-    """The type of --oracle-seed: a whole number below 2**48."""
-    if not text.isdecimal() or int(text) >= 1 << 48:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {(1 << 48) - 1}")
-    return int(text)
-
-
-def _shard(text: str) -> Any:
-    """The type of --oracle-shard, such as 3/8."""
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARDS):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a part of at most {MOST_SHARDS}, such as 3/8")
-    with open_files_told(argparse.ArgumentTypeError), ended_in_one_line(quiet="PYTEST_XDIST_WORKER" in os.environ):
-        from nsa_oracle.harness.plugin.parts import Shard
-
-    return Shard(int(number), int(count))
-
-
-SETTINGS: dict[str, Callable[[str], Any]] = {
-    "profile": _profile,
-    "device": _device,
-    "backend": _name,
-    "layer": _name,
-    "save": _name,
-    "cases": _name,
-    "case_timeout": _time_limit,
-}
-"""The types of the settings of the configuration file, by name without ``oracle_``."""
-
-
-def setting(config: pytest.Config, name: str) -> Any:
-    """The option ``name``, or else the setting in the configuration file, or else None.
-
-    Raises UsageError for a setting that the option would refuse.
-    """
-    given, text = config.getoption(f"oracle_{name}"), config.getini(f"oracle_{name}")
-    if given is not None or text is None:
-        return given
-    try:
-        return SETTINGS[name](text)
-    except argparse.ArgumentTypeError as error:
-        raise pytest.UsageError(f"oracle_{name}: {error}") from None
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None]:
+    """Say in one line that a run of the oracle may open too few files, before pytest opens some for what is printed."""
+    if has_options(early_config.known_args_namespace):
+        check_open_files(FILES_OF_PYTEST, pytest.UsageError)
+    return (yield)
 
 
 class Interruption:
@@ -251,8 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
         RANDOM_SEED: int.from_bytes(os.urandom(6), "big"),
         COUNTS: str(Path(tempfile.gettempdir()) / f"nsa-oracle-{os.getpid()}-{os.urandom(4).hex()}"),
     }
-    given = [value for name, value in vars(config.option).items() if name.startswith("oracle_")]
-    if any(value not in (None, []) for value in given) or config.getini("oracle_in_process"):
+    if has_options(config.option) or config.getini("oracle_in_process"):
         leftover = None if is_worker(config) else _counts(config)
         with open_files_told(pytest.UsageError), ended_in_one_line(is_worker(config), leftover):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # of a worker, see pytest_sessionstart
@@ -270,6 +108,7 @@ def session_of(config: pytest.Config) -> Session:
 
 
 def _new_session(config: pytest.Config) -> Session:
+    check_open_files(FILES_OF_THE_HARNESS, pytest.UsageError)
     with open_files_told(pytest.UsageError), interruption_deferred():
         from nsa_oracle.harness.plugin.session import Session
 
@@ -314,11 +153,10 @@ def pytest_xdist_node_collection_finished(node: Any) -> None:
 @pytest.fixture
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     """Judges backends and layers within a test: ``oracle.judge(backend=...)``."""
-    with interruption_deferred():
-        from nsa_oracle.harness.plugin.fixture import Oracle
-
     try:
         session = session_of(request.config)
+        with open_files_told(pytest.UsageError), interruption_deferred():
+            from nsa_oracle.harness.plugin.fixture import Oracle
     except pytest.UsageError as error:
         refusal = str(error)
     else:
@@ -341,11 +179,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the items of a marked test: one for each saved case, and one for each shard of the drawn ones."""
     marker = metafunc.definition.get_closest_marker(MARKER)
     if marker is not None:
-        with interruption_deferred():
-            from nsa_oracle.harness.plugin.fixture import parts_of
-
         try:
-            parts = parts_of(session_of(metafunc.config), **marker.kwargs)
+            session = session_of(metafunc.config)
+            with open_files_told(pytest.UsageError), interruption_deferred():
+                from nsa_oracle.harness.plugin.fixture import parts_of
+            parts = parts_of(session, **marker.kwargs)
         except pytest.UsageError as error:
             metafunc.config.stash[REFUSED].append(str(error))
             raise pytest.Collector.CollectError(str(error)) from None
@@ -359,12 +197,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
-    """Mark the report of a module with a test that the oracle refuses; the mark survives the way from a worker."""
+    """Mark the report of a module with a test that the oracle refuses; the mark survives the way from a worker.
+
+    So is a module that imports the oracle, which may not open the files that it consists of.
+    """
     refused = collector.config.stash[REFUSED]
     before = len(refused)
     report = yield
+    if (failed := report.call.excinfo) is not None and lacks_files(failed.value) and _passes_the_oracle(failed):
+        refused.append(too_many_open_files())
+        report.longrepr = refused[-1]
     report.oracle_refused = len(refused) > before
     return report
+
+
+def _passes_the_oracle(failed: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether the exception came through a file of this package, or through the attempt to open one."""
+    names = [entry.path for entry in failed.traceback] + [getattr(failed.value, "filename", None) or ""]
+    return any(Path(name).is_relative_to(Path(__file__).parent) for name in names)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ MESSAGE = "interrupted before anything was judged\n"
 CASE_SECONDS = 600.0  # that a case may take, unless an option says otherwise
 # Of a case, in seconds: a shorter limit ends none of the harness's own steps, timers cannot be longer.
 SHORTEST_LIMIT, LONGEST_LIMIT = 0.1, 1e6
+FILES_OF_PYTEST, FILES_OF_THE_HARNESS = 8, 4  # that each opens at the least while it starts
 LIMITS = f"from {SHORTEST_LIMIT:g} to {LONGEST_LIMIT:,.0f} seconds (0: no limit)"
 
 
@@ -43,8 +44,28 @@ def open_files_told(refusal: Callable[[str], BaseException]) -> Iterator[None]:
     except (OSError, ImportError) as error:
         if not lacks_files(error):
             raise
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise refusal(f"too many open files: this process may have {most}; raise that, as by ulimit -n 1024") from None
+        raise refusal(too_many_open_files()) from None
+
+
+def too_many_open_files() -> str:
+    """The line that says so, and what to do."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"too many open files: this process may have {most}; raise that, as by ulimit -n 1024"
+
+
+def check_open_files(files: int, refusal: Callable[[str], BaseException]) -> None:
+    """Raise what ``refusal`` makes of that line if this process may not open so many ``files`` more.
+
+    For the start of a run: what others open meanwhile, as pytest does, would fail without that line.
+    """
+    opened: list[int] = []
+    try:
+        with open_files_told(refusal):
+            for _ in range(files):
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _is_default(number: signal.Signals) -> bool:

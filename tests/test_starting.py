@@ -16,7 +16,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 
-from nsa_oracle import pytest_plugin
+from nsa_oracle import plugin_options
 from nsa_oracle.starting import MESSAGE
 from tests.support.command_line import environment_of_children, run, saved
 from tests.support.metadata_cases import DECODE, one_replay
@@ -144,4 +144,54 @@ def test_an_option_of_pytest_that_may_open_too_few_files_says_so() -> None:
         pytest.raises(argparse.ArgumentTypeError, match=TOO_MANY),
         patch.object(builtins, "__import__", full),
     ):
-        pytest_plugin._profile("smoke")
+        plugin_options._profile("smoke")
+
+
+@pytest.mark.parametrize("option", ["--oracle-profile=smoke", "--oracle-shard=1/2", "--oracle-device=cpu"])
+@pytest.mark.parametrize("most", [6, 11])
+def test_a_run_of_pytest_that_may_open_too_few_files_says_so(option: str, most: int, tmp_path: Path) -> None:
+    words = f"-m pytest -p nsa_oracle.pytest_plugin {option}"
+    command = ["sh", "-c", f"ulimit -n {most}; exec {sys.executable} {words}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert len(re.findall(TOO_MANY, done.stderr)) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+OPENS_NOTHING = """
+import resource
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+try:
+    {line}
+finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+"""
+
+
+def test_a_module_that_imports_the_oracle_and_may_open_no_file_says_so(tmp_path: Path) -> None:
+    text = OPENS_NOTHING.format(line="from nsa_oracle.harness import judge")
+    (tmp_path / "test_it.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "nsa_oracle.pytest_plugin"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert re.search(f"^{TOO_MANY}$", done.stdout, re.MULTILINE), done.stdout
+    assert "OSError" not in done.stdout
+
+
+def test_a_test_that_uses_the_oracle_and_may_open_no_file_says_so(tmp_path: Path) -> None:
+    """Its limit holds while its items are made, or its fixture."""
+    limit = OPENS_NOTHING.format(line="yield").replace("\n", "\n    ")
+    conftest = f"import pytest\n\n@pytest.hookimpl(wrapper=True, tryfirst=True)\ndef {{hook}}:{limit}\n"
+    uses = {
+        "pytest_generate_tests()": "@pytest.mark.oracle(profile='smoke')\ndef test_marked(): pass\n",
+        "pytest_fixture_setup()": "def test_fixture(oracle): pass\n",
+    }
+    for hook, text in uses.items():
+        (tmp_path / "conftest.py").write_text(conftest.format(hook=hook), encoding="utf-8")
+        (tmp_path / "test_it.py").write_text(f"import pytest\n\n{text}", encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-p", "nsa_oracle.pytest_plugin"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.TESTS_FAILED), done.stdout
+        assert re.search(f"^{TOO_MANY}$", done.stdout, re.MULTILINE), done.stdout
+        assert "OSError" not in done.stdout

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.scenarios.files import corpus
-from nsa_oracle.pytest_plugin import setting
+from nsa_oracle.plugin_options import setting
 
 
 def folder_of(config: pytest.Config, given: str | None, name: str) -> Path:

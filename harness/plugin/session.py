@@ -30,7 +30,7 @@ from nsa_oracle.harness.search.progress import CaseCounter
 from nsa_oracle.harness.search.recovery import Recovery
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.signals import Termination
-from nsa_oracle.pytest_plugin import setting
+from nsa_oracle.plugin_options import setting
 from nsa_oracle.starting import CASE_SECONDS
 
 Specs = tuple[str | None, str | None]

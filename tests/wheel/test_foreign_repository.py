@@ -66,7 +66,7 @@ def test_nothing_is_changed():
     assert "site-packages" not in harness.__file__ and not hasattr(harness, "judge")
     assert "TRITON_INTERPRET" not in os.environ
     loaded = {name for name in sys.modules if name.partition(".")[0] in ("torch", "triton", "hypothesis", "nsa_oracle")}
-    ours = {"nsa_oracle", "nsa_oracle.caught", "nsa_oracle.pytest_plugin", "nsa_oracle.starting"}
+    ours = {f"nsa_oracle.{name}" for name in ("caught", "plugin_options", "pytest_plugin", "starting")} | {"nsa_oracle"}
     assert loaded - ours == set()
 """
 SETTINGS = """
