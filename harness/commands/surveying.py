@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +15,27 @@ from nsa_oracle.harness.forks import Tell, forked
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.records import NOTHING_COMPARED
+from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
-from nsa_oracle.harness.search.rows import save_rows
+from nsa_oracle.harness.search.rows import Row, save_rows
 from nsa_oracle.harness.search.spec import SubjectSpec
-from nsa_oracle.harness.search.survey import Survey, SurveyFound
+from nsa_oracle.harness.search.survey import Survey, SurveyFound, survey_table
 
 NO_CASE = "NOT JUDGED: no case was surveyed; give it more time"
+
+
+@dataclass
+class SurveyedLayer:
+    """What a survey of a layer finds, and how far it is; as ``SurveyedBackend``. shrinking: the name of a row."""
+
+    found: SurveyFound = field(default_factory=SurveyFound)
+    left_out: list[str] = field(default_factory=list)
+    device: str = "cpu"
+    interrupted: bool = False
+    began: Scenario | None = None
+    shrinking: str | None = None
 
 
 def surveyed(
@@ -33,45 +46,53 @@ def surveyed(
     deadline: float | None,
     report_progress: Callable[[int], None],
     timeout: float | None = None,
-) -> tuple[SurveyFound, list[str], bool]:
-    """What a survey of ``layer`` finds, what the layer's limits exclude, and whether the survey was interrupted.
+) -> SurveyedLayer:
+    """Survey ``layer`` and make the case of each broken row small.
 
     timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other
     arguments are those of ``Survey.run``.
     """
-    found, left_out, has_begun = SurveyFound(), list[str](), False
+    last, has_begun = SurveyedLayer(), False
 
-    def hear(message: tuple[SurveyFound, list[str]]) -> None:
-        nonlocal found, left_out, has_begun
-        (found, left_out), has_begun = message, True
-        report_progress(found.cases)
+    def hear(message: SurveyedLayer) -> None:
+        nonlocal last, has_begun
+        last, has_begun = message, True
+        report_progress(last.found.cases)
 
-    def work(tell: Tell) -> tuple[SurveyFound, bool]:
+    def work(tell: Tell) -> SurveyedLayer:
         where = torch_device(device)
-        survey = Survey(SubjectSpec(None, layer, timeout).build(where), where, found)
-        tell((found, survey.left_out))
+        survey = Survey(SubjectSpec(None, layer, timeout).build(where), where, last.found)
+        now = SurveyedLayer(survey.found, survey.left_out, where.type)
+
+        def begin(case: Scenario | None = None, row: str | None = None) -> None:
+            now.began, now.shrinking = case, row
+            tell(now)
+
+        begin()
         try:
             with ended_by_a_signal():
-                survey.run(cases, seed, deadline, lambda _: tell((survey.found, survey.left_out)))
+                survey.run(cases, seed, deadline, begin=begin)
+                survey.shrink(deadline, begin=lambda row: begin(row=row))
         except KeyboardInterrupt:
-            return survey.found, True
-        return survey.found, False
+            now.interrupted = True
+        return now
 
-    while found.cases < cases:
+    while True:
         has_begun = False
         try:
-            found, interrupted = forked(work, hear)
+            return forked(work, hear)
         except ChildDied as died:
-            if not has_begun:
+            if has_begun and last.shrinking is not None:
+                last.found.kept.add(last.shrinking)
+            elif has_begun and last.began is not None:
+                last.found.add_lost(str(died), last.began)
+            else:
                 raise BackendError(f"layer '{layer}': {died} while it was loaded") from None
-            found.add_lost(str(died))
         except KeyboardInterrupt:  # of a process that did not answer any more
             if not has_begun:
                 raise
-            return found, left_out, True
-        else:
-            return found, left_out, interrupted
-    return found, left_out, False
+            last.interrupted = True
+            return last
 
 
 @dataclass
@@ -169,14 +190,37 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
         return [NO_CASE]
     typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
     typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
-    try:
-        save_rows(found.broken.values(), save, replay)
-    except OSError as error:
-        raise ScenarioError(f"{save}: cannot be written: {error.strerror or error}; choose another --save") from None
-    for command in dict.fromkeys(row.replay for row in found.broken.values()):  # rows may have one case
-        shown = [" ".join(key) for key, row in found.broken.items() if row.replay == command]
-        typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
+    _save(list(found.broken.values()), save, replay)
+    _show_replays({" ".join(key): row for key, row in found.broken.items()})
     for line in declared_lines(found.declared):
         typer.echo(line)
     gaps = unneeded_declarations(found.declared)
     return gaps if found.broken or found.has_compared else [*gaps, NOTHING_COMPARED]
+
+
+def layer_report(found: SurveyFound, save: Path, replay: Callable[[Path], str]) -> list[str]:
+    """Print all rows, and save the case of each broken one; as ``backend_report``."""
+    if not found.cases:
+        return [NO_CASE]
+    typer.echo(render(survey_table(found.rows)))
+    if found.layers.calls:
+        typer.echo(methods_report(found.layers))
+    _save(list(found.broken.values()), save, replay)
+    _show_replays({name: row for name, row in found.broken.items() if name not in found.unconfirmed})
+    for name in sorted(found.unconfirmed):
+        typer.echo(f"{name}\n  case: {found.rows[name].saved} (passes by itself)")
+    return []
+
+
+def _save(rows: Sequence[Row], folder: Path, replay: Callable[[Path], str]) -> None:
+    try:
+        save_rows(rows, folder, replay)
+    except OSError as error:
+        raise ScenarioError(f"{folder}: cannot be written: {error.strerror or error}; choose another --save") from None
+
+
+def _show_replays(broken: Mapping[str, Row]) -> None:
+    """The commands that replay the cases of rows, which may have one case."""
+    for command in dict.fromkeys(row.replay for row in broken.values()):
+        shown = [name for name, row in broken.items() if row.replay == command]
+        typer.echo(f"{'; '.join(shown)}\n  replay: {command}")

@@ -11,16 +11,22 @@ from typing import Annotated, Any
 import typer
 
 from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, TimeoutOption, app, unusable
-from nsa_oracle.harness.commands.surveying import NO_CASE, backend_report, surveyed, surveyed_backend
+from nsa_oracle.harness.commands.surveying import (
+    SurveyedBackend,
+    SurveyedLayer,
+    backend_report,
+    layer_report,
+    surveyed,
+    surveyed_backend,
+)
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted, one_line
 from nsa_oracle.harness.report.failure import replay_command
-from nsa_oracle.harness.report.summary import methods_report
-from nsa_oracle.harness.report.text import not_judged, render
+from nsa_oracle.harness.report.text import not_judged
 from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder, load
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
-from nsa_oracle.harness.search.survey import SurveyFound, survey_table
+from nsa_oracle.harness.search.survey import SurveyFound
 from nsa_oracle.harness.signals import Termination
 from nsa_oracle.starting import CASE_SECONDS, MESSAGE
 
@@ -45,7 +51,7 @@ def survey(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, too.", metavar="FILE")
     ] = None,
-    save: Annotated[Path, typer.Option(help="Folder for a case of each broken row of a backend.")] = Path("failures"),
+    save: Annotated[Path, typer.Option(help="Folder for a case of each broken row.")] = Path("failures"),
 ) -> None:
     """Count how often each property of a backend or a layer is checked and broken.
 
@@ -58,11 +64,10 @@ def survey(
         raise unusable("survey: --case is for a backend; replay a case of a layer")
     if not cases and not case:
         raise unusable("survey: --cases 0 surveys nothing but what --case names; give a number, or saved cases")
-    if backend is not None:
-        try:
-            check_folder(save, "--save")
-        except ScenarioError as error:
-            raise unusable(str(error)) from None
+    try:
+        check_folder(save, "--save")
+    except ScenarioError as error:
+        raise unusable(str(error)) from None
     if json_file is not None:
         if json_file.is_dir() or not json_file.absolute().parent.is_dir():
             raise unusable(f"--json {one_line(str(json_file), MAX_PATH)}: name a file in a folder that exists")
@@ -72,22 +77,26 @@ def survey(
             raise unusable(str(error)) from None
     deadline = None if budget is None else time.monotonic() + budget
     limit = timeout or None
-    found: SurveyFound | BackendFound
+    done: SurveyedLayer | SurveyedBackend
     termination = Termination()
     try:
         with progress_of("surveying", cases) as show_progress:
             if layer is not None:
-                found, left_out, interrupted = surveyed(layer, device, cases, seed, deadline, show_progress, limit)
+                done = surveyed(layer, device, cases, seed, deadline, show_progress, limit)
             else:
                 assert backend is not None
                 known = [(file, _without_layer(file)) for file in case or ()]
                 done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known, timeout=limit)
-                found, left_out, interrupted = done.found, done.left_out, done.interrupted
+        found, left_out, interrupted = done.found, done.left_out, done.interrupted
+
+        def command(file: Path) -> str:
+            kept = limit if any(row.has_hung for row in done.found.rows.values()) else None
+            return replay_command((file,), backend, done.device, layer, timeout=kept)
+
         if isinstance(found, SurveyFound):
-            gaps = _layer_report(found)
+            gaps = layer_report(found, save, command)
         else:
-            kept = limit if any(row.has_hung for row in found.rows.values()) else None
-            gaps = backend_report(found, save, lambda file: replay_command((file,), backend, done.device, timeout=kept))
+            gaps = backend_report(found, save, command)
         if json_file is not None:
             _write(json_file, found, left_out)
     except KeyboardInterrupt:
@@ -107,23 +116,21 @@ def survey(
     raise typer.Exit(0 if found.holds and not gaps and not unjudged else 1)
 
 
-def _layer_report(found: SurveyFound) -> list[str]:
-    if not found.cases:
-        return [NO_CASE]
-    typer.echo(render(survey_table(found.records)))
-    if found.layers.calls:
-        typer.echo(methods_report(found.layers))
-    return []
-
-
 def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str]) -> None:
     rows: list[dict[str, Any]]
     if isinstance(found, BackendFound):
         rows = rows_as_json(found.rows)
     else:
         rows = [
-            {"property": name, "checked": record.checked, "broken": record.broken, "finding": record.example}
-            for name, record in sorted(found.records.items())
+            {
+                "property": name,
+                "checked": row.checked,
+                "broken": row.broken,
+                "finding": row.finding,
+                "case": None if row.saved is None else str(row.saved),
+                "replay": "" if name in found.unconfirmed else row.replay,
+            }
+            for name, row in sorted(found.rows.items())
         ]
     text = json.dumps({"cases": found.cases, "rows": rows, "not judged": list(left_out)}, indent=1)
     try:

@@ -34,7 +34,7 @@ from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
-from nsa_oracle.harness.search.rows import Row, in_turn
+from nsa_oracle.harness.search.rows import Row, in_turn, up_to
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.global_state import Streams
 from nsa_oracle.harness.subjects.result_checks import WrongResult
@@ -296,9 +296,7 @@ class _Case:
         return Property(_called(engine.calling.in_graph), engine.calling.mode.value, NO_EXCEPTION)
 
     def _note(self, key: Property, findings: list[Finding], number: int) -> None:
-        case = self.scenario
-        if findings:
-            case = case.model_copy(update={"events": case.events[: number + 1]})
+        case = up_to(self.scenario, number) if findings else self.scenario
         self.found.rows.setdefault(key, Row()).note(findings, case)
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.scenarios.files import digest, save
-from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.scenario import Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS_OF_A_HANG, simplify
 from nsa_oracle.harness.subjects.subject import Subject
 
@@ -62,7 +62,7 @@ class Row:
         longest = (subject.case_timeout or math.inf) if self.has_hung else 0.0
 
         def still_breaks(case: Scenario) -> bool:
-            if time.monotonic() + longest > deadline or not case.events or subject.misfit(case) is not None:
+            if time.monotonic() + longest > deadline or not _calls_of(case) or subject.misfit(case) is not None:
                 return False
             finding = breaks(case)
             if finding is not None:
@@ -70,6 +70,17 @@ class Row:
             return finding is not None
 
         simplify(self.case, still_breaks, min(most_trials, MOST_TRIALS_OF_A_HANG) if self.has_hung else most_trials)
+
+
+def up_to(scenario: Scenario, number: int) -> Scenario:
+    """The scenario up to event ``number``, and at least up to its first call: a case without one is not replayed."""
+    last = max(number, min(_calls_of(scenario), default=number))
+    return scenario.model_copy(update={"events": scenario.events[: last + 1]})
+
+
+def _calls_of(scenario: Scenario) -> list[int]:
+    """The numbers of the events that call the backend."""
+    return [number for number, event in enumerate(scenario.events) if isinstance(event, Replay | Eager)]
 
 
 def in_turn(

@@ -21,87 +21,75 @@ from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line
-from nsa_oracle.harness.findings import Finding
+from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
+from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
-from nsa_oracle.harness.judge import sentinels
+from nsa_oracle.harness.judge import OracleFailure, judge_subject, sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
-from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.scenario import Event, Scenario
+from nsa_oracle.harness.scenarios.setup import Regime
+from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS
 from nsa_oracle.harness.search.drawing import OutOfTime
+from nsa_oracle.harness.search.explore import has_lost_the_device
+from nsa_oracle.harness.search.rows import Row, in_turn, up_to
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.global_state import Streams
 from nsa_oracle.harness.subjects.subject import Subject, scale_of
+from nsa_oracle.reference.types import Metadata
 
 RUNS = "runs every call"
-
-
-class Record:
-    """How often a property was checked and how often it was broken, with the first violation as ``example``."""
-
-    def __init__(self) -> None:
-        self.checked = 0
-        self.broken = 0
-        self.example = ""
-
-    def note(self, finding: Finding | None) -> None:
-        """Count one check, with the violation that it found, if any."""
-        self.add("" if finding is None else finding.sentence())
-
-    def add(self, fault: str) -> None:
-        """Count one check. fault: the violation in one line; empty if there is none."""
-        self.checked += 1
-        self.broken += bool(fault)
-        self.example = self.example or fault
+_SAME_BITS, _MADE_UP, _AS_THE_REFERENCE = "same bits: ", "made-up logits: ", " content: as the reference"
+_RAISED = (Kind.CRASH, Kind.LAYER_CRASH, Kind.CAPTURE, Kind.TIMEOUT, Kind.STATE, Kind.RESULT)
+MOST_RELATIONS = 7  # that a replay checks in turn
 
 
 @dataclass
 class SurveyFound:
-    """What a survey has found, to send to another process, and to go on from. cases: number of cases finished."""
+    """What a survey has found, to send to another process, and to go on from.
 
-    records: defaultdict[str, Record] = field(default_factory=functools.partial(defaultdict, Record))
-    layers: LayerTally = field(default_factory=LayerTally)
+    cases: number of cases finished. kept: broken rows whose case stays as it is. unconfirmed: those of them whose case
+    passes when it is replayed.
+    """
+
+    rows: defaultdict[str, Row] = field(default_factory=functools.partial(defaultdict, Row))
+    layers: LayerTally = field(default_factory=LayerTally)  # calls of the layer's own methods
     cases: int = 0
+    kept: set[str] = field(default_factory=set)
+    unconfirmed: set[str] = field(default_factory=set)
 
-    def add_lost(self, how: str) -> None:
-        """Count the next case as one that ended its process, as ``how`` says."""
-        self.records[RUNS].add(how)
+    def add_lost(self, how: str, case: Scenario) -> None:
+        """Count a case that ended its process, as ``how`` says."""
+        self.rows[RUNS].add(how, case)
+        self.kept.add(RUNS)  # a smaller case would have to end as many processes
         self.cases += 1
 
     @property
     def holds(self) -> bool:
         """Whether nothing was broken."""
-        return not any(record.broken for record in self.records.values())
+        return not self.broken
+
+    @property
+    def broken(self) -> dict[str, Row]:
+        """The rows that were broken."""
+        return {name: row for name, row in sorted(self.rows.items()) if row.broken}
 
 
 class Survey:
-    """Draws scenarios within the layer's limits and keeps a record of each property. Metadata is not judged.
+    """Draws scenarios within the layer's limits and keeps a row for each property. Metadata is not judged.
 
-    However ``run`` ends, ``records`` holds what was found so far, and ``cases`` the number of cases finished. found: of
-    an earlier part of the same survey, after which ``run`` goes on.
+    However ``run`` ends, ``found`` holds what was found so far. found: of an earlier part of the same survey, after
+    which ``run`` goes on.
     """
 
     def __init__(self, subject: Subject, device: torch.device, found: SurveyFound | None = None) -> None:
         """Raises ValueError if the limits of the subject leave nothing to draw."""
-        found = found or SurveyFound()
         self.subject = subject
         self.device = device
         self.scale = subject.scale(device, with_layer=True)
         self.left_out = subject.all_limits(with_layer=True).excluded(scale_of(device, with_layer=True).drawn())
-        self.records = found.records
-        self.layers = found.layers  # calls of the layer's own methods
-        self.cases = found.cases
-
-    @property
-    def found(self) -> SurveyFound:
-        """What was found so far."""
-        return SurveyFound(self.records, self.layers, self.cases)
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing was broken."""
-        return self.found.holds
+        self.found = found or SurveyFound()
 
     def run(
         self,
@@ -109,19 +97,59 @@ class Survey:
         seed: int,
         deadline: float | None = None,
         report_progress: Callable[[int], None] = lambda cases: None,
+        begin: Callable[[Scenario], None] = lambda case: None,
     ) -> None:
         """Run ``cases`` scenarios drawn from ``seed``, and pass the number finished to ``report_progress``
         after each.
 
-        deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case.
-        Raises BackendError if the layer cannot be judged at all.
+        deadline: value of ``time.monotonic()`` after which the survey ends, possibly in the middle of a case. begin: is
+        called with each case before it begins. Raises BackendError if the layer cannot be judged at all.
         """
         stream = CaseStream(self.scale, self.subject.switches, seed)
         with suppress(OutOfTime):
-            for drawn in stream.cases(range(self.cases, cases)):  # those before were surveyed in an earlier part
+            for drawn in stream.cases(range(self.found.cases, cases)):  # those before were surveyed in an earlier part
+                begin(drawn.scenario)
                 self._survey(drawn.scenario, deadline)
-                self.cases += 1
-                report_progress(self.cases)
+                self.found.cases += 1
+                report_progress(self.found.cases)
+
+    def shrink(
+        self,
+        deadline: float | None = None,
+        most_trials: int = MOST_TRIALS // 4,
+        begin: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Replace the case of each broken row by a smaller one that fails in the same way when it is replayed.
+
+        As ``BackendSurvey.shrink``. A case that passes, or fails in another way first, stays as it is.
+        """
+        for name, row, ends in in_turn(self.found.broken, self.found.kept, deadline, begin):
+            assert row.case is not None
+            longest = self.subject.case_timeout or 0.0 if row.has_hung else 0.0
+            if time.monotonic() + longest > ends:
+                continue
+            first = self._failure(row.case)
+            if first is None:
+                self.found.unconfirmed.add(name)
+            elif shows(first, name):
+
+                def breaks(case: Scenario, name: str = name, first: Finding = first) -> str | None:
+                    layer, failure = case.setup.layer, self._failure(case)
+                    if failure is None or layer is None or not shows(failure, name, layer.regime):
+                        return None
+                    return failure.sentence() if name != RUNS or failure.is_like(first) else None
+
+                row.shrink(breaks, self.subject, ends, most_trials)
+
+    def _failure(self, case: Scenario) -> Finding | None:
+        """How the case fails when it is replayed, or None. As None counts a failure that costs the device."""
+        try:
+            judge_subject(self.subject, case, self.device)
+        except OracleFailure as failure:
+            return None if has_lost_the_device(failure.finding, self.device) else failure.finding
+        except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
+            pass
+        return None
 
     def _survey(self, scenario: Scenario, deadline: float | None) -> None:
         def check_time() -> None:
@@ -133,12 +161,15 @@ class Survey:
             sentinel, poison = sentinels(scenario.setup)[0], POISON_BYTES[0]
             return Engine(scenario, self.subject.backend, self.subject.layer, self.device, Conditions(sentinel, poison))
 
-        streams = Streams()
+        def note(name: str, finding: Finding | None, number: int) -> None:
+            self.found.rows[name].note([] if finding is None else [finding], _case_of(name, scenario, number))
+
+        surveyed, streams = _Surveyed(scenario, build, check_time, note, self.found.layers), Streams()
         with interruptions_noted() as interruptions:
             try:
                 far, limit = memory_for(scenario.setup, self.device), time_limit(self.subject.case_timeout)
                 with speed.without_warnings(), far, exits_refused() as exits, limit:
-                    self._survey_calls(scenario, build, check_time)
+                    surveyed.run()
                 interruptions.check()
                 exits.check()
                 lost = streams.lost()
@@ -146,60 +177,97 @@ class Survey:
                 raise
             except BaseException as error:  # the layer's code may raise anything, which is then not the user's
                 interruptions.check()
-                self.records[RUNS].add(f"{type(error).__name__}: {error_line(error, 100)}")
+                case = _case_of(RUNS, scenario, surveyed.number)
+                fault = f"{type(error).__name__}: {error_line(error, 100)}"
+                self.found.rows[RUNS].add(fault, case, isinstance(error, CaseTimeout))
             else:
-                self.records[RUNS].note(lost)
+                note(RUNS, lost, surveyed.number)
             finally:
                 streams.put_back()
 
-    def _survey_calls(
-        self, scenario: Scenario, build: Callable[[Scenario], Engine], check_time: Callable[[], None]
-    ) -> None:
-        engine = build(scenario)
-        assert engine.layer is not None
-        relations = Relations(scenario, build)
-        judge = StageJudge(engine.layer.judged(), LayerTally())
-        try:
-            self._survey_events(scenario, engine, judge, relations, check_time)
-        finally:  # a call that raises is a call
-            self.layers.count_calls(engine.layer.method_calls.counts)
 
-    def _survey_events(
+class _Surveyed:
+    """The survey of one scenario. number: of the event that runs, or ran last. layers: counts the layer's calls."""
+
+    def __init__(
         self,
         scenario: Scenario,
-        engine: Engine,
-        judge: StageJudge,
-        relations: Relations,
+        build: Callable[[Scenario], Engine],
         check_time: Callable[[], None],
+        note: Callable[[str, Finding | None, int], None],
+        layers: LayerTally,
     ) -> None:
-        regime = judge.layer.content.regime
-        for event in scenario.events:
-            metadata = []
-            for seen in engine.run(event):
-                check_time()
-                if isinstance(seen, Observation):
-                    metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
-                    continue
-                assert isinstance(seen, LayerObservation)
-                if seen.again:
-                    continue
-                if seen.selected is not None:  # a row for each kind, so that one that is known hides no other
-                    for kind, finding in edge_logits_by_kind(seen.selected, judge.layer):
-                        self.records[f"made-up logits: {kind.value}"].note(finding)
-                    seen = dataclasses.replace(seen, selected=None)
-                self.records[f"{regime.value} content: as the reference"].note(judge.compare(seen, metadata))
-                if seen.many is not None:
-                    finding = differs_among_many(seen, scenario.setup.page_size)
-                    self.records[f"same bits: {Relation.MANY.value}"].note(finding)
-                if seen.feed is Feed.ISOLATED or regime.is_exact:
-                    continue
-                for relation, finding in relations.check_all(engine, seen):
-                    self.records[f"same bits: {relation.value}"].note(finding)
+        self.scenario = scenario
+        self.number = len(scenario.events) - 1
+        self._build = build
+        self._check_time = check_time
+        self._note = note
+        self._layers = layers
+
+    def run(self) -> None:
+        """Judge every call of the layer."""
+        engine = self._build(self.scenario)
+        assert engine.layer is not None
+        relations = Relations(self.scenario, self._build)
+        judge = StageJudge(engine.layer.judged(), LayerTally())
+        try:
+            for number, event in enumerate(self.scenario.events):
+                self.number = number
+                self._judge_event(engine, event, judge, relations)
+        finally:  # a call that raises is a call
+            self._layers.count_calls(engine.layer.method_calls.counts)
+
+    def _judge_event(self, engine: Engine, event: Event, judge: StageJudge, relations: Relations) -> None:
+        regime, number = judge.layer.content.regime, self.number
+        metadata: list[Metadata] = []
+        for seen in engine.run(event):
+            self._check_time()
+            if isinstance(seen, Observation):
+                metadata = expected_metadata(engine.config, engine.world.req_to_token, seen.batch, seen.in_graph)
+                continue
+            assert isinstance(seen, LayerObservation)
+            if seen.again:
+                continue
+            if seen.selected is not None:  # a row for each kind, so that one that is known hides no other
+                for kind, finding in edge_logits_by_kind(seen.selected, judge.layer):
+                    self._note(f"{_MADE_UP}{kind.value}", finding, number)
+                seen = dataclasses.replace(seen, selected=None)
+            self._note(f"{regime.value}{_AS_THE_REFERENCE}", judge.compare(seen, metadata), number)
+            if seen.many is not None:
+                finding = differs_among_many(seen, self.scenario.setup.page_size)
+                self._note(f"{_SAME_BITS}{Relation.MANY.value}", finding, number)
+            if seen.feed is Feed.ISOLATED or regime.is_exact:
+                continue
+            for relation, finding in relations.check_all(engine, seen):
+                self._note(f"{_SAME_BITS}{relation.value}", finding, number)
 
 
-def survey_table(records: Mapping[str, Record]) -> Table:
+def _case_of(name: str, scenario: Scenario, number: int) -> Scenario:
+    """The events up to ``number``, with which a replay shows the row ``name``.
+
+    A replay checks one relation after each call, in turn, so the last event is repeated until each has had its turn.
+    """
+    case = up_to(scenario, number)
+    if name.startswith(_SAME_BITS) and name != f"{_SAME_BITS}{Relation.MANY.value}":
+        return case.model_copy(update={"events": (*case.events, *case.events[-1:] * MOST_RELATIONS)})
+    return case
+
+
+def shows(finding: Finding, name: str, regime: Regime | None = None) -> bool:
+    """Whether what a replay found belongs to the row ``name``. regime: of the case; None for that of the row."""
+    if name == RUNS:
+        return finding.kind in _RAISED
+    if name.startswith(_SAME_BITS):
+        return finding.kind is Kind.RELATION and finding.how.startswith(name.removeprefix(_SAME_BITS))
+    if name.startswith(_MADE_UP):
+        return name in finding.sentence()
+    is_of_regime = regime is None or name == f"{regime.value}{_AS_THE_REFERENCE}"
+    return is_of_regime and finding.kind not in (*_RAISED, Kind.RELATION) and _MADE_UP not in finding.sentence()
+
+
+def survey_table(rows: Mapping[str, Row]) -> Table:
     """One line per property."""
     table = Table("property", "checked", "broken", "first violation")
-    for name, record in sorted(records.items()):
-        table.add_row(name, f"{record.checked:,}", f"{record.broken:,}", record.example)
+    for name, row in sorted(rows.items()):
+        table.add_row(name, f"{row.checked:,}", f"{row.broken:,}", row.finding)
     return table

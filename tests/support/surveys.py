@@ -13,20 +13,19 @@ import torch
 from nsa_oracle.harness.scenarios.limits import LAYER_FIELDS, declared
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search import survey
-from nsa_oracle.harness.search.survey import Record, Survey
+from nsa_oracle.harness.search.rows import Row
+from nsa_oracle.harness.search.survey import Survey
 from nsa_oracle.harness.subjects.loading import completed
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 
 
-def surveyed(
-    layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Record]:
+def surveyed(layer: Any, device: torch.device, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
     """By one case."""
     draw_only(scenario, monkeypatch)
     found = Survey(subject_of(layer), device)
     found.run(cases=1, seed=0)
-    assert found.cases == 1
-    return dict(found.records)
+    assert found.found.cases == 1
+    return dict(found.found.rows)
 
 
 def draw_only(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +43,8 @@ def factory_of(layer: Any) -> Any:
     return lambda config, attention: completed(layer(config, attention), config, attention, layer.__name__)
 
 
-def broken(records: dict[str, Record]) -> set[str]:
+def broken(records: dict[str, Row]) -> set[str]:
     assert all(
-        record.checked >= record.broken and bool(record.example) == bool(record.broken) for record in records.values()
+        record.checked >= record.broken and bool(record.finding) == bool(record.broken) for record in records.values()
     )
     return {name for name, record in records.items() if record.broken}

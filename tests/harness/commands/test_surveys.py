@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
+from nsa_oracle.harness.search.survey import RUNS
 from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
 from tests.support.layer_cases import WITH_LAYER
@@ -38,6 +39,10 @@ def test_survey_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> N
     done = harness("survey", "--layer", "dies:Dies", "--cases", "2", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == FAILS, done.stderr
     assert re.search(r"│ runs every call +│ 2 +│ 2 +│ the process ended \(signal SIGKILL\) ", done.stdout), done.stdout
+    (command,) = (line for line in done.stdout.splitlines() if line.startswith("  replay: "))
+    again = replay(shlex.split(command)[5], "--layer", "dies:Dies", cwd=tmp_path)
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    assert "SIGKILL" in again.stdout
     told = "".join(re.sub(r"[│\n]", " ", done.stdout).split())
     assert f"duringthecallof{tmp_path}/dies.py:6insparse_mla" in told, done.stdout
 
@@ -187,7 +192,9 @@ def test_a_case_that_does_not_end_costs_a_survey_that_case_only(tmp_path: Path) 
     assert any(row["name"] == "real_page_table" and row["broken"] for row in rows), "the other case is surveyed"
     done = harness(*words, "--layer", "hangs:Layer", "--cases", "1", cwd=tmp_path)
     assert done.returncode == FAILS, done.stdout + done.stderr
-    assert "CaseTimeout: still running after 2 seconds" in done.stdout
+    (hung,) = (row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"])
+    assert (hung["property"], hung["replay"].split()[-4:]) == (RUNS, ["--layer", "hangs:Layer", "--timeout", "2"])
+    assert "still running after 2 seconds" in hung["finding"]
 
 
 @pytest.mark.parametrize("subject", [("--layer", "docs.examples.my_layer:MyAttention"), ("--backend", CLEAN)])
@@ -227,6 +234,23 @@ def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Pat
     clean = harness(*words, "--backend", CLEAN, cwd=tmp_path)
     assert clean.returncode == PASSES, clean.stdout + clean.stderr
     assert "no row is broken" in clean.stdout
+
+
+def test_survey_of_a_layer_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:
+    layer = f"{LAYERS}.in_graph:LooksAtLengths"
+    words = ("survey", "--device", "cpu", "--cases", "3", "--save", str(tmp_path / "cases"), "--json", "rows.json")
+    done = harness(*words, "--layer", layer, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    number = lines.index(RUNS)
+    command = shlex.split(lines[number + 1].removeprefix("  replay: "))
+    assert command[-4:] == ["--device", "cpu", "--layer", layer]
+    assert Path(command[4]).parent == tmp_path / "cases"
+    again = replay(command[4], "--layer", layer)
+    assert again.returncode == FAILS, again.stdout + again.stderr
+    assert "capture rejected" in again.stdout
+    (row,) = (row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"])
+    assert (row["case"], shlex.split(row["replay"])) == (command[4], command)
 
 
 def test_saved_cases_are_surveyed_too(tmp_path: Path) -> None:
@@ -307,7 +331,8 @@ def test_rows_that_could_not_be_written_are_refused_before_anything_is_surveyed(
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_surveyed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for words in (("survey", "--device", "cpu", "--backend", CLEAN), ("upstream",)):
+    layer = ("survey", "--device", "cpu", "--layer", f"{LAYERS}.clean:SharesOutputs")
+    for words in (("survey", "--device", "cpu", "--backend", CLEAN), layer, ("upstream",)):
         assert_one_line_error(
             harness(*words, "--save", "/proc/x"), "--save /proc/x: cannot be written: ", "name another"
         )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.errors import BackendError, CaseTimeout
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.protocol import BackendFactory
 from nsa_oracle.harness.report.text import render
 from nsa_oracle.harness.scenarios.files import load
@@ -119,11 +120,25 @@ def test_a_graph_that_cannot_be_captured_is_not_replayed() -> None:
     assert Property("graph", "DECODE", "page_table_1") not in found.rows
 
 
-def test_a_backend_that_cannot_be_built_has_one_row() -> None:
-    class NeverBuilt(MultiStepBackend):
-        def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
-            raise RuntimeError("no")
+class NeverBuilt(MultiStepBackend):
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        raise RuntimeError("no")
 
+
+@pytest.mark.parametrize(("backend", "name"), [(in_graph.SyncsInCapture, CAPTURES), (NeverBuilt, BUILDS)])
+def test_what_is_broken_before_any_call_has_a_case_with_one_which_replay_needs(backend: Any, name: str) -> None:
+    survey = survey_of(factory_of(backend))
+    for _ in range(2):
+        row = next(row for key, row in survey.found.broken.items() if key.name == name)
+        assert row.case is not None
+        survey.subject.check(row.case, Path("case.json"))
+        with pytest.raises(OracleFailure):
+            judge_subject(survey.subject, row.case, CPU)
+        survey.shrink()
+    assert len(row.case.events) < 3
+
+
+def test_a_backend_that_cannot_be_built_has_one_row() -> None:
     assert list(surveyed(factory_of(NeverBuilt)).rows) == [Property("-", "-", BUILDS)]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from nsa_oracle.harness.content.edge_logits import LogitKind
 from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.report import text
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import Eager
@@ -53,8 +54,50 @@ def test_property_that_is_broken_is_named_and_the_others_hold(
     records = surveyed(InFirstPlace, device, replay_of_two(), monkeypatch)
     name = "same bits: requests in reverse order"
     assert broken(records) == {name}
-    assert records[name].example.startswith("depends on what must not matter: lse at step 0, row ")
+    assert records[name].finding.startswith("depends on what must not matter: lse at step 0, row ")
     assert set(records) >= RELATIONS, "nothing ends the search"
+
+
+def test_the_case_of_a_broken_relation_fails_in_that_way_when_it_is_replayed(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever relations a replay of the drawn case checks after its calls."""
+    for seed in range(3):
+        draw_only(replay_of_two().model_copy(update={"seed": seed}), monkeypatch)
+        looks = Survey(subject_of(InFirstPlace), device)
+        looks.run(cases=1, seed=0)
+        looks.shrink(most_trials=5)
+        broken_rows = set(looks.found.broken)
+        assert "same bits: requests in reverse order" in broken_rows
+        assert not looks.found.unconfirmed
+        for name, row in looks.found.broken.items():
+            assert row.case is not None
+            with pytest.raises(OracleFailure) as caught:
+                judge_subject(looks.subject, row.case, device)
+            found = {row for row in broken_rows if survey.shows(caught.value.finding, row)}
+            assert found == {name} or any("many times over" in row for row in found), "that one is seen first"
+
+
+def test_a_case_that_passes_when_it_is_replayed_has_no_command(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RaisesOnce(Capturable):
+        calls = 0
+
+        def sparse_mla(
+            self, q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            RaisesOnce.calls += 1
+            if RaisesOnce.calls == 1:
+                raise RuntimeError("once")
+            return super().sparse_mla(q, kv_cache, indices)
+
+    draw_only(replay_of_two(layer=lattice()), monkeypatch)
+    once = Survey(subject_of(RaisesOnce), device)
+    once.run(cases=1, seed=0)
+    assert set(once.found.broken) == {survey.RUNS}
+    once.shrink()
+    assert once.found.unconfirmed == {survey.RUNS}
 
 
 class RoundsQueries(Capturable):
@@ -71,7 +114,7 @@ def test_wrong_values_are_reported_by_the_content_that_shows_them(
 ) -> None:
     records = surveyed(RoundsQueries, device, replay_of_two(), monkeypatch)
     assert broken(records) == {"random content: as the reference"}, "it is deterministic, at least"
-    assert records["random content: as the reference"].example.startswith("beyond the error bound: out at step 0, ")
+    assert records["random content: as the reference"].finding.startswith("beyond the error bound: out at step 0, ")
     assert broken(surveyed(RoundsQueries, device, replay_of_two(layer=lattice()), monkeypatch)) == set()
 
 
@@ -87,7 +130,7 @@ def test_a_kind_of_made_up_logits_that_is_broken_hides_no_other(
 ) -> None:
     records = surveyed(NanIsTheLargest, device, replay_of_two(layer=lattice()), monkeypatch)
     assert broken(records) == {"made-up logits: NaN"}
-    assert "(made-up logits: NaN, length " in records["made-up logits: NaN"].example
+    assert "(made-up logits: NaN, length " in records["made-up logits: NaN"].finding
     assert {name for name in records if name.startswith("made-up")} == {
         f"made-up logits: {kind.value}" for kind in LogitKind
     }
@@ -98,7 +141,7 @@ def test_layer_that_cannot_be_captured_is_reported_and_ends_nothing(
 ) -> None:
     records = surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)
     assert broken(records) == {"runs every call"}
-    assert records["runs every call"].example.startswith("CaptureError: torch.Tensor.__int__ at in_graph.py:")
+    assert records["runs every call"].finding.startswith("CaptureError: torch.Tensor.__int__ at in_graph.py:")
 
 
 def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +156,7 @@ def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: 
     monkeypatch.setitem(subject.SCALES, (device.type, True), soon)
     found = Survey(subject_of(Looks, num_heads=(3,), kv_cache_dtype=("fp8",), page_size=(16,)), device)
     found.run(cases=4, seed=0)
-    assert found.records["runs every call"].checked == 4
+    assert found.found.rows["runs every call"].checked == 4
     assert set(seen) == {(3, KVCacheDtype.FP8, 16)}
 
 
@@ -131,9 +174,9 @@ def test_budget_ends_a_survey_in_the_middle_of_a_case(device: torch.device, monk
     monkeypatch.setattr(survey.time, "monotonic", lambda: float(next(times)))
     found = Survey(subject_of(clean.SharesOutputs), device)
     found.run(cases=3, seed=0, deadline=5.0)
-    assert found.cases == 0
-    assert found.records["random content: as the reference"].checked > 0
-    assert found.holds
+    assert found.found.cases == 0
+    assert found.found.rows["random content: as the reference"].checked > 0
+    assert found.found.holds
 
 
 def test_progress_is_reported_after_each_case(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
