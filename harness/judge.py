@@ -21,6 +21,7 @@ from nsa_oracle.harness.checks.impossible import diagnosed
 from nsa_oracle.harness.checks.layer import JudgedPass, StageJudge
 from nsa_oracle.harness.checks.metadata import compare_metadata
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs, differs_among_many
+from nsa_oracle.harness.checks.uncapturable import capture_finding
 from nsa_oracle.harness.checks.variants import VariantCounter, VariantGrowth
 from nsa_oracle.harness.checks.verdict import OracleFailure as OracleFailure  # what callers of ``judge`` import with it
 from nsa_oracle.harness.checks.verdict import Verdict as Verdict
@@ -241,8 +242,7 @@ class _Run:
         except WrongResult as error:
             raise OracleFailure(self.scenario, error.finding, number) from error
         except CaptureError as error:
-            finding = Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
-            raise OracleFailure(self.scenario, finding, number) from error
+            raise OracleFailure(self.scenario, capture_finding(error), number) from error
         except BaseException as error:  # judged code may raise anything, which is then not Python's or the user's
             interruptions.check()
             if self.device.type == "cuda" and _is_shortage(error):

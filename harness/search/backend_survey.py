@@ -19,6 +19,7 @@ from nsa_oracle.harness.checks.declared import Declared, DeclaredTally
 from nsa_oracle.harness.checks.frozen import frozen_value
 from nsa_oracle.harness.checks.metadata import differing_fields
 from nsa_oracle.harness.checks.tally import Tally
+from nsa_oracle.harness.checks.uncapturable import capture_finding
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.far_memory import memory_for
@@ -308,7 +309,7 @@ def _finding_of(error: BaseException) -> Finding:
     if isinstance(error, WrongResult):
         return error.finding
     if isinstance(error, CaptureError):
-        return Finding(Kind.CAPTURE, error.operation, error.reason, "a capturable operation", place=error.where)
+        return capture_finding(error)
     if isinstance(error, CaseTimeout):
         frames = judged_frames(error.__traceback__) or error.stack
         if not frames:

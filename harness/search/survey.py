@@ -17,11 +17,12 @@ from nsa_oracle.harness.checks.layer import StageJudge
 from nsa_oracle.harness.checks.relations import Relation, Relations, differs_among_many
 from nsa_oracle.harness.checks.selection import edge_logits_by_kind
 from nsa_oracle.harness.checks.tally import LayerTally
+from nsa_oracle.harness.checks.uncapturable import capture_finding
 from nsa_oracle.harness.engine.engine import Engine
 from nsa_oracle.harness.engine.expected import expected_metadata
 from nsa_oracle.harness.engine.far_memory import memory_for
 from nsa_oracle.harness.engine.observations import Conditions, Feed, LayerObservation, Observation
-from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError, error_line
+from nsa_oracle.harness.errors import BackendError, CaptureError, CaseTimeout, ScenarioError, error_line
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.interpreter import speed
 from nsa_oracle.harness.interruptions import exits_refused, interruptions_noted
@@ -179,6 +180,7 @@ class Survey:
                 interruptions.check()
                 case = _case_of(RUNS, scenario, surveyed.number)
                 fault = f"{type(error).__name__}: {error_line(error, 100)}"
+                fault = capture_finding(error).sentence() if isinstance(error, CaptureError) else fault
                 self.found.rows[RUNS].add(fault, case, isinstance(error, CaseTimeout))
             else:
                 note(RUNS, lost, surveyed.number)

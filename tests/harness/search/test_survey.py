@@ -17,6 +17,7 @@ from nsa_oracle.harness.search import survey
 from nsa_oracle.harness.search.survey import Survey
 from nsa_oracle.harness.subjects import subject
 from nsa_oracle.optimized.layer import SparseAttention as Capturable
+from nsa_oracle.reference.layer import SparseAttention
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig, KVCacheDtype
 from tests.support.layer_cases import IN_TURN, lattice, replay_of_two
 from tests.support.layers import clean, in_graph, refused
@@ -141,7 +142,25 @@ def test_layer_that_cannot_be_captured_is_reported_and_ends_nothing(
 ) -> None:
     records = surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)
     assert broken(records) == {"runs every call"}
-    assert records["runs every call"].finding.startswith("CaptureError: torch.Tensor.__int__ at in_graph.py:")
+    assert records["runs every call"].finding.startswith("capture rejected: torch.Tensor.__int__ at in_graph.py:")
+
+
+def test_layer_that_is_derived_from_the_reference_is_told_what_to_derive_from(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Derived(SparseAttention):
+        """The reference reads lengths on the host, which a capture refuses."""
+
+    derived = Survey(subject_of(Derived), device)
+    draw_only(replay_of_two(), monkeypatch)
+    derived.run(cases=1, seed=0)
+    (row,) = derived.found.broken.values()
+    mend = "derive yours from nsa_oracle.optimized.layer.SparseAttention instead"
+    assert mend in row.finding
+    assert row.case is not None
+    with pytest.raises(OracleFailure, match=mend):
+        judge_subject(derived.subject, row.case, device)
+    assert mend not in surveyed(in_graph.LooksAtLengths, device, replay_of_two(), monkeypatch)[survey.RUNS].finding
 
 
 def test_survey_draws_the_sizes_of_the_layer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
