@@ -16,9 +16,10 @@ from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.records import NOTHING_COMPARED
 from nsa_oracle.harness.report.summary import methods_report
-from nsa_oracle.harness.report.text import render
+from nsa_oracle.harness.report.text import render, wrapped
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
+from nsa_oracle.harness.search.reach import Reach
 from nsa_oracle.harness.search.rows import Row, save_rows
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound, survey_table
@@ -190,6 +191,7 @@ def backend_report(found: BackendFound, save: Path, replay: Callable[[Path], str
         return [NO_CASE]
     typer.echo(render(backend_table(found.broken)) if found.broken else "no row is broken")
     typer.echo(f"{len(found.rows)} rows, {sum(row.checked for row in found.rows.values()):,} checks")
+    _show_reach(found.reach)
     _save(list(found.broken.values()), save, replay)
     _show_replays({" ".join(key): row for key, row in found.broken.items()})
     for line in declared_lines(found.declared):
@@ -205,11 +207,18 @@ def layer_report(found: SurveyFound, save: Path, replay: Callable[[Path], str]) 
     typer.echo(render(survey_table(found.rows)))
     if found.layers.calls:
         typer.echo(methods_report(found.layers))
+    _show_reach(found.reach)
     _save(list(found.broken.values()), save, replay)
     _show_replays({name: row for name, row in found.broken.items() if name not in found.unconfirmed})
     for name in sorted(found.unconfirmed):
         typer.echo(f"{name}\n  case: {found.rows[name].saved} (passes by itself)")
     return []
+
+
+def _show_reach(reach: Reach) -> None:
+    if reach.largest:
+        typer.echo(wrapped("reached: ", reach.largest))
+        typer.echo(wrapped("judged: ", reach.calls))
 
 
 def _save(rows: Sequence[Row], folder: Path, replay: Callable[[Path], str]) -> None:

@@ -132,7 +132,8 @@ def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str
             }
             for name, row in sorted(found.rows.items())
         ]
-    text = json.dumps({"cases": found.cases, "rows": rows, "not judged": list(left_out)}, indent=1)
+    written = {"cases": found.cases, "rows": rows, "not judged": list(left_out), "reached": found.reach.as_json()}
+    text = json.dumps(written, indent=1)
     try:
         file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:

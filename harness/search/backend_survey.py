@@ -35,6 +35,7 @@ from nsa_oracle.harness.judge import sentinels
 from nsa_oracle.harness.memory.poison import POISON_BYTES
 from nsa_oracle.harness.processes import time_limit
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Replay, Scenario
+from nsa_oracle.harness.search.reach import Reach
 from nsa_oracle.harness.search.rows import Row, in_turn, up_to
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.global_state import Streams
@@ -66,6 +67,7 @@ class BackendFound:
     declared: DeclaredTally = dataclasses.field(default_factory=DeclaredTally)
     cases: int = 0
     kept: set[Property] = dataclasses.field(default_factory=set)
+    reach: Reach = dataclasses.field(default_factory=Reach)
 
     @property
     def holds(self) -> bool:
@@ -130,6 +132,7 @@ class BackendSurvey:
 
     def survey(self, scenario: Scenario) -> None:
         """Judge every call of one scenario."""
+        self.found.reach.cases += 1
         with interruptions_noted() as interruptions, exits_refused() as exits:
             surveyed = _Case(scenario, self.subject, self.device, self.found, interruptions, exits)
             streams = Streams()
@@ -276,6 +279,7 @@ class _Case:
     def _judge_call(self, engine: Engine, seen: Observation, number: int) -> None:
         mode, table = seen.batch.mode, engine.world.req_to_token
         reference = expected_metadata(engine.config, table, seen.batch, seen.in_graph, engine.num_steps(seen.batch))
+        self.found.reach.note(seen.batch, seen.raw_bs, seen.in_graph, reference)
         declared = Declared(engine.config, engine.declarations, self.found.declared)
         found = list(differing_fields(seen, reference, self.device, Tally(), declared))
         call = _called(seen.in_graph)

@@ -34,6 +34,7 @@ from nsa_oracle.harness.scenarios.setup import Regime
 from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS
 from nsa_oracle.harness.search.drawing import OutOfTime
 from nsa_oracle.harness.search.explore import has_lost_the_device
+from nsa_oracle.harness.search.reach import Reach
 from nsa_oracle.harness.search.rows import Row, in_turn, up_to
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.global_state import Streams
@@ -59,6 +60,7 @@ class SurveyFound:
     cases: int = 0
     kept: set[str] = field(default_factory=set)
     unconfirmed: set[str] = field(default_factory=set)
+    reach: Reach = field(default_factory=Reach)
 
     def add_lost(self, how: str, case: Scenario) -> None:
         """Count a case that ended its process, as ``how`` says."""
@@ -165,7 +167,8 @@ class Survey:
         def note(name: str, finding: Finding | None, number: int) -> None:
             self.found.rows[name].note([] if finding is None else [finding], _case_of(name, scenario, number))
 
-        surveyed, streams = _Surveyed(scenario, build, check_time, note, self.found.layers), Streams()
+        surveyed, streams = _Surveyed(scenario, build, check_time, note, self.found), Streams()
+        self.found.reach.cases += 1
         with interruptions_noted() as interruptions:
             try:
                 far, limit = memory_for(scenario.setup, self.device), time_limit(self.subject.case_timeout)
@@ -189,7 +192,7 @@ class Survey:
 
 
 class _Surveyed:
-    """The survey of one scenario. number: of the event that runs, or ran last. layers: counts the layer's calls."""
+    """The survey of one scenario. number: of the event that runs, or ran last. found: counts the layer's calls."""
 
     def __init__(
         self,
@@ -197,14 +200,14 @@ class _Surveyed:
         build: Callable[[Scenario], Engine],
         check_time: Callable[[], None],
         note: Callable[[str, Finding | None, int], None],
-        layers: LayerTally,
+        found: SurveyFound,
     ) -> None:
         self.scenario = scenario
         self.number = len(scenario.events) - 1
         self._build = build
         self._check_time = check_time
         self._note = note
-        self._layers = layers
+        self._found = found
 
     def run(self) -> None:
         """Judge every call of the layer."""
@@ -217,7 +220,7 @@ class _Surveyed:
                 self.number = number
                 self._judge_event(engine, event, judge, relations)
         finally:  # a call that raises is a call
-            self._layers.count_calls(engine.layer.method_calls.counts)
+            self._found.layers.count_calls(engine.layer.method_calls.counts)
 
     def _judge_event(self, engine: Engine, event: Event, judge: StageJudge, relations: Relations) -> None:
         regime, number = judge.layer.content.regime, self.number
@@ -234,6 +237,8 @@ class _Surveyed:
                 for kind, finding in edge_logits_by_kind(seen.selected, judge.layer):
                     self._note(f"{_MADE_UP}{kind.value}", finding, number)
                 seen = dataclasses.replace(seen, selected=None)
+            if seen.feed is not Feed.ISOLATED:
+                self._found.reach.note(seen.batch, seen.raw_bs, seen.feed is Feed.GRAPH, metadata)
             self._note(f"{regime.value}{_AS_THE_REFERENCE}", judge.compare(seen, metadata), number)
             if seen.many is not None:
                 finding = differs_among_many(seen, self.scenario.setup.page_size)

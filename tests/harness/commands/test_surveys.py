@@ -231,9 +231,13 @@ def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Pat
     assert file.parent == tmp_path / "cases"
     again = replay(str(file), "--backend", "tests.support.backends.declared:StaleTable")
     assert again.returncode == FAILS, again.stdout + again.stderr
-    clean = harness(*words, "--backend", CLEAN, cwd=tmp_path)
+    clean = harness(*words, "--backend", CLEAN, "--json", "rows.json", cwd=tmp_path)
     assert clean.returncode == PASSES, clean.stdout + clean.stderr
     assert "no row is broken" in clean.stdout
+    reached = json.loads((tmp_path / "rows.json").read_text())["reached"]
+    for told in (done.stdout, clean.stdout):
+        assert f"\nreached: 6 cases, largest batch {reached['largest batch']} requests, at most " in told
+        assert f"\njudged: {sum(reached['replays'].values())} replays (" in told
 
 
 def test_survey_of_a_layer_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:

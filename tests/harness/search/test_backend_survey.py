@@ -88,6 +88,28 @@ def test_a_clean_backend_has_a_row_for_everything_and_none_is_broken() -> None:
     assert Property("graph", "DECODE", "paged_mqa_schedule_metadata") not in found.rows, "this setup has no schedule"
 
 
+def test_it_says_how_far_its_cases_reached() -> None:
+    found = surveyed(factory_of(declared.StaleTable))
+    assert found.reach.as_json() == {
+        "cases": 1,
+        "replays": {"DECODE": 3, "TARGET_VERIFY": 2},
+        "eager calls": {"DECODE": 1},
+        "largest batch": 2,
+        "most rows": 4,
+        "longest context": 7,
+    }
+    assert found.reach.largest == [
+        "1 case",
+        "largest batch 2 requests",
+        "at most 4 rows in a call",
+        "longest context 7 tokens",
+    ]
+    assert found.reach.calls == ["5 replays (DECODE 3, TARGET_VERIFY 2)", "1 eager call (DECODE 1)"]
+    empty = surveyed(factory_of(clean.Clean), case(Eager(mode=DECODE))).reach
+    assert (empty.requests, empty.context) == (0, 0)
+    assert BackendFound().reach.largest == []
+
+
 def test_all_wrong_fields_of_a_call_are_found_and_all_their_steps() -> None:
     found = surveyed(factory_of(declared.StaleTable))
     assert {(key.mode, key.name): row.broken for key, row in found.broken.items()} == {

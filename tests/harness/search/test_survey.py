@@ -41,6 +41,17 @@ def test_clean_layer_holds_everything(device: torch.device, monkeypatch: pytest.
     assert all(name in text.render(survey.survey_table(records)) for name in records)
 
 
+def test_it_says_how_far_its_cases_reached(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of stages by themselves, with the reference's metadata, is none."""
+    draw_only(replay_of_two(Eager(mode=VERIFY), layer=lattice()), monkeypatch)
+    reaches = Survey(subject_of(Capturable), device)
+    reaches.run(cases=1, seed=0)
+    reach = reaches.found.reach
+    assert (reach.cases, reach.replays.total(), reach.eager_calls) == (1, 1, {"TARGET_VERIFY": 1})
+    assert reach.requests == 2
+    assert reach.rows >= reach.requests
+
+
 def test_exact_content_is_compared_and_not_related(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     records = surveyed(Capturable, device, replay_of_two(layer=lattice()), monkeypatch)
     assert {name: (record.checked, record.broken) for name, record in records.items()} == {
