@@ -124,7 +124,7 @@ class Survey:
     ) -> None:
         """Replace the case of each broken row by a smaller one that fails in the same way when it is replayed.
 
-        As ``BackendSurvey.shrink``. A case that passes, or fails in another way first, stays as it is.
+        As ``BackendSurvey.shrink``. A case that passes, fails in another way first, or costs the device stays as it is.
         """
         for name, row, ends in in_turn(self.found.broken, self.found.kept, deadline, begin):
             assert row.case is not None
@@ -134,22 +134,24 @@ class Survey:
             first = self._failure(row.case)
             if first is None:
                 self.found.unconfirmed.add(name)
-            elif shows(first, name):
+            elif shows(first, name) and not has_lost_the_device(first, self.device):
 
                 def breaks(case: Scenario, name: str = name, first: Finding = first) -> str | None:
                     layer, failure = case.setup.layer, self._failure(case)
                     if failure is None or layer is None or not shows(failure, name, layer.regime):
+                        return None
+                    if has_lost_the_device(failure, self.device):  # which would fail any further case
                         return None
                     return failure.sentence() if name != RUNS or failure.is_like(first) else None
 
                 row.shrink(breaks, self.subject, ends, most_trials)
 
     def _failure(self, case: Scenario) -> Finding | None:
-        """How the case fails when it is replayed, or None. As None counts a failure that costs the device."""
+        """How the case fails when it is replayed, or None."""
         try:
             judge_subject(self.subject, case, self.device)
         except OracleFailure as failure:
-            return None if has_lost_the_device(failure.finding, self.device) else failure.finding
+            return failure.finding
         except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
             pass
         return None

@@ -112,6 +112,20 @@ def test_a_case_that_passes_when_it_is_replayed_has_no_command(
     assert once.found.unconfirmed == {survey.RUNS}
 
 
+def test_a_case_that_costs_the_device_stays_as_it_is_and_has_a_command(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is judged behind it in this process would fail, too."""
+    monkeypatch.setattr(survey, "has_lost_the_device", lambda finding, device: True)
+    draw_only(replay_of_two(), monkeypatch)
+    lost = Survey(subject_of(in_graph.LooksAtLengths), device)
+    lost.run(cases=1, seed=0)
+    before = lost.found.rows[survey.RUNS].case
+    lost.shrink()
+    assert lost.found.rows[survey.RUNS].case == before
+    assert not lost.found.unconfirmed
+
+
 class RoundsQueries(Capturable):
     """Queries are rounded to e4m3, which changes nothing where all numbers are few bits wide."""
 
