@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsa_oracle.harness.bugs.bug import REVIEW, Bug, Group, layer_bug
-from nsa_oracle.harness.bugs.catalogue.targets import ATTEND, COMBINE, LOAD_KEYS, RESULT
+from nsa_oracle.harness.bugs.catalogue.targets import ATTEND, COMBINE, FETCH_ON_HOPPER, LOAD_KEYS, RESULT
 from nsa_oracle.harness.bugs.mutate import Mutation
 from nsa_oracle.harness.checks.check import Check
 
@@ -77,6 +77,15 @@ BUGS: tuple[Bug, ...] = (
         "an FP8 cache",
         Check.ATTENTION,
         Mutation(LOAD_KEYS, "token + RANK + 4 * NUM_QUANT_TILES", "token + RANK + 2 * NUM_QUANT_TILES"),
+    ),
+    layer_bug(
+        "rope-part-not-waited-for",
+        "Copies of RoPE parts are in no group, so the wait for groups ends before they have arrived.",
+        REVIEW,  # of this repository's own kernel: no GPU had shown it
+        "an FP8 cache of production's key sizes",
+        Check.ATTENTION,
+        Mutation(FETCH_ON_HOPPER, "async_copy.commit_group()  # what is in no group is not waited for", "pass"),
+        cpu=True,  # on a GPU they arrive in time, by chance
     ),
     layer_bug(
         "scale-of-the-next-tile",
