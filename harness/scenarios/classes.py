@@ -18,6 +18,8 @@ MANY_HEADS = 32
 MANY_KEYS = 512  # kernels cut the keys of a row into parts of about as many, and join the results of the parts
 MANY_SUMMED = f"more than {MANY_KEYS} keys that count"
 WIDE = 16_384  # tokens; top-k kernels sort what is wider in several passes
+MANY_NEW = 128  # rows; layers divide a longer prefill into chunks
+LONG_PREFILL = f"prefill of more than {MANY_NEW} rows"
 
 PREFILLS = ("cached prefix extended", "prefill from the first token", "prefill of several requests")
 AROUND_K = ("prefill beyond K", "prefill within K", "K between the lengths")
@@ -63,7 +65,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *(f"cache {dtype.value}" for dtype in KVCacheDtype),
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
     *(MANY_SUMMED, "ordinary numbers in an FP8 cache"),
-    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1"),
+    *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1", LONG_PREFILL),
     *("rows behind the metadata, replay", "rows behind the metadata, eager", SLOTS_BY_STEP),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )

@@ -15,8 +15,10 @@ from nsa_oracle.harness.scenarios.classes import (
     FLASHMLA_BLOCK,
     IDLE_AFTER_SEGMENTS,
     IDLE_IN_COMPANY,
+    LONG_PREFILL,
     MANY_HEADS,
     MANY_KEYS,
+    MANY_NEW,
     MANY_STEPS,
     MANY_SUMMED,
     MIXED,
@@ -313,6 +315,8 @@ def _units(length: int, size: int) -> Sequence[int]:
 def _key_classes(batch: Batch, setup: Setup) -> Iterator[str]:
     if setup.max_context_len > WIDE:
         yield "rows of more than 16,384 tokens"
+    if sum(batch.extend_lens) > MANY_NEW:
+        yield LONG_PREFILL
     if max(batch.seq_lens) > setup.index_topk:
         yield "more keys than K"
     if min(batch.seq_lens) < setup.index_topk:

@@ -15,6 +15,7 @@ from nsa_oracle.harness.scenarios.classes import (
     FLASHMLA_BLOCK,
     IDLE_AFTER_SEGMENTS,
     IDLE_IN_COMPANY,
+    LONG_PREFILL,
     MANY_HEADS,
     MANY_KEYS,
     MANY_STEPS,
@@ -49,7 +50,7 @@ from nsa_oracle.harness.scenarios.switches import Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
 MOST_DRAWN = max(*Scale.num_steps, *Scale.num_draft_tokens)  # what a length must leave room for
-PERIODS = {False: 40, True: 16}  # cases in which each goal occurs once, without and with a layer
+PERIODS = {False: 40, True: 17}  # cases in which each goal occurs once, without and with a layer
 # The situations of the first cases, so of short profiles, in an order chosen from partial hunts of the zoo: 30 of
 # 33 bugs died in the 16 cases of smoke, on some of which the order was tuned. It is not known to be the best.
 FIRST_SITUATIONS = (
@@ -158,6 +159,23 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     few = {"num_steps": (1,), "num_draft_tokens": (1,), "pool_size": (1,), "num_heads": (1,), "kv_lora_rank": (64,)}
     wide = {"max_context_len": scale.wide_context_lens, "index_topk": tuple(k for k in scale.index_topks if k < 100)}
     yield Want("rows of more than 16,384 tokens", {SITUATION: ("wide rows",), **wide, **few, LENGTH: OWN})
+    yield from _long_prefills(scale)
+
+
+def _long_prefills(scale: Scale) -> Iterator[Want]:
+    """One, in one step and the narrowest tables that hold it: the cost of a row grows with both."""
+    longest = max(scale.long_prefills, default=0) + MOST_DRAWN
+    widths = sorted(_more_than(scale.limits.of("max_context_len", scale.max_context_lens), longest))[:1]
+    cheap = {name: scale.limits.of(name, values) for name, values in scale.long_prefill_sizes.items()}
+    pins: Pins = {
+        SITUATION: ("long prefill",),
+        "max_context_len": tuple(widths) if scale.long_prefills else (),
+        "num_steps": (min(scale.limits.of("num_steps", scale.num_steps), default=1),),
+        "pool_size": _more_than(scale.pools, 1),
+        LENGTH: OWN,
+        **{name: values for name, values in cheap.items() if values},
+    }
+    yield Want(LONG_PREFILL, pins, (ForwardMode.EXTEND,))
 
 
 def _segments(scale: Scale) -> Iterator[Want]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits, Sizes, shown
@@ -37,6 +37,8 @@ class Scale:
     )
     wide_context_lens: tuple[int, ...] = ()  # drawn only if a goal asks for them: the interpreter takes seconds
     most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
+    long_prefills: tuple[int, ...] = ()  # new tokens of one request in a case that a goal asks for; empty: no such case
+    long_prefill_sizes: Sizes = field(default_factory=dict)  # of that case, where the limits leave any of them
     far_slots: tuple[bool, ...] = RARELY
     far_req_to_token: tuple[bool, ...] = RARELY  # not together with far_slots, unless the limits require it
     limits: Limits = EVERYTHING
@@ -146,6 +148,9 @@ SMALL_LAYER = Scale(
     num_steps=(1, 2, 3),
     wide_context_lens=(16_500,),
     most_new_tokens=16,
+    long_prefills=(129, 150, 193),
+    # The judged kernels take most of the time of a long prefill: half a second at these sizes, six at the largest.
+    long_prefill_sizes={"num_heads": (1, 2, 3), "kv_lora_rank": (64, 128), "index_n_heads": (1, 2, 3)},
 )
 LARGE_LAYER = Scale(
     max_context_lens=(33, 261, 2300, 4100, 9001),  # 9001 is wider than top-k's largest block
@@ -175,6 +180,7 @@ LARGE_LAYER = Scale(
     num_steps=(1, 2, 4),
     wide_context_lens=(16_500, 40_000),
     most_new_tokens=64,
+    long_prefills=(300, 513, 600),
     far_slots=MORE_RARELY,
     far_req_to_token=MORE_RARELY,
 )

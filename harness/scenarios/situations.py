@@ -89,6 +89,20 @@ def _whole_prompts(script: Script) -> None:
     script.eager(EXTEND)
 
 
+def _long_prefill(script: Script) -> None:
+    """A prompt of more rows than a layer takes at once, with a cached prefix or without, among a few other rows; then
+    few rows of the same requests.
+    """
+    limit, most_new = script.setup.max_seq_len, script.pick(script.scale.long_prefills)
+    others = script.pick(range(1, max(2, script.most)))
+    new_tokens = [script.pick((1, 3, 66)) for _ in range(others)]
+    new_tokens.insert(script.pick(range(others + 1)), most_new)
+    for new in new_tokens:
+        script.join(script.pick((new, limit, min(new + 5, limit))))
+    script.eager(EXTEND, tuple(new_tokens), order=Order.JOINED)
+    script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
+
+
 def _same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
     script.fill()
     order = _same_order(script)
@@ -355,6 +369,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     **{f"eager {mode.value}": partial(_called, mode) for mode in ForwardMode if mode is not EXTEND},
     "cached prefixes": _cached_prefixes,
     "whole prompts": _whole_prompts,
+    "long prefill": _long_prefill,
     "batch of 5..8": partial(_crowd, 5, 8),
     "batch of more than 8": _throng,
     "replay, padded": partial(_padded, False),

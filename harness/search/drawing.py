@@ -41,7 +41,7 @@ class Profile:
 
 PROFILES = {  # smoke takes about 20 seconds on two cores
     "smoke": Profile(16, 6, False, saved=False),
-    "dev": Profile(48, 16, False),
+    "dev": Profile(48, 17, False),
     "pr": Profile(200, 40, False),
     "nightly": Profile(10_000, 5_000, True),
 }

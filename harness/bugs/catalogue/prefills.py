@@ -67,6 +67,20 @@ BUGS: tuple[Bug, ...] = (
         ),
     ),
     layer_bug(
+        "chunk-selected-from-the-first-pages",
+        "The rows of a prefill are selected in chunks of 128, and each chunk reads the page tables of the first one.",
+        REVIEW,
+        "a prefill of more than 128 rows of several requests",
+        Check.SELECTION,
+        Mutation(
+            FORWARD,
+            _SELECTED,
+            "chunks = list(zip(logits.split(128), lengths.split(128)))\n"
+            "    selected = [self.topk_transform_paged(*chunk, page_table_1[:len(chunk[1])]) for chunk in chunks]\n"
+            "    indices = torch.cat(selected)",
+        ),
+    ),
+    layer_bug(
         "candidates-beyond-4096-dropped",
         "Of a wide row, the tokens behind the first 4,096 candidates for a place are dropped.",
         REVIEW,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.classes import IN_COMPANY
+from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay
-from nsa_oracle.harness.scenarios.setup import Layer, Reuse
+from nsa_oracle.harness.scenarios.setup import Layer, Order, Reuse
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 
@@ -223,6 +223,13 @@ def test_layer_visits_classes_of_its_own() -> None:
     events = (Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(2,)))
     assert "layer: cached prefix extended" in visited(*events, layer=Layer())
     assert not any(name.startswith("layer: ") for name in visited(*events))
+
+
+@pytest.mark.parametrize(("others", "is_long"), [(1, False), (2, True)])
+def test_long_prefill_counts_the_rows_of_all_requests(others: int, is_long: bool) -> None:
+    events = (Join(seq_len=200), Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(127, others), order=Order.JOINED))
+    assert (LONG_PREFILL in visited(*events, layer=Layer(), max_context_len=261, pool_size=2)) is is_long
+    assert LONG_PREFILL not in visited(*events, max_context_len=261, pool_size=2)
 
 
 def test_each_kind_of_call_beside_a_second_backend() -> None:

@@ -46,9 +46,9 @@ def test_every_situation_is_known_and_wanted(scale: Scale) -> None:
     named = {name for want in wants(scale, OPTIMIZED_SWITCHES) for name in want.pins.get(SITUATION, ())}
     assert named <= set(SITUATIONS)
     if not scale.layers:
-        assert named == set(SITUATIONS) - {"wide rows"} >= set(FIRST_SITUATIONS)
-    elif scale.wide_context_lens:
-        assert "wide rows" in named
+        assert named == set(SITUATIONS) - {"wide rows", "long prefill"} >= set(FIRST_SITUATIONS)
+    else:
+        assert {"wide rows", "long prefill"} <= named
 
 
 def test_what_the_limits_exclude_is_not_wanted() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, all_classes
+from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, LONG_PREFILL, all_classes
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.goals import PERIODS
+from nsa_oracle.harness.scenarios.limits import Limits
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Eager, Replay, Scenario
 from nsa_oracle.harness.scenarios.setup import Drive
@@ -100,6 +101,31 @@ def test_dev_prefills_through_the_layer() -> None:
         if mode is EXTEND and size and isinstance(event, Eager)
     ]
     assert len(prefills) >= 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("scale", "declared"),
+    [
+        (SMALL_LAYER, limits()),
+        (LARGE_LAYER, limits()),
+        (SMALL_LAYER, limits(kv_lora_rank=(512,), num_heads=(20,), num_steps=(2,))),
+        (SMALL_LAYER, limits(max_context_len=(1100,))),
+    ],
+    ids=["small", "large", "large heads", "wide"],
+)
+def test_dev_has_a_long_prefill_among_few_rows(scale: Scale, declared: Limits, seed: int) -> None:
+    found = []
+    for drawn in stream(restricted(scale, declared), DEV.layer_cases, seed):
+        if LONG_PREFILL in drawn.goal.names:
+            world = World(drawn.scenario, 0)
+            batches = [batch for event in drawn.scenario.events if (batch := world.apply(event)) is not None]
+            found.append([batch.extend_lens for batch in batches if batch.mode is EXTEND])
+    (prefills,) = found
+    first, second = prefills[:2]
+    assert max(first) >= min(scale.long_prefills) > 128
+    assert len(first) > 1
+    assert sum(second) <= 3 * len(first)
 
 
 def _calling(scenario: Scenario) -> list[Replay | Eager]:
