@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nsa_oracle.harness.scenarios.limits import EVERYTHING, Limits, Sizes, shown
-from nsa_oracle.harness.scenarios.setup import Drive, IntDtype, PageLayout, Regime, Reuse
+from nsa_oracle.harness.scenarios.setup import Drive, IntDtype, PageLayout, Regime, Reuse, Setup
 from nsa_oracle.reference.types import KVCacheDtype, StepSemantics
 
 RARELY = (False,) * 5 + (True,)
 PADDING_SLOTS = (0, 0, -1)
 EXTRA_ROWS = (0, 0, 0, 1, 3)
 MORE_RARELY = (False,) * 11 + (True,)  # on a GPU, far memory takes gigabytes, and processes wait for each other
+OWN_KERNELS = 512  # values of a latent part, from which on a layer may have kernels of its own, as for production's
 NARROW_TABLE = 67  # columns; the interpreter is fast enough for many rows of a page table this narrow
 
 
@@ -37,6 +38,7 @@ class Scale:
     )
     wide_context_lens: tuple[int, ...] = ()  # drawn only if a goal asks for them: the interpreter takes seconds
     most_new_tokens: int | None = None  # of one request in a prefill; None: no limit
+    most_slow_keys: int | None = None  # that these select over all steps, for kernels that may be interpreted
     long_prefills: tuple[int, ...] = ()  # new tokens of one request in a case that a goal asks for; empty: no such case
     long_prefill_sizes: Sizes = field(default_factory=dict)  # of that case, where the limits leave any of them
     far_slots: tuple[bool, ...] = RARELY
@@ -47,6 +49,15 @@ class Scale:
         """Largest number of requests in one scenario. rows: of one request over all steps; narrow ones cost half."""
         cheap = max_context_len <= NARROW_TABLE and rows * self.many_requests <= 2 * self.max_rows * self.max_requests
         return self.many_requests if cheap else self.max_requests
+
+    def most_new_tokens_of(self, setup: Setup) -> int | None:
+        """Most new tokens of one request in a prefill; None: no limit."""
+        layer = setup.layer
+        if self.most_new_tokens is None or self.most_slow_keys is None or layer is None:
+            return self.most_new_tokens
+        slow = layer.kv_lora_rank >= OWN_KERNELS
+        fitting = self.most_slow_keys // (setup.num_steps * setup.index_topk) if slow else self.most_new_tokens
+        return min(self.most_new_tokens, max(1, fitting))
 
     @property
     def pools(self) -> tuple[int, ...]:
@@ -148,6 +159,7 @@ SMALL_LAYER = Scale(
     num_steps=(1, 2, 3),
     wide_context_lens=(16_500,),
     most_new_tokens=16,
+    most_slow_keys=4096,  # a Gluon kernel takes half a millisecond for each
     long_prefills=(129, 150, 193),
     # The judged kernels take most of the time of a long prefill: half a second at these sizes, six at the largest.
     long_prefill_sizes={"num_heads": (1, 2, 3), "kv_lora_rank": (64, 128), "index_n_heads": (1, 2, 3)},
@@ -180,7 +192,8 @@ LARGE_LAYER = Scale(
     num_steps=(1, 2, 4),
     wide_context_lens=(16_500, 40_000),
     most_new_tokens=64,
-    long_prefills=(300, 513, 600),
+    long_prefills=(300, 513),
+    long_prefill_sizes={"num_heads": (1, 3, 16, 20, 32)},
     far_slots=MORE_RARELY,
     far_req_to_token=MORE_RARELY,
 )

@@ -196,6 +196,6 @@ class Script:
 def new_tokens(setup: Setup, scale: Scale, most: int) -> st.SearchStrategy[tuple[int, ...]]:
     """Numbers of new tokens of the requests of a prefill."""
     lengths = seq_lens(setup)
-    if scale.most_new_tokens is not None:
-        lengths = lengths.map(functools.partial(min, scale.most_new_tokens))
+    if (most_new := scale.most_new_tokens_of(setup)) is not None:
+        lengths = lengths.map(functools.partial(min, most_new))
     return st.lists(lengths, min_size=1, max_size=most).map(tuple)

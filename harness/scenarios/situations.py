@@ -68,7 +68,7 @@ def _chunks(script: Script) -> None:
     """
     script.join(max(2, _full_page(script)))
     script.join(script.pick((2, 3, script.setup.max_seq_len)))
-    new = max(2, min(script.scale.most_new_tokens or 3, 3))
+    new = max(2, min(script.scale.most_new_tokens_of(script.setup) or 3, 3))
     script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
     if script.most > 2 and script.pick((False, True)):
         script.join()
@@ -79,7 +79,7 @@ def _chunks(script: Script) -> None:
 def _whole_prompts(script: Script) -> None:
     """A prompt within K, prefilled from its first token, beside one beyond K."""
     limit, topk = script.setup.max_seq_len, script.setup.index_topk
-    most_new = script.scale.most_new_tokens or limit
+    most_new = script.scale.most_new_tokens_of(script.setup) or limit
     script.join(script.pick((1, min(topk, most_new), max(1, min(topk, most_new) - 1))))
     script.join(script.pick((topk + 1, limit, script.first_length())))
     if script.pick((False, True)):

@@ -7,10 +7,10 @@ import pytest
 from nsa_oracle.harness.scenarios.limits import BACKEND_FIELDS, LAYER_FIELDS, modes_of
 from nsa_oracle.harness.scenarios.scales import LARGE_LAYER, SMALL, SMALL_LAYER, Scale, restricted
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Replay
-from nsa_oracle.harness.scenarios.setup import PageLayout
+from nsa_oracle.harness.scenarios.setup import Layer, PageLayout
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.limits import drawn, limits, only, values
-from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY
+from tests.support.metadata_cases import DECODE, EXTEND, IDLE, VERIFY, case
 
 
 @pytest.mark.parametrize("name", LAYER_FIELDS)
@@ -73,6 +73,18 @@ def test_nothing_to_draw_is_refused_in_one_line() -> None:
             restricted(scale, left)
         assert cause in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_kernels_that_may_be_interpreted_get_few_new_tokens_of_many_keys() -> None:
+    def most(scale: Scale, rank: int, steps: int, keys: int) -> int | None:
+        setup = case(num_steps=steps, index_topk=keys, max_context_len=1100, layer=Layer(kv_lora_rank=rank)).setup
+        return scale.most_new_tokens_of(setup)
+
+    assert [most(SMALL_LAYER, 512, 3, keys) for keys in (17, 64, 200, 1030)] == [16, 16, 6, 1]
+    assert most(SMALL_LAYER, 512, 1, 1030) == 3
+    assert most(SMALL_LAYER, 128, 3, 1030) == 16
+    assert most(LARGE_LAYER, 512, 3, 1030) == 64
+    assert SMALL.most_new_tokens_of(case().setup) is None
 
 
 def test_far_slots_begin_at_the_far_end() -> None:
