@@ -37,6 +37,7 @@ ROWS_OF_STEPS = (
 )
 CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
+PLAIN_PREFILL = "prefill of several strided requests, no switch"  # code that kernels replace has strides of its own
 COMPANY = ("second backend", "second backend, alike", "prepared twice")
 IDLE_IN_COMPANY = "second backend, idle replay"
 IN_COMPANY = (  # buffers may be shared in one mode only
@@ -95,7 +96,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *(*COMPANY, *IN_COMPANY),
     *CYCLES,
-    *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS),
+    *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS, PLAIN_PREFILL),
 )
 
 

@@ -26,6 +26,7 @@ from nsa_oracle.harness.scenarios.classes import (
     NO_NEW_TOKEN,
     OVER_COMMITTED,
     PAIRS,
+    PLAIN_PREFILL,
     SLOTS_BY_STEP,
     WIDE,
 )
@@ -135,6 +136,9 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 if not in_graph and setup.eager_padding and event.mode is not ForwardMode.EXTEND:
                     yield "eager IDLE of padding" if batch.mode is ForwardMode.IDLE else "eager call padded"
                 yield from _batch_classes(batch, setup, event)
+                several = batch.mode is ForwardMode.EXTEND and batch.size > 1
+                if several and setup.inputs.strided and not scenario.optimizations:
+                    yield PLAIN_PREFILL
                 name = f"{'replay' if in_graph else 'eager'} {event.mode.value}"
                 yield name
                 if setup.num_steps > 1 and (batch.size or event.mode is ForwardMode.IDLE):

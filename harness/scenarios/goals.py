@@ -24,6 +24,7 @@ from nsa_oracle.harness.scenarios.classes import (
     MQA_SEGMENT,
     NO_NEW_TOKEN,
     OVER_COMMITTED,
+    PLAIN_PREFILL,
     PREFILLS,
     SLOTS_BY_STEP,
 )
@@ -119,6 +120,7 @@ def _of_metadata(scale: Scale, switches: Switches) -> Iterator[Want]:
     yield from _histories(scale)
     yield from _of_setups(scale, switches)
     yield from _of_calls(scale)
+    yield _plain_prefill(scale, switches)
 
 
 def _of_layers(scale: Scale) -> Iterator[Want]:
@@ -358,6 +360,17 @@ def _of_calls(scale: Scale) -> Iterator[Want]:
     ):
         yield Want(f"length {name}", {LENGTH: (name,), **sizes})
     yield from _company(scale, "")
+
+
+def _plain_prefill(scale: Scale, switches: Switches) -> Want:
+    pins: Pins = {
+        SITUATION: ("prefills",),
+        "strided": (True,),
+        "pool_size": _more_than(scale.pools, 1),
+        LENGTH: OWN,
+        **({SWITCH: ("",)} if switches.names else {}),
+    }
+    return Want(PLAIN_PREFILL, pins, (ForwardMode.EXTEND,))
 
 
 def _company(scale: Scale, prefix: str) -> Iterator[Want]:

@@ -89,6 +89,14 @@ def _whole_prompts(script: Script) -> None:
     script.eager(EXTEND)
 
 
+def _prefills(script: Script) -> None:
+    """A prefill of several requests, and one of those that are left when one has finished."""
+    script.fill(least=2)
+    script.eager(EXTEND)
+    script.finish(script.pick(range(len(script.running))))
+    script.eager(EXTEND)
+
+
 def _long_prefill(script: Script) -> None:
     """A prompt of more rows than a layer takes at once, with a cached prefix or without, among a few other rows; then
     few rows of the same requests.
@@ -370,6 +378,7 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "cached prefixes": _cached_prefixes,
     "whole prompts": _whole_prompts,
     "long prefill": _long_prefill,
+    "prefills": _prefills,
     "batch of 5..8": partial(_crowd, 5, 8),
     "batch of more than 8": _throng,
     "replay, padded": partial(_padded, False),

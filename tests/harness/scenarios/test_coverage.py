@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL
+from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL, PLAIN_PREFILL
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay
-from nsa_oracle.harness.scenarios.setup import Layer, Order, Reuse
+from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Order, Reuse
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 
@@ -223,6 +223,15 @@ def test_layer_visits_classes_of_its_own() -> None:
     events = (Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(2,)))
     assert "layer: cached prefix extended" in visited(*events, layer=Layer())
     assert not any(name.startswith("layer: ") for name in visited(*events))
+
+
+def test_plain_prefill_is_of_several_requests_and_strided() -> None:
+    joins, prefill, strided = (Join(seq_len=3), Join(seq_len=9)), Eager(mode=EXTEND), Inputs(strided=True)
+    assert PLAIN_PREFILL in visited(*joins, prefill, inputs=strided)
+    assert PLAIN_PREFILL not in visited(*joins, prefill)
+    assert PLAIN_PREFILL not in visited(joins[0], prefill, inputs=strided)
+    switched = case(*joins, prefill, inputs=strided).model_copy(update={"optimizations": ("precompute",)})
+    assert PLAIN_PREFILL not in classes_of(switched)
 
 
 @pytest.mark.parametrize(("others", "is_long"), [(1, False), (2, True)])
