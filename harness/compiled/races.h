@@ -70,17 +70,23 @@ static int is_race(const Entry *before, const Entry *after)
     return !are_ordered(before, after);
 }
 
-/* The first address that both accesses have, outside of memory that is unordered; 0 if there is none. */
-static uint64_t contended(const Launch *launch, const Entry *one, const Entry *other)
+/* The first address from ``begin`` to ``end`` outside of memory that is unordered; 0 if there is none. */
+static uint64_t ordered(const Launch *launch, uint64_t begin, uint64_t end)
 {
-    uint64_t begin = one->begin > other->begin ? one->begin : other->begin;
-    uint64_t end = one->end < other->end ? one->end : other->end;
     for (int64_t number = 0; number < launch->unordered_count; number++) {
         const Extent *extent = &launch->unordered[number];
         if (extent->begin <= begin && begin < extent->end)
             begin = extent->end;
     }
     return begin < end ? begin : 0;
+}
+
+/* The first address that both accesses have, outside of memory that is unordered; 0 if there is none. */
+static uint64_t contended(const Launch *launch, const Entry *one, const Entry *other)
+{
+    uint64_t begin = one->begin > other->begin ? one->begin : other->begin;
+    uint64_t end = one->end < other->end ? one->end : other->end;
+    return ordered(launch, begin, end);
 }
 
 /* Notes the race of two entries, if they are one. */
@@ -97,7 +103,9 @@ static int are_race(Launch *launch, const Entry *one, const Entry *other)
     return 1;
 }
 
-/* Compares each entry with the writes that overlap it: reads alone may be many, and do not race. */
+/* Compares each entry with the writes that overlap it: reads alone may be many, and do not race.
+ *
+ * Entries in unordered memory are left out, since all rows of a batch may write to one padding slot. */
 static int compare_with_writes(Launch *launch)
 {
     static size_t *writes;       /* their places in the log, which is sorted by the beginning */
@@ -112,13 +120,15 @@ static int compare_with_writes(Launch *launch)
         return 1;
     }
     for (size_t i = 0; i < used; i++)
-        if (entries[i].kind != READ) {
+        if (entries[i].kind != READ && ordered(launch, entries[i].begin, entries[i].end)) {
             furthest[count] = count && furthest[count - 1] > entries[i].end ? furthest[count - 1] : entries[i].end;
             writes[count++] = i;
         }
     for (size_t i = 0; i < used; i++) {
         const Entry *entry = &entries[i];
         size_t low = 0, high = count;
+        if (!ordered(launch, entry->begin, entry->end))
+            continue;
         while (low < high) { /* the first write that begins behind the entry */
             size_t middle = (low + high) / 2;
             if (entries[writes[middle]].begin < entry->end)
