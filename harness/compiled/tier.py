@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+gluon_programs = 0  # of kernels in Gluon, which are interpreted even where others are compiled
 interpreted: dict[str, str] = {}  # by the name of a kernel of which a launch was left to the interpreter: why
 
 

@@ -85,8 +85,10 @@ class IsolatedStages:
             fed = self.expected.logits(rows)
             attended = self.expected.indices_with_holes(rows, fed)
             with locating_results(step, Feed.ISOLATED.value):
+                before = tier.gluon_programs
                 steps.append(self._compute(rows, fed, attended, stored[step]))
-                if self._repeats and self.many is None and a_pass.rows and self._can_repeat(rows):
+                is_slow = tier.gluon_programs > before  # ten seconds on many rows
+                if self._repeats and self.many is None and a_pass.rows and not is_slow and self._can_repeat(rows):
                     again = torch.arange(MANY_ROWS, device=fed.device) % a_pass.rows
                     caches = stored[step] if step or behind_others is None else behind_others
                     result = self._compute(rows.at(again), fed[again], attended[again], caches)

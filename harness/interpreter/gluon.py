@@ -29,6 +29,7 @@ import triton.language.extra
 from triton.language.extra import cuda
 from triton.runtime import interpreter
 
+from nsa_oracle.harness.compiled import tier
 from nsa_oracle.harness.interpreter import ptx
 from nsa_oracle.harness.interpreter.gluon_machine import (
     Allocation,
@@ -252,6 +253,7 @@ def _as_program(body: Callable[..., Any], warps: int) -> Callable[..., None]:
     @functools.wraps(body)
     def program(**args: Any) -> None:
         global _program
+        tier.gluon_programs += 1
         _program = Program(warps, eager=interpreter.interpreter_builder.grid_idx[0] % 2 == 0)
         try:
             with _as_gluon_has_it():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness.checks.relations import Relation
+from nsa_oracle.harness.compiled import tier
 from nsa_oracle.harness.engine.isolated import MANY_ROWS
 from nsa_oracle.harness.engine.passes import map_tensors
 from nsa_oracle.harness.findings import Finding, Kind
@@ -120,3 +121,14 @@ def test_host_repeats_no_rows_that_take_long(device: torch.device) -> None:
     many = {**lattice(), "num_heads": 64}
     scenario = case(Join(seq_len=9), Eager(mode=DECODE), layer=many, index_topk=2048, max_context_len=2300, seed=1)
     assert Relation.MANY not in judge(scenario, BACKEND, device, layer_factory=SparseAttention).layers.relations
+
+
+def test_host_repeats_no_rows_of_a_kernel_that_is_interpreted(device: torch.device) -> None:
+    """Kernels in Gluon are, 601 rows of them for ten seconds."""
+    if device.type == "cuda":
+        pytest.skip("a GPU computes them at once")
+    production = {**lattice(), "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    scenario = case(Join(seq_len=9), Eager(mode=DECODE), layer=production, seed=1)
+    before = tier.gluon_programs
+    assert Relation.MANY not in judge(scenario, BACKEND, device, layer_factory=SparseAttention).layers.relations
+    assert 0 < tier.gluon_programs - before < MANY_ROWS
