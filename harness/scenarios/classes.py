@@ -38,6 +38,7 @@ ROWS_OF_STEPS = (
 CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
 PLAIN_PREFILL = "prefill of several strided requests, no switch"  # code that kernels replace has strides of its own
+PRODUCTION_INDEX = "64 index heads of 128, pages of 64"  # for which a layer may have a kernel of its own
 COMPANY = ("second backend", "second backend, alike", "prepared twice")
 IDLE_IN_COMPANY = "second backend, idle replay"
 IN_COMPANY = (  # buffers may be shared in one mode only
@@ -67,6 +68,7 @@ LAYER_CLASSES: tuple[str, ...] = (
     *("far slots", "more heads than one", "more keys than K", "fewer keys than K", "rows without a key"),
     *(MANY_SUMMED, "ordinary numbers in an FP8 cache"),
     *("rows of more than 16,384 tokens", "32 heads or more, FP8 cache", "rows of slot -1", LONG_PREFILL),
+    PRODUCTION_INDEX,
     *("rows behind the metadata, replay", "rows behind the metadata, eager", SLOTS_BY_STEP),
     *(f"layer: {name}" for name in ALSO_WITH_A_LAYER),
 )

@@ -27,6 +27,7 @@ from nsa_oracle.harness.scenarios.classes import (
     OVER_COMMITTED,
     PAIRS,
     PLAIN_PREFILL,
+    PRODUCTION_INDEX,
     SLOTS_BY_STEP,
     WIDE,
 )
@@ -215,6 +216,8 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
             yield "more heads than one"
         if setup.layer.num_heads >= MANY_HEADS and setup.layer.kv_cache_dtype is KVCacheDtype.FP8:
             yield "32 heads or more, FP8 cache"
+        if (setup.layer.index_n_heads, setup.layer.index_head_dim, setup.page_size) == (64, 128, 64):
+            yield PRODUCTION_INDEX
     yield f"drive {setup.drive.value}"
     yield f"steps {setup.step_semantics.value}"
     if setup.paged_mqa_num_sms:

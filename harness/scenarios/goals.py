@@ -26,6 +26,7 @@ from nsa_oracle.harness.scenarios.classes import (
     OVER_COMMITTED,
     PLAIN_PREFILL,
     PREFILLS,
+    PRODUCTION_INDEX,
     SLOTS_BY_STEP,
 )
 from nsa_oracle.harness.scenarios.goal import (
@@ -138,6 +139,9 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     many_heads = {"num_heads": _more_than(scale.drawn()["num_heads"], MANY_HEADS - 1)}
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
+    several_tiles = {"max_context_len": _more_than(scale.max_context_lens, 4 * 64)}
+    index = {"index_n_heads": (64,), "index_head_dim": (128,), "page_size": (64,)}
+    yield Want(PRODUCTION_INDEX, {**index, **several_tiles})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
     parts = {
         "index_topk": _more_than(scale.index_topks, MANY_KEYS),

@@ -154,6 +154,13 @@ SMALL_LAYER = Scale(
             "index_head_dim": (32,),
             "regime": (*Regime, Regime.DOMINATING, Regime.EQUAL, Regime.LATTICE),  # random content runs several times
         },
+        {  # production's sizes of the indexer, for the same reason
+            "num_heads": (1, 2),
+            "kv_lora_rank": (64,),
+            "qk_rope_head_dim": (16,),
+            "index_n_heads": (64,),
+            "index_head_dim": (128,),
+        },
     ),
     index_topks=(4, 8, 17, 64, 200, 520, 1030),
     num_steps=(1, 2, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL, PLAIN_PREFILL
+from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL, PLAIN_PREFILL, PRODUCTION_INDEX
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay
 from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Order, Reuse
@@ -239,6 +239,13 @@ def test_long_prefill_counts_the_rows_of_all_requests(others: int, is_long: bool
     events = (Join(seq_len=200), Join(seq_len=9), Eager(mode=EXTEND, extend_lens=(127, others), order=Order.JOINED))
     assert (LONG_PREFILL in visited(*events, layer=Layer(), max_context_len=261, pool_size=2)) is is_long
     assert LONG_PREFILL not in visited(*events, max_context_len=261, pool_size=2)
+
+
+def test_production_index_sizes_are_those_of_keys_and_pages() -> None:
+    events, layer = (Join(seq_len=9), CALL), Layer(index_n_heads=64, index_head_dim=128)
+    assert PRODUCTION_INDEX in visited(*events, layer=layer, page_size=64)
+    assert PRODUCTION_INDEX not in visited(*events, layer=layer, page_size=32)
+    assert PRODUCTION_INDEX not in visited(*events, layer=Layer(index_n_heads=32, index_head_dim=128), page_size=64)
 
 
 def test_each_kind_of_call_beside_a_second_backend() -> None:
