@@ -152,6 +152,16 @@ def test_picture_shows_whose_the_rows_are_and_which_cells_count() -> None:
     ]
 
 
+class EqualsAll(int):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
 def test_sentence_without_place_or_count() -> None:
     assert Finding(Kind.INPUT, "x", "a", "b").sentence() == "input modified: x: got a, expected b"
     assert Finding(Kind.SHAPE, "x", "a", "b", step=2).sentence() == "wrong shape: x at step 2: got a, expected b"
@@ -163,6 +173,7 @@ def test_sentence_without_place_or_count() -> None:
         ({"page_size": 8}, Kind.HOST_SCALAR, "8", "4"),
         ({"max_seq_len_k": None}, Kind.HOST_SCALAR, "None", "16, an int of Python"),
         ({"max_seq_len_k": torch.tensor(16)}, Kind.HOST_SCALAR, "tensor(16)", "16, an int of Python"),
+        ({"max_seq_len_k": EqualsAll(17)}, Kind.HOST_SCALAR, "17", "16"),
         ({"max_seq_len_q": torch.tensor([1, 1])}, Kind.HOST_SCALAR, "tensor([1, 1])", "1, an int of Python"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int64)}, Kind.DTYPE, "torch.int64", "torch.int32"),
         ({"cu_seqlens_k": torch.zeros(3, 1, dtype=torch.int32)}, Kind.SHAPE, "[3, 1]", "[3]"),
