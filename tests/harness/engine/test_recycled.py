@@ -45,6 +45,8 @@ WRONG = [
     (identity.ByLengthsObject, EAGERLY),
     (identity.ByMirrorId, EAGERLY),
     (identity.ByMirrorId, REPLAYS),
+    (identity.ByVersion, EAGERLY),
+    (identity.ByVersion, REPLAYS),
     (identity.BySpecInfoId, DRAFTS),
 ]
 

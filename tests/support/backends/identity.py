@@ -41,6 +41,9 @@ ByBatchId = skipping_known(id)
 ByLengthsId = skipping_known(lambda batch: id(batch.seq_lens))
 ByLengthsObject = skipping_known(lambda batch: batch.seq_lens)
 ByMirrorId = skipping_known(lambda batch: id(batch.seq_lens_cpu))
+ByVersion = skipping_known(
+    lambda batch: tuple((each.data_ptr(), each._version) for each in (batch.seq_lens, batch.req_pool_indices))
+)
 BySpecInfoId = skipping_known(lambda batch: id(batch.spec_info))
 
 
