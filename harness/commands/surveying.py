@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from nsa_oracle.harness.commands.app import Device, torch_device
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.forks import Tell, forked
+from nsa_oracle.harness.judge import OracleFailure, judge_subject
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.declared import declared_lines, unneeded_declarations
 from nsa_oracle.harness.report.records import NOTHING_COMPARED
@@ -24,6 +28,7 @@ from nsa_oracle.harness.search.rows import Row, save_rows
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound, survey_table
 
+_CONFIRMING = 30.0  # seconds for the cases of all rows
 NO_CASE = "NOT JUDGED: no case was surveyed; give it more time"
 
 
@@ -131,7 +136,7 @@ def surveyed_backend(
     violation of a row of its own. Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed,
     or not with these cases. The other arguments are those of ``BackendSurvey.run``.
     """
-    last, has_begun = SurveyedBackend(), False
+    last, has_begun, spec = SurveyedBackend(), False, SubjectSpec(backend, None, timeout)
 
     def hear(message: SurveyedBackend) -> None:
         nonlocal last, has_begun
@@ -140,7 +145,7 @@ def surveyed_backend(
 
     def work(tell: Tell) -> SurveyedBackend:
         where = torch_device(device)
-        survey = BackendSurvey(SubjectSpec(backend, None, timeout).build(where), where, last.found)
+        survey = BackendSurvey(spec.build(where), where, last.found)
         now = SurveyedBackend(survey.found, survey.left_out, where.type, known=last.known)
 
         def begin(case: Scenario | None = None, row: Property | None = None) -> None:
@@ -166,7 +171,10 @@ def surveyed_backend(
     while True:
         has_begun = False
         try:
-            return forked(work, hear)
+            done = forked(work, hear)
+            if not done.interrupted:
+                _confirm(done.found.broken.values(), spec, device, deadline)
+            return done
         except ChildDied as died:
             if has_begun and last.shrinking is not None:
                 last.found.kept.add(last.shrinking)
@@ -209,9 +217,7 @@ def layer_report(found: SurveyFound, save: Path, replay: Callable[[Path], str]) 
         typer.echo(methods_report(found.layers))
     _show_reach(found.reach)
     _save(list(found.broken.values()), save, replay)
-    _show_replays({name: row for name, row in found.broken.items() if name not in found.unconfirmed})
-    for name in sorted(found.unconfirmed):
-        typer.echo(f"{name}\n  case: {found.rows[name].saved} (passes by itself)")
+    _show_replays(found.broken)
     return []
 
 
@@ -229,7 +235,44 @@ def _save(rows: Sequence[Row], folder: Path, replay: Callable[[Path], str]) -> N
 
 
 def _show_replays(broken: Mapping[str, Row]) -> None:
-    """The commands that replay the cases of rows, which may have one case."""
-    for command in dict.fromkeys(row.replay for row in broken.values()):
+    """The commands that replay the cases of rows, which may have one case; last the rows whose cases pass alone."""
+    for command in dict.fromkeys(row.replay for row in broken.values() if row.replay):
         shown = [name for name, row in broken.items() if row.replay == command]
         typer.echo(f"{'; '.join(shown)}\n  replay: {command}")
+    for name, row in broken.items():
+        if not row.replay:
+            typer.echo(f"{name}\n  case: {row.saved} (passes by itself)")
+
+
+def _confirm(rows: Iterable[Row], spec: SubjectSpec, device: Device, deadline: float | None) -> None:
+    """Note which cases pass if a process of its own judges each, so that no command is printed that shows nothing.
+
+    Judged code may count calls over all cases, in a class or a module. A case that does not end is not tried again, and
+    none is after ``deadline`` or ``_CONFIRMING`` seconds.
+    """
+    latest = time.monotonic() + _CONFIRMING
+    ends = latest if deadline is None else min(latest, deadline)
+    groups: dict[str, tuple[Scenario, list[Row]]] = {}
+    for row in rows:
+        if row.case is not None and not row.has_hung:
+            groups.setdefault(row.case.model_dump_json(), (row.case, []))[1].append(row)
+    for case, group in groups.values():
+        left = ends - time.monotonic()
+        if left <= 0:
+            return
+        with suppress(ChildDied):  # which replays as it died here
+            passes = forked(functools.partial(_passes, spec, device, case), timeout=left)
+            for row in group:
+                row.passes_alone = passes
+
+
+def _passes(spec: SubjectSpec, device: Device, case: Scenario, tell: Tell) -> bool:
+    """Whether the case passes; one that cannot be judged does."""
+    where = torch_device(device)
+    try:
+        judge_subject(spec.build(where), case, where)
+    except OracleFailure:
+        return False
+    except (BackendError, ScenarioError):
+        pass
+    return True

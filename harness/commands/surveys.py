@@ -128,7 +128,7 @@ def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str
                 "broken": row.broken,
                 "finding": row.finding,
                 "case": None if row.saved is None else str(row.saved),
-                "replay": "" if name in found.unconfirmed else row.replay,
+                "replay": row.replay,
             }
             for name, row in sorted(found.rows.items())
         ]

@@ -16,7 +16,7 @@ from nsa_oracle.reference.types import Metadata
 class Reach:
     """Counts of judged calls, and their largest numbers.
 
-    cases: that were begun. replays, eager_calls: by mode. requests: of the largest batch. rows: the most of a call,
+    cases: that were surveyed. replays, eager_calls: by mode. requests: of the largest batch. rows: the most of a call,
     padding included. context: tokens of the longest request.
     """
 

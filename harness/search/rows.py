@@ -23,8 +23,8 @@ _Key = TypeVar("_Key")
 class Row:
     """Calls in which a property was checked, and broken; the smallest case known that breaks it, and its finding.
 
-    steps: of the draft, in which it was broken. has_hung: whether that case does not end. saved: file of that case;
-    replay: the command that replays it.
+    steps: of the draft, in which it was broken. has_hung: whether that case does not end. passes_alone: whether that
+    case passes where no other has run before. saved: its file; replay: the command that replays it, if it fails then.
     """
 
     checked: int = 0
@@ -32,6 +32,7 @@ class Row:
     steps: set[int] = dataclasses.field(default_factory=set)
     finding: str = ""
     has_hung: bool = False
+    passes_alone: bool = False
     case: Scenario | None = None
     saved: Path | None = None
     replay: str = ""
@@ -107,4 +108,4 @@ def save_rows(rows: Iterable[Row], folder: Path, command: Callable[[Path], str])
         assert row.case is not None
         row.saved = folder / f"{digest(row.case)}.json"
         save(row.case.model_copy(update={"note": row.finding}), row.saved)
-        row.replay = command(row.saved)
+        row.replay = "" if row.passes_alone else command(row.saved)

@@ -51,22 +51,25 @@ MOST_RELATIONS = 7  # that a replay checks in turn
 class SurveyFound:
     """What a survey has found, to send to another process, and to go on from.
 
-    cases: number of cases finished. kept: broken rows whose case stays as it is. unconfirmed: those of them whose case
-    passes when it is replayed.
+    cases: number of cases finished. kept: broken rows whose case stays as it is.
     """
 
     rows: defaultdict[str, Row] = field(default_factory=functools.partial(defaultdict, Row))
     layers: LayerTally = field(default_factory=LayerTally)  # calls of the layer's own methods
     cases: int = 0
     kept: set[str] = field(default_factory=set)
-    unconfirmed: set[str] = field(default_factory=set)
     reach: Reach = field(default_factory=Reach)
 
     def add_lost(self, how: str, case: Scenario) -> None:
         """Count a case that ended its process, as ``how`` says."""
         self.rows[RUNS].add(how, case)
         self.kept.add(RUNS)  # a smaller case would have to end as many processes
+        self.note_end()
+
+    def note_end(self) -> None:
+        """Count a case that has ended."""
         self.cases += 1
+        self.reach.cases += 1
 
     @property
     def holds(self) -> bool:
@@ -113,7 +116,7 @@ class Survey:
             for drawn in stream.cases(range(self.found.cases, cases)):  # those before were surveyed in an earlier part
                 begin(drawn.scenario)
                 self._survey(drawn.scenario, deadline)
-                self.found.cases += 1
+                self.found.note_end()
                 report_progress(self.found.cases)
 
     def shrink(
@@ -133,7 +136,7 @@ class Survey:
                 continue
             first = self._failure(row.case)
             if first is None:
-                self.found.unconfirmed.add(name)
+                row.passes_alone = True
             elif shows(first, name) and not has_lost_the_device(first, self.device):
 
                 def breaks(case: Scenario, name: str = name, first: Finding = first) -> str | None:
@@ -170,7 +173,6 @@ class Survey:
             self.found.rows[name].note([] if finding is None else [finding], _case_of(name, scenario, number))
 
         surveyed, streams = _Surveyed(scenario, build, check_time, note, self.found), Streams()
-        self.found.reach.cases += 1
         with interruptions_noted() as interruptions:
             try:
                 far, limit = memory_for(scenario.setup, self.device), time_limit(self.subject.case_timeout)

@@ -240,6 +240,20 @@ def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Pat
         assert f"\njudged: {sum(reached['replays'].values())} replays (" in told
 
 
+def test_a_case_that_fails_only_behind_others_has_no_command(tmp_path: Path) -> None:
+    backend = "tests.support.backends.declared:WrongOnceInAWhile"
+    words = ("survey", "--device", "cpu", "--cases", "6", "--save", str(tmp_path / "cases"), "--json", "rows.json")
+    done = harness(*words, "--backend", backend, cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    assert "  replay: " not in done.stdout
+    broken = [row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]]
+    assert broken
+    for row in broken:
+        assert (row["replay"], row["case"] is None) == ("", False)
+        assert f"\n  case: {row['case']} (passes by itself)\n" in done.stdout
+        assert replay(row["case"], "--backend", backend).returncode == PASSES
+
+
 def test_survey_of_a_layer_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:
     layer = f"{LAYERS}.in_graph:LooksAtLengths"
     words = ("survey", "--device", "cpu", "--cases", "3", "--save", str(tmp_path / "cases"), "--json", "rows.json")

@@ -208,3 +208,16 @@ class FailsToVerify(Step):
         kept = buffers.cu_seqlens_k.clone()
         super().refresh(buffers, batch)
         buffers.cu_seqlens_k.copy_(kept)
+
+
+class WrongOnceInAWhile(MultiStepBackend):
+    """Wrong in one call of its process, whatever case that belongs to."""
+
+    calls: ClassVar[int] = 0
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        WrongOnceInAWhile.calls += 1
+        if WrongOnceInAWhile.calls == 12:
+            for step in self.attn_backends:
+                step.forward_metadata.cache_seqlens_int32.add_(1)
