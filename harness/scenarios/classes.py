@@ -47,6 +47,10 @@ IN_COMPANY = (  # buffers may be shared in one mode only
     *(f"second backend, {mode.value} eagerly" for mode in ForwardMode),
 )
 IDLE_AFTER_SEGMENTS = "graph idle after several segments"
+NO_MIRROR = (  # of several steps that one call prepares, which may take another way in one mode
+    *(f"no host mirror, {mode.value} replay" for mode in GRAPH_MODES),
+    *(f"no host mirror, {mode.value} eagerly" for mode in ForwardMode if mode.value not in ("DECODE", "IDLE")),
+)
 NO_NEW_TOKEN = ("prefill without a new token", "prefill of cached tokens alone")
 FEWER_STEPS = ("fewer draft steps, replay", "fewer draft steps, eager")
 SLOTS_BY_STEP = "slots of several steps in one tensor"
@@ -96,7 +100,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *("paged MQA schedule", "FlashMLA schedule", "several copy chunks"),
     *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
     *(f"reuse {reuse.value}" for reuse in Reuse),
-    *(*COMPANY, *IN_COMPANY),
+    *(*COMPANY, *IN_COMPANY, *NO_MIRROR),
     *CYCLES,
     *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS, PLAIN_PREFILL),
 )

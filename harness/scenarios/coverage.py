@@ -23,6 +23,7 @@ from nsa_oracle.harness.scenarios.classes import (
     MANY_SUMMED,
     MIXED,
     MQA_SEGMENT,
+    NO_MIRROR,
     NO_NEW_TOKEN,
     OVER_COMMITTED,
     PAIRS,
@@ -43,7 +44,7 @@ from nsa_oracle.harness.scenarios.scenario import (
     Scenario,
     SetLengths,
 )
-from nsa_oracle.harness.scenarios.setup import Drive, Regime, Setup
+from nsa_oracle.harness.scenarios.setup import Drive, Mirror, Regime, Setup
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
@@ -250,6 +251,10 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
         yield "batch of 5..8" if batch.size <= 8 else "batch of more than 8"
     yield f"mirror {event.mirror.value}"
     yield f"order {event.order.value}"
+    if event.mirror is Mirror.ABSENT and setup.num_steps > 1 and setup.drive is Drive.MULTI_STEP:
+        name = f"no host mirror, {batch.mode.value} {'replay' if isinstance(event, Replay) else 'eagerly'}"
+        if name in NO_MIRROR:
+            yield name
     page, topk = setup.page_size, setup.index_topk
     for name, length in (
         *(("1", 1), ("P-1", page - 1), ("P", page), ("P+1", page + 1)),

@@ -229,6 +229,7 @@ def _pairs(scale: Scale, prefix: str) -> Iterator[Want]:
 
 
 def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
+    without_mirror: Pins = {MIRROR: (Mirror.ABSENT,), "drive": (Drive.MULTI_STEP,)}
     for mode in GRAPH_MODES:
         name = f"replay {mode.value}"
         pins: Pins = {SITUATION: (name,), "num_steps": _steps(scale, 2)}
@@ -236,6 +237,8 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         if not prefix:
             yield Want(name, {SITUATION: (name,)}, (mode,))
             yield Want(f"second backend, {mode.value} replay", {SITUATION: (name,), NEIGHBOUR: ("alike",)}, (mode,))
+            beside = {SITUATION: ("several segments",)} if mode is ForwardMode.DECODE else {}  # which has all steps
+            yield Want(f"no host mirror, {mode.value} replay", {**pins, **without_mirror, **beside}, (mode,))
     mode = ForwardMode.DECODE
     for name, call in zip(FEWER_STEPS, ("replay", "eager"), strict=True):
         several: Pins = {SITUATION: (f"{call} {mode.value}",), "num_steps": _steps(scale, 2)}
@@ -256,6 +259,9 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         if not prefix:
             yield Want(name, place, (mode,))
             yield Want(f"second backend, {mode.value} eagerly", {**place, NEIGHBOUR: ("alike",)}, (mode,))
+            if mode not in (ForwardMode.DECODE, ForwardMode.IDLE):
+                several = {**place, "num_steps": _steps(scale, 2)}
+                yield Want(f"no host mirror, {mode.value} eagerly", {**several, **without_mirror}, (mode,))
 
 
 def _prefills(scale: Scale, prefix: str) -> Iterator[Want]:
