@@ -128,17 +128,12 @@ def indexer_logits_hopper_kernel(
     target = logits + row * logits_stride
     num_steps = (length + step_tokens - 1) // step_tokens
 
-    # 1. Beyond the row's last step: first, so that these stores are under way while the steps are computed.
-    for begin in range(num_steps * step_tokens + first * FILL_BLOCK, width, programs_per_row * FILL_BLOCK):
-        columns = begin + gl.arange(0, FILL_BLOCK, NUMBERS)
-        gl.store(target + columns, gl.full([FILL_BLOCK], float("-inf"), gl.float32, NUMBERS), mask=columns < width)
-
     if first < num_steps:
         queries = gl.allocate_shared_memory(gl.float16, [HEADS, DIM], QUERIES)
         keys = gl.allocate_shared_memory(gl.uint8, [2, step_tokens, DIM], RING)
         scales = gl.allocate_shared_memory(gl.float32, [2, step_tokens], PLAIN)
 
-        # 2. The first step's copy begins. Numbers of pages are loaded one step before they are needed.
+        # 1. The first step's copy begins. Numbers of pages are loaded one step before they are needed.
         pages = page_table + row * table_stride
         stride = programs_per_row * step_tokens
         ahead = first * step_tokens  # first token of the next step to copy
@@ -152,7 +147,7 @@ def indexer_logits_hopper_kernel(
         first_page = page_of(pages, ahead, length, PAGE_SIZE)
         second_page = page_of(pages, ahead + TILE, length, PAGE_SIZE)
 
-        # 3. The row's queries and weights.
+        # 2. The row's queries and weights.
         q_heads = q + row * q_stride + gl.arange(0, HEADS, gl.SliceLayout(1, BYTES)) * q_head_stride
         q_cells = gl.multiple_of(q_heads, [16])[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, BYTES))[None, :]
         queries.store(in_order_of_reads(from_e4m3_bits(gl.load(q_cells), gl.float16)))
@@ -161,7 +156,7 @@ def indexer_logits_hopper_kernel(
         fence_async_shared()  # the queries become visible to the matrix units
         barrier()
 
-        # 4. Step by step, while the next step is copied.
+        # 3. Step by step, while the next step is copied.
         in_tile = gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
         slot = 0
         for step in range(first, num_steps, programs_per_row):
@@ -186,3 +181,8 @@ def indexer_logits_hopper_kernel(
                 result = gl.where(in_tile < length - begin, result, float("-inf"))
                 gl.store(target + begin + in_tile, result, mask=in_tile < width - begin)
             slot ^= 1
+
+    # 4. Beyond the row's last step. Before the first one these stores would delay its copies.
+    for begin in range(num_steps * step_tokens + first * FILL_BLOCK, width, programs_per_row * FILL_BLOCK):
+        columns = begin + gl.arange(0, FILL_BLOCK, NUMBERS)
+        gl.store(target + columns, gl.full([FILL_BLOCK], float("-inf"), gl.float32, NUMBERS), mask=columns < width)
