@@ -106,7 +106,8 @@ def test_a_ctrl_c_that_an_import_swallows_ends_the_collection(imports: str, tmp_
 
 
 IN_A_COLLECTION = """
-import ctypes, gc, time
+import ctypes, gc, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as before nohup
 import nsa_oracle.harness.signals
 
 interrupt = ctypes.pythonapi.PyErr_SetInterrupt  # as a signal does that arrives in native code

@@ -261,8 +261,12 @@ def test_an_interruption_that_judged_code_raises_is_a_finding() -> None:
 
 
 def test_an_interruption_by_the_user_ends_the_run_though_it_is_swallowed() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        judge(one_replay(DECODE), factory_of(crashes.IsInterrupted), CPU)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judge(one_replay(DECODE), factory_of(crashes.IsInterrupted), CPU)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost() -> None:

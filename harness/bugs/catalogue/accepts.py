@@ -68,7 +68,7 @@ BUGS = (
         sentence="The rows of a request are located from its last row, which a request that accepted nothing lacks.",
         reference="tokenspeed#298",
         trigger="DRAFT_EXTEND in which a request accepted nothing",
-        caught_by=frozenset({Check.METADATA}),
+        caught_by=frozenset({Check.METADATA, Check.CRASH}),  # two programs write one row: a race
         plant=by_mutation(
             Mutation(
                 "nsa_oracle.optimized.kernels.lengths:write_lengths",

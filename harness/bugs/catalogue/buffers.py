@@ -68,7 +68,7 @@ BUGS = (
         sentence="A replay allocates new buffers for its bucket instead of refilling those bound at capture.",
         reference="sglang#26019",
         trigger="any replay",
-        caught_by=frozenset({Check.ADDRESS}),
+        caught_by=frozenset({Check.ADDRESS, Check.METADATA}),  # the graph reads what its capture has left
         plant=by_mutation(
             Mutation(
                 f"{STEPS}.init_forward_metadata_replay_cuda_graph",
