@@ -10,6 +10,7 @@ import torch
 from nsa_oracle.harness.errors import BackendError, error_line
 from nsa_oracle.harness.interruptions import ForkReturned, exits_refused, interruptions_noted
 from nsa_oracle.harness.subjects.global_state import MOST_FILES_OF_OURS, open_files
+from nsa_oracle.harness.subjects.loading import line_of
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.starting import lacks_files
 
@@ -41,13 +42,14 @@ class SubjectSpec:
             if not lacks_files(error) or left <= MOST_FILES_OF_OURS:
                 raise
             raise BackendError(f"{self._named}: loading it left {left} files open, and no more can be opened") from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             interruptions.check()
-            raise BackendError(f"{self._named}: loading it raised KeyboardInterrupt") from None
+            raise BackendError(f"{self._named}: loading it raised KeyboardInterrupt{line_of(error)}") from None
 
     @property
     def _named(self) -> str:
-        return " or ".join(name for name in (self.backend, self.layer) if name) or "optimized/"
+        names = {"backend": self.backend, "layer": self.layer}
+        return " or ".join(f"{kind} '{name}'" for kind, name in names.items() if name) or "optimized/"
 
 
 @functools.cache

@@ -190,7 +190,7 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
         mend = f"; did you mean {near}?" if near else ""
         raise BackendError(f"{shown}: module {module_name} has no attribute {one_line(attribute)}{mend}") from None
     except (Exception, SystemExit) as error:  # of the module's ``__getattr__``
-        reason = f"{type(error).__name__}: {error_line(error)}{_line_of(error)}"
+        reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
         raise BackendError(f"{shown}: looking up {one_line(attribute)} in {module_name} raised {reason}") from error
     if not callable(found):
         kind = type(found).__name__
@@ -232,17 +232,17 @@ def _imported(name: str, shown: str) -> object:
         with shown_warnings():
             return importlib.import_module(name)
     except CaseTimeout as error:
-        slow = f"{shown}: the import of {one_line(name)} did not end: {error}{_line_of(error)}"
+        slow = f"{shown}: the import of {one_line(name)} did not end: {error}{line_of(error)}"
         raise BackendError(slow) from None
     except ModuleNotFoundError as error:
-        missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{_line_of(error)}"
+        missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{line_of(error)}"
         raise ModuleMissing(f"{missing}; is it on PYTHONPATH?") from error
     except (Exception, SystemExit) as error:  # the module's code may do anything
-        reason = f"{type(error).__name__}: {error_line(error)}{_line_of(error)}"
+        reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
         raise BackendError(f"{shown}: importing {one_line(name)} raised {reason}") from error
 
 
-def _line_of(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """The innermost line of the imported code that ``error`` passed, in words."""
     frames = judged_frames(error.__traceback__)
     return f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -92,7 +92,7 @@ class Leaks(MultiStepBackend):
 def test_files_that_loading_leaves_open_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "leaks.py").write_text(LEAKS)
     done = replay(saved(tmp_path, one_replay(DECODE)), "--backend", "leaks:Leaks", cwd=tmp_path)
-    assert_one_line_error(done, "leaks:Leaks: loading it left ", " files open, and no more can be opened")
+    assert_one_line_error(done, "backend 'leaks:Leaks': loading it left ", " files open, and no more can be opened")
 
 
 @pytest.mark.parametrize(("backend", "field"), [(crashes.EndsPytest, "Exit"), (crashes.FailsInNumpy, "ValueError")])

@@ -356,12 +356,19 @@ def test_one_signal_stops_a_replay_of_code_that_swallows_it(sent: str, code: int
     assert done.stdout == f"{paths[0]}: bit-exact (2 replays, 0 eager calls on cpu)\n"
 
 
-@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])
-def test_module_that_ends_the_process_is_unusable(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [
+        ("os._exit(0)", "ending"),
+        ("os.kill(os.getpid(), 9)", "ending"),
+        ("raise KeyboardInterrupt", "backend 'ending:X': loading it raised KeyboardInterrupt, at "),
+    ],
+)
+def test_module_that_ends_the_process_is_unusable(ending: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "ending.py").write_text(f"import os\n{ending}\n")
     path = saved(tmp_path, CASE)
     for command in ("replay", "tiers"):
-        assert_one_line_error(harness(command, path, "--backend", "ending:X", cwd=tmp_path), "ending")
+        assert_one_line_error(harness(command, path, "--backend", "ending:X", cwd=tmp_path), told)
 
 
 def test_replay_in_the_process_itself(tmp_path: Path) -> None:
