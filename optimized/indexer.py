@@ -7,7 +7,7 @@ import math
 import torch
 
 from nsa_oracle.optimized.kernels.indexer import indexer_logits_kernel
-from nsa_oracle.optimized.kernels.indexer_hopper import DIM, HEADS, NUM_WARPS, TILE, indexer_logits_hopper_kernel
+from nsa_oracle.optimized.kernels.indexer_hopper import DIM, HEADS, TILE, indexer_logits_hopper_kernel
 from nsa_oracle.optimized.kv_cache import lanes, page_size_of
 from nsa_oracle.optimized.launch import Launcher, is_dense, is_wide, runs_gluon
 from nsa_oracle.optimized.library import register
@@ -16,6 +16,7 @@ from nsa_oracle.reference.types import AttentionConfig
 BLOCK = 64  # tokens per tile; a tile covers all heads
 FILL_BLOCK = 1024  # columns beyond the row's length that are set to -inf per step
 PROGRAMS = 16 * 132  # programs over all rows: several per multiprocessor, which balances rows of unequal length
+NUM_WARPS = 4
 NUM_STAGES = 4
 HOPPER_PROGRAMS = 4 * 132  # as many as run at the same time
 HOPPER_REGISTERS = 128  # per thread: all that four programs of a multiprocessor leave each other
@@ -78,12 +79,26 @@ def _launch(
         and q_alignment == page_alignment == VECTOR_BYTES
         and runs_gluon(indexer_logits_hopper_kernel)
     )
-    tiles = -(-width // BLOCK)
     if on_hopper:
+        tiles = -(-width // TILE.value)
         tiles_per_step = 2 if num_rows * tiles >= MANY_TILES else 1
         programs = max(1, min(HOPPER_PROGRAMS // num_rows, -(-tiles // tiles_per_step)))
+        launcher, options = _indexer_logits_on_hopper, {"num_warps": NUM_WARPS, "maxnreg": HOPPER_REGISTERS}
+        constants = launcher.constants(PAGE_SIZE=page_size, TILES=tiles_per_step, FILL_BLOCK=FILL_BLOCK)
     else:
-        programs = min(-(-PROGRAMS // num_rows), tiles)
+        programs = min(-(-PROGRAMS // num_rows), -(-width // BLOCK))
+        launcher, options = _indexer_logits, {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+        constants = launcher.constants(
+            PAGE_SIZE=page_size,
+            HEADS=num_heads,
+            DIM=head_dim,
+            HEAD_LANES=max(MIN_LANES, lanes(num_heads)),
+            DIM_LANES=max(MIN_LANES, lanes(head_dim)),
+            Q_ALIGNMENT=q_alignment,
+            PAGE_ALIGNMENT=page_alignment,
+            BLOCK=BLOCK,
+            FILL_BLOCK=FILL_BLOCK,
+        )
     # Both kernels have the same tensors and numbers.
     tensors = _indexer_logits.tensors(
         logits=logits,
@@ -104,40 +119,7 @@ def _launch(
         width=width,
         programs_per_row=programs,
     )
-    if on_hopper:
-        constants = _indexer_logits_on_hopper.constants(
-            PAGE_SIZE=page_size, TILES=tiles_per_step, FILL_BLOCK=FILL_BLOCK
-        )
-        _indexer_logits_on_hopper(
-            num_rows * programs,
-            (*constants, *dtypes, *wide),
-            tensors,
-            numbers,
-            constants,
-            num_warps=NUM_WARPS,
-            maxnreg=HOPPER_REGISTERS,
-        )
-        return
-    constants = _indexer_logits.constants(
-        PAGE_SIZE=page_size,
-        HEADS=num_heads,
-        DIM=head_dim,
-        HEAD_LANES=max(MIN_LANES, lanes(num_heads)),
-        DIM_LANES=max(MIN_LANES, lanes(head_dim)),
-        Q_ALIGNMENT=q_alignment,
-        PAGE_ALIGNMENT=page_alignment,
-        BLOCK=BLOCK,
-        FILL_BLOCK=FILL_BLOCK,
-    )
-    _indexer_logits(
-        num_rows * programs,
-        (*constants, *dtypes, *wide),
-        tensors,
-        numbers,
-        constants,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
+    launcher(num_rows * programs, (*constants, *dtypes, *wide), tensors, numbers, constants, **options)
 
 
 indexer_logits_op = register(

@@ -58,7 +58,7 @@ def surveyed(
     timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other
     arguments are those of ``Survey.run``.
     """
-    last, has_begun = SurveyedLayer(), False
+    last, has_begun, spec = SurveyedLayer(), False, SubjectSpec(None, layer, timeout)
 
     def hear(message: SurveyedLayer) -> None:
         nonlocal last, has_begun
@@ -67,7 +67,7 @@ def surveyed(
 
     def work(tell: Tell) -> SurveyedLayer:
         where = torch_device(device)
-        survey = Survey(SubjectSpec(None, layer, timeout).build(where), where, last.found)
+        survey = Survey(spec.build(where), where, last.found)
         now = SurveyedLayer(survey.found, survey.left_out, where.type)
 
         def begin(case: Scenario | None = None, row: str | None = None) -> None:
@@ -86,7 +86,10 @@ def surveyed(
     while True:
         has_begun = False
         try:
-            return forked(work, hear)
+            last = forked(work, hear)
+            if not last.interrupted:
+                _confirm(last.found.broken.values(), spec, device, deadline)
+            return last
         except ChildDied as died:
             if has_begun and last.shrinking is not None:
                 last.found.kept.add(last.shrinking)
@@ -171,10 +174,10 @@ def surveyed_backend(
     while True:
         has_begun = False
         try:
-            done = forked(work, hear)
-            if not done.interrupted:
-                _confirm(done.found.broken.values(), spec, device, deadline)
-            return done
+            last = forked(work, hear)
+            if not last.interrupted:
+                _confirm(last.found.broken.values(), spec, device, deadline)
+            return last
         except ChildDied as died:
             if has_begun and last.shrinking is not None:
                 last.found.kept.add(last.shrinking)
@@ -254,7 +257,7 @@ def _confirm(rows: Iterable[Row], spec: SubjectSpec, device: Device, deadline: f
     ends = latest if deadline is None else min(latest, deadline)
     groups: dict[str, tuple[Scenario, list[Row]]] = {}
     for row in rows:
-        if row.case is not None and not row.has_hung:
+        if row.case is not None and not row.has_hung and not row.passes_alone:
             groups.setdefault(row.case.model_dump_json(), (row.case, []))[1].append(row)
     for case, group in groups.values():
         left = ends - time.monotonic()

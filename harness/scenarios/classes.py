@@ -38,6 +38,7 @@ ROWS_OF_STEPS = (
 CYCLES = ("drafts behind a verification", "prefill between replays")
 MIXED = "prefill mixed with decodes"
 PLAIN_PREFILL = "prefill of several strided requests, no switch"  # code that kernels replace has strides of its own
+PRODUCTION_INDEX_SIZES = {"index_n_heads": 64, "index_head_dim": 128, "page_size": 64}
 PRODUCTION_INDEX = "64 index heads of 128, pages of 64"  # for which a layer may have a kernel of its own
 COMPANY = ("second backend", "second backend, alike", "prepared twice")
 IDLE_IN_COMPANY = "second backend, idle replay"
@@ -47,7 +48,9 @@ IN_COMPANY = (  # buffers may be shared in one mode only
     *(f"second backend, {mode.value} eagerly" for mode in ForwardMode),
 )
 IDLE_AFTER_SEGMENTS = "graph idle after several segments"
-NO_MIRROR = (  # of several steps that one call prepares, which may take another way in one mode
+# Of several steps that one call prepares, which may take another way in one mode. The goals' case of eager DECODE is
+# driven step by step.
+NO_MIRROR = (
     *(f"no host mirror, {mode.value} replay" for mode in GRAPH_MODES),
     *(f"no host mirror, {mode.value} eagerly" for mode in ForwardMode if mode.value not in ("DECODE", "IDLE")),
 )

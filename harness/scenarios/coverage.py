@@ -29,6 +29,7 @@ from nsa_oracle.harness.scenarios.classes import (
     PAIRS,
     PLAIN_PREFILL,
     PRODUCTION_INDEX,
+    PRODUCTION_INDEX_SIZES,
     SLOTS_BY_STEP,
     WIDE,
 )
@@ -138,6 +139,10 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 if not in_graph and setup.eager_padding and event.mode is not ForwardMode.EXTEND:
                     yield "eager IDLE of padding" if batch.mode is ForwardMode.IDLE else "eager call padded"
                 yield from _batch_classes(batch, setup, event)
+                together = batch.size and setup.num_steps > 1 and setup.drive is Drive.MULTI_STEP
+                mirrorless = f"no host mirror, {batch.mode.value} {'replay' if in_graph else 'eagerly'}"
+                if together and event.mirror is Mirror.ABSENT and mirrorless in NO_MIRROR:
+                    yield mirrorless
                 several = batch.mode is ForwardMode.EXTEND and batch.size > 1
                 if several and setup.inputs.strided and not scenario.optimizations:
                     yield PLAIN_PREFILL
@@ -217,7 +222,8 @@ def _setup_classes(setup: Setup) -> Iterator[str]:
             yield "more heads than one"
         if setup.layer.num_heads >= MANY_HEADS and setup.layer.kv_cache_dtype is KVCacheDtype.FP8:
             yield "32 heads or more, FP8 cache"
-        if (setup.layer.index_n_heads, setup.layer.index_head_dim, setup.page_size) == (64, 128, 64):
+        index = {"index_n_heads": setup.layer.index_n_heads, "index_head_dim": setup.layer.index_head_dim}
+        if {**index, "page_size": setup.page_size} == PRODUCTION_INDEX_SIZES:
             yield PRODUCTION_INDEX
     yield f"drive {setup.drive.value}"
     yield f"steps {setup.step_semantics.value}"
@@ -251,10 +257,6 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
         yield "batch of 5..8" if batch.size <= 8 else "batch of more than 8"
     yield f"mirror {event.mirror.value}"
     yield f"order {event.order.value}"
-    if event.mirror is Mirror.ABSENT and setup.num_steps > 1 and setup.drive is Drive.MULTI_STEP:
-        name = f"no host mirror, {batch.mode.value} {'replay' if isinstance(event, Replay) else 'eagerly'}"
-        if name in NO_MIRROR:
-            yield name
     page, topk = setup.page_size, setup.index_topk
     for name, length in (
         *(("1", 1), ("P-1", page - 1), ("P", page), ("P+1", page + 1)),

@@ -22,11 +22,13 @@ from nsa_oracle.harness.scenarios.classes import (
     MANY_SUMMED,
     MIXED,
     MQA_SEGMENT,
+    NO_MIRROR,
     NO_NEW_TOKEN,
     OVER_COMMITTED,
     PLAIN_PREFILL,
     PREFILLS,
     PRODUCTION_INDEX,
+    PRODUCTION_INDEX_SIZES,
     SLOTS_BY_STEP,
 )
 from nsa_oracle.harness.scenarios.goal import (
@@ -140,7 +142,7 @@ def _of_layers(scale: Scale) -> Iterator[Want]:
     yield Want("32 heads or more, FP8 cache", {**many_heads, "kv_cache_dtype": (KVCacheDtype.FP8,)})
     yield Want("far slots", {"far_slots": (True,)})
     several_tiles = {"max_context_len": _more_than(scale.max_context_lens, 4 * 64)}
-    index = {"index_n_heads": (64,), "index_head_dim": (128,), "page_size": (64,)}
+    index = {name: (size,) for name, size in PRODUCTION_INDEX_SIZES.items()}
     yield Want(PRODUCTION_INDEX, {**index, **several_tiles})
     yield Want("more keys than K", {**_around(scale, "index_topk", 1), LENGTH: ("K+1",)})
     parts = {
@@ -259,9 +261,8 @@ def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
         if not prefix:
             yield Want(name, place, (mode,))
             yield Want(f"second backend, {mode.value} eagerly", {**place, NEIGHBOUR: ("alike",)}, (mode,))
-            if mode not in (ForwardMode.DECODE, ForwardMode.IDLE):
-                several = {**place, "num_steps": _steps(scale, 2)}
-                yield Want(f"no host mirror, {mode.value} eagerly", {**several, **without_mirror}, (mode,))
+            if (eagerly := f"no host mirror, {mode.value} eagerly") in NO_MIRROR:
+                yield Want(eagerly, {**place, "num_steps": _steps(scale, 2), **without_mirror}, (mode,))
 
 
 def _prefills(scale: Scale, prefix: str) -> Iterator[Want]:

@@ -1,4 +1,4 @@
-"""Functions of Gluon, Triton's lower-level language, that are called differently from Triton 3.7 on."""
+"""Functions of Gluon, Triton's lower-level language, that have other names from Triton 3.7 on."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ from nsa_oracle.optimized.kernels.indexer import RUNTIME
 TILE = gl.constexpr(64)  # tokens of one product
 HEADS = gl.constexpr(64)
 DIM = gl.constexpr(128)
-NUM_WARPS = 4  # as the layouts below assume
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 KEYS = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
 QUERIES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-# Where each bit of the number of a register, a lane and a warp leads: [token, dimension]. Four neighbouring lanes read
-# 64 bytes of one key; the halves of every second key change places, so that eight lanes access different banks.
+# Layouts of four warps. READS: where each bit of the number of a register, a lane and a warp leads: [token, dimension].
+# Four neighbouring lanes read 64 bytes of one key; the halves of every second key change places (RING), so that eight
+# lanes access different banks.
 READS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0], [0, 64]],
