@@ -12,7 +12,7 @@ import torch
 from nsa_oracle.harness.graphs.allocator import SHARED_POOL, Allocator
 from nsa_oracle.harness.graphs.driver import MemoryAt
 
-MOST_SPOILED_BYTES = 1 << 31  # for one call: bounds the time, and is more than any case leaves free
+MOST_SPOILED_BYTES = 1 << 31  # for one call: bounds the time
 _WORD = 4
 
 
@@ -20,10 +20,11 @@ def spoil_free_blocks(allocator: Allocator, own_pool: tuple[int, int], device: t
     """Fill free blocks with the int32 ``value`` on the current stream, and return the number of bytes written.
 
     The blocks are those that an allocation on this stream could get without waiting, and the free blocks of
-    ``own_pool``, which belong to one graph alone and hold nothing between its replays.
+    ``own_pool``, which belong to one graph alone and hold nothing between its replays. The graph's own come first,
+    then the small ones: what a process of many cases has left free may be more than one call fills.
     """
     stream, spoiled = torch.cuda.current_stream(device).cuda_stream, 0
-    for block in allocator.blocks:
+    for block in sorted(allocator.blocks, key=lambda block: (block.pool != own_pool, block.size)):
         shared = block.pool == SHARED_POOL and block.stream == stream
         if block.free and (shared or block.pool == own_pool) and spoiled + block.size <= MOST_SPOILED_BYTES:
             words = torch.as_tensor(MemoryAt(block.address, block.size // _WORD, "<i4"), device=device)

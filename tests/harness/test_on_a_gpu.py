@@ -27,6 +27,7 @@ from nsa_oracle.harness.checks.variants import VariantCounter
 from nsa_oracle.harness.commands.sanitizer import Tool, find_sanitizer, sanitize
 from nsa_oracle.harness.engine.stress import Delivery, late_inputs, slow_side_streams
 from nsa_oracle.harness.errors import ScenarioError
+from nsa_oracle.harness.graphs import free_memory
 from nsa_oracle.harness.graphs.allocator import Allocator
 from nsa_oracle.harness.graphs.cuda import CudaCapturedGraph, CudaGraphRunner
 from nsa_oracle.harness.graphs.driver import MemoryAt, driver_bindings
@@ -210,6 +211,17 @@ class TestFreeMemory:
         out.zero_()
         graph.replay()
         assert out.eq(4.0).all()
+
+    def test_scratch_of_a_graph_comes_before_other_free_memory(
+        self, capture: Capture, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ones, addresses = [torch.ones(1 << 16, device=gpu)], list[int]()
+        graph = capture(lambda: addresses.append((ones[0] * 3).data_ptr()))
+        graph.replay()
+        ones.clear()  # a free block of the common pool
+        monkeypatch.setattr(free_memory, "MOST_SPOILED_BYTES", 2 << 20)  # a segment of the pool: the scratch, freed
+        graph.spoil(7)
+        assert torch.as_tensor(MemoryAt(addresses[-1], 1 << 16, "<i4"), device=gpu).eq(7).all()
 
 
 class TestStreams:

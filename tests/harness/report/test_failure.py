@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +70,10 @@ def test_the_line_of_a_backend_in_a_test_module_works_as_it_is(tmp_path: Path) -
         str(tmp_path),
         "in here",
     ]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the package need not be installed
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=here, capture_output=True, text=True)
+    done = run(words)
     line = next(line for line in done.stdout.splitlines() if line.startswith("replay: "))
-    again = subprocess.run(line.removeprefix("replay: "), shell=True, cwd=tmp_path, capture_output=True, text=True)
+    again = run(line.removeprefix("replay: "), shell=True)
     assert again.returncode == 1, again.stderr
     assert "ORACLE FAILURE  wrong value: cache_seqlens_int32" in again.stdout
