@@ -28,6 +28,7 @@ class Scale:
     max_rows: int  # of one request over all draft steps
     crowds: tuple[int, ...]  # numbers of requests that may join at once, besides 1
     parts: tuple[int, ...]  # multiprocessors or parts that a schedule is dealt over; 0: no schedule
+    parts_if_required: tuple[int, ...] = ()  # drawn only for a subject that allows none of those
     layers: tuple[Sizes, ...] = ()  # alternative sizes of the layer behind the metadata; empty: metadata alone
     page_sizes: tuple[int, ...] = (1, 16, 32, 64)
     index_topks: tuple[int, ...] = (4, 8, 17, 64, 200, 2048)
@@ -74,8 +75,8 @@ class Scale:
             "num_steps": self.num_steps,
             "num_draft_tokens": self.num_draft_tokens,
             "step_semantics": tuple(StepSemantics),
-            "paged_mqa_num_sms": self.parts,
-            "flashmla_num_sm_parts": self.parts,
+            "paged_mqa_num_sms": (*self.parts, *self.parts_if_required),
+            "flashmla_num_sm_parts": (*self.parts, *self.parts_if_required),
             "pool_size": (*self.pools, *((self.throng + 2,) if self.throng else ())),
             "page_layout": tuple(PageLayout),
             "reuse": tuple(Reuse),
@@ -135,6 +136,7 @@ SMALL_LAYER = Scale(
     max_rows=6,
     crowds=(2,),
     parts=(0,),
+    parts_if_required=SMALL.parts[1:],
     layers=(
         *4
         * (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nsa_oracle.harness import record
+from nsa_oracle.harness.recorder import staging
 from nsa_oracle.harness.recorder.wrapper import flush
 from nsa_oracle.reference.types import ForwardBatch, ForwardMode, SpecInfo
 from tests.support.recordings import Spy, lines
@@ -23,9 +24,15 @@ def batch(numbers: torch.Tensor) -> ForwardBatch:
     return ForwardBatch(ForwardMode.DRAFT_EXTEND, len(numbers), numbers - 1, numbers, mirror, 3, spec_info=accepted)
 
 
-@pytest.mark.parametrize("count", [1, 3, 1024, 5000])
-def test_numbers_are_those_of_the_call(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_torch", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 500, 1024, 5000])
+def test_numbers_are_those_of_the_call(
+    count: int, by_torch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine overwrites its tensors behind the call, in stream order."""
+    assert staging._gather(0) is not None
+    if by_torch:
+        monkeypatch.setattr(staging, "_gather", lambda device: None)
     pool = torch.arange(6000 * 8, dtype=torch.int32, device=CUDA).view(6000, 8)
     wrapped: Any = record(Spy(), tmp_path / "r.jsonl", req_to_token=pool, tables="whole" if count < 10 else "none")
     numbers = torch.zeros(count, dtype=torch.int64, device=CUDA)
@@ -45,6 +52,29 @@ def test_numbers_are_those_of_the_call(count: int, tmp_path: Path) -> None:
         assert line["accept_lengths"] == [number % 2 for number in wanted]
         if count < 10:
             assert line["table"] == [[[8 * (number - 1), 8]] for number in wanted]
+
+
+def test_strided_and_odd_tensors_are_copied_with_the_others(tmp_path: Path) -> None:
+    copies = staging.Staging().copies(
+        {
+            "strided": torch.arange(10, device=CUDA)[::2],
+            "bytes": torch.arange(3, dtype=torch.uint8, device=CUDA),
+            "empty": torch.empty(0, dtype=torch.int32, device=CUDA),
+            "host": torch.arange(2),
+            **{str(number): torch.full((2,), number, device=CUDA) for number in range(6)},
+        }
+    )
+    torch.cuda.synchronize()
+    done, numbers = copies
+    assert done()
+    found = {name: tensor.tolist() for name, tensor in numbers().items()}
+    assert found == {
+        "strided": [0, 2, 4, 6, 8],
+        "bytes": [0, 1, 2],
+        "empty": [],
+        "host": [0, 1],
+        **{str(number): [number, number] for number in range(6)},
+    }
 
 
 def test_the_host_does_not_wait(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_limits_on_the_pool_leave_the_requests_that_fit() -> None:
     assert max(size for drawn in stream(small, DEV.cases) for _, size in calls(drawn.scenario)) > 8
 
 
+def test_a_layer_is_drawn_without_a_schedule_unless_the_backend_has_one() -> None:
+    assert {drawn.scenario.setup.paged_mqa_num_sms for drawn in stream(SMALL_LAYER, 20)} == {0}
+    required = restricted(SMALL_LAYER, limits(paged_mqa_num_sms=(3, 6, 132)))
+    assert {drawn.scenario.setup.paged_mqa_num_sms for drawn in stream(required, 20)} == {3, 6}
+
+
 def test_dev_prefills_through_the_layer() -> None:
     prefills = [
         event
