@@ -159,6 +159,8 @@ def surveyed_backend(
         try:
             with ended_by_a_signal():
                 for file, case in known[now.known :]:
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
                     now.known += 1
                     if not skip_unfit:
                         survey.subject.check(case, file)

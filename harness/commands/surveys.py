@@ -23,7 +23,7 @@ from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted, one_line
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.text import not_judged
-from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder, load
+from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder, load, shipped_cases
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound
@@ -39,11 +39,15 @@ def survey(
     backend: Annotated[
         str | None, typer.Option(metavar=SPEC, help="Backend to survey instead of a layer.", show_default=False)
     ] = None,
-    cases: Annotated[int, typer.Option(min=0, help="Number of cases to draw; 0: those of --case alone.")] = 100,
+    cases: Annotated[int, typer.Option(min=0, help="Number of cases to draw; 0: saved ones alone.")] = 100,
     case: Annotated[
         list[Path] | None,
-        typer.Option(help="Survey a backend on this saved case, too; may be repeated.", show_default=False),
+        typer.Option(
+            help="Survey a backend on this saved case first, instead of on those of the package; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
+    saved: Annotated[bool, typer.Option(help="Survey a backend on the saved cases of the package first.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")] = 0,
     device: DeviceOption = Device.AUTO,
     budget: Annotated[float | None, typer.Option(min=0, help="Time limit of the survey.", metavar="SECONDS")] = None,
@@ -62,8 +66,8 @@ def survey(
         raise unusable("survey: name one of --layer and --backend")
     if case and backend is None:
         raise unusable("survey: --case is for a backend; replay a case of a layer")
-    if not cases and not case:
-        raise unusable("survey: --cases 0 surveys nothing but what --case names; give a number, or saved cases")
+    if not cases and not case and (backend is None or not saved):
+        raise unusable("survey: --cases 0 surveys nothing but saved cases of a backend, of which there are none")
     try:
         check_folder(save, "--save")
     except ScenarioError as error:
@@ -85,8 +89,10 @@ def survey(
                 done = surveyed(layer, device, cases, seed, deadline, show_progress, limit)
             else:
                 assert backend is not None
-                known = [(file, _without_layer(file)) for file in case or ()]
-                done = surveyed_backend(backend, device, cases, seed, deadline, show_progress, known, timeout=limit)
+                known = [(file, _without_layer(file)) for file in case or ()] or (shipped_cases() if saved else [])
+                done = surveyed_backend(
+                    backend, device, cases, seed, deadline, show_progress, known, skip_unfit=not case, timeout=limit
+                )
         found, left_out, interrupted = done.found, done.left_out, done.interrupted
 
         def command(file: Path) -> str:

@@ -31,6 +31,13 @@ PAIRS = (  # two calls of which the second shows what the first left behind
     "small after large in one bucket",
     "smaller draft extend, other accepts",
 )
+# Two replays of one graph that differ in one thing alone, which a backend may have left out of what it compares.
+ONE_DIFFERENCE = (
+    *("same lengths, other accepts", "other pages between the same ends"),
+    "a length grown within its page",
+)
+MANY_REPLAYS = 128
+OFTEN_REPLAYED = f"more than {MANY_REPLAYS} replays of one graph"
 ROWS_OF_STEPS = (
     *(f"replay {mode.value}, N > 1" for mode in GRAPH_MODES),
     *(f"eager {mode.value}, N > 1" for mode in ForwardMode if mode is not ForwardMode.IDLE),
@@ -104,7 +111,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *(*COMPANY, *IN_COMPANY, *NO_MIRROR),
-    *CYCLES,
+    *(*CYCLES, *ONE_DIFFERENCE, OFTEN_REPLAYED),
     *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS, PLAIN_PREFILL),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,12 +20,15 @@ from nsa_oracle.harness.scenarios.classes import (
     MANY_HEADS,
     MANY_KEYS,
     MANY_NEW,
+    MANY_REPLAYS,
     MANY_STEPS,
     MANY_SUMMED,
     MIXED,
     MQA_SEGMENT,
     NO_MIRROR,
     NO_NEW_TOKEN,
+    OFTEN_REPLAYED,
+    ONE_DIFFERENCE,
     OVER_COMMITTED,
     PAIRS,
     PLAIN_PREFILL,
@@ -168,7 +172,7 @@ def _visited(scenario: Scenario) -> Iterator[str]:
         used_pages |= held
         used_rows |= {r.pool_row for r in world.running}
     yield from _sequence_classes(ran)
-    yield from _pair_classes(calls)
+    yield from _pair_classes(calls, setup.page_size)
     if setup.paged_mqa_num_sms > 1:
         yield from _idle_classes(calls)
 
@@ -377,14 +381,23 @@ def _idle_classes(calls: Sequence[_Call]) -> Iterator[str]:
             longest[call.bucket] = max(call.batch.seq_lens, default=0)
 
 
-def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
+def _pair_classes(calls: Sequence[_Call], page_size: int) -> Iterator[str]:
     last: dict[tuple[ForwardMode, int | None], _Call] = {}
+    replayed: Counter[tuple[ForwardMode, int | None]] = Counter()
     for call in calls:
         before = last.get(call.kind)
         last[call.kind] = call
-        if before is None or not call.batch.size:
+        if not call.batch.size:
+            continue
+        if call.bucket is not None:
+            replayed[call.kind] += 1
+            if replayed[call.kind] > MANY_REPLAYS:
+                yield OFTEN_REPLAYED
+        if before is None:
             continue
         now, then = call.batch, before.batch
+        if call.bucket is not None and now.pool_rows == then.pool_rows:
+            yield from _one_difference(call, before, page_size)
         if (now.seq_lens, now.accept_lengths) == (then.seq_lens, then.accept_lengths) and call.pages != before.pages:
             yield PAIRS[0]
             if call.bucket is None:
@@ -400,6 +413,22 @@ def _pair_classes(calls: Sequence[_Call]) -> Iterator[str]:
             yield "small after large in one bucket"
             if now.mode is ForwardMode.DRAFT_EXTEND and now.accept_lengths != then.accept_lengths[: now.size]:
                 yield "smaller draft extend, other accepts"
+
+
+def _one_difference(call: _Call, before: _Call, page_size: int) -> Iterator[str]:
+    """Classes of two replays of one graph for the same requests."""
+    lengths, lengths_before = call.batch.seq_lens, before.batch.seq_lens
+    if lengths != lengths_before:
+        if call.pages == before.pages and max(lengths) == max(lengths_before):
+            yield ONE_DIFFERENCE[2]
+        return
+    same_accepts = call.batch.accept_lengths == before.batch.accept_lengths
+    if call.batch.mode is ForwardMode.DRAFT_EXTEND and call.pages == before.pages and not same_accepts:
+        yield ONE_DIFFERENCE[0]
+    for now, then, length in zip(call.pages, before.pages, lengths, strict=True):
+        last = -(-length // page_size) - 1
+        if same_accepts and (now[0], now[last]) == (then[0], then[last]) and now[:last] != then[:last]:
+            yield ONE_DIFFERENCE[1]
 
 
 def _few_or_many(number: int) -> str:

@@ -44,6 +44,12 @@ def corpus(device: torch.device, folder: Path = CORPUS) -> list[Path]:
     return [file for each in folders for file in sorted(each.glob("*.json"))]
 
 
+def shipped_cases() -> list[tuple[Path, Scenario]]:
+    """The saved cases of metadata alone that come with the package, with their files: what chance rarely draws."""
+    loaded = [(file, load(file)) for file in sorted((Path(__file__).parents[1] / "cases").glob("*.json"))]
+    return [(file, case) for file, case in loaded if case.setup.layer is None]
+
+
 def save(scenario: Scenario, path: Path) -> None:
     """Write the scenario to ``path`` atomically."""
     replace_file(path, to_json(scenario))

@@ -24,6 +24,8 @@ from nsa_oracle.harness.scenarios.classes import (
     MQA_SEGMENT,
     NO_MIRROR,
     NO_NEW_TOKEN,
+    OFTEN_REPLAYED,
+    ONE_DIFFERENCE,
     OVER_COMMITTED,
     PLAIN_PREFILL,
     PREFILLS,
@@ -117,6 +119,7 @@ def _steps(scale: Scale, least: int) -> tuple[int, ...]:
 def _of_metadata(scale: Scale, switches: Switches) -> Iterator[Want]:
     yield from _segments(scale)
     yield from _pairs(scale, "")
+    yield from _one_difference(scale)
     yield from _steps_of_modes(scale, "")
     yield from _prefills(scale, "")
     yield from _occupancy(scale)
@@ -230,6 +233,33 @@ def _pairs(scale: Scale, prefix: str) -> Iterator[Want]:
         yield Want(name, pins, (ForwardMode.DRAFT_EXTEND,))
 
 
+def _one_difference(scale: Scale) -> Iterator[Want]:
+    limits = scale.limits
+    accepts, pages, length = ONE_DIFFERENCE
+    ordered: Pins = {ORDER: (Order.JOINED, Order.REVERSED), LENGTH: OWN}
+    drafts = _more_than(scale.num_draft_tokens, 1)
+    yield Want(accepts, {SITUATION: (accepts,), "num_draft_tokens": drafts, **ordered}, (ForwardMode.DRAFT_EXTEND,))
+    several = _more_than(scale.pools, 1)
+    page = min(limits.of("page_size", scale.page_sizes), default=1)
+    widths = _more_than(scale.max_context_lens, 2 * page + 1 + MOST_DRAWN)
+    between: Pins = {"page_size": (page,), "max_context_len": widths, "pool_size": several, **ordered}
+    for name in (pages, "shared prefix"):
+        yield Want(name, {SITUATION: (pages,), **between})
+    within: Pins = {"page_size": _more_than(scale.page_sizes, 1), "pool_size": several, MIRROR: (Mirror.EQUAL,)}
+    yield Want(length, {SITUATION: (length,), **within, **ordered})
+    # The smallest sizes, because it is long.
+    small = {
+        name: tuple(sorted(limits.of(name, choices))[:1])
+        for name, choices in (
+            ("max_context_len", scale.max_context_lens),
+            ("num_steps", scale.num_steps),
+            ("num_draft_tokens", scale.num_draft_tokens),
+        )
+    }
+    for name in (OFTEN_REPLAYED, "batch fills bucket"):
+        yield Want(name, {SITUATION: ("often replayed",), "pool_size": several, **small, **ordered})
+
+
 def _steps_of_modes(scale: Scale, prefix: str) -> Iterator[Want]:
     without_mirror: Pins = {MIRROR: (Mirror.ABSENT,), "drive": (Drive.MULTI_STEP,)}
     for mode in GRAPH_MODES:
@@ -292,7 +322,6 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
     mode = ForwardMode.DECODE
     yield Want("eager call padded", {SITUATION: (f"eager {mode.value}",), **several}, (mode,))
     yield Want("padding of length 0", {SITUATION: ("replay, padded",), "padding_len": (0,)})
-    yield Want("batch fills bucket", {SITUATION: ("replay, full",)})
     yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
     for name in ("batch empty", "graph empty after requests"):
         yield Want(name, {SITUATION: ("graph empty after requests",)})
@@ -328,7 +357,6 @@ def _histories(scale: Scale) -> Iterator[Want]:
         "max_context_len": _more_than(scale.max_context_lens, 16 + MOST_DRAWN),
         LENGTH: OWN,
     }
-    yield Want("shared prefix", {SITUATION: ("shared prefix",), **full_pages})
     yield Want("prefix re-mapped", {SITUATION: ("prefix re-mapped",), **full_pages})
     long = _more_than(scale.max_context_lens, COPY_CHUNK + MOST_DRAWN)
     yield Want("several copy chunks", {SITUATION: ("several copy chunks",), "max_context_len": long, LENGTH: OWN})

@@ -180,6 +180,11 @@ class Script:
         self.add(call)
         return call
 
+    def call(self, order: Order | None = None) -> Replay | Eager:
+        """A replay if the limits allow one, else an eager call. order: None if any will do."""
+        mode = self.graph_mode()
+        return self.eager(self.eager_mode(), order=order) if mode is None else self.replay(mode, order=order)
+
     def again(self, call: Replay | Eager) -> None:
         """The same call once more."""
         self.add(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from nsa_oracle.harness.scenarios import calls_again
 from nsa_oracle.harness.scenarios.classes import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Remap, Replay
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
@@ -12,7 +13,6 @@ from nsa_oracle.harness.scenarios.setup import Order
 from nsa_oracle.reference.types import ForwardMode
 
 DECODE, DRAFT_EXTEND, EXTEND = ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND
-_SAME_EACH_TIME = (Order.JOINED, Order.REVERSED)
 
 
 def _replayed(mode: ForwardMode, script: Script) -> None:
@@ -41,12 +41,6 @@ def _called(mode: ForwardMode, script: Script) -> None:
     limits = script.scale.limits
     if mode is ForwardMode.IDLE and limits.empty_batches and EXTEND in limits.modes:
         script.eager(EXTEND)  # of no request: no padding makes up for it, as it may in the call before
-
-
-def _call(script: Script, order: Order | None = None) -> Replay | Eager:
-    """A replay if the limits allow one, else an eager call. order: None if any will do."""
-    mode = script.graph_mode()
-    return script.eager(script.eager_mode(), order=order) if mode is None else script.replay(mode, order=order)
 
 
 def _cached_prefixes(script: Script) -> None:
@@ -111,99 +105,13 @@ def _long_prefill(script: Script) -> None:
     script.eager(EXTEND, script.pick(((1,), (2, 1), (1, 3))))
 
 
-def _same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
-    script.fill()
-    order = _same_order(script)
-    call = script.eager(script.eager_mode(), order=order) if eager else _call(script, order=order)
-    running = script.running
-    moving = script.pick(("all", "last", "first pages"))
-    if moving == "first pages" and len(running) > 1 and running[0].seq_len >= script.setup.page_size:
-        script.add(Remap(request=len(running) - 1, prefix_of=0, prefix_pages=1))
-    else:
-        count = len(running) if moving == "all" else 1
-        lengths = [request.seq_len for request in running[-count:]]
-        script.finish(len(running) - count, count)  # each time, the next one has that index
-        for length in lengths:
-            script.join(length)
-    script.again(call)
-
-
-def _same_order(script: Script) -> Order:
-    wanted = [order for order in script.goal.of("order") if order in _SAME_EACH_TIME]
-    return Order(script.pick(wanted or _SAME_EACH_TIME))
-
-
-def _row_grown_on_other_pages(script: Script) -> None:
-    limit = script.setup.max_seq_len
-    script.fill()
-    last = script.running[-1].seq_len
-    if last == limit and limit > 1:
-        script.finish(len(script.running) - 1)
-        last = script.pick((1, limit // 2, limit - 1))
-        script.join(last)
-    call = _call(script)
-    script.finish(len(script.running) - 1)
-    script.join(script.pick((last + 1, limit, (last + limit + 1) // 2)))
-    script.again(call)
-
-
-def _longest_leaves(script: Script) -> None:
-    for _ in range(script.most - 1 - len(script.running)):
-        script.join(min(script.first_length(), script.setup.max_seq_len - 1))
-    script.join(max((request.seq_len for request in script.running), default=0) + script.pick((1, 70)))
-    mode = script.eager_mode()
+def _padded(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(max(1, script.most - script.pick((1, 2))))
     script.accept_before(mode)
-    call = script.eager(mode)
-    lengths = [request.seq_len for request in script.running]
-    if lengths:
-        script.finish(lengths.index(max(lengths)))
-    script.again(call)
-
-
-def _small_after_large(script: Script) -> None:
-    mode = script.graph_mode()
-    if mode is None:
-        return
-    script.fill(least=2)
-    call = script.replay(mode)
-    script.finish(script.pick(range(len(script.running))), script.pick(range(1, max(2, len(script.running)))))
-    script.again(call)
-
-
-def _small_large_small(script: Script) -> None:
-    mode = script.graph_mode()
-    if mode is None:
-        return
-    script.fill(1)
-    for bucket in {1, script.most}:
-        script.graph(mode, bucket, exact=True)
-    script.replay(mode)
-    script.fill(least=2)
-    script.replay(mode)
-    script.finish(0, script.pick(range(1, max(2, len(script.running)))))
-    script.replay(mode)
-
-
-def _smaller_draft_extend(script: Script) -> None:
-    script.fill(least=2)
-    script.accept()
-    call = script.replay(DRAFT_EXTEND)
-    script.finish(script.pick(range(len(script.running))))
-    drafts = script.setup.num_draft_tokens
-    others = tuple((request.accept_length + script.pick((1, 2))) % (drafts + 1) for request in script.running)
-    if others:
-        script.accept(others)
-    script.again(call)
-
-
-def _padded(full: bool, script: Script) -> None:
-    mode = script.graph_mode()
-    if mode is None:
-        return
-    script.fill(None if full else max(1, script.most - script.pick((1, 2))))
-    script.accept_before(mode)
-    size = len(script.running)
-    script.replay(mode, script.graph(mode, size if full else max(size + 1, script.most), exact=full))
+    script.replay(mode, script.graph(mode, max(len(script.running) + 1, script.most)))
 
 
 def _outgrown(script: Script) -> None:
@@ -244,14 +152,14 @@ def _accepts(script: Script) -> None:
     drafts = script.setup.num_draft_tokens
     script.fill(least=2)
     script.accept((1, drafts))
-    _call(script)
+    script.call()
     script.accept((script.pick(range(2, drafts)) if drafts > 2 else 1, 0))
-    _call(script)
+    script.call()
 
 
 def _crowd(least: int, most: int, script: Script) -> None:
     script.fill(script.pick(range(least, max(least, min(most, script.most)) + 1)))
-    _call(script)
+    script.call()
 
 
 def _throng(script: Script) -> None:
@@ -305,10 +213,10 @@ def _serving_cycle(script: Script) -> None:
 
 def _recycled(script: Script) -> None:
     script.fill()
-    _call(script)
+    script.call()
     script.finish(script.pick(range(len(script.running))))
     script.join()
-    _call(script)
+    script.call()
 
 
 def _full_page(script: Script) -> int:
@@ -316,16 +224,10 @@ def _full_page(script: Script) -> int:
     return max(script.first_length(), script.setup.page_size)
 
 
-def _shared_prefix(script: Script) -> None:
-    script.join(_full_page(script))
-    script.join(_full_page(script), prefix_of=0)
-    _call(script)
-
-
 def _remapped(script: Script) -> None:
     script.join(_full_page(script))
     script.join(_full_page(script))
-    call = _call(script)
+    call = script.call()
     script.add(Remap(request=1, prefix_of=0, prefix_pages=script.pick((1, 2))))
     script.again(call)
 
@@ -333,7 +235,7 @@ def _remapped(script: Script) -> None:
 def _long(script: Script) -> None:
     limit = script.setup.max_seq_len
     script.join(script.pick((COPY_CHUNK + 1, limit, (COPY_CHUNK + limit) // 2)))
-    _call(script)
+    script.call()
 
 
 def _wide(script: Script) -> None:
@@ -367,12 +269,16 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "several segments": _several_segments,
     "steps cross a paged-MQA segment": partial(_crossed, MQA_SEGMENT),
     "steps cross a FlashMLA block": partial(_crossed, FLASHMLA_BLOCK),
-    "same batch on other pages": _same_batch_on_other_pages,
-    "same batch on other pages, eager": partial(_same_batch_on_other_pages, eager=True),
-    "row grown on other pages": _row_grown_on_other_pages,
-    "eager after the longest left": _longest_leaves,
-    "small after large in one bucket": _small_after_large,
-    "smaller draft extend, other accepts": _smaller_draft_extend,
+    "same batch on other pages": calls_again.same_batch_on_other_pages,
+    "same batch on other pages, eager": partial(calls_again.same_batch_on_other_pages, eager=True),
+    "row grown on other pages": calls_again.row_grown_on_other_pages,
+    "eager after the longest left": calls_again.longest_leaves,
+    "small after large in one bucket": calls_again.small_after_large,
+    "smaller draft extend, other accepts": calls_again.smaller_draft_extend,
+    "same lengths, other accepts": calls_again.other_accepts,
+    "other pages between the same ends": calls_again.same_ends,
+    "a length grown within its page": calls_again.grown_within_its_page,
+    "often replayed": calls_again.often_replayed,
     **{f"replay {mode.value}": partial(_replayed, mode) for mode in GRAPH_MODES},
     **{f"eager {mode.value}": partial(_called, mode) for mode in ForwardMode if mode is not EXTEND},
     "cached prefixes": _cached_prefixes,
@@ -381,26 +287,24 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "prefills": _prefills,
     "batch of 5..8": partial(_crowd, 5, 8),
     "batch of more than 8": _throng,
-    "replay, padded": partial(_padded, False),
-    "replay, full": partial(_padded, True),
+    "replay, padded": _padded,
     "outgrown": _outgrown,
     "graph empty after requests": _emptied,
     "nothing accepted": _nothing_accepted,
     "accepts": _accepts,
     "all accepted": _all_accepted,
-    "small, large, small": _small_large_small,
+    "small, large, small": calls_again.small_large_small,
     "mode change": _two_modes,
     "recycled": _recycled,
     "serving cycle": _serving_cycle,
-    "shared prefix": _shared_prefix,
     "prefix re-mapped": _remapped,
     "several copy chunks": _long,
     "wide rows": _wide,
     "chunks": _chunks,
 }
 HAPPENINGS = (  # those that can occur in any history
-    _same_batch_on_other_pages,
-    _row_grown_on_other_pages,
-    _longest_leaves,
-    _small_after_large,
+    calls_again.same_batch_on_other_pages,
+    calls_again.row_grown_on_other_pages,
+    calls_again.longest_leaves,
+    calls_again.small_after_large,
 )

@@ -20,8 +20,8 @@ print(json.dumps({module.__name__: module.__file__ for module in modules}))
 
 
 def modules(folder: Path) -> set[str]:
-    """The Python files, C headers and templates of a folder of the checkout, as paths within its parent."""
-    files = [*folder.rglob("*.py"), *folder.rglob("*.h"), *folder.rglob("templates/*")]
+    """The Python files, C headers, templates and cases of a folder of the checkout, as paths within its parent."""
+    files = [*folder.rglob("*.py"), *folder.rglob("*.h"), *folder.rglob("templates/*"), *folder.glob("cases/*.json")]
     return {path.relative_to(folder.parent).as_posix() for path in files}
 
 
@@ -47,3 +47,5 @@ def test_its_command_line_works_beside_them(site: Path, tmp_path: Path) -> None:
     note = json.loads(CASE.read_text(encoding="utf-8"))["note"]
     assert reported.splitlines()[0] == note
     assert "Replay" in reported
+    count = run(site, tmp_path, "-c", "from nsa_oracle.harness.scenarios.files import *; print(len(shipped_cases()))")
+    assert int(count) > 60

@@ -66,7 +66,7 @@ class DiesAtOnce(MultiStepBackend):
 
 def test_survey_of_a_backend_goes_on_behind_a_case_that_ends_its_process(tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text(BACKEND_DIES)
-    words = ("--backend", "dies:Dies", "--cases", "4", "--device", "cpu", "--json", "rows.json")
+    words = ("--backend", "dies:Dies", "--no-saved", "--cases", "4", "--device", "cpu", "--json", "rows.json")
     done = harness("survey", *words, cwd=tmp_path)
     assert done.returncode == FAILS, done.stdout + done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
@@ -100,7 +100,7 @@ class DiesLater(StaleTable):
 
 def test_a_backend_that_ends_the_process_while_a_case_is_made_smaller_keeps_its_rows(tmp_path: Path) -> None:
     (tmp_path / "later.py").write_text(DIES_LATER)
-    words = ("--backend", "later:DiesLater", "--cases", "2", "--device", "cpu", "--json", "rows.json")
+    words = ("--backend", "later:DiesLater", "--no-saved", "--cases", "2", "--device", "cpu", "--json", "rows.json")
     done = harness("survey", *words, cwd=tmp_path)
     assert done.returncode == FAILS, done.stdout + done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["broken"]}
@@ -222,7 +222,7 @@ def test_survey_needs_one_subject() -> None:
 
 
 def test_survey_of_a_backend_saves_a_case_that_its_command_replays(tmp_path: Path) -> None:
-    words = ("survey", "--device", "cpu", "--cases", "6", "--save", str(tmp_path / "cases"))
+    words = ("survey", "--device", "cpu", "--no-saved", "--cases", "6", "--save", str(tmp_path / "cases"))
     done = harness(*words, "--backend", "tests.support.backends.declared:StaleTable", cwd=tmp_path)
     assert done.returncode == FAILS, done.stdout + done.stderr
     assert re.search(r"^\d+ rows, [\d,]+ checks$", done.stdout, re.MULTILINE)
@@ -275,7 +275,7 @@ def test_saved_cases_are_surveyed_too(tmp_path: Path) -> None:
     file = saved(tmp_path, one_replay(DECODE))
     words = ("--backend", "tests.support.backends.declared:StaleTable", "--cases", "1", "--device", "cpu")
     checked = []
-    for more in ((), ("--case", str(file))):
+    for more in (("--no-saved",), ("--case", str(file))):
         done = harness("survey", *words, *more, "--json", "rows.json", cwd=tmp_path)
         assert done.returncode == FAILS, done.stdout + done.stderr
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -292,10 +292,35 @@ def test_saved_cases_alone_are_surveyed_without_a_drawn_one(tmp_path: Path) -> N
     assert written["cases"] == 0
     (row,) = (row for row in written["rows"] if row["name"] == "cache_seqlens_int32")
     assert (row["mode"], row["checked"]) == ("DECODE", 1)
-    for nothing in (words, ("survey", *none, "--layer", "docs.examples.my_layer:MyAttention")):
-        assert_one_line_error(
-            harness(*nothing), "survey: --cases 0 surveys nothing but what --case names; give a number"
-        )
+    for nothing in ((*words, "--no-saved"), ("survey", *none, "--layer", "docs.examples.my_layer:MyAttention")):
+        assert_one_line_error(harness(*nothing), "survey: --cases 0 surveys nothing but saved cases of a backend")
+
+
+RARELY_RIGHT = """
+from nsa_oracle.optimized.multi_step import MultiStepBackend
+
+class TablesOf200Requests(MultiStepBackend):
+    modes = ("DECODE", "EXTEND")
+
+    def init_forward_metadata(self, batch):
+        super().init_forward_metadata(batch)
+        if batch.batch_size > 200:
+            for step in self.attn_backends:
+                step.forward_metadata.page_table_1[200:] = 0
+"""
+
+
+def test_a_survey_of_a_backend_begins_with_the_cases_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "rarely.py").write_text(RARELY_RIGHT)
+    words = ("survey", "--cases", "0", "--device", "cpu", "--backend", "rarely:TablesOf200Requests")
+    done = harness(*words, "--json", "rows.json", cwd=tmp_path)
+    assert done.returncode == FAILS, done.stdout + done.stderr
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["cases"] == 0
+    broken = {(row["call"], row["mode"], row["name"]) for row in written["rows"] if row["broken"]}
+    assert broken == {
+        ("eager", mode, name) for mode in ("DECODE", "EXTEND") for name in ("page_table_1", "real_page_table")
+    }
 
 
 def test_saved_cases_behind_one_that_ends_its_process_are_surveyed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL, PLAIN_PREFILL, PRODUCTION_INDEX
 from nsa_oracle.harness.scenarios.coverage import classes_of
-from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay
+from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay, SetLengths
 from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Order, Reuse
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
@@ -74,6 +74,42 @@ def test_smaller_draft_extend_with_other_accepts() -> None:
     assert name in visited(*DRAFTS, accepts, replay, Finish(request=0), replay), "those of the other request"
     assert name not in visited(*DRAFTS, accepts, replay, Finish(request=1), replay)
     assert name not in visited(*DRAFTS, accepts, replay, others, replay)
+
+
+def test_same_lengths_with_other_accepts() -> None:
+    name, replay = "same lengths, other accepts", Replay(mode=DRAFT_EXTEND)
+    others = SetLengths(pool_rows=(0, 1), seq_lens=(3, 5), accept_lengths=(2, 1))
+    assert name in visited(*DRAFTS, replay, others, replay)
+    assert name not in visited(*DRAFTS, replay, Accept(accept_lengths=(2, 1)), replay), "the lengths grow with them"
+    none = (Accept(accept_lengths=(0,)), replay)
+    assert name not in visited(*DRAFTS, *none, *none), "the same accepts"
+    assert name not in visited(*DRAFTS, replay, others, Eager(mode=DRAFT_EXTEND)), "another call"
+
+
+def test_other_pages_between_the_same_ends() -> None:
+    name, size = "other pages between the same ends", {"page_size": 2, "max_context_len": 12}
+    first = (GRAPH, Join(seq_len=7), Join(seq_len=7, prefix_of=0), REPLAY)
+    assert name in visited(*first, Remap(request=1, prefix_of=0, prefix_pages=2), REPLAY, **size)
+    assert name in visited(*first, Remap(request=1, prefix_of=0, prefix_pages=3), REPLAY, **size)
+    assert name not in visited(*first, Remap(request=1, prefix_of=0), REPLAY, **size), "the same pages"
+    apart = (GRAPH, Join(seq_len=7), Join(seq_len=7), REPLAY)
+    assert name not in visited(*apart, Remap(request=1, prefix_of=0, prefix_pages=2), REPLAY, **size), "another first"
+
+
+def test_a_length_grown_within_its_page() -> None:
+    name, size = "a length grown within its page", {"page_size": 4, "max_context_len": 16}
+    first = (GRAPH, Join(seq_len=9), Join(seq_len=5), REPLAY)
+    assert name in visited(*first, Accept(accept_lengths=(0, 1)), REPLAY, **size)
+    assert name not in visited(*first, Accept(accept_lengths=(1, 0)), REPLAY, **size), "the longest grows"
+    tight = (GRAPH, Join(seq_len=9), Join(seq_len=8), REPLAY)
+    assert name not in visited(*tight, Accept(accept_lengths=(0, 1)), REPLAY, page_size=1, max_context_len=16)
+
+
+def test_more_replays_of_one_graph_than_a_few_bits_count() -> None:
+    name, joined = "more than 128 replays of one graph", (GRAPH, Join(seq_len=5))
+    assert name in visited(*joined, *[REPLAY] * 129)
+    assert name not in visited(*joined, *[REPLAY] * 128)
+    assert name not in visited(*joined, *[CALL] * 129), "in a graph"
 
 
 def test_prefills() -> None:

@@ -1,0 +1,149 @@
+"""Situations of a call that comes again when something, or one thing alone, has changed."""
+
+from __future__ import annotations
+
+from nsa_oracle.harness.scenarios.classes import MANY_REPLAYS
+from nsa_oracle.harness.scenarios.scenario import Remap, SetLengths
+from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
+from nsa_oracle.harness.scenarios.setup import Mirror, Order
+from nsa_oracle.reference.types import ForwardMode
+
+_SAME_EACH_TIME = (Order.JOINED, Order.REVERSED)
+
+
+def same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
+    script.fill()
+    order = _same_order(script)
+    call = script.eager(script.eager_mode(), order=order) if eager else script.call(order)
+    running = script.running
+    moving = script.pick(("all", "last", "first pages"))
+    if moving == "first pages" and len(running) > 1 and running[0].seq_len >= script.setup.page_size:
+        script.add(Remap(request=len(running) - 1, prefix_of=0, prefix_pages=1))
+    else:
+        count = len(running) if moving == "all" else 1
+        lengths = [request.seq_len for request in running[-count:]]
+        script.finish(len(running) - count, count)  # each time, the next one has that index
+        for length in lengths:
+            script.join(length)
+    script.again(call)
+
+
+def _same_order(script: Script) -> Order:
+    wanted = [order for order in script.goal.of("order") if order in _SAME_EACH_TIME]
+    return Order(script.pick(wanted or _SAME_EACH_TIME))
+
+
+def row_grown_on_other_pages(script: Script) -> None:
+    limit = script.setup.max_seq_len
+    script.fill()
+    last = script.running[-1].seq_len
+    if last == limit and limit > 1:
+        script.finish(len(script.running) - 1)
+        last = script.pick((1, limit // 2, limit - 1))
+        script.join(last)
+    call = script.call()
+    script.finish(len(script.running) - 1)
+    script.join(script.pick((last + 1, limit, (last + limit + 1) // 2)))
+    script.again(call)
+
+
+def longest_leaves(script: Script) -> None:
+    for _ in range(script.most - 1 - len(script.running)):
+        script.join(min(script.first_length(), script.setup.max_seq_len - 1))
+    script.join(max((request.seq_len for request in script.running), default=0) + script.pick((1, 70)))
+    mode = script.eager_mode()
+    script.accept_before(mode)
+    call = script.eager(mode)
+    lengths = [request.seq_len for request in script.running]
+    if lengths:
+        script.finish(lengths.index(max(lengths)))
+    script.again(call)
+
+
+def small_after_large(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(least=2)
+    call = script.replay(mode)
+    script.finish(script.pick(range(len(script.running))), script.pick(range(1, max(2, len(script.running)))))
+    script.again(call)
+
+
+def small_large_small(script: Script) -> None:
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.fill(1)
+    for bucket in {1, script.most}:
+        script.graph(mode, bucket, exact=True)
+    script.replay(mode)
+    script.fill(least=2)
+    script.replay(mode)
+    script.finish(0, script.pick(range(1, max(2, len(script.running)))))
+    script.replay(mode)
+
+
+def smaller_draft_extend(script: Script) -> None:
+    script.fill(least=2)
+    script.accept()
+    call = script.replay(ForwardMode.DRAFT_EXTEND)
+    script.finish(script.pick(range(len(script.running))))
+    drafts = script.setup.num_draft_tokens
+    others = tuple((request.accept_length + script.pick((1, 2))) % (drafts + 1) for request in script.running)
+    if others:
+        script.accept(others)
+    script.again(call)
+
+
+def other_accepts(script: Script) -> None:
+    """Two draft extends of the same requests, whose lengths and pages stay: other drafts of theirs were accepted."""
+    script.fill()
+    script.accept()
+    call = script.replay(ForwardMode.DRAFT_EXTEND, order=_same_order(script))
+    running, drafts = script.running, script.setup.num_draft_tokens
+    if running:
+        others = tuple((request.accept_length + script.pick((1, 2))) % (drafts + 1) for request in running)
+        rows, lengths = (tuple(getattr(request, name) for request in running) for name in ("pool_row", "seq_len"))
+        script.add(SetLengths(pool_rows=rows, seq_lens=lengths, accept_lengths=others))
+    script.again(call)
+
+
+def same_ends(script: Script) -> None:
+    """A request whose first page is shared gets others between that one and its last."""
+    limit, page = script.setup.max_seq_len, script.setup.page_size
+    length = min(limit, script.pick((2 * page + 1, 3 * page, limit)))
+    mode = script.graph_mode()
+    if mode is None:
+        return
+    script.join(length)
+    script.join(length, prefix_of=0)
+    call = script.replay(mode, order=_same_order(script))
+    script.add(Remap(request=1, prefix_of=0, prefix_pages=script.pick(range(2, max(3, -(-length // page))))))
+    script.again(call)
+
+
+def grown_within_its_page(script: Script) -> None:
+    """The shorter of two requests grows by a token: no page changes, nor does the longest length or a stale mirror."""
+    limit, page = script.setup.max_seq_len, script.setup.page_size
+    modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED]
+    if not modes:
+        return
+    script.join(limit)
+    script.join(script.pick((1, max(1, min(page, limit - 1) - 1))))
+    call = script.replay(script.pick(modes), order=_same_order(script))
+    script.accept((0, 1))
+    script.again(call.model_copy(update={"mirror": Mirror.STALE}))
+
+
+def often_replayed(script: Script) -> None:
+    """A full graph, replayed for two batches in turn more often than a counter of a few bits counts."""
+    modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED] or script.graph_modes
+    if not modes:
+        return
+    mode = script.pick(modes)
+    script.fill(2)
+    call = script.replay(mode, script.graph(mode, len(script.running), exact=True), order=Order.JOINED)
+    other = call.model_copy(update={"order": Order.REVERSED})
+    for number in range(MANY_REPLAYS + 1):
+        script.again(call if number % 2 else other)
