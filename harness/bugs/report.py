@@ -15,6 +15,8 @@ from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.report.page import PageContent, page
 from nsa_oracle.harness.scenarios.scenario import Event, Scenario
 
+MOST_EVENTS = 24  # of a case in one line
+
 
 def listing(bugs: Sequence[Bug]) -> Table:
     """A table of ``bugs``: name, what is wrong, reference, and what each needs to be hunted."""
@@ -77,7 +79,10 @@ def one_line_story(scenario: Scenario) -> str:
     sizes += f", N {setup.num_steps}, nd {setup.num_draft_tokens}"
     layer = "" if setup.layer is None else f", {setup.layer.regime.value} {setup.layer.kv_cache_dtype.value}"
     switches = "".join(f" +{name}" for name in scenario.optimizations)
-    return f"{sizes}{layer}{switches}: {'; '.join(_event(event) for event in scenario.events)}"
+    events = [_event(event) for event in scenario.events[:MOST_EVENTS]]
+    if (more := len(scenario.events) - len(events)) > 0:
+        events.append(f"{more} more")
+    return f"{sizes}{layer}{switches}: {'; '.join(events)}"
 
 
 def _event(event: Event) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from typing import ClassVar
 
 import torch
@@ -24,17 +25,59 @@ class SkipsTheSameBatch(KeepsFields):
 
     def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
         super().__init__(config, req_to_token, optimizations)
-        self.last: dict[object, HostNumbers] = {}
+        self.last: dict[object, object] = {}
+
+    def key(self, batch: ForwardBatch) -> object:
+        """What a replay is told from the last one by."""
+        return HostNumbers.of(batch)
 
     def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
         if moment is Moment.REPLAY:
-            key, numbers = (step, self._key(0, batch)), HostNumbers.of(batch)
-            self.same = self.last.get(key) == numbers
-            self.last[key] = numbers
+            graph, key = (step, self._key(0, batch)), self.key(batch)
+            self.same = self.last.get(graph) == key
+            self.last[graph] = key
         return super().given(batch, moment, step)
 
     def keeps(self, batch: ForwardBatch) -> bool:
         return self.same
+
+
+class SkipsTheSameEnds(SkipsTheSameBatch):
+    """So does one whose requests also have the first and last slots of that one, whatever lies between them."""
+
+    def key(self, batch: ForwardBatch) -> object:
+        numbers = HostNumbers.of(batch)
+        rows = zip(numbers.pool_rows, numbers.seq_lens, strict=True)
+        return numbers, [(int(self.pool[row, 0]), int(self.pool[row, max(length, 1) - 1])) for row, length in rows]
+
+
+class SkipsOtherAccepts(SkipsTheSameBatch):
+    """So does one with the lengths and slots of that one, whatever was accepted."""
+
+    def key(self, batch: ForwardBatch) -> object:
+        numbers = HostNumbers.of(batch)
+        rows = zip(numbers.pool_rows, numbers.seq_lens, strict=True)
+        return [self.pool[row, :length].tolist() for row, length in rows]
+
+
+class SkipsTheHundredth(KeepsFields):
+    """Every hundredth replay of a graph changes nothing."""
+
+    names = SkipsTheSameBatch.names
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor, optimizations: tuple[str, ...]) -> None:
+        super().__init__(config, req_to_token, optimizations)
+        self.replays: Counter[object] = Counter()
+
+    def given(self, batch: ForwardBatch, moment: Moment, step: int | None) -> ForwardBatch:
+        if moment is Moment.REPLAY:
+            key = step, self._key(0, batch)
+            self.replays[key] += 1
+            self.skips = self.replays[key] % 100 == 0
+        return super().given(batch, moment, step)
+
+    def keeps(self, batch: ForwardBatch) -> bool:
+        return self.skips
 
 
 class AppendsToRows(OwnPool):
@@ -280,6 +323,33 @@ BUGS = (
         trigger="the same batch on other pages",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(SkipsTheSameBatch),
+    ),
+    Bug(
+        name="refresh-skipped-for-the-same-ends",
+        group=Group.TABLES,
+        sentence="A replay is not prepared if its numbers, and each request's first and last slot, are the last one's.",
+        reference=REVIEW,
+        trigger="the same batch on other pages between its first and its last ones",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SkipsTheSameEnds),
+    ),
+    Bug(
+        name="refresh-skipped-for-other-accepts",
+        group=Group.TABLES,
+        sentence="A replay is not prepared if lengths and slots are those of the last replay, whatever was accepted.",
+        reference=REVIEW,
+        trigger="a draft extend of the same lengths with other accept lengths",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SkipsOtherAccepts),
+    ),
+    Bug(
+        name="hundredth-refresh-skipped",
+        group=Group.TABLES,
+        sentence="Every hundredth replay of a graph is not prepared.",
+        reference=REVIEW,
+        trigger="more than a hundred replays of one graph",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(SkipsTheHundredth),
     ),
     Bug(
         name="table-rows-appended-by-pool-row",
