@@ -90,9 +90,10 @@ def _visited(scenario: Scenario) -> Iterator[str]:
     calls: list[_Call] = []
     used_rows: set[int] = set()
     used_pages: set[int] = set()
+    held: set[int] = set()  # pages of running requests
     for event in scenario.events:
         before = {id(r) for r in world.running}
-        freed = used_pages - {page for r in world.running for page in r.pages}
+        freed = used_pages - held
         batch = world.apply(event)
         match event:
             case Capture():
@@ -166,7 +167,7 @@ def _visited(scenario: Scenario) -> Iterator[str]:
                 ran.append((event.mode, batch.size, in_graph))
                 pages = {r.pool_row: tuple(r.pages) for r in world.running}
                 calls.append(_Call(batch, bucket, tuple(pages[row] for row in batch.pool_rows)))
-        held = {page for r in world.running for page in r.pages}
+        held = set().union(*(r.pages for r in world.running))
         if held & freed:
             yield "page recycled"
         used_pages |= held
