@@ -30,9 +30,9 @@ def test_numbers_are_those_of_the_call(
     count: int, by_torch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine overwrites its tensors behind the call, in stream order."""
-    assert staging._gather(0) is not None
+    assert staging._driver() is not None
     if by_torch:
-        monkeypatch.setattr(staging, "_gather", lambda device: None)
+        monkeypatch.setattr(staging, "_driver", lambda: None)
     pool = torch.arange(6000 * 8, dtype=torch.int32, device=CUDA).view(6000, 8)
     wrapped: Any = record(Spy(), tmp_path / "r.jsonl", req_to_token=pool, tables="whole" if count < 10 else "none")
     numbers = torch.zeros(count, dtype=torch.int64, device=CUDA)
