@@ -239,7 +239,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
     from nsa_oracle.harness.decorator import judged_item
     from nsa_oracle.harness.plugin.fixture import Oracle
 
-    Oracle(session_of(pyfuncitem.config), pyfuncitem).judge_part(part)
+    if why := Oracle(session_of(pyfuncitem.config), pyfuncitem).judge_part(part):
+        pytest.skip(why)
     with judged_item():
         return (yield)
 

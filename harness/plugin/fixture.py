@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 
+from nsa_oracle.harness.errors import BackendError, error_line
 from nsa_oracle.harness.plugin.parts import Part, kinds_of, parts, spec_of
-from nsa_oracle.harness.plugin.session import Session, Unfit
+from nsa_oracle.harness.plugin.session import Session, Unfit, name_of
 from nsa_oracle.harness.processes import ChildDied
 from nsa_oracle.harness.report.records import FailureRecord, ItemRecord
 from nsa_oracle.harness.search.drawing import PROFILES
+from nsa_oracle.harness.subjects.loading import line_of
 from nsa_oracle.pytest_plugin import PROPERTY
 
 Judged = str | Callable[..., object] | None
@@ -104,8 +106,6 @@ class Oracle:
         for part in parts.values():
             try:
                 self.judge_part(part, expect_failure)
-            except pytest.skip.Exception:
-                pass
             except pytest.fail.Exception as failure:
                 said.append(str(failure))
         if expect_failure and not said:
@@ -113,16 +113,16 @@ class Oracle:
         if said and not expect_failure:
             pytest.fail("\n".join(dict.fromkeys(said)), pytrace=False)
 
-    def judge_part(self, part: Part, expect_failure: bool = False) -> None:
-        """Judge a share of a test. Fails the test with one line, and skips it if the saved case does not fit.
+    def judge_part(self, part: Part, expect_failure: bool = False) -> str:
+        """Judge a share of a test. Fails the test with one line. Returns why nothing was judged; empty if it was.
 
         expect_failure: leave a failure out of the closing report.
-        Raises BackendError or ScenarioError for what cannot be judged.
+        Raises BackendError or ScenarioError for what cannot be judged, judged code that skips the test included.
         """
         specs = part.backend, part.layer
         if part.without:
             self._record(part, ItemRecord(backend=part.backend, layer=part.layer, without=part.without))
-            pytest.skip(part.without)
+            return part.without
         name = hashlib.sha256(f"{self._node.nodeid} {part}".encode()).hexdigest()[:16]
         drawn_by = getattr(self._node, "originalname", self._node.name) if part.file is None else ""
         death: FailureRecord | None = None
@@ -133,7 +133,10 @@ class Oracle:
         except Unfit as unfit:
             assert part.file is not None
             self._record(part, ItemRecord(backend=part.backend, layer=part.layer, unfit=part.file.stem))
-            pytest.skip(str(unfit))
+            return str(unfit)
+        except (pytest.skip.Exception, pytest.xfail.Exception) as skipped:  # a verdict must not get lost by it
+            reason = f"{type(skipped).__name__}: {error_line(skipped)}{line_of(skipped)}"
+            raise BackendError(f"{name_of(specs)}: raised {reason}") from None
         except ChildDied as died:
             death = self._session.death(died, part)
         finally:
@@ -155,9 +158,10 @@ class Oracle:
             expect_failure,
         )
         if part.file is None and not outcome.verdict.cases and not failures:
-            pytest.skip("no case was judged: time was up")
+            return "no case was judged: time was up"
         for failure in failures:  # the report of each different failure is printed once, at the end
             pytest.fail(_told(failure), pytrace=False)
+        return ""
 
     def _record(self, part: Part, record: ItemRecord, expect_failure: bool = False) -> None:
         if expect_failure:

@@ -45,6 +45,12 @@ class SubjectSpec:
         except KeyboardInterrupt as error:
             interruptions.check()
             raise BackendError(f"{self._named}: loading it raised KeyboardInterrupt{line_of(error)}") from None
+        except Exception:
+            raise
+        except BaseException as error:  # pytest takes some of them, as those of pytest.skip, for outcomes of a test
+            interruptions.check()
+            reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
+            raise BackendError(f"{self._named}: loading it raised {reason}") from None
 
     @property
     def _named(self) -> str:

@@ -189,7 +189,9 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
         near = meant(attribute, (name for name in vars(module) if not name.startswith("_")))
         mend = f"; did you mean {near}?" if near else ""
         raise BackendError(f"{shown}: module {module_name} has no attribute {one_line(attribute)}{mend}") from None
-    except (Exception, SystemExit) as error:  # of the module's ``__getattr__``
+    except KeyboardInterrupt:  # perhaps the user's
+        raise
+    except BaseException as error:  # of the module's ``__getattr__``
         reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
         raise BackendError(f"{shown}: looking up {one_line(attribute)} in {module_name} raised {reason}") from error
     if not callable(found):
@@ -237,7 +239,9 @@ def _imported(name: str, shown: str) -> object:
     except ModuleNotFoundError as error:
         missing = f"{shown}: cannot import {one_line(name)}: {error_line(error)}{line_of(error)}"
         raise ModuleMissing(f"{missing}; is it on PYTHONPATH?") from error
-    except (Exception, SystemExit) as error:  # the module's code may do anything
+    except KeyboardInterrupt:  # perhaps the user's
+        raise
+    except BaseException as error:  # the module's code may do anything, such as skip a test
         reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
         raise BackendError(f"{shown}: importing {one_line(name)} raised {reason}") from error
 
@@ -381,9 +385,9 @@ def _smallest(limits: Limits) -> BackendConfig:
 def _left_to_the_judge() -> Iterator[None]:
     try:
         yield
-    except BackendError:
+    except (BackendError, KeyboardInterrupt):  # which may be the user's
         raise
-    except (Exception, SystemExit):
+    except BaseException:
         pass
 
 

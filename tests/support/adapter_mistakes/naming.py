@@ -65,6 +65,9 @@ def naming() -> Iterator[Mistake]:
         "raises at import", "1 / 0\n", "raised ZeroDivisionError: division by zero", FILE + ":10", names="{module}"
     )
     yield backend("exits at import", "sys.exit(3)\n", "raised SystemExit: 3", FILE + ":10", names="{module}")
+    own = "raise BaseException('x')\n"
+    yield backend("BaseException at import", own, "raised BaseException: x", FILE + ":10", names="{module}")
+    yield backend("GeneratorExit at import", "raise GeneratorExit\n", "raised GeneratorExit", FILE, names="{module}")
     yield backend("AttributeError at import", "torch.tensr\n", "raised AttributeError", FILE + ":10", names="{module}")
     yield backend(
         "imports what is not there", "import abcent\n", "No module named 'abcent'", FILE + ":10", names="{module}"
@@ -109,6 +112,7 @@ def construction() -> Iterator[Mistake]:
         "no stream",
     )
     yield init("constructor exits", "sys.exit(0)", "backend raised: SystemExit", FILE + ":13")
+    yield init("constructor ends a generator", "raise GeneratorExit", "backend raised: GeneratorExit", FILE + ":13")
     yield backend("single step alone", "Mine = Step\n", "lacks SingleStepBackend.attn_backends", names="{module}:Mine")
     without = "class Mine:\n    def __init__(self, c, r): self.attn_backends = []\n"
     yield backend("no methods", without, "lacks Mine.init_forward_metadata")
