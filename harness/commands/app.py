@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 from nsa_oracle.harness import processes
-from nsa_oracle.harness.errors import BackendError
+from nsa_oracle.harness.errors import BackendError, ScenarioError, one_line
+from nsa_oracle.harness.scenarios.files import MAX_PATH, check_file, replace_file
 from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT
 
+
+class Commands(TyperGroup):
+    """The commands. None takes an empty word, which is what an unset variable of a CI job leaves of a name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line. Raises typer.Exit(2) for an empty one."""
+        for before, word in pairwise(["nsa-oracle", *args]):
+            option, sign, value = word.partition("=")
+            if not word.strip():
+                raise unusable(f"the word behind {one_line(before)} is empty; give a name, or leave it out")
+            if sign and option.startswith("--") and not value.strip():
+                raise unusable(f"{one_line(option)}: the name is empty; give one, or leave the option out")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Judge saved cases, survey layers, and measure how good the oracle is.\n\nExit codes: 0 everything passed, "
     "1 something failed, 2 a file, backend, layer, option or tool cannot be used, 130 interrupted before anything "
     "failed, 143 so by SIGTERM.",
@@ -84,3 +103,25 @@ def unusable(message: str) -> typer.Exit:
     """Print ``message`` as an error. Returns the exit with code 2, for the caller to raise."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(2)
+
+
+def check_written(option: str, file: Path | None) -> None:
+    """Raises typer.Exit(2) if the file that an option names could not be written later. Its folder must exist."""
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
+        said = f"{option} {one_line(str(file), MAX_PATH)}: cannot be written"
+        raise unusable(f"{said}; name a file in a folder that exists")
+    try:
+        check_file(file, option)
+    except ScenarioError as error:
+        raise unusable(str(error)) from None
+
+
+def write_file(option: str, file: Path, text: str) -> None:
+    """Write the file that an option names, as a whole. Raises typer.Exit(2) if that is not possible."""
+    try:
+        replace_file(file, text)
+    except OSError as error:
+        said = f"{option} {one_line(str(file), MAX_PATH)}: cannot be written: {error.strerror or error}"
+        raise unusable(f"{said}; name a file in a folder that can") from None

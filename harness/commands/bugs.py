@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import ExitStack, closing
 from enum import Enum
@@ -16,7 +15,7 @@ from nsa_oracle.harness.bugs.hunt import hunt_all, hunt_on
 from nsa_oracle.harness.bugs.kill import Kill
 from nsa_oracle.harness.bugs.zoo import ZOO
 from nsa_oracle.harness.cluster.pool import PoolLost, connected
-from nsa_oracle.harness.commands.app import Device, DeviceOption, app, torch_device, unusable
+from nsa_oracle.harness.commands.app import Device, DeviceOption, app, check_written, torch_device, unusable, write_file
 from nsa_oracle.harness.commands.terminal import ended_by_a_signal, progress_of
 from nsa_oracle.harness.errors import BackendError, counted
 from nsa_oracle.harness.report import text
@@ -66,8 +65,7 @@ def bugs(
     if unknown:
         raise unusable(f"--only {unknown[0]}: no such bug; --list names them all")
     for option, file in (("--json", json_file), ("--html", html_file)):
-        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise unusable(f"{option} {file}: cannot be written; name a file in a folder that can")
+        check_written(option, file)
     chosen = [bug for bug in ZOO.values() if not only or bug.name in only]
     if listed:
         typer.echo(text.render(report.listing(chosen)))
@@ -107,8 +105,8 @@ def bugs(
     if interrupted:
         typer.echo(f"interrupted: {len(kills)} of {counted(len(hunted), 'bug')}")
     if json_file is not None:
-        json_file.write_text(report.as_json(kills), encoding="utf-8")
+        write_file("--json", json_file, report.as_json(kills))
     if html_file is not None:
-        html_file.write_text(report.as_html(kills), encoding="utf-8")
+        write_file("--html", html_file, report.as_html(kills))
     as_meant = all(kill.meant for kill in kills)
     raise typer.Exit(1 if not as_meant else INTERRUPTED if interrupted else 0)

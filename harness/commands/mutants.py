@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nsa_oracle.harness.commands.app import Device, app, torch_device, unusable
+from nsa_oracle.harness.commands.app import Device, app, check_written, torch_device, unusable
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.mutants import report as mutant_scores
@@ -58,6 +58,7 @@ def mutants(
     otherwise. A mutant is judged until a case fails, so survivors take longest.
     """
     where = torch_device(device)
+    check_written("--json", json_file)
     chosen = all_mutants(file)
     if not chosen:
         raise unusable(f"--file {file}: matches no file of optimized/ that can be mutated")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nsa_oracle.harness.commands.app import app, unusable
+from nsa_oracle.harness.commands.app import app, unusable, write_file
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
 from nsa_oracle.harness.report.document import (
     RunVerdict,
@@ -19,7 +19,7 @@ from nsa_oracle.harness.report.document import (
 from nsa_oracle.harness.report.markdown import told_in_a_workflow
 from nsa_oracle.harness.report.merging import merged
 from nsa_oracle.harness.report.page import PageContent, page
-from nsa_oracle.harness.scenarios.files import MAX_PATH, replace_file
+from nsa_oracle.harness.scenarios.files import MAX_PATH
 
 
 @app.command("report")
@@ -79,14 +79,3 @@ def merge_reports(
         typer.echo(line)
     typer.echo(f"oracle: {counted(len(files), 'report')} merged: {covered}, {whole.verdict.value}")
     raise typer.Exit(0 if whole.verdict is RunVerdict.PASSED else 1)
-
-
-def write_file(option: str, file: Path, text: str) -> None:
-    """Write the file that an option names, as a whole. Raises typer.Exit(2) if that is not possible."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        replace_file(file, text)
-    except OSError as error:
-        said = f"{option} {one_line(str(file), MAX_PATH)}: cannot be written: {error.strerror or error}"
-        raise unusable(f"{said}; name a file in a folder that can") from None

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from nsa_oracle.harness.commands.app import LAYER_HELP, SPEC, Device, DeviceOption, TimeoutOption, app, unusable
+from nsa_oracle.harness.commands.app import (
+    LAYER_HELP,
+    SPEC,
+    Device,
+    DeviceOption,
+    TimeoutOption,
+    app,
+    check_written,
+    unusable,
+)
 from nsa_oracle.harness.commands.surveying import (
     SurveyedBackend,
     SurveyedLayer,
@@ -20,10 +29,10 @@ from nsa_oracle.harness.commands.surveying import (
     surveyed_backend,
 )
 from nsa_oracle.harness.commands.terminal import progress_of
-from nsa_oracle.harness.errors import BackendError, ScenarioError, counted, one_line
+from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
 from nsa_oracle.harness.report.failure import replay_command
 from nsa_oracle.harness.report.text import not_judged
-from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder, load, shipped_cases
+from nsa_oracle.harness.scenarios.files import check_folder, load, replace_file, shipped_cases
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, rows_as_json
 from nsa_oracle.harness.search.survey import SurveyFound
@@ -72,13 +81,7 @@ def survey(
         check_folder(save, "--save")
     except ScenarioError as error:
         raise unusable(str(error)) from None
-    if json_file is not None:
-        if json_file.is_dir() or not json_file.absolute().parent.is_dir():
-            raise unusable(f"--json {one_line(str(json_file), MAX_PATH)}: name a file in a folder that exists")
-        try:
-            check_folder(json_file.parent, "--json")
-        except ScenarioError as error:
-            raise unusable(str(error)) from None
+    check_written("--json", json_file)
     deadline = None if budget is None else time.monotonic() + budget
     limit = timeout or None
     done: SurveyedLayer | SurveyedBackend
@@ -141,7 +144,7 @@ def _write(file: Path, found: SurveyFound | BackendFound, left_out: Sequence[str
     written = {"cases": found.cases, "rows": rows, "not judged": list(left_out), "reached": found.reach.as_json()}
     text = json.dumps(written, indent=1)
     try:
-        file.write_text(text + "\n", encoding="utf-8")
+        replace_file(file, text + "\n")
     except OSError as error:
         raise ScenarioError(f"{file}: cannot be written: {error.strerror or error}; choose another --json") from None
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_oracle.harness.errors import ScenarioError, one_line
-from nsa_oracle.harness.scenarios.files import MAX_PATH, check_folder
+from nsa_oracle.harness.scenarios.files import check_file
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,4 @@ class ReportFiles:
     def check(self) -> None:
         """Raises ScenarioError, in one line, if a file could not be written. Its folder need not exist yet."""
         for name, file in self.files.items():
-            said = f"--oracle-{name} {one_line(str(file), MAX_PATH)}"
-            if file.is_dir():
-                raise ScenarioError(f"{said}: is a folder; name a file")
-            check_folder(file.parent, f"--oracle-{name}")
+            check_file(file, f"--oracle-{name}")

@@ -56,7 +56,17 @@ def save(scenario: Scenario, path: Path) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically: other processes see the old file or the complete new one."""
+    """Write ``text`` to ``path`` atomically: other processes see the old file or the complete new one.
+
+    A symbolic link is followed. A character device, and what this process prints to, stay what they are and are
+    written to. Raises OSError for whatever else is no file: a pipe without a reader would block.
+    """
+    device = _device_at(path)
+    if device is not None:
+        with os.fdopen(device, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,6 +77,51 @@ def replace_file(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file(file: Path, option: str) -> None:
+    """Raises ScenarioError, which names ``option``, if ``replace_file`` could not write ``file``.
+
+    Neither the file nor its folder need exist yet.
+    """
+    try:
+        device = _device_at(file)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}; name a file in a folder that can"
+        raise ScenarioError(f"{option} {one_line(str(file), MAX_PATH)}: {reason}") from None
+    if device is None:
+        check_folder(Path(os.path.realpath(file)).parent, option)
+    else:
+        os.close(device)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+_STREAMS = (1, 2)  # what this process prints to; /dev/stdout may be a pipe, or a file that has begun
+
+
+def _device_at(path: Path) -> int | None:
+    """A descriptor, open for writing, of the device or the stream that ``path`` names; None: it names a file, or none.
+
+    Raises OSError for anything else.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    for stream in _STREAMS:
+        with suppress(OSError):  # it is closed
+            if os.path.samestat(found, os.fstat(stream)):
+                return os.dup(stream)
+    if stat.S_ISCHR(found.st_mode):
+        return os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(None, f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}")
+    return None
 
 
 def check_folder(folder: Path, option: str) -> None:

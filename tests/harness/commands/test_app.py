@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nsa_oracle.harness.__main__ import app
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.command_line import PASSES, UNUSABLE, assert_one_line_error, harness, saved
 from tests.support.metadata_cases import one_replay
@@ -42,6 +44,33 @@ def test_a_line_break_in_the_name_of_a_case_is_escaped(tmp_path: Path) -> None:
     done = harness("replay", saved(tmp_path, CASE, "two\nlines.json"), "--device", "cpu", "--timeout", "0")
     assert done.returncode == PASSES, done.stderr
     assert f"{tmp_path}/two\\nlines.json: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show", ""),
+        ("replay", " "),
+        ("report", "a.json", "--html="),
+        ("merge", "a.json", "-o", ""),
+        ("survey", "--backend", "a:B", "--save", ""),
+        ("survey", "--backend", "a:B", "--json", ""),
+        ("explore", "--save="),
+        ("import", "a.json", "--output", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_does_not_stand_for_the_current_folder(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == UNUSABLE
+    named = words[-1].removesuffix("=") if words[-1].strip() else words[-2]
+    (line,) = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert " is empty; give " in line
 
 
 def test_help_names_the_commands() -> None:

@@ -25,10 +25,13 @@ from tests.support.metadata_cases import CROWDED
 
 
 def test_report_that_cannot_be_written_is_refused_before_the_hunt(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     for option in ("--json", "--html"):
         words = ("bugs", "--device", "cpu", option)
         assert_one_line_error(harness(*words, str(tmp_path / "absent" / "kills")), option, "cannot be written")
         assert_one_line_error(harness(*words, str(tmp_path)), option, "cannot be written")
+        assert_one_line_error(harness(*words, str(pipe)), option, "cannot be written: it is a pipe")
 
 
 BUG = ZOO["workspace-cleared-by-the-mirror"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_merged_report_is_told_in_a_workflow(tmp_path: Path, monkeypatch: pytest
         (["report", "a.json", "--html", "a.json/page.html"], ["--html a.json/page.html: cannot be written"]),
         (["merge", "a.json", "b.json", "-o", "x.json"], ["shard 1/2 is given twice"]),
         (["merge", "kills.json", "-o", "x.json"], ["kills.json: is not a report of a run"]),
+        (["report", "a.json", "--html", "pipe"], ["--html pipe: cannot be written: it is a pipe; name a file"]),
+        (["merge", "a.json", "-o", "pipe"], ["--output pipe: cannot be written: it is a pipe; name a file"]),
         (["merge", "a.json", "-o", "."], ["--output .: cannot be written"]),
     ],
 )
@@ -76,4 +79,5 @@ def test_wrong_use_is_refused_in_one_line(words: list[str], parts: list[str], tm
     for name in ("a.json", "b.json"):
         written(tmp_path, reported(subject(), shard="1/2"), name)
     (tmp_path / "kills.json").write_text("[]")
+    os.mkfifo(tmp_path / "pipe")
     assert_one_line_error(harness(*words, cwd=tmp_path), *parts)

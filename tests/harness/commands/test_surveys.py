@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -350,26 +351,36 @@ def test_saved_cases_that_cannot_be_surveyed_are_refused_in_one_line(tmp_path: P
 
 
 def test_survey_that_cannot_write_says_so(tmp_path: Path) -> None:
-    """Its folder goes away while it surveys."""
+    """A file takes the place of its folder while it surveys."""
     (tmp_path / "rows").mkdir()
     (tmp_path / "removes.py").write_text(
         "import pathlib\nfrom tests.support.backends.clean import Clean\n"
-        "def Removes(c, r):\n    folder = pathlib.Path('rows')\n    folder.exists() and folder.rmdir()\n"
-        "    return Clean(c, r)\n"
+        "def Removes(c, r):\n    folder = pathlib.Path('rows')\n    if folder.is_dir():\n"
+        "        folder.rmdir()\n        folder.touch()\n    return Clean(c, r)\n"
     )
     words = ("survey", "--device", "cpu", "--cases", "1", "--backend", "removes:Removes", "--json", "rows/rows.json")
     done = harness(*words, cwd=tmp_path)
     assert done.returncode == UNUSABLE
     assert "no row is broken" in done.stdout, "the results are printed all the same"
     (line,) = done.stderr.splitlines()
-    assert line.endswith("rows.json: cannot be written: No such file or directory; choose another --json")
+    assert line.endswith("rows.json: cannot be written: File exists; choose another --json")
 
 
-@pytest.mark.parametrize("file", ["no/rows.json", "."])
-def test_rows_that_could_not_be_written_are_refused_before_anything_is_surveyed(file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "mend"),
+    [
+        ("no/rows.json", "name a file in a folder that exists"),
+        (".", "it is a folder; name a file"),
+        ("pipe", "it is a pipe; name a file"),
+    ],
+)
+def test_rows_that_could_not_be_written_are_refused_before_anything_is_surveyed(
+    file: str, mend: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
     for what in (("--backend", CLEAN), ("--layer", "tests.support.layers.clean:SharesOutputs")):
         done = harness("survey", "--device", "cpu", *what, "--json", file, cwd=tmp_path)
-        assert_one_line_error(done, f"--json {file}: name a file in a folder that exists")
+        assert_one_line_error(done, f"--json {file}: cannot be written", mend)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_surveyed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -49,6 +50,22 @@ def test_report_holds_what_the_terminal_shows(folder: Path) -> None:
     assert report.environment.profile == "smoke"
     assert list(report.durations) == ["test_oracle.py::test_scenarios"]
     assert list((folder / "out/deep").iterdir()) == [folder / "out/deep/report.json"], "nothing temporary is left"
+
+
+def test_links_are_followed_devices_written_to_and_pipes_refused(folder: Path) -> None:
+    (folder / "link.json").symlink_to("whole.json")
+    (folder / "null").symlink_to("/dev/null")
+    done = run(folder, *ONE_ITEM, "--oracle-json=link.json", "--oracle-html=null")
+    assert done.exit_code == 0, done.output
+    assert (folder / "link.json").is_symlink()
+    assert (folder / "null").is_symlink()
+    assert read(folder / "whole.json").verdict is RunVerdict.PASSED
+    os.mkfifo(folder / "pipe")
+    for option in ("--oracle-json", "--oracle-html"):
+        refused = run(folder, *ONE_ITEM, f"{option}=pipe")
+        assert refused.exit_code == pytest.ExitCode.USAGE_ERROR
+        told = f"ERROR: {option} {folder}/pipe: cannot be written: it is a pipe; name a file in a folder that can"
+        assert refused.errors.strip() == told
 
 
 def test_report_of_processes_holds_the_findings_of_all(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ from nsa_oracle.harness.scenarios.files import (
     RUNNING,
     FailureFiles,
     cases_of_dead_processes,
+    check_file,
     corpus,
     digest,
     load,
+    replace_file,
     save,
     saved_while_judged,
     to_json,
@@ -59,6 +62,54 @@ def test_save_replaces_and_makes_folders(tmp_path: Path) -> None:
     save(OTHER, path)
     assert load(path) == OTHER
     assert [p.name for p in path.parent.iterdir()] == ["case.json"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for target in ("elsewhere/case.json", "later/case.json"):
+        link = tmp_path / f"{target[:4]}.json"
+        link.symlink_to(tmp_path / target)
+        check_file(link, "--json")
+        replace_file(link, "text")
+        assert link.is_symlink()
+        assert (tmp_path / target).read_text() == "text"
+        assert [path.name for path in (tmp_path / target).parent.iterdir()] == ["case.json"]
+
+
+def test_devices_are_written_to_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in (Path("/dev/null"), tmp_path / "null"):
+        check_file(path, "--json")
+        replace_file(path, "text")
+        assert stat.S_ISCHR(path.stat().st_mode)
+    assert (tmp_path / "null").is_symlink()
+    with pytest.raises(OSError, match="No space left on device"):
+        replace_file(Path("/dev/full"), "text")
+
+
+def test_what_this_process_prints_to_is_written_to(tmp_path: Path) -> None:
+    code = "from nsa_oracle.harness.scenarios.files import check_file, replace_file\nfrom pathlib import Path\n"
+    code += "file = Path('/dev/stdout')\nprint('before', flush=True)\ncheck_file(file, '')\nreplace_file(file, 'x\\n')"
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert piped.stdout == "before\nx\n"
+    with (tmp_path / "out").open("w") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "out").read_text() == "before\nx\n"
+
+
+def test_pipes_folders_and_circles_are_refused_in_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    reasons = {"pipe": "it is a pipe", "link": "it is a pipe", ".": "it is a folder", "circle": "Too many levels"}
+    for name, reason in reasons.items():
+        path = tmp_path / name
+        with pytest.raises(ScenarioError, match=f"^--json {path}: cannot be written: {reason}.*; name a file in "):
+            check_file(path, "--json")
+        with pytest.raises(OSError, match=f"{reason}"):
+            replace_file(path, "text")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "circle").is_symlink()
 
 
 def test_saved_file_can_be_read_by_others(tmp_path: Path) -> None:
