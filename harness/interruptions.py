@@ -22,6 +22,7 @@ _SECONDS_TO_COME_BACK = 1.0  # of a fork, behind the call that made it; one that
 _SECONDS_FOR_ANOTHER = 0.02  # where one has not come back; later looks find it all the same
 _end_process = os._exit  # while a case is judged, ``os._exit`` is another function
 
+_DEPTH = 1000  # calls within calls that Python allows by default, which harness and torch may need
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # until another process has it go on
 _ASKING = (signal.SIGINT, signal.SIGTERM, *_STOPPING)  # what others send to a process that is to end, or to stop
 
@@ -38,6 +39,10 @@ def _is_asking(number: int = signal.SIGINT) -> bool:
     return number in _ASKING
 
 
+def _is_too_low(limit: int) -> bool:
+    return limit < min(_DEPTH, sys.getrecursionlimit())  # behind that the harness itself could not go on
+
+
 def _always(*arguments: Any) -> bool:
     return True
 
@@ -51,6 +56,7 @@ _ENDING: dict[tuple[Any, str], Callable[..., bool]] = {  # functions, and with w
     (os, "closerange"): _always,  # the pipe to the parent, at the latest when it is to answer
     (signal, "raise_signal"): _is_asking,
     (_thread, "interrupt_main"): _is_asking,
+    (sys, "setrecursionlimit"): _is_too_low,
 }
 
 
@@ -140,6 +146,7 @@ def _ends_behind(outermost: FrameType, pipe: int) -> Callable[[FrameType, str, A
 def exits_refused() -> Iterator[RefusedExits]:
     """In the body ``os._exit``, ``os.exec*`` and signals to itself raise ProcessExit, and so does ``os.closerange``.
 
+    So does ``sys.setrecursionlimit`` with a limit below Python's own: a higher one is the judged code's to choose.
     A verdict must not get lost with the process. Processes that the body forks may end as they like, but must not leave
     judged code: there would be two verdicts. They are ended there.
     """
@@ -152,6 +159,7 @@ def exits_refused() -> Iterator[RefusedExits]:
             shown = ", ".join("os.getpid()" if one == process else repr(one) for one in arguments)[:80]
             effect = "stops the process" if any(one in _STOPPING for one in arguments) else "ends the process"
             effect = "closes files of the process" if name.endswith("closerange") else effect
+            effect = "leaves the process too little stack" if name.endswith("recursionlimit") else effect
             said = ProcessExit(f"{name}({shown}), which {effect}")
             refused.first = refused.first or said
             raise said

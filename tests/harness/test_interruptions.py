@@ -109,6 +109,7 @@ def test_an_exception_that_a_library_raises_is_located_in_judged_code(backend: A
         (process.SignalsItself, "os.kill(os.getpid(), <Signals.SIGINT: 2>), which ends the process"),
         (process.StopsItself, "os.kill(os.getpid(), <Signals.SIGSTOP: 19>), which stops the process"),
         (process.ClosesFiles, "os.closerange(3, 64), which closes files of the process"),
+        (process.LimitsTheStack, "sys.setrecursionlimit(90), which leaves the process too little stack"),
     ],
 )
 def test_a_signal_to_itself_and_closed_files_are_findings(backend: Any, got: str) -> None:
@@ -120,6 +121,30 @@ def test_a_signal_to_itself_and_closed_files_are_findings(backend: Any, got: str
 
 def test_a_signal_that_ends_nothing_is_sent() -> None:
     judge(one_replay(DECODE), factory_of(process.AsksForItself), CPU)
+
+
+def test_more_stack_may_be_allowed() -> None:
+    judge(one_replay(DECODE), factory_of(process.AllowsMoreStack), CPU)
+
+
+@pytest.mark.parametrize("where", ["import", "constructor"])
+def test_too_little_stack_is_told_in_one_line_by_a_survey(where: str, tmp_path: Path) -> None:
+    limit = "sys.setrecursionlimit(60)"
+    (tmp_path / "own.py").write_text(
+        "import sys\nfrom nsa_oracle.reference.multi_step import MultiStepBackend\n"
+        + (f"{limit}\n" if where == "import" else "")
+        + "class Own(MultiStepBackend):\n    def __init__(self, config, req_to_token):\n"
+        + (f"        {limit}\n" if where == "constructor" else "")
+        + "        super().__init__(config, req_to_token)\n"
+    )
+    done = harness("survey", "--device", "cpu", "--backend", "own:Own", "--cases", "1", cwd=tmp_path)
+    if where == "import":
+        assert_one_line_error(done, f"importing own raised ProcessExit: {limit}, which leaves", "own.py:3")
+    else:
+        assert done.returncode == FAILS
+        assert "is built" in done.stdout
+        assert limit in done.stdout
+        assert done.stderr == ""
 
 
 def test_another_current_folder_is_a_finding_and_put_back() -> None:

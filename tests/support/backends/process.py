@@ -29,6 +29,25 @@ class ClosesFiles(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         os.closerange(3, 64)
+
+
+@backend_of
+class LimitsTheStack(Step):
+    """Leaves so few calls within calls that nothing else can run."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        sys.setrecursionlimit(90)
+
+
+@backend_of
+class AllowsMoreStack(Step):
+    """Allows more calls within calls than Python does, and puts the limit back."""
+
+    def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(2 * before)
+        super().refresh(buffers, batch)
+        sys.setrecursionlimit(before)
         super().refresh(buffers, batch)
 
 
