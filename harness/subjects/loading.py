@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -231,8 +232,10 @@ def _module_of(name: str) -> str:
 
 def _imported(name: str, shown: str) -> object:
     try:
-        with shown_warnings():
+        with shown_warnings(), _own_modules_kept(shown, name):
             return importlib.import_module(name)
+    except BackendError:
+        raise
     except CaseTimeout as error:
         slow = f"{shown}: the import of {one_line(name)} did not end: {error}{line_of(error)}"
         raise BackendError(slow) from None
@@ -244,6 +247,19 @@ def _imported(name: str, shown: str) -> object:
     except BaseException as error:  # the module's code may do anything, such as skip a test
         reason = f"{type(error).__name__}: {error_line(error)}{line_of(error)}"
         raise BackendError(f"{shown}: importing {one_line(name)} raised {reason}") from error
+
+
+@contextmanager
+def _own_modules_kept(shown: str, name: str) -> Iterator[None]:
+    """Put modules of the oracle that are removed or replaced back. Raises BackendError if any were."""
+    before = {module: found for module, found in sys.modules.items() if module.partition(".")[0] == "nsa_oracle"}
+    try:
+        yield
+    finally:
+        lost = [module for module, found in before.items() if sys.modules.get(module) is not found]
+        sys.modules.update(before)  # else no error of theirs can be told to another process
+    if lost:
+        raise BackendError(f"{shown}: importing {one_line(name)} removed {lost[0]} from sys.modules; leave it there")
 
 
 def line_of(error: BaseException) -> str:

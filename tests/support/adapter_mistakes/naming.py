@@ -67,6 +67,8 @@ def naming() -> Iterator[Mistake]:
     yield backend("exits at import", "sys.exit(3)\n", "raised SystemExit: 3", FILE + ":10", names="{module}")
     own = "raise BaseException('x')\n"
     yield backend("BaseException at import", own, "raised BaseException: x", FILE + ":10", names="{module}")
+    purge = "for name in [name for name in sys.modules if name.startswith('nsa_oracle')]: del sys.modules[name]\n"
+    yield backend("purges modules", purge + "Mine = Backend\n", "removed nsa_oracle", names="importing {module}")
     yield backend("GeneratorExit at import", "raise GeneratorExit\n", "raised GeneratorExit", FILE, names="{module}")
     yield backend("AttributeError at import", "torch.tensr\n", "raised AttributeError", FILE + ":10", names="{module}")
     yield backend(
