@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from nsa_oracle.harness.scenarios.classes import MANY_REPLAYS
 from nsa_oracle.harness.scenarios.scenario import Remap, SetLengths
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
@@ -11,7 +14,7 @@ from nsa_oracle.reference.types import ForwardMode
 _SAME_EACH_TIME = (Order.JOINED, Order.REVERSED)
 
 
-def same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
+def _same_batch_on_other_pages(script: Script, eager: bool = False) -> None:
     script.fill()
     order = _same_order(script)
     call = script.eager(script.eager_mode(), order=order) if eager else script.call(order)
@@ -33,7 +36,7 @@ def _same_order(script: Script) -> Order:
     return Order(script.pick(wanted or _SAME_EACH_TIME))
 
 
-def row_grown_on_other_pages(script: Script) -> None:
+def _row_grown_on_other_pages(script: Script) -> None:
     limit = script.setup.max_seq_len
     script.fill()
     last = script.running[-1].seq_len
@@ -47,7 +50,7 @@ def row_grown_on_other_pages(script: Script) -> None:
     script.again(call)
 
 
-def longest_leaves(script: Script) -> None:
+def _longest_leaves(script: Script) -> None:
     for _ in range(script.most - 1 - len(script.running)):
         script.join(min(script.first_length(), script.setup.max_seq_len - 1))
     script.join(max((request.seq_len for request in script.running), default=0) + script.pick((1, 70)))
@@ -60,7 +63,7 @@ def longest_leaves(script: Script) -> None:
     script.again(call)
 
 
-def small_after_large(script: Script) -> None:
+def _small_after_large(script: Script) -> None:
     mode = script.graph_mode()
     if mode is None:
         return
@@ -70,7 +73,7 @@ def small_after_large(script: Script) -> None:
     script.again(call)
 
 
-def small_large_small(script: Script) -> None:
+def _small_large_small(script: Script) -> None:
     mode = script.graph_mode()
     if mode is None:
         return
@@ -84,7 +87,7 @@ def small_large_small(script: Script) -> None:
     script.replay(mode)
 
 
-def smaller_draft_extend(script: Script) -> None:
+def _smaller_draft_extend(script: Script) -> None:
     script.fill(least=2)
     script.accept()
     call = script.replay(ForwardMode.DRAFT_EXTEND)
@@ -96,7 +99,7 @@ def smaller_draft_extend(script: Script) -> None:
     script.again(call)
 
 
-def other_accepts(script: Script) -> None:
+def _other_accepts(script: Script) -> None:
     """Two draft extends of the same requests, whose lengths and pages stay: other drafts of theirs were accepted."""
     script.fill()
     script.accept()
@@ -109,7 +112,7 @@ def other_accepts(script: Script) -> None:
     script.again(call)
 
 
-def same_ends(script: Script) -> None:
+def _same_ends(script: Script) -> None:
     """A request whose first page is shared gets others between that one and its last."""
     limit, page = script.setup.max_seq_len, script.setup.page_size
     length = min(limit, script.pick((2 * page + 1, 3 * page, limit)))
@@ -123,7 +126,7 @@ def same_ends(script: Script) -> None:
     script.again(call)
 
 
-def grown_within_its_page(script: Script) -> None:
+def _grown_within_its_page(script: Script) -> None:
     """The shorter of two requests grows by a token: no page changes, nor does the longest length or a stale mirror."""
     limit, page = script.setup.max_seq_len, script.setup.page_size
     modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED]
@@ -136,7 +139,7 @@ def grown_within_its_page(script: Script) -> None:
     script.again(call.model_copy(update={"mirror": Mirror.STALE}))
 
 
-def often_replayed(script: Script) -> None:
+def _often_replayed(script: Script) -> None:
     """A full graph, replayed for two batches in turn more often than a counter of a few bits counts."""
     modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED] or script.graph_modes
     if not modes:
@@ -147,3 +150,24 @@ def often_replayed(script: Script) -> None:
     other = call.model_copy(update={"order": Order.REVERSED})
     for number in range(MANY_REPLAYS + 1):
         script.again(call if number % 2 else other)
+
+
+CALLS_AGAIN: dict[str, Callable[[Script], None]] = {
+    "same batch on other pages": _same_batch_on_other_pages,
+    "same batch on other pages, eager": partial(_same_batch_on_other_pages, eager=True),
+    "row grown on other pages": _row_grown_on_other_pages,
+    "eager after the longest left": _longest_leaves,
+    "small after large in one bucket": _small_after_large,
+    "small, large, small": _small_large_small,
+    "smaller draft extend, other accepts": _smaller_draft_extend,
+    "same lengths, other accepts": _other_accepts,
+    "other pages between the same ends": _same_ends,
+    "a length grown within its page": _grown_within_its_page,
+    "often replayed": _often_replayed,
+}
+HAPPENINGS = (  # those that can occur in any history
+    _same_batch_on_other_pages,
+    _row_grown_on_other_pages,
+    _longest_leaves,
+    _small_after_large,
+)

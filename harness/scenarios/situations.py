@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
-from nsa_oracle.harness.scenarios import calls_again
 from nsa_oracle.harness.scenarios.classes import COPY_CHUNK, FLASHMLA_BLOCK, MQA_SEGMENT
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, Eager, Remap, Replay
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
@@ -265,20 +264,10 @@ def _crossed(size: int, script: Script) -> None:
     script.replay(DECODE)
 
 
-SITUATIONS: Mapping[str, Callable[[Script], None]] = {
+SITUATIONS: dict[str, Callable[[Script], None]] = {
     "several segments": _several_segments,
     "steps cross a paged-MQA segment": partial(_crossed, MQA_SEGMENT),
     "steps cross a FlashMLA block": partial(_crossed, FLASHMLA_BLOCK),
-    "same batch on other pages": calls_again.same_batch_on_other_pages,
-    "same batch on other pages, eager": partial(calls_again.same_batch_on_other_pages, eager=True),
-    "row grown on other pages": calls_again.row_grown_on_other_pages,
-    "eager after the longest left": calls_again.longest_leaves,
-    "small after large in one bucket": calls_again.small_after_large,
-    "smaller draft extend, other accepts": calls_again.smaller_draft_extend,
-    "same lengths, other accepts": calls_again.other_accepts,
-    "other pages between the same ends": calls_again.same_ends,
-    "a length grown within its page": calls_again.grown_within_its_page,
-    "often replayed": calls_again.often_replayed,
     **{f"replay {mode.value}": partial(_replayed, mode) for mode in GRAPH_MODES},
     **{f"eager {mode.value}": partial(_called, mode) for mode in ForwardMode if mode is not EXTEND},
     "cached prefixes": _cached_prefixes,
@@ -293,7 +282,6 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "nothing accepted": _nothing_accepted,
     "accepts": _accepts,
     "all accepted": _all_accepted,
-    "small, large, small": calls_again.small_large_small,
     "mode change": _two_modes,
     "recycled": _recycled,
     "serving cycle": _serving_cycle,
@@ -302,9 +290,3 @@ SITUATIONS: Mapping[str, Callable[[Script], None]] = {
     "wide rows": _wide,
     "chunks": _chunks,
 }
-HAPPENINGS = (  # those that can occur in any history
-    calls_again.same_batch_on_other_pages,
-    calls_again.row_grown_on_other_pages,
-    calls_again.longest_leaves,
-    calls_again.small_after_large,
-)

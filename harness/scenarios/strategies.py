@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import reject
 from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.calls_again import CALLS_AGAIN, HAPPENINGS
 from nsa_oracle.harness.scenarios.goal import ANYTHING, CACHE, NEIGHBOUR, PREPARATIONS, SITUATION, SWITCH, Goal
 from nsa_oracle.harness.scenarios.limits import Limits, Sizes, within
 from nsa_oracle.harness.scenarios.scales import EXTRA_ROWS, PADDING_SLOTS, SMALL, Scale, restricted
@@ -40,7 +41,7 @@ from nsa_oracle.harness.scenarios.setup import (
     Setup,
     most_coded_slots,
 )
-from nsa_oracle.harness.scenarios.situations import HAPPENINGS, SITUATIONS
+from nsa_oracle.harness.scenarios.situations import SITUATIONS
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES, Switches
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 
@@ -179,7 +180,7 @@ def events(draw: st.DrawFn, setup: Setup, seed: int, scale: Scale, goal: Goal) -
     """Captures first, as in a server's warm-up; then the situation of the goal, and then what chance brings."""
     script = Script(draw, setup, seed, scale, goal)
     if goal.of(SITUATION):
-        SITUATIONS[goal.of(SITUATION)[0]](script)
+        (SITUATIONS | CALLS_AGAIN)[goal.of(SITUATION)[0]](script)
         most = scale.max_events // 3
     else:
         _warm_up(script)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nsa_oracle.harness.scenarios.calls_again import CALLS_AGAIN
 from nsa_oracle.harness.scenarios.classes import LAYER_CLASSES, all_classes
 from nsa_oracle.harness.scenarios.goal import SITUATION, Goal, Want
 from nsa_oracle.harness.scenarios.goals import FIRST_SITUATIONS, PERIODS, goals, wants
@@ -19,6 +20,7 @@ from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
 from tests.support.limits import limits, only
 from tests.support.metadata_cases import DECODE, VERIFY, case
 
+ALL = {*SITUATIONS, *CALLS_AGAIN}
 SCALES = {"small": SMALL, "large": LARGE, "small, layer": SMALL_LAYER, "large, layer": LARGE_LAYER}
 
 
@@ -44,9 +46,9 @@ def test_later_rounds_combine_the_same_wants_in_other_ways() -> None:
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_every_situation_is_known_and_wanted(scale: Scale) -> None:
     named = {name for want in wants(scale, OPTIMIZED_SWITCHES) for name in want.pins.get(SITUATION, ())}
-    assert named <= set(SITUATIONS)
+    assert named <= ALL
     if not scale.layers:
-        assert named == set(SITUATIONS) - {"wide rows", "long prefill"} >= set(FIRST_SITUATIONS)
+        assert named == ALL - {"wide rows", "long prefill"} >= set(FIRST_SITUATIONS)
     else:
         assert {"wide rows", "long prefill"} <= named
 
