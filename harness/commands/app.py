@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +18,14 @@ from nsa_oracle.harness.errors import BackendError, ScenarioError, one_line
 from nsa_oracle.harness.scenarios.files import MAX_PATH, check_file, replace_file
 from nsa_oracle.starting import LIMITS, LONGEST_LIMIT, SHORTEST_LIMIT
 
+_Misused: Any = typer.BadParameter.__base__  # of Click, which newer versions of Typer have within them
+
 
 class Commands(TyperGroup):
-    """The commands. None takes an empty word, which is what an unset variable of a CI job leaves of a name."""
+    """The commands, whose misuse is told in one line.
+
+    None takes an empty word, which is what an unset variable of a CI job leaves of a name.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises typer.Exit(2) for an empty one."""
@@ -28,7 +35,15 @@ class Commands(TyperGroup):
                 raise unusable(f"the word behind {one_line(before)} is empty; give a name, or leave it out")
             if sign and option.startswith("--") and not value.strip():
                 raise unusable(f"{one_line(option)}: the name is empty; give one, or leave the option out")
-        return super().parse_args(ctx, args)
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        with _told_in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Raises typer.Exit(2) if its words are not its own."""
+        with _told_in_one_line(ctx):
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -97,6 +112,15 @@ def torch_device(wanted: Device) -> torch.device:
     except BackendError as error:
         raise unusable(str(error)) from None
     return device
+
+
+@contextmanager
+def _told_in_one_line(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except _Misused as error:
+        command = (error.ctx or ctx).command_path
+        raise unusable(f"{command}: {one_line(error.format_message().rstrip('.'))}; see {command} --help") from None
 
 
 def unusable(message: str) -> typer.Exit:

@@ -26,10 +26,20 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_usage_errors(tmp_path: Path) -> None:
-    for words in (("replay",), ("show",), ("explode",), ("replay", saved(tmp_path, CASE), "--device", "tpu")):
-        done = harness(*words)
-        assert done.returncode == UNUSABLE
-        assert "Traceback" not in done.stderr
+    for words, told in (
+        (("replay",), "replay: Missing argument 'files'"),
+        (("explode",), "No such command 'explode'"),
+        (("--explode",), "No such option: --explode"),
+        (("survey", "--casess", "3"), "survey: No such option: --casess"),
+        (("replay", saved(tmp_path, CASE), "--device", "tpu"), "replay: Invalid value for '--device'"),
+    ):
+        assert_one_line_error(harness(*words), told, "--help")
+
+
+def test_without_words_the_help_is_shown() -> None:
+    done = harness()
+    assert "Commands" in done.stdout + done.stderr
+    assert "error: " not in done.stderr
 
 
 @pytest.mark.parametrize("seconds", ["0.001", "1e-9", "-1", "nan", "inf", "1e300"])
