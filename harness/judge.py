@@ -56,6 +56,7 @@ from nsa_oracle.harness.subjects.global_state import (
     kept_global_state,
     open_files_at_first,
 )
+from nsa_oracle.harness.subjects.loading import taking_switches
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.thread_errors import thread_errors_noted
@@ -81,9 +82,11 @@ def judge(
 ) -> Verdict:
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
-    graphs: if False, replays run as eager calls. verdict: is added to and returned, if given. BackendError and
-    ScenarioError are raised if the scenario cannot be judged.
+    factory: a callable of (config, req_to_token), or of these and the names of switches. graphs: if False, replays run
+    as eager calls. verdict: is added to and returned, if given. BackendError and ScenarioError are raised if the
+    scenario cannot be judged.
     """
+    factory = taking_switches(factory)
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
     tier.interpreted.clear()

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing.sharedctypes import RawArray
 from typing import ParamSpec, TypeVar
 
+import torch
+
 from nsa_oracle.harness.graphs.callers import definition_of
 
 _P = ParamSpec("_P")
@@ -106,6 +108,9 @@ def noted_as(what: str) -> Iterator[None]:
         yield
     finally:
         watch.called = before
+        torch.set_flush_denormal(
+            False
+        )  # which the call may leave on, and with which the reference would lose denormals
 
 
 def _is_stopped(process: int) -> bool:

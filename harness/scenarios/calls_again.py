@@ -127,16 +127,21 @@ def _same_ends(script: Script) -> None:
 
 
 def _grown_within_its_page(script: Script) -> None:
-    """The shorter of two requests grows by a token: no page changes, nor does the longest length or a stale mirror."""
+    """One between longer requests grows by a token: no page changes, nor does the longest length or a stale mirror."""
     limit, page = script.setup.max_seq_len, script.setup.page_size
     modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED]
     if not modes:
         return
     script.join(limit)
     script.join(script.pick((1, max(1, min(page, limit - 1) - 1))))
-    call = script.replay(script.pick(modes), order=_same_order(script))
-    script.accept((0, 1))
-    script.again(call.model_copy(update={"mirror": Mirror.STALE}))
+    if script.most > 2:
+        script.join(limit)
+    order = _same_order(script)
+    lengths = [request.seq_len for request in script.running][:: -1 if order is Order.REVERSED else 1]
+    mode = script.pick(modes)
+    call = script.replay(mode, script.graph(mode, len(lengths), exact=True), order=order)
+    script.accept((0, 1, 0))
+    script.again(call.model_copy(update={"mirror": Mirror.STALE, "seq_lens_cpu": tuple(lengths)}))
 
 
 def _often_replayed(script: Script) -> None:

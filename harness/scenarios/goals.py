@@ -245,7 +245,8 @@ def _one_difference(scale: Scale) -> Iterator[Want]:
     between: Pins = {"page_size": (page,), "max_context_len": widths, "pool_size": several, **ordered}
     for name in (pages, "shared prefix"):
         yield Want(name, {SITUATION: (pages,), **between})
-    within: Pins = {"page_size": _more_than(scale.page_sizes, 1), "pool_size": several, MIRROR: (Mirror.EQUAL,)}
+    together = {"drive": limits.of("drive", (Drive.MULTI_STEP,)) or tuple(Drive), MIRROR: (Mirror.EQUAL,)}
+    within: Pins = {"page_size": _more_than(scale.page_sizes, 1), "pool_size": several, **together}
     yield Want(length, {SITUATION: (length,), **within, **ordered})
     # The smallest sizes, because it is long.
     small = {

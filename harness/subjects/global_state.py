@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import resource
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from nsa_oracle.harness.findings import Finding, Kind
+from nsa_oracle.harness.graphs.callers import definition_of
 
 _kept: list[torch._C._ForceDispatchKeyGuard] = []
 Report = Callable[[Finding, BaseException | None], BaseException]
@@ -28,8 +31,9 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     one, inference mode every tensor, and another current folder every relative path; without a stream nothing can be
     printed any more. It is therefore reported: the context ends with what ``report`` makes of the finding and of the
     error that ends the context, if any. Errors of other types than ``instead_of`` pass.
-    The other settings (seed, threads, gradients, deterministic algorithms, precision of products) are put back without
-    a word.
+    So are functions of torch that the judge calls and that have been replaced: it would agree with anything.
+    The other settings (seed, threads, gradients, deterministic algorithms, precision of products, denormals flushed to
+    zero) are put back without a word.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     seed, threads, gradients = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
@@ -44,7 +48,8 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     except instead_of as error:
         failure = error
     finally:
-        changed = _changed(dtype, device, folder)
+        torch.set_flush_denormal(False)
+        changed = _functions_put_back() or _changed(dtype, device, folder)
         changed = changed or inference_mode_left_on(inference) or streams.lost()
         streams.put_back()
         _end_inference_mode(inference, keys)
@@ -65,6 +70,34 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         raise report(changed, failure) from failure
     if failure is not None:
         raise failure
+
+
+def _words_of_the_judge() -> set[str]:
+    """All names in the source of the reference and of what compares with it."""
+    harness = Path(__file__).parents[1]
+    folders = (harness.parent / "reference", harness / "checks", harness / "content", harness / "memory")
+    files = (file for folder in folders for file in folder.glob("*.py"))
+    return {word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+
+
+_FUNCTIONS = {  # in C, which hardly anybody has a reason to replace
+    (owner, name): function
+    for owner, kind in ((torch, types.BuiltinFunctionType), (torch.Tensor, types.MethodDescriptorType))
+    for name in _words_of_the_judge()
+    if not name.startswith("_") and isinstance(function := getattr(owner, name, None), kind)
+}
+
+
+def _functions_put_back() -> Finding | None:
+    """Put back functions of torch that the judge calls. A finding if one was another one, else None."""
+    found: Finding | None = None
+    for (owner, name), function in _FUNCTIONS.items():
+        if (now := getattr(owner, name, None)) is not function:
+            setattr(owner, name, function)
+            place = f" by {where}" if (where := definition_of(now)) else ""
+            named = f"torch.{name}" if owner is torch else f"torch.Tensor.{name}"
+            found = found or Finding(Kind.STATE, named, f"replaced{place}", "torch's own function")
+    return found
 
 
 def _deterministic() -> tuple[bool, bool]:

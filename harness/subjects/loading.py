@@ -85,6 +85,20 @@ class LoadedBackend:
         return checked(built, self.spec, single=self.declarations.roles != ASKS_THE_MOST.roles)
 
 
+def taking_switches(backend: Callable[..., MultiStepBackend]) -> BackendFactory:
+    """``backend``, or a factory of it with its declarations if it is a callable of (config, req_to_token) alone."""
+    try:
+        signature = inspect.signature(backend)
+        signature.bind(*_BACKEND_ARGUMENTS.split(", "))
+    except (TypeError, ValueError):
+        return backend  # it takes switches, or nobody knows
+    try:
+        signature.bind(*_BACKEND_ARGUMENTS.split(", "), "optimizations")
+    except TypeError:
+        return LoadedBackend(backend, getattr(backend, "__qualname__", repr(backend)), read_declarations(backend))
+    return backend
+
+
 def limits_of_backend(spec: str) -> Limits:
     """The limits that the callable ``module:attribute`` declares in its attributes ``sizes`` and ``modes``.
 

@@ -39,7 +39,7 @@ def test_one_mutant_from_end_to_end(tmp_path: Path) -> None:
     [
         (("--file", "no/such.py"), ("--file no/such.py", "no file of optimized/")),
         (("--only", "topk.py:1:none:1"), ("--only topk.py:1:none:1", "--list names them all")),
-        (("--sample", "1", "--json", "/no/such/folder/x"), ("--json", "No such file")),
+        (("--sample", "1", "--json", "/no/such/folder/x"), ("--json", "cannot be written")),
     ],
 )
 def test_options_that_cannot_be_used(words: tuple[str, ...], parts: tuple[str, ...]) -> None:

@@ -32,6 +32,8 @@ STATE = {
     "inference": torch.is_inference_mode_enabled,
     "deterministic": torch.are_deterministic_algorithms_enabled,
     "precision": torch.get_float32_matmul_precision,
+    "denormals": lambda: float(torch.full((), 2e-40) * 0.5) > 0,
+    "functions": lambda: (torch.cumsum, torch.Tensor.any),
     "seed": lambda: torch.get_rng_state().tolist(),
 }
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError
-from nsa_oracle.harness.judge import judge_subject
+from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
+from nsa_oracle.harness.scenarios.scenario import Eager, Join
+from nsa_oracle.harness.subjects.default import optimized_backend
+from nsa_oracle.harness.subjects.loading import LoadedBackend, taking_switches
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
-from tests.support.metadata_cases import DECODE, one_replay
+from nsa_oracle.harness.watching import noted
+from nsa_oracle.reference.multi_step import MultiStepBackend
+from nsa_oracle.reference.types import BackendConfig, ForwardBatch
+from tests.support.metadata_cases import DECODE, case, one_replay
 
 REFUSED_BACKENDS = {
     "NeedsMore": "cannot be called with (config, req_to_token): missing a required argument: 'stream'",
@@ -72,3 +78,37 @@ def test_time_that_is_up_in_the_harness_is_no_finding(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys.modules[judge_subject.__module__], "judge", too_slow)
     with pytest.raises(ScenarioError, match="still running after 2 seconds in the harness, not in the judged code"):
         judge_subject(optimized_subject(), one_replay(DECODE), torch.device("cpu"))
+
+
+class OfTwoArguments(MultiStepBackend):
+    """As authors write it; wrong, so that a verdict shows that it was built."""
+
+    modes = ("DECODE",)
+
+    def __init__(self, config: BackendConfig, req_to_token: torch.Tensor) -> None:
+        super().__init__(config, req_to_token)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        self.attn_backends[0].forward_metadata.cache_seqlens_int32.add_(1)
+
+
+def test_judge_takes_a_backend_as_its_author_wrote_it() -> None:
+    cpu, scenario = torch.device("cpu"), case(Join(seq_len=3), Eager(mode=DECODE))
+    assert judge(scenario, MultiStepBackend, cpu).eager_calls == 2
+    with pytest.raises(OracleFailure, match="cache_seqlens_int32"):
+        judge(scenario, OfTwoArguments, cpu)
+    assert taking_switches(optimized_backend) is optimized_backend
+    adapted = taking_switches(OfTwoArguments)
+    assert isinstance(adapted, LoadedBackend)
+    assert taking_switches(adapted) is adapted
+
+
+def test_a_layer_that_flushes_denormals_leaves_them_to_the_reference() -> None:
+    def flushing(number: torch.Tensor) -> float:
+        torch.set_flush_denormal(True)
+        return float(number * 0.5)
+
+    tiny = torch.full((), 2e-40)
+    assert noted(flushing)(tiny) == 0
+    assert float(tiny * 0.5) > 0

@@ -262,8 +262,15 @@ def global_state() -> Iterator[Mistake]:
     yield layer(
         "current folder in a stage", "sparse_mla", "import os; os.chdir('/'); return right", *says, names="os.getcwd"
     )
+    sums = "cumsum = torch.cumsum; torch.cumsum = lambda *numbers, **options: cumsum(*numbers, **options) + 1"
+    says = "global state left changed: torch.cumsum: got replaced by", "expected torch's own function"
+    yield Mistake("a function of torch in the constructor", init("", sums).source, says, names="in <lambda>")
+    none = "torch.Tensor.any = lambda self, *dim, **options: torch.zeros((), dtype=torch.bool)"
+    says = "global state left changed: torch.Tensor.any: got replaced by", "expected torch's own function"
+    yield field("a method of tensors in a call", f"{none}; return metadata", *says, names="in <lambda>")
     for name, body in {
         "seed": "torch.manual_seed(3)",
+        "denormals": "torch.set_flush_denormal(True)",
         "threads": "torch.set_num_threads(3)",
         "no gradients": "torch.set_grad_enabled(False)",
         "deterministic": "torch.use_deterministic_algorithms(True)",
