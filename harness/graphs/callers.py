@@ -21,7 +21,8 @@ from nsa_oracle.harness.errors import error_line
 _RUNNERS = f"{Path(__file__).parent}/"
 _HARNESS = f"{Path(__file__).parents[1]}/"
 _TORCH = Path(torch.__file__).parent
-_THIRD_PARTY = ("torch", "triton", "numpy", "hypothesis", "pytest", "_pytest", "pluggy")  # what judged code calls
+# What judged code calls, and what calls the harness.
+_THIRD_PARTY = ("torch", "triton", "numpy", "hypothesis", "pytest", "_pytest", "pluggy", "typer", "click")
 _THIRD_PARTY_FOLDERS = tuple(f"{_TORCH.parent / name}/" for name in _THIRD_PARTY)
 _UNKNOWN = "unknown line"
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"

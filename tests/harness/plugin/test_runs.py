@@ -257,7 +257,7 @@ def test_what_a_layer_was_compared_in_survives_the_way_from_a_worker(device: tor
 
 def test_workers_neither_lose_nor_double_anything(folder: Path) -> None:
     """Side by side with one process: the same failures, the same files, the same sums."""
-    words = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1, 2, 3)]
+    words = [f"--oracle-backend={BROKEN}", "--oracle-profile=dev", *shards(1, 4, 6)]
     alone = run(folder, *words, "--oracle-save=alone", "-p", "no:xdist")
     together = run(folder, *words, "--oracle-save=together", "-n", "2")
     assert together.exit_code == alone.exit_code == pytest.ExitCode.TESTS_FAILED
