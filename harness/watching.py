@@ -90,11 +90,17 @@ def watch_of_this_process() -> Watch:
 
 
 def noted(method: Callable[_P, _T], judged: object = None) -> Callable[_P, _T]:
-    """``method``, noted as what is being called while it runs. judged: the judged method in it, if it is wrapped."""
+    """``method``, noted as what is being called while it runs. judged: the judged method in it, if it is wrapped.
+
+    If it has denormals flushed to zero, that ends with it: the reference would lose its own.
+    """
 
     def call(*arguments: _P.args, **options: _P.kwargs) -> _T:
-        with noted_as(definition_of(judged or method)):
-            return method(*arguments, **options)
+        try:
+            with noted_as(definition_of(judged or method)):
+                return method(*arguments, **options)
+        finally:
+            torch.set_flush_denormal(False)
 
     return call
 
@@ -108,9 +114,6 @@ def noted_as(what: str) -> Iterator[None]:
         yield
     finally:
         watch.called = before
-        torch.set_flush_denormal(
-            False
-        )  # which the call may leave on, and with which the reference would lose denormals
 
 
 def _is_stopped(process: int) -> bool:

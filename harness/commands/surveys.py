@@ -76,7 +76,8 @@ def survey(
     if case and backend is None:
         raise unusable("survey: --case is for a backend; replay a case of a layer")
     if not cases and not case and (backend is None or not saved):
-        raise unusable("survey: --cases 0 surveys nothing but saved cases of a backend, of which there are none")
+        none = "--cases 0 surveys nothing but saved cases of a backend, and there are none"
+        raise unusable(f"survey: {none}; give a number")
     try:
         check_folder(save, "--save")
     except ScenarioError as error:

@@ -29,6 +29,7 @@ class ClosesFiles(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         os.closerange(3, 64)
+        super().refresh(buffers, batch)
 
 
 @backend_of
@@ -37,6 +38,7 @@ class LimitsTheStack(Step):
 
     def refresh(self, buffers: Metadata, batch: ForwardBatch) -> None:
         sys.setrecursionlimit(90)
+        super().refresh(buffers, batch)
 
 
 @backend_of
@@ -48,7 +50,6 @@ class AllowsMoreStack(Step):
         sys.setrecursionlimit(2 * before)
         super().refresh(buffers, batch)
         sys.setrecursionlimit(before)
-        super().refresh(buffers, batch)
 
 
 LEFT_OPEN: list[int] = []
