@@ -210,7 +210,7 @@ def _live_cells(
     """Mask of cells whose content is specified: in a page table, those below the KV length of the row."""
     live = np.ones(cells.shape, dtype=np.bool_)
     if field.axes[-1] in (Axis.TOKEN_COLUMN, Axis.PAGE_COLUMN):
-        if len(cells) != len(lengths):  # EXTEND: one row per request
+        if want.token_to_batch_idx is not None:  # EXTEND: one row per request, of which there may be as many as tokens
             lengths = want.cache_seqlens_int32.numpy()
         page_size = want.page_size if field.axes[-1] is Axis.PAGE_COLUMN else 1
         live = np.arange(cells.shape[1]) < -(-lengths // page_size)[:, None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from nsa_oracle.harness.scenarios.classes import MANY_REPLAYS
-from nsa_oracle.harness.scenarios.scenario import Remap, SetLengths
+from nsa_oracle.harness.scenarios.scenario import Eager, Remap, SetLengths
 from nsa_oracle.harness.scenarios.script import OF_ACCEPTED, Script
 from nsa_oracle.harness.scenarios.setup import Mirror, Order
 from nsa_oracle.reference.types import ForwardMode
@@ -144,6 +145,24 @@ def _grown_within_its_page(script: Script) -> None:
     script.again(call.model_copy(update={"mirror": Mirror.STALE, "seq_lens_cpu": tuple(lengths)}))
 
 
+def _mirror_in_another_order(script: Script) -> None:
+    """The host mirror has the lengths of the batch, two of them in each other's place; sum, ends and longest agree."""
+    limit, page = script.setup.max_seq_len, script.setup.page_size
+    modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED]
+    if not modes:
+        return
+    short = script.pick((1, max(1, min(page, limit) - 1)))
+    for length in (limit, short, script.pick((min(short + page, limit - 1), limit - 1)), limit)[: script.most]:
+        script.join(length)
+    mode, count = script.pick(modes), len(script.running)
+    call = script.replay(mode, script.graph(mode, count, exact=True), order=Order.JOINED)
+    lengths = [request.seq_len for request in script.running]
+    lengths[1:-1] = lengths[1:-1][::-1]
+    swapped: dict[str, Any] = {"mirror": Mirror.STALE, "seq_lens_cpu": tuple(lengths)}
+    script.again(call.model_copy(update=swapped))
+    script.add(Eager(mode=mode, order=Order.JOINED, **swapped))
+
+
 def _often_replayed(script: Script) -> None:
     """A full graph, replayed for two batches in turn more often than a counter of a few bits counts."""
     modes = [mode for mode in script.graph_modes if mode not in OF_ACCEPTED] or script.graph_modes
@@ -168,6 +187,7 @@ CALLS_AGAIN: dict[str, Callable[[Script], None]] = {
     "same lengths, other accepts": _other_accepts,
     "other pages between the same ends": _same_ends,
     "a length grown within its page": _grown_within_its_page,
+    "mirror in another order": _mirror_in_another_order,
     "often replayed": _often_replayed,
 }
 HAPPENINGS = (  # those that can occur in any history

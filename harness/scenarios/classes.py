@@ -36,6 +36,7 @@ ONE_DIFFERENCE = (
     *("same lengths, other accepts", "other pages between the same ends"),
     "a length grown within its page",
 )
+MIRROR_IN_ANOTHER_ORDER = "host mirror in another order"  # a backend may believe one whose sum or ends agree
 MANY_REPLAYS = 128
 OFTEN_REPLAYED = f"more than {MANY_REPLAYS} replays of one graph"
 ROWS_OF_STEPS = (
@@ -61,7 +62,10 @@ NO_MIRROR = (
     *(f"no host mirror, {mode.value} replay" for mode in GRAPH_MODES),
     *(f"no host mirror, {mode.value} eagerly" for mode in ForwardMode if mode.value not in ("DECODE", "IDLE")),
 )
-NO_NEW_TOKEN = ("prefill without a new token", "prefill of cached tokens alone")
+NO_NEW_TOKEN = (
+    *("prefill without a new token", "prefill of cached tokens alone"),
+    "prefill without a new token between others",
+)
 FEWER_STEPS = ("fewer draft steps, replay", "fewer draft steps, eager")
 SLOTS_BY_STEP = "slots of several steps in one tensor"
 OVER_COMMITTED = "more tokens than slots"
@@ -111,7 +115,7 @@ METADATA_CLASSES: tuple[str, ...] = (
     *(*ROWS_OF_STEPS, "eager IDLE, N > 1", *PREFILLS[1:], *AROUND_K, *PAIRS, *SEGMENTS),
     *(f"reuse {reuse.value}" for reuse in Reuse),
     *(*COMPANY, *IN_COMPANY, *NO_MIRROR),
-    *(*CYCLES, *ONE_DIFFERENCE, OFTEN_REPLAYED),
+    *(*CYCLES, *ONE_DIFFERENCE, MIRROR_IN_ANOTHER_ORDER, OFTEN_REPLAYED),
     *(OVER_COMMITTED, *NO_NEW_TOKEN, MIXED, *FEWER_STEPS, IDLE_AFTER_SEGMENTS, PLAIN_PREFILL),
 )
 

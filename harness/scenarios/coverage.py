@@ -23,6 +23,7 @@ from nsa_oracle.harness.scenarios.classes import (
     MANY_REPLAYS,
     MANY_STEPS,
     MANY_SUMMED,
+    MIRROR_IN_ANOTHER_ORDER,
     MIXED,
     MQA_SEGMENT,
     NO_MIRROR,
@@ -261,6 +262,8 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
     if batch.size > 4:
         yield "batch of 5..8" if batch.size <= 8 else "batch of more than 8"
     yield f"mirror {event.mirror.value}"
+    if isinstance(event, Replay) and _in_another_order(batch):
+        yield MIRROR_IN_ANOTHER_ORDER
     yield f"order {event.order.value}"
     page, topk = setup.page_size, setup.index_topk
     for name, length in (
@@ -283,6 +286,14 @@ def _batch_classes(batch: Batch, setup: Setup, event: Replay | Eager) -> Iterato
         yield from _prefill_classes(batch, topk)
 
 
+def _in_another_order(batch: Batch) -> bool:
+    """Whether the host mirror has the right lengths, and those at both ends in their places, but not all of them."""
+    lengths, mirror = batch.seq_lens, batch.seq_lens_cpu
+    if mirror is None or mirror == lengths:
+        return False
+    return (mirror[0], mirror[-1]) == (lengths[0], lengths[-1]) and sorted(mirror) == sorted(lengths)
+
+
 def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
     whole = [new == length for new, length in zip(batch.extend_lens, batch.seq_lens, strict=True)]
     if not all(whole):
@@ -295,6 +306,9 @@ def _prefill_classes(batch: Batch, topk: int) -> Iterator[str]:
         yield "prefill of several requests"
         if 0 in batch.extend_lens and any(batch.extend_lens):
             yield NO_NEW_TOKEN[0]
+        some = [number for number, new in enumerate(batch.extend_lens) if new]
+        if some and 0 in batch.extend_lens[some[0] : some[-1]]:
+            yield NO_NEW_TOKEN[2]
         decodes = [new == 1 < length for new, length in zip(batch.extend_lens, batch.seq_lens, strict=True)]
         if any(decodes) and max(batch.extend_lens) > 1:
             yield MIXED

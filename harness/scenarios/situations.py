@@ -56,16 +56,18 @@ def _cached_prefixes(script: Script) -> None:
 
 
 def _chunks(script: Script) -> None:
-    """Prefills in chunks: a request whose tokens are all cached, beside one with new tokens; a decode beside one; the
-    cached tokens of all requests, and nothing else.
+    """Prefills in chunks: requests whose tokens are all cached, before, behind and between some with new tokens; a
+    decode beside one; the cached tokens of all requests, and nothing else.
     """
     script.join(max(2, _full_page(script)))
     script.join(script.pick((2, 3, script.setup.max_seq_len)))
     new = max(2, min(script.scale.most_new_tokens_of(script.setup) or 3, 3))
-    script.eager(EXTEND, script.pick(((0, new), (new, 0), (0, 1))), order=Order.JOINED)
-    if script.most > 2 and script.pick((False, True)):
-        script.join()
+    script.eager(EXTEND, script.pick(((0, new), (0, 1))), order=Order.JOINED)
     script.eager(EXTEND, script.pick(((1, new), (new, 1))), order=Order.JOINED)
+    if script.most > 2:
+        script.join(script.pick((3, script.setup.max_seq_len)))
+        script.eager(EXTEND, script.pick(((new, 0, 1), (1, 0, new))), order=Order.JOINED)
+    script.eager(EXTEND, script.pick(((new, 0, 0), (0, new, 0), (0, 0, new))), order=Order.JOINED)
     script.eager(EXTEND, (0,))
 
 

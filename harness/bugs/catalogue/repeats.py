@@ -212,6 +212,18 @@ class LosesCachedPrompts(BackendWrapper):
             )
 
 
+class DropsChunksBetween(BackendWrapper):
+    """The requests of a prefill's tokens are counted without those between others that have no new token."""
+
+    def done(self, backend: SingleStepBackend, batch: ForwardBatch, moment: Moment, index: int) -> None:
+        requests = backend.forward_metadata.token_to_batch_idx
+        if batch.forward_mode is ForwardMode.EXTEND and requests is not None and len(requests):
+            present = torch.unique_consecutive(requests, return_inverse=True)[1] + requests[0]
+            backend.forward_metadata = dataclasses.replace(
+                backend.forward_metadata, token_to_batch_idx=present.to(requests.dtype)
+            )
+
+
 class TakenForDecodes(BackendWrapper):
     """A prefill whose first request has one new token has one row a request."""
 
@@ -242,6 +254,15 @@ BUGS = (
         trigger="a prefill in which all tokens of a request are cached",
         caught_by=frozenset({Check.SHAPE}),
         plant=by_wrapping(LosesCachedPrompts),
+    ),
+    Bug(
+        name="chunks-without-tokens-dropped",
+        group=Group.TABLES,
+        sentence="Tokens of a prefill are dealt to its requests as if none between others were without a new token.",
+        reference=REVIEW,
+        trigger="a prefill of a request without a new token between two that have some",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(DropsChunksBetween),
     ),
     Bug(
         name="lengths-with-gaps",

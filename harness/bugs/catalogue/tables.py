@@ -30,6 +30,21 @@ class TrustsMirror(OwnInputs):
         return numbers
 
 
+class TrustsPlausibleMirror(OwnInputs):
+    """Lengths come from the host mirror, if the sum, the longest and those at both ends are the device's."""
+
+    def load(self, numbers: HostNumbers, batch: ForwardBatch, moment: Moment, step: int | None) -> HostNumbers:
+        mirror = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
+        real = numbers.seq_lens[: len(mirror)]
+        if mirror and _checksum(mirror) == _checksum(real):
+            numbers.seq_lens[: len(mirror)] = mirror
+        return numbers
+
+
+def _checksum(lengths: list[int]) -> tuple[int, ...]:
+    return sum(lengths), max(lengths), lengths[0], lengths[-1]
+
+
 class RecyclesRow(OwnPool):
     """The worst case of the race: the last request's row is reassigned before the draft extend reads it."""
 
@@ -153,6 +168,15 @@ BUGS = (
         trigger="a replay with a stale mirror",
         caught_by=frozenset({Check.METADATA}),
         plant=by_wrapping(TrustsMirror),
+    ),
+    Bug(
+        name="plausible-mirror-trusted",
+        group=Group.TABLES,
+        sentence="Lengths are taken from the host mirror if its sum, its longest and those at both ends are right.",
+        reference=REVIEW,
+        trigger="a replay whose mirror has the lengths of two requests in each other's place",
+        caught_by=frozenset({Check.METADATA}),
+        plant=by_wrapping(TrustsPlausibleMirror),
     ),
     Bug(
         name="row-recycled-while-read",

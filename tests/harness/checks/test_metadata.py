@@ -79,11 +79,16 @@ def test_clean_observation_has_no_finding_and_is_counted() -> None:
     assert tally.cells == sum(tensor.numel() for tensor in seen.steps[0].tensors.values())
 
 
-@pytest.mark.parametrize("mode", [m for m in ForwardMode if m is not ForwardMode.IDLE])
+@pytest.mark.parametrize(
+    ("mode", "new"),
+    [
+        *((mode, ()) for mode in ForwardMode if mode not in (ForwardMode.IDLE, ForwardMode.EXTEND)),
+        *((ForwardMode.EXTEND, new) for new in ((2, 1), (2, 0), (0, 2), (0, 0))),  # also as many tokens as requests
+    ],
+)
 @pytest.mark.parametrize("name", sorted(BY_NAME))
-def test_each_live_cell_counts_and_no_dead_one(name: str, mode: ForwardMode) -> None:
+def test_each_live_cell_counts_and_no_dead_one(name: str, mode: ForwardMode, new: tuple[int, ...]) -> None:
     """Flip every cell of every field by itself, by the definition of live cells and not by the judge's code."""
-    new = (2, 1) if mode is ForwardMode.EXTEND else ()
     sent = batch(mode, 5, 2, accepts=(0, 2), new=new)
     clean = observed(sent, in_graph=mode is not ForwardMode.EXTEND)
     tensor = clean.steps[0].tensors.get(name)

@@ -7,7 +7,7 @@ import pytest
 from nsa_oracle.harness.scenarios.classes import IN_COMPANY, LONG_PREFILL, PLAIN_PREFILL, PRODUCTION_INDEX
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Event, Finish, Join, Remap, Replay, SetLengths
-from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Order, Reuse
+from nsa_oracle.harness.scenarios.setup import Inputs, Layer, Mirror, Order, Reuse
 from nsa_oracle.reference.types import ForwardMode
 from tests.support.metadata_cases import DECODE, DRAFT_EXTEND, EXTEND, VERIFY, case
 
@@ -166,6 +166,27 @@ def test_prefill_without_a_new_token() -> None:
     assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=(0, 2)))
     assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(1, 2)))
     assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=(0,))), "of no request"
+
+
+def test_prefill_without_a_new_token_between_others() -> None:
+    joins, name = [Join(seq_len=length) for length in (3, 9, 5)], "prefill without a new token between others"
+    for new in ((2, 0, 1), (1, 0)):  # repeated for the third: 1, 0, 1
+        assert name in visited(*joins, Eager(mode=EXTEND, extend_lens=new))
+    for new in ((0, 2, 1), (2, 1, 0), (0, 2, 0), (1, 2, 1), (0,)):
+        assert name not in visited(*joins, Eager(mode=EXTEND, extend_lens=new))
+
+
+def test_host_mirror_in_another_order() -> None:
+    joins, name = [Join(seq_len=length) for length in (9, 1, 5, 9)], "host mirror in another order"
+
+    def told(*mirror: int, kind: Mirror = Mirror.STALE) -> set[str]:
+        replay = Replay(mode=DECODE, bucket=4, mirror=kind, seq_lens_cpu=mirror)
+        return visited(Capture(mode=DECODE, buckets=(4,)), *joins, replay, pool_size=4)
+
+    assert name in told(9, 5, 1, 9)
+    for mirror in ((9, 1, 5, 9), (1, 9, 5, 9), (9, 5, 2, 9)):
+        assert name not in told(*mirror)
+    assert name not in told(9, 5, 1, 9, kind=Mirror.EQUAL)
 
 
 def test_prefill_of_cached_tokens_alone() -> None:
