@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 
@@ -136,7 +136,8 @@ class _Recorded:
                 own(self, name, _noted(backend, name, recorder, step))
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._nsa_oracle_backend, name)
+        backend = object.__getattribute__(self, "_nsa_oracle_backend")  # its absence must not lead back here
+        found = getattr(backend, name)
         return self._steps(found) if name == "attn_backends" else found
 
     def _steps(self, found: Any) -> Any:
@@ -165,6 +166,14 @@ class _Recorded:
 
     def __repr__(self) -> str:
         return repr(self._nsa_oracle_backend)
+
+    def _no_copy(self, *_: object) -> NoReturn:
+        """Two wrappers would number their calls alike in one file, and a file belongs to one process."""
+        raise TypeError(
+            "a recorded backend has no copy and no pickle: copy or pickle the backend, and record what comes of it"
+        )
+
+    __copy__ = __deepcopy__ = __reduce_ex__ = _no_copy
 
 
 def _noted(backend: object, name: str, recorder: Recorder, step: int | None) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,34 @@ def test_every_argument_attribute_and_exception_passes_through(tmp_path: Path) -
     assert repr(wrapped) == repr(spy)
     with pytest.raises(LookupError, match="own"):
         wrapped.init_forward_metadata("raise")
+
+
+class Copies(Spy):
+    """A backend with a copy and a pickle of its own, which would be of the backend and not recorded."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copies:
+        return self
+
+    __copy__ = __reduce__ = __deepcopy__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps, lambda wrapped: copy.deepcopy([wrapped])])
+@pytest.mark.parametrize("backend", [Spy(), Copies()], ids=["plain", "copies itself"])
+def test_a_copy_or_a_pickle_is_refused_in_one_line(backend: Any, again: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError) as refused:
+        again(record(backend, tmp_path / "r.jsonl"))
+    assert str(refused.value) == (
+        "a recorded backend has no copy and no pickle: copy or pickle the backend, and record what comes of it"
+    )
+
+
+def test_a_wrapper_of_nothing_has_no_attributes(tmp_path: Path) -> None:
+    """As those that make an object without its __init__ find it."""
+    kind = type(record(Spy(), tmp_path / "r.jsonl"))
+    bare = kind.__new__(kind)
+    for name in ("known", "attn_backends", "_nsa_oracle_backend"):
+        with pytest.raises(AttributeError):
+            getattr(bare, name)
 
 
 def test_protocols_and_steps_are_those_of_the_backend(tmp_path: Path) -> None:
