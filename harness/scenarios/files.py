@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from nsa_oracle.harness.destinations import device_at
 from nsa_oracle.harness.errors import ScenarioError, one_line
 from nsa_oracle.harness.scenarios.complaints import MOST_CHARACTERS, complaint
 from nsa_oracle.harness.scenarios.scenario import SCHEMA_VERSION, Scenario
@@ -61,7 +62,7 @@ def replace_file(path: Path, text: str) -> None:
     A symbolic link is followed. A character device, and what this process prints to, stay what they are and are
     written to. Raises OSError for whatever else is no file: a pipe without a reader would block.
     """
-    device = _device_at(path)
+    device = device_at(path)
     if device is not None:
         with os.fdopen(device, "w", encoding="utf-8") as file:
             file.write(text)
@@ -85,7 +86,7 @@ def check_file(file: Path, option: str) -> None:
     Neither the file nor its folder need exist yet.
     """
     try:
-        device = _device_at(file)
+        device = device_at(file)
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error}; name a file in a folder that can"
         raise ScenarioError(f"{option} {one_line(str(file), MAX_PATH)}: {reason}") from None
@@ -93,35 +94,6 @@ def check_file(file: Path, option: str) -> None:
         check_folder(Path(os.path.realpath(file)).parent, option)
     else:
         os.close(device)
-
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFSOCK: "a socket",
-}
-_STREAMS = (1, 2)  # what this process prints to; /dev/stdout may be a pipe, or a file that has begun
-
-
-def _device_at(path: Path) -> int | None:
-    """A descriptor, open for writing, of the device or the stream that ``path`` names; None: it names a file, or none.
-
-    Raises OSError for anything else.
-    """
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    for stream in _STREAMS:
-        with suppress(OSError):  # it is closed
-            if os.path.samestat(found, os.fstat(stream)):
-                return os.dup(stream)
-    if stat.S_ISCHR(found.st_mode):
-        return os.open(path, os.O_WRONLY | os.O_NOCTTY)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(None, f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}")
-    return None
 
 
 def check_folder(folder: Path, option: str) -> None:

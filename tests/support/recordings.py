@@ -72,7 +72,7 @@ def recorded_run(scenario: Scenario, factory: BackendFactory, file: Path, tables
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
 
 def calls(file: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +203,74 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: py
     assert len(caplog.records) == 1
 
 
+def test_pipes_sockets_and_folders_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        for name in ("pipe", "folder", "socket"):
+            wrapped = record(Spy(), name)
+            assert wrapped.init_forward_metadata(batch()) == "returned"
+    assert [warning.getMessage() for warning in caplog.records] == [
+        f"{name}: the recording has ended: it cannot be written: it is a {name}; name a file in a folder that can"
+        for name in ("pipe", "folder", "socket")
+    ]
+
+
+def test_a_device_is_written_to_and_never_moved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    wrapped = record(Spy(), null, max_bytes=4096)
+    for _ in range(100):
+        wrapped.init_forward_metadata(batch())
+    assert flush(wrapped)
+    assert list(tmp_path.iterdir()) == [null]
+    assert caplog.records == []
+
+
+def test_a_second_recorder_of_a_file_records_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "server.jsonl"
+    first, second = record(Spy(), file, max_bytes=8192), record(Spy(), file)
+    assert second.init_forward_metadata(batch()) == "returned"
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        f"{file}: the recording has ended: another recorder writes to it; give each one a file of its own, such as "
+        f"server-{os.getpid()}.jsonl"
+    )
+    for _ in range(100):  # more than half of max_bytes
+        first.init_forward_metadata(batch())
+    assert flush(first)
+    assert file.with_name("server.jsonl.1").exists()
+    third = record(Spy(), file)  # the file that took the place of the one that was moved
+    assert not flush(third)
+    assert len(caplog.records) == 2
+    assert {line["session"] for line in lines(file) if "session" in line} == {lines(file)[0]["session"]}
+
+
+def test_a_file_is_free_again_when_its_backend_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "server.jsonl"
+    for _ in range(3):
+        wrapped = record(Spy(), file, config=CONFIG)
+        wrapped.init_forward_metadata(batch())
+        del wrapped  # its last call may not be in the file yet
+        gc.collect()
+    wrapped = record(Spy(), file, config=CONFIG)
+    assert flush(wrapped)
+    assert caplog.records == []
+    assert sum("session" in line for line in lines(file)) == 4
+    assert sum("call" in line for line in lines(file)) == 3
+
+
+def test_a_recording_that_has_ended_lets_its_file_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ended = record(Spy(), tmp_path / "r.jsonl")
+    ended.init_forward_metadata(None)
+    assert flush(record(Spy(), tmp_path / "r.jsonl"))
+    assert len(caplog.records) == 1
+
+
 def test_tables_without_a_pool_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record(Spy(), tmp_path / "r.jsonl", tables="whole")
     assert "give it to record()" in caplog.text
@@ -268,6 +339,37 @@ else:
     os._exit(0)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+HELD = """
+import os, signal, sys, time
+from nsa_oracle.harness import record
+from tests.support.recordings import Spy
+wrapped = record(Spy(), sys.argv[1])
+if pid := os.fork():
+    print(pid, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)  # the fork outlives the server
+"""
+
+
+def test_a_file_is_that_of_one_process_until_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "r.jsonl"
+    command = [sys.executable, "-c", HELD, str(file)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=PROJECT, env=environment_of_children(), text=True, **pipes) as server:
+        fork = int(server.stdout.readline())
+        try:
+            assert not flush(record(Spy(), file))
+            assert "another recorder writes to it" in caplog.text
+            server.stdin.write("end\n")
+            server.stdin.close()
+            assert server.wait() == -9
+            assert flush(record(Spy(), file))
+        finally:
+            os.kill(fork, signal.SIGKILL)
+    assert len(caplog.records) == 1
 
 
 def test_what_is_written_survives_the_end_of_the_process(tmp_path: Path) -> None:
