@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import time
 import weakref
@@ -78,7 +79,7 @@ class Recorder:
         self.writer = writer
         self.pool = pool
         self.tables = tables
-        self.calls = 0
+        self._numbers = itertools.count()
         self._staging = Staging()
         weakref.finalize(self, writer.close).atexit = False
 
@@ -87,8 +88,7 @@ class Recorder:
         if self.writer.ended or os.getpid() != self.writer.process:
             return
         try:
-            number, self.calls = self.calls, self.calls + 1
-            line: dict[str, Any] = {"n": number, "t": round(time.time(), 3), "call": name}
+            line: dict[str, Any] = {"n": next(self._numbers), "t": round(time.time(), 3), "call": name}
             if step is not None:
                 line["step"] = step
             if name == "init_cuda_graph_state":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.recorded import RecordedCall, SlotRuns
 from nsa_oracle.harness.scenarios.scenario import GRAPH_MODES, graph_mode
@@ -113,8 +114,6 @@ class Requests:
     def _pages(self, call: RecordedCall, place: int, seq_len: int) -> tuple[int, ...]:
         if call.table is None:
             return ()
-        if place >= len(call.table):
-            raise NotACase("its table has fewer rows than it has requests")
         setup, shown = self.setup, seq_len
         if call.mode == ForwardMode.TARGET_VERIFY.value:
             shown += setup.num_draft_tokens
@@ -137,7 +136,7 @@ class Requests:
 
     def _held(self, number: int, call: RecordedCall, batch: Batch, place: int, pages: tuple[int, ...]) -> Held:
         row, seq_len = batch.pool_rows[place], batch.seq_lens[place]
-        digest = call.digest[place] if call.digest is not None and place < len(call.digest) else None
+        digest = None if call.digest is None else call.digest[place]
         before = self.on_row.get(row)
         if before is None or _is_another(before, batch, place, pages, digest):
             before = self.on_row[row] = Held(row, seq_len, number)
@@ -154,23 +153,24 @@ def _mode(call: RecordedCall) -> ForwardMode:
 
 
 def _batch(call: RecordedCall, mode: ForwardMode, setup: Setup) -> Batch:
-    """All entries of a replay or an eager call, at most as many as its bucket has."""
+    """All entries of a replay or an eager call. Longer lists are the engine's whole buffers, of its largest bucket."""
     if call.pool_rows is None or call.seq_lens is None:
         raise NotACase("it has no numbers: pool_rows and seq_lens (calls within a capture are noted without)")
-    size = min(len(call.seq_lens), len(call.seq_lens) if call.bs is None else call.bs)
     if call.act == "replay" and call.bs is None:
         raise NotACase("it has no bs")
-    columns = [call.pool_rows, call.seq_lens]
+    size = len(call.seq_lens) if call.bs is None else call.bs
+    columns = []
     for name, wanted in (
+        ("pool_rows", True),
+        ("seq_lens", True),
         ("seq_lens_cpu", call.seq_lens_cpu is not None),
         ("accept_lengths", mode in _ACCEPTED and call.accept_lengths is not None),
         ("extend_lens", mode is ForwardMode.EXTEND),
     ):
         columns.append((getattr(call, name) or ()) if wanted else ())
-        if wanted and len(columns[-1]) < size:
-            raise NotACase(f"it has {len(columns[-1])} {name} for {size} requests")
-    if len(call.pool_rows) < size:
-        raise NotACase(f"it has {len(call.pool_rows)} pool_rows for {size} requests")
+        count = len(columns[-1])
+        if wanted and (count < size or (count > size and call.bs is None)):
+            raise NotACase(f"it has {count:,} {name} for {counted(size, 'request')}")
     if mode is ForwardMode.DRAFT_EXTEND and call.accept_lengths is None:
         raise NotACase("it has no accept_lengths")
     rows, lengths, mirror, accepts, new = (tuple(column[:size]) for column in columns)

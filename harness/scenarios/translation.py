@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
 from nsa_oracle.harness.scenarios.batch import Batch, choose_bucket
 from nsa_oracle.harness.scenarios.complaints import complaint
-from nsa_oracle.harness.scenarios.recorded import RecordedCall, ServerRecord
+from nsa_oracle.harness.scenarios.recorded import Dtypes, RecordedCall, ServerRecord
 from nsa_oracle.harness.scenarios.recorded_batches import ACTS, Asked, Held, NotACase, Requests
 from nsa_oracle.harness.scenarios.scenario import (
     Accept,
@@ -58,6 +58,9 @@ def imported(record: ServerRecord, how: Import) -> tuple[list[Scenario], list[st
     calls = [call for call in record.calls if call.act in ACTS]
     if {call.step is None for call in calls} == {True, False}:
         notes["the methods of the whole backend and of its steps were called; all are imported as the former"] = None
+    for name, kinds in _dtypes(calls).items():
+        if len(kinds) > 1:
+            notes[f"{name} is not of the same dtype in all calls; cases have {kinds[0].value}, as the first one"] = None
     setup = _setup(record, calls, how)
     requests, asked = Requests(setup), list[Asked]()
     for call in calls:
@@ -65,7 +68,10 @@ def imported(record: ServerRecord, how: Import) -> tuple[list[Scenario], list[st
             asked.append(requests.asked(len(asked), call))
         except NotACase as unfit:
             if not how.skip:
-                raise ScenarioError(f"{record.source}: {call.name} cannot be a case's: {unfit}") from None
+                place = record.places[call.n]
+                raise ScenarioError(
+                    f"{place}: {call.name} cannot be a case's: {unfit}; or leave it out with --skip"
+                ) from None
             notes[f"left out: {call.name}: {unfit}"] = None
     for one in asked:
         if one.padding:
@@ -91,14 +97,8 @@ def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> 
     head = record.head
     known = {_RENAMED.get(name, name): value for name, value in head.config.items()}
     known = {name: value for name, value in known.items() if name in Setup.model_fields}
-    shown = next((call for call in calls if call.dtypes), None)
-    dtypes = {} if shown is None else shown.dtypes
-    names = {"seq_lens": "seq_lens", "req_pool_indices": "pool_rows", "accept_length": "accept_lengths"}
-    kinds = {dtype.value for dtype in IntDtype}
-    inputs: dict[str, Any] = {name: dtypes[key] for name, key in names.items() if dtypes.get(key) in kinds}
-    accepting = next((call.dtypes["accept_lengths"] for call in calls if "accept_lengths" in call.dtypes), None)
-    if accepting in kinds:
-        inputs["accept_length"] = accepting
+    shown = next((call for call in calls if call.dtypes != Dtypes()), None)
+    inputs: dict[str, Any] = {name: kinds[0] for name, kinds in _dtypes(calls).items()}
     rows = [row for call in calls for row in call.pool_rows or ()]
     document: dict[str, Any] = {
         "pool_size": head.pool[0] if head.pool else max(rows, default=0) + 1,
@@ -117,16 +117,23 @@ def _setup(record: ServerRecord, calls: Sequence[RecordedCall], how: Import) -> 
         raise ScenarioError(f"{record.source}: its sizes: {complaint(error)}; mend them with --size") from None
 
 
+def _dtypes(calls: Sequence[RecordedCall]) -> dict[str, list[IntDtype]]:
+    """The dtypes that the record has of each input of a case, in the order of the calls."""
+    names = {"seq_lens": "seq_lens", "req_pool_indices": "pool_rows", "accept_length": "accept_lengths"}
+    found = {name: dict.fromkeys(getattr(call.dtypes, key) for call in calls) for name, key in names.items()}
+    return {name: known for name, kinds in found.items() if (known := [kind for kind in kinds if kind is not None])}
+
+
 def _padding(calls: Sequence[RecordedCall]) -> dict[str, int]:
     """The length of padding, and how much of it eager calls have: some if one has twice the same row, or is idle."""
-    ends = [call.seq_lens[-1] for call in calls if call.act != "capture" and call.seq_lens]
+    ends = [ended[-1] for call in calls if call.act != "capture" and (ended := (call.seq_lens or ())[: call.bs])]
     length = int(0 not in ends)  # no request has a length of 0
     counts, is_padded = [], False
     for call in calls:
         if call.act != "eager" or call.mode == ForwardMode.EXTEND.value:
             continue
-        rows = call.pool_rows or ()
-        entries = list(zip(rows, call.seq_lens or (), strict=False))
+        rows, lengths = (call.pool_rows or ())[: call.bs], (call.seq_lens or ())[: call.bs]
+        entries = list(zip(rows, lengths, strict=False))
         counts.append(next((n for n, entry in enumerate(entries[::-1]) if entry != (0, length)), len(entries)))
         is_padded = is_padded or len(set(rows)) < len(rows) or (call.mode == ForwardMode.IDLE.value and bool(rows))
     return {"padding_len": length, "eager_padding": min(counts) if is_padded else 0}
@@ -160,7 +167,8 @@ def _case(
             try:
                 playing.add(one)
             except NotACase as unfit:
-                raise ScenarioError(f"{record.source}: {one.call.name} cannot be a case's: {unfit}") from None
+                place = record.places[one.call.n]
+                raise ScenarioError(f"{place}: {one.call.name} cannot be a case's: {unfit}") from None
         case = Scenario.model_validate({**empty, "events": tuple(playing.all_events())})
     except ValidationError as error:
         mend = "" if how.compact else "; or import with --compact, or fewer calls with --last or --per-case"

@@ -35,8 +35,8 @@ def test_the_page_shows_what_happens(tmp_path: Path) -> None:
 
 
 def test_the_shown_refusal_is_what_is_printed(tmp_path: Path) -> None:
-    line = called("MIXED", [0], [3]) | {"call": "init_forward_metadata", "n": 812}
-    file = written(tmp_path, line)
+    line = called("MIXED", [0], [3]) | {"call": "init_forward_metadata"}
+    file = written(tmp_path, *[called("DECODE", [0], [3])] * 812, line)
     done = harness("import", file.name, cwd=tmp_path)
     assert done.stderr == fenced("text", PAGE)[-1]
     assert_one_line_error(done, "call 812")

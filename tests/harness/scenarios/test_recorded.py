@@ -38,6 +38,24 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "many mistakes": (text(HEAD, GOOD | {"seq_lens": ["x"] * 10**6}), "seq_lens[0]: must be a whole number"),
     "NaN": (text(HEAD, GOOD | {"seq_lens": [float("nan")]}), "line 2"),
     "float": (text(HEAD, GOOD | {"pool_rows": [1.5]}), "pool_rows[0]: must be a whole number"),
+    "unknown act": (text(HEAD, GOOD | {"act": "replai"}), "line 2: act: cannot be \"replai\"; choose from 'capture', "),
+    "no act": (text(HEAD, {"n": 0, "call": "c"}), "line 2: act: is missing; add one of 'capture', 'replay'"),
+    "unknown dtype": (
+        text(HEAD, GOOD | {"dtypes": {"seq_lens": "int46"}}),
+        "line 2: dtypes.seq_lens: cannot be \"int46\"; choose from 'int32' or 'int64'",
+    ),
+    "unknown tables": (text(HEAD | {"tables": "all"}, GOOD), 'line 1: tables: cannot be "all"'),
+    "few digests": (text(HEAD, GOOD | {"digest": []}), "line 2: digest: has 0 rows for 1 of pool_rows; give each one"),
+    "many tables": (text(HEAD, GOOD | {"table": [[], []]}), "line 2: table: has 2 rows for 1 of pool_rows"),
+    "a call is missing": (
+        text(HEAD, GOOD, GOOD | {"n": 3}, GOOD | {"n": 5}),
+        "line 3: call 1 is missing in front of call 3; put its line back, or remove the calls before this one",
+    ),
+    "two calls of one number": (text(HEAD, GOOD, GOOD | {"seq_lens": [5]}), "line 3: call 0 is also in "),
+    "more are missing than were dropped": (
+        text(HEAD, GOOD, GOOD | {"n": 2, "dropped": 1}, GOOD | {"n": 5, "dropped": 1}),
+        "line 4: call 3 is missing in front of call 5",
+    ),
     "null": (text(HEAD, GOOD | {"n": None}), "n: must be a whole number"),
     "table": (text(HEAD, GOOD | {"table": [[[4]]]}), "line 2: table[0][0]"),
     "pool": (text(HEAD | {"pool": [0, 5]}), "pool[0]: must be at least 1"),
@@ -71,6 +89,30 @@ def test_a_last_line_that_is_cut_short_is_left_out(tmp_path: Path) -> None:
     for length in range(len(text(HEAD, GOOD)), len(whole)):
         file.write_bytes(whole[:length])
         assert len(read_record(file).calls) == 1
+
+
+def test_a_last_line_that_is_cut_short_may_have_a_session_behind_it(tmp_path: Path) -> None:
+    """A full disk cuts a line; the server that is started again ends it and appends."""
+    file = tmp_path / "server.jsonl"
+    for first in (text(HEAD, GOOD)[:-20] + b"\n", text(HEAD)[:-20] + b"\n"):
+        file.write_bytes(first + text(HEAD | {"session": "b"}, GOOD, GOOD | {"n": 1}))
+        assert len(read_record(file).calls) == 2
+    file.write_bytes(text(HEAD, GOOD)[:-20] + b"\n" + text(GOOD | {"n": 1}, HEAD | {"session": "b"}))
+    with pytest.raises(ScenarioError, match="line 2: it is not JSON"):
+        read_record(file)
+
+
+def test_calls_may_be_missing_where_the_recorder_left_them_out(tmp_path: Path) -> None:
+    """Those that could not be recorded in time, and those of files that are gone: captures are kept of these."""
+    file = tmp_path / "server.jsonl"
+    captures = ({"n": 0, "call": "c", "sizes": [2, 4]}, {"n": 2, "call": "c", "act": "capture", "mode": "DECODE"})
+    kept = (GOOD | {"n": 900}, GOOD | {"n": 901}, GOOD | {"n": 904, "dropped": 2})
+    file.with_name("server.jsonl.1").write_bytes(text(HEAD, *captures, *kept))
+    file.write_bytes(text(HEAD, *captures, GOOD | {"n": 905}))
+    found = read_record(file)
+    assert [call.n for call in found.calls] == [0, 2, 900, 901, 904, 905]
+    assert found.places[905] == f"{file}, line 4"
+    assert found.notes == ("2 calls could not be recorded in time",)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from nsa_oracle.harness.scenarios.files import from_json, to_json
 from nsa_oracle.harness.scenarios.recorded import read_record
 from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay, Scenario
-from nsa_oracle.harness.scenarios.setup import Mirror, Reuse
+from nsa_oracle.harness.scenarios.setup import IntDtype, Mirror, Reuse
 from nsa_oracle.harness.scenarios.simplify import simplify
 from nsa_oracle.harness.scenarios.story import story
 from nsa_oracle.harness.scenarios.switches import NO_SWITCHES
@@ -174,6 +174,11 @@ UNFIT = {
     "no accepts": (called("DRAFT_EXTEND", [1], [4]), "it has no accept_lengths"),
     "new tokens": (called("EXTEND", [1], [4], extend_lens=[5]), "has 5 new tokens, of 4"),
     "mirror": (called("DECODE", [1, 2], [4, 4], seq_lens_cpu=[4]), "it has 1 seq_lens_cpu for 2 requests"),
+    "few lengths": (called("DECODE", [1], [4], 2), "it has 1 pool_rows for 2 requests"),
+    "few lengths, eager": (called("DECODE", [1, 2], [4], bs=None), "it has 1 seq_lens for 2 requests"),
+    "many rows": (called("DECODE", [1, 2], [4]) | {"bs": None}, "it has 2 pool_rows for 1 request"),
+    "few accepts": (called("DRAFT_EXTEND", [1, 2], [4, 5], accept_lengths=[1]), "it has 1 accept_lengths for 2"),
+    "few new tokens": (called("EXTEND", [1, 2], [4, 5], extend_lens=[4]), "it has 1 extend_lens for 2 requests"),
     "idle": (called("IDLE", [1, 2], [4, 5], 2), "is IDLE"),
     "empty": (called("DECODE", [], []), "its mode should be IDLE"),
     "huge": (called("DECODE", [1], [2**31 - 1]), "has 2,147,483,647 tokens"),
@@ -188,11 +193,28 @@ def test_a_call_that_no_case_can_have_is_named(name: str, tmp_path: Path) -> Non
     call, reason = UNFIT[name]
     file = written(tmp_path, called("DECODE", [2], [3]), call)
     line = refusal(file)
-    assert line.startswith(f"{file}: call 1 (")
+    assert line.startswith(f"{file}, line 3: call 1 (")
+    assert line.endswith("; or leave it out with --skip")
     assert reason in line
     (case,), notes = imported(read_record(file), Import(skip=True))
     assert case.calls == 1
     assert [note for note in notes if reason in note and note.startswith("left out: call 1 (")]
+
+
+def test_buffers_of_the_largest_bucket_are_cut(tmp_path: Path) -> None:
+    """Engines pass them whole. What is behind the batch may be anything, such as what an earlier one left there."""
+    whole = called("DRAFT_EXTEND", [3, 0, 9, 9], [6, 1, 0, 0], 2, accept_lengths=[2, 1, 7, 7])
+    case = case_of(written(tmp_path, whole))
+    assert calls(recorded_run(case, REFERENCE, tmp_path / "again.jsonl"))[0]["seq_lens"] == [6, 1]
+    assert case.setup.padding_len == 1
+
+
+def test_dtypes_are_those_of_the_first_call_that_has_them(tmp_path: Path) -> None:
+    first = called("DECODE", [1], [4], dtypes={"seq_lens": "int32", "seq_lens_cpu": "float64"})
+    file = written(tmp_path, first, called("DECODE", [1], [5], dtypes={"seq_lens": "int64", "pool_rows": "int32"}))
+    (case,), notes = imported(read_record(file), Import())
+    assert (case.setup.inputs.seq_lens, case.setup.inputs.req_pool_indices) == (IntDtype.INT32, IntDtype.INT32)
+    assert notes == ["seq_lens is not of the same dtype in all calls; cases have int32, as the first one"]
 
 
 def test_padding_of_another_kind_is_said(tmp_path: Path) -> None:
