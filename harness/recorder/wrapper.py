@@ -45,7 +45,8 @@ def record(
     config: the sizes of the backend, all or some fields of ``BackendConfig``; by default its attribute ``config``.
     req_to_token: by default the attribute of that name of the backend or of its first step. tables: of
     ``req_to_token``, nothing, a digest or the whole row of each request of each call; the last two launch kernels.
-    max_bytes: size of the file and of the older one beside it (``file`` + ".1") together, which keep the last calls.
+    file: has one recorder at a time, so each rank needs its own; a second one records nothing. max_bytes: size of the
+    file and of the older one beside it (``file`` + ".1") together, which keep the last calls.
 
     Raises ValueError if ``tables`` or ``max_bytes`` is not among the allowed values.
     """
