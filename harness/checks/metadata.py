@@ -210,7 +210,8 @@ def _live_cells(
     """Mask of cells whose content is specified: in a page table, those below the KV length of the row."""
     live = np.ones(cells.shape, dtype=np.bool_)
     if field.axes[-1] in (Axis.TOKEN_COLUMN, Axis.PAGE_COLUMN):
-        if want.token_to_batch_idx is not None:  # EXTEND: one row per request, of which there may be as many as tokens
+        is_prefill = want.token_to_batch_idx is not None  # one row per request, of which there may be as many as tokens
+        if is_prefill or len(cells) != len(lengths):  # the reference of an adapter may have such rows in each mode
             lengths = want.cache_seqlens_int32.numpy()
         page_size = want.page_size if field.axes[-1] is Axis.PAGE_COLUMN else 1
         live = np.arange(cells.shape[1]) < -(-lengths // page_size)[:, None]
