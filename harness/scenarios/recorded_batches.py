@@ -195,7 +195,7 @@ def _check(batch: Batch, setup: Setup, call: RecordedCall) -> None:
         if batch.accept_lengths and batch.accept_lengths[place] > setup.num_draft_tokens:
             accepted = batch.accept_lengths[place]
             raise NotACase(f"request {place} was accepted {accepted:,} of {setup.num_draft_tokens} draft tokens")
-        if batch.extend_lens and not 1 <= batch.extend_lens[place] <= length:
+        if batch.extend_lens and not 0 <= batch.extend_lens[place] <= length:
             raise NotACase(f"request {place} has {batch.extend_lens[place]:,} new tokens, of {length:,}")
 
 

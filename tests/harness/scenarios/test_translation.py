@@ -13,6 +13,7 @@ from nsa_oracle.harness.errors import ScenarioError
 from nsa_oracle.harness.judge import OracleFailure, judge
 from nsa_oracle.harness.recorder.wrapper import flush
 from nsa_oracle.harness.scenarios.files import from_json, to_json
+from nsa_oracle.harness.scenarios.goals import PERIODS
 from nsa_oracle.harness.scenarios.recorded import read_record
 from nsa_oracle.harness.scenarios.scales import SMALL
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Finish, Join, Replay, Scenario
@@ -39,7 +40,10 @@ def of_one_server(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"setup": setup, "events": tuple(events)})
 
 
-CASES = {drawn.number: of_one_server(drawn.scenario) for drawn in CaseStream(SMALL, NO_SWITCHES, 0).cases(range(30))}
+CASES = {
+    drawn.number: of_one_server(drawn.scenario)
+    for drawn in CaseStream(SMALL, NO_SWITCHES, 0).cases(range(PERIODS[False]))
+}
 REFERENCE, BROKEN = factory_of(Reference), factory_of(MyBrokenBackend)
 
 
