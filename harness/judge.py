@@ -49,6 +49,7 @@ from nsa_oracle.harness.scenarios.batch import Batch
 from nsa_oracle.harness.scenarios.coverage import classes_of
 from nsa_oracle.harness.scenarios.scenario import Eager, Scenario
 from nsa_oracle.harness.scenarios.setup import Regime, Setup
+from nsa_oracle.harness.subjects.arguments import backend_of, check_scenario, device_of, layer_of
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.global_state import (
     files_left_open,
@@ -56,12 +57,11 @@ from nsa_oracle.harness.subjects.global_state import (
     kept_global_state,
     open_files_at_first,
 )
-from nsa_oracle.harness.subjects.loading import taking_switches
 from nsa_oracle.harness.subjects.result_checks import WrongResult
 from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.harness.subjects.thread_errors import thread_errors_noted
 from nsa_oracle.harness.subjects.warning_filters import shown_warnings
-from nsa_oracle.reference.types import Metadata
+from nsa_oracle.reference.types import AttentionConfig, BackendConfig, Metadata
 from nsa_oracle.starting import lacks_files, open_files_told
 
 MOST_FRAMES = 5  # of an exception's stack, in a report
@@ -71,22 +71,37 @@ _CALLS_THE_LAYER = ("layer_engine.py", "layer_driver.py", "isolated.py")  # of e
 _NOT_JUDGED = (_HERE, _HERE.parent / "reference", Path(sysconfig.get_path("stdlib")))
 
 
-@speed.deep_stack
 def judge(
     scenario: Scenario,
-    factory: BackendFactory,
-    device: torch.device,
+    factory: BackendFactory | Callable[[BackendConfig, torch.Tensor], object],
+    device: torch.device | str,
     verdict: Verdict | None = None,
-    layer_factory: LayerFactory = optimized_layer,
+    layer_factory: Callable[[BackendConfig, AttentionConfig], object] | None = None,
     graphs: bool = True,
 ) -> Verdict:
     """Run ``scenario`` and compare every observation. Raises OracleFailure at the first disagreement.
 
-    factory: a callable of (config, req_to_token), or of these and the names of switches. graphs: if False, replays run
-    as eager calls. verdict: is added to and returned, if given. BackendError and ScenarioError are raised if the
-    scenario cannot be judged.
+    factory: a callable of (config, req_to_token), or of these and the names of switches. layer_factory: one of (config,
+    attention), for a case with a layer; by default the layer of ``optimized/``, whose stages also stand for those that
+    a layer lacks. graphs: if False, replays run as eager calls. verdict: is added to and returned, if given.
+    BackendError, ScenarioError and TypeError, in one line, are raised if not all that is given can be judged.
     """
-    factory = taking_switches(factory)
+    check_scenario(scenario)
+    if not isinstance(verdict, Verdict | None):
+        raise TypeError(f"verdict must be a Verdict; it is of type {type(verdict).__name__}")
+    if not isinstance(graphs, bool):
+        raise TypeError(f"graphs must be True or False; it is of type {type(graphs).__name__}")
+    where, build, layer = device_of(device), backend_of(factory), layer_of(layer_factory, scenario)
+    covered = _judged(scenario, build, where, layer, graphs)
+    if not covered.tally.cells:
+        raise BackendError("no cell of any field was compared; declare fewer fields as unjudged or absent")
+    return _added(covered, verdict)
+
+
+@speed.deep_stack
+def _judged(
+    scenario: Scenario, factory: BackendFactory, device: torch.device, layer_factory: LayerFactory, graphs: bool
+) -> Verdict:
     covered = Verdict(cases=1, boundary_classes=Counter(classes_of(scenario)))
     is_ours = factory is optimized_backend and layer_factory is optimized_layer
     tier.interpreted.clear()
@@ -109,6 +124,10 @@ def judge(
             OracleFailure.raised += 1
             raise
     covered.interpreted.update(launcher.left_to_the_interpreter())
+    return covered
+
+
+def _added(covered: Verdict, verdict: Verdict | None) -> Verdict:
     total = verdict or Verdict()
     total.add(covered)
     return total
@@ -121,10 +140,13 @@ def judge_subject(
     verdict: Verdict | None = None,
     graphs: bool = True,
 ) -> Verdict:
-    """Run ``judge`` on the backend and the layer of ``subject``, within its time limit."""
+    """Judge the backend and the layer of ``subject``, which are loaded, as ``judge`` does, within its time limit.
+
+    The layer is not judged on a case without one, as those of a run may be.
+    """
     try:
         with time_limit(subject.case_timeout):
-            return judge(scenario, subject.backend, device, verdict, subject.layer, graphs)
+            return _added(_judged(scenario, subject.backend, device, subject.layer, graphs), verdict)
     except CaseTimeout as error:  # before or after a run of the case
         raise _too_slow(error) from None
 

@@ -99,7 +99,7 @@ def _warm_up() -> None:
             events=(Capture(mode=ForwardMode.DECODE, buckets=(1,)), Join(seq_len=3), decode, extend),
         )
         graphs = layer is None  # the reference of a layer reads lengths on the host, which no graph allows
-        judge(scenario, lambda config, pool, _: MultiStepBackend(config, pool), CPU, None, SparseAttention, graphs)
+        judge(scenario, MultiStepBackend, CPU, None, None if layer is None else SparseAttention, graphs)
 
 
 def _reply_of_a_fork(task: Task, device: torch.device) -> Reply:

@@ -41,9 +41,11 @@ def parts_of(
     named = {"backend": backend, "layer": layer, "profile": profile}
     options = tuple(name for name, value in named.items() if value is None)
     profile = session.profile if profile is None else profile
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise pytest.UsageError(f"profile: there is no '{profile}'; choose from {', '.join(PROFILES)}")
     kinds = kinds_of(cases, *specs, PROFILES[profile], replays=bool(session.replayed))
+    if layer is not None and kinds == ("metadata",):
+        raise pytest.UsageError("cases: 'metadata' has no layer, so the one given would not be judged; add 'layers'")
     files = session.replayed or (session.saved.files() if "saved" in kinds else ())
     without = f"no saved case: {session.saved.why_none()}" if "saved" in kinds and not files else ""
     if without and cases is not None and "saved" in ((cases,) if isinstance(cases, str) else cases):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from nsa_oracle.harness.decorator import KINDS, SAVED_IF_ANY
+from nsa_oracle.harness.errors import one_line
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS, Profile
 
 
@@ -100,6 +101,8 @@ def kinds_of(
         alone, behind = layer is None or backend is not None, backend is None or layer is not None
         wanted = {"saved": profile.saved or replays, "metadata": alone, "layers": behind}
         return tuple(kind for kind in KINDS if wanted[kind])
+    if not isinstance(cases, Iterable):
+        raise pytest.UsageError(f"cases: {cases!r} is no list; give some of {KINDS}, or leave the argument out")
     asked = (cases,) if isinstance(cases, str) else tuple(cases)
     if not asked:
         told = f"the list is empty, so nothing would be judged; give some of {KINDS}, or leave the argument out"
@@ -114,16 +117,22 @@ def spec_of(judged: object, what: str) -> str | None:
     """``module:attribute`` of a backend or a layer that a test names; None stands for itself.
 
     Raises UsageError for an empty name, which would stand for the default if it were that of an unset variable, and for
-    an object that another process cannot import. what: "backend" or "layer".
+    an object that builds nothing or that another process cannot import. what: "backend" or "layer".
     """
     if isinstance(judged, str) and not judged.strip():
         raise pytest.UsageError(f"{what}: the name is empty; give one, or leave the argument out")
     if judged is None or isinstance(judged, str):
         return judged
+    if not callable(judged):
+        given = "config, req_to_token" if what == "backend" else "config, attention"
+        raise pytest.UsageError(
+            f"{what}: {one_line(repr(judged), 100)} builds nothing; give a class or function of ({given}), or its name "
+            "as 'module:attribute'"
+        )
     module, name = getattr(judged, "__module__", None), getattr(judged, "__qualname__", None)
     if module is None or name is None or "." in name or module == "__main__":
         raise pytest.UsageError(
-            f"{what} {judged!r}: cannot be imported by name; define it at the top of a module, or give "
-            "'module:attribute'"
+            f"{what} {one_line(repr(judged), 100)}: cannot be imported by name; define it at the top of a module, or "
+            "give 'module:attribute'"
         )
     return f"{module}:{name}"

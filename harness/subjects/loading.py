@@ -44,7 +44,8 @@ from nsa_oracle.harness.subjects.warning_filters import shown_warnings
 from nsa_oracle.harness.watching import noted
 from nsa_oracle.reference.types import AttentionConfig, BackendConfig
 
-_BACKEND_ARGUMENTS = "config, req_to_token"
+BACKEND_ARGUMENTS = "config, req_to_token"
+LAYER_ARGUMENTS = "config, attention"
 
 
 def load_backend(spec: str) -> LoadedBackend:
@@ -52,7 +53,7 @@ def load_backend(spec: str) -> LoadedBackend:
 
     Raises BackendError if ``spec`` does not name such a callable. The factory raises it if a method is missing.
     """
-    found, shown = _found(spec, "backend", _BACKEND_ARGUMENTS)
+    found, shown = _found(spec, "backend", BACKEND_ARGUMENTS)
     try:
         if near := misspelt_declaration(found):
             raise ValueError(near)
@@ -62,7 +63,7 @@ def load_backend(spec: str) -> LoadedBackend:
     except Exception as error:  # an attribute of an unforeseen type, or one that raises
         raise BackendError(f"{shown}: its declarations: {type(error).__name__}: {error_line(error)}") from error
     role = ", role" if declarations.roles[0].name is not None else ""
-    _check_signature(found, shown, _BACKEND_ARGUMENTS + role)
+    check_signature(found, shown, BACKEND_ARGUMENTS + role)
     return LoadedBackend(found, spec, declarations)
 
 
@@ -85,27 +86,13 @@ class LoadedBackend:
         return checked(built, self.spec, single=self.declarations.roles != ASKS_THE_MOST.roles)
 
 
-def taking_switches(backend: Callable[..., MultiStepBackend]) -> BackendFactory:
-    """``backend``, or a factory of it with its declarations if it is a callable of (config, req_to_token) alone."""
-    try:
-        signature = inspect.signature(backend)
-        signature.bind(*_BACKEND_ARGUMENTS.split(", "))
-    except (TypeError, ValueError):
-        return backend  # it takes switches, or nobody knows
-    try:
-        signature.bind(*_BACKEND_ARGUMENTS.split(", "), "optimizations")
-    except TypeError:
-        return LoadedBackend(backend, getattr(backend, "__qualname__", repr(backend)), read_declarations(backend))
-    return backend
-
-
 def limits_of_backend(spec: str) -> Limits:
     """The limits that the callable ``module:attribute`` declares in its attributes ``sizes`` and ``modes``.
 
     sizes: allowed values by name of a field of ``scenarios.setup.Setup`` or ``Inputs``. modes: supported forward
     modes. Raises BackendError if they are malformed, or if ``spec`` does not name such a callable.
     """
-    found, shown = _found(spec, "backend", _BACKEND_ARGUMENTS)
+    found, shown = _found(spec, "backend", BACKEND_ARGUMENTS)
     return _declared(found, shown, BACKEND_FIELDS, "no backend")
 
 
@@ -116,8 +103,8 @@ def load_layer(spec: str) -> tuple[LayerFactory, Limits]:
     ``optimized/``. Its attributes ``sizes`` and ``modes`` are like those of a backend; sizes may also name fields of
     ``scenarios.setup.Layer``. Raises BackendError if ``spec`` does not name such a callable.
     """
-    found, shown = _found(spec, "layer", "config, attention")
-    _check_signature(found, shown, "config, attention")
+    found, shown = _found(spec, "layer", LAYER_ARGUMENTS)
+    check_signature(found, shown, LAYER_ARGUMENTS)
     build = cast("Callable[[BackendConfig, AttentionConfig], object]", found)
 
     def factory(config: BackendConfig, attention: AttentionConfig) -> SparseAttention:
@@ -140,7 +127,7 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
     """
     shown = f"layer '{spec}'"
     _check_instance(layer, shown, "returned {kind}", "return the layer")
-    names = _stages()
+    names = stages()
     own = [name for name in names if hasattr(layer, name)]
     cutoff = 0.9 if own else 0.75  # the names of helpers may be like those of stages
     near = next((clause for name in names if name not in own and (clause := _misspelt(layer, name, cutoff))), "")
@@ -166,6 +153,16 @@ def completed(layer: object, config: BackendConfig, attention: AttentionConfig, 
         setattr(whole, name, calls.counting(name, noted(getattr(whole, name), getattr(layer, name))))
     whole.method_calls = calls  # type: ignore[attr-defined]  # of a layer that is loaded alone
     return whole
+
+
+def completed_if_partial(
+    layer: object, config: BackendConfig, attention: AttentionConfig, spec: str
+) -> SparseAttention:
+    """``layer`` itself if it has all methods, else as by ``completed``. Raises BackendError as that does."""
+    if layer is None or isinstance(layer, type) or not all(callable(getattr(layer, name, None)) for name in stages()):
+        return completed(layer, config, attention, spec)
+    check_weaker(getattr(layer, "weaker", {}), spec)
+    return cast(SparseAttention, layer)
 
 
 def check_weaker(weaker: object, spec: str) -> None:
@@ -218,7 +215,7 @@ def _found(spec: str, what: str, arguments: str) -> tuple[Callable[..., object],
     return cast("Callable[..., object]", found), shown
 
 
-def _check_signature(found: Callable[..., object], shown: str, arguments: str) -> None:
+def check_signature(found: Callable[..., object], shown: str, arguments: str) -> None:
     """Raises BackendError if ``found`` cannot be called with ``arguments``."""
     try:
         signature = inspect.signature(found)
@@ -358,12 +355,13 @@ def _check_body_runs(function: object, named: str) -> None:
 
 def _misspelt(found: object, name: str, cutoff: float = 0.75) -> str:
     """A clause about an attribute of ``found`` whose name is like ``name``, or ""."""
-    known = {*_methods(MultiStepBackend), *TODAYS, *_stages()}
+    known = {*_methods(MultiStepBackend), *TODAYS, *stages()}
     near = meant(name, (other for other in dir(found) if not other.startswith("_") and other not in known), cutoff)
     return f" (it has {near}: did you mean {name}?)" if near else ""
 
 
-def _stages() -> list[str]:
+def stages() -> list[str]:
+    """The names of a layer's methods."""
     return [name for name in vars(SparseAttention) if not name.startswith("_")]
 
 

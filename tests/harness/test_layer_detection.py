@@ -16,7 +16,7 @@ import torch
 from nsa_oracle.harness.checks.relations import Relation
 from nsa_oracle.harness.engine.isolated import MANY_ROWS
 from nsa_oracle.harness.findings import Finding, Kind
-from nsa_oracle.harness.judge import OracleFailure, Verdict, judge
+from nsa_oracle.harness.judge import OracleFailure, Verdict, judge, judge_subject
 from nsa_oracle.harness.scenarios.scales import SMALL_LAYER
 from nsa_oracle.harness.scenarios.scenario import (
     GRAPH_MODES,
@@ -32,6 +32,7 @@ from nsa_oracle.harness.scenarios.scenario import (
 from nsa_oracle.harness.scenarios.setup import Order, PageLayout, Regime
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.search.drawing import draw
+from nsa_oracle.harness.subjects.subject import Subject
 from nsa_oracle.reference.types import ForwardMode, KVCacheDtype, StepSemantics
 from tests.support import layers
 from tests.support.layer_cases import BACKEND, BF16, FP8, case, lattice, random
@@ -374,7 +375,7 @@ def test_reference_passes_drawn_scenarios(device: torch.device) -> None:
     verdict = Verdict()
 
     def judge_one(scenario: Scenario) -> None:
-        judge(scenario, BACKEND, device, verdict, clean.Clean, graphs=False)
+        judge_subject(Subject(BACKEND, clean.Clean), scenario, device, verdict, graphs=False)  # some make no call
 
     draw(scenarios(scale), 8, 5, judge_one)
     assert verdict.cases == 8

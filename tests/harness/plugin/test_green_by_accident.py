@@ -219,7 +219,7 @@ import pytest
 from nsa_oracle.harness import judged
 
 @pytest.mark.parametrize("again", [0])
-@judged("{CLEAN}", "{LAYER}", profile="smoke", cases=["metadata"])
+@judged("{CLEAN}", "{LAYER}", profile="smoke", cases=["layers"])
 def test_marked(again):
     pass
 

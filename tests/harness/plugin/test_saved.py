@@ -93,6 +93,49 @@ def test_an_empty_list_of_cases_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in done.output
 
 
+MISTAKEN = """
+from pathlib import Path
+import pytest
+from nsa_oracle.harness import judged
+from tests.support.backends.clean import Clean
+
+BUILT = object.__new__(Clean)
+
+@pytest.mark.parametrize("given", [
+    dict(backend=BUILT), dict(backend=Path("a.py")), dict(layer=3), dict(profile=["dev"]), dict(cases=5),
+    dict(layer="a:b", cases="metadata"), dict(backend="a:b", layer="a:b", cases=["metadata"]),
+])
+def test_fixture(oracle, given):
+    oracle.judge(**given)
+
+if {decorated}:
+    @judged(backend=BUILT)
+    def test_judged():
+        pass
+"""
+
+
+def test_arguments_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> None:
+    mend = "give a class or function of (config, req_to_token), or its name as 'module:attribute'"
+    said = (
+        f"backend: PosixPath('a.py') builds nothing; {mend}",
+        "layer: 3 builds nothing; give a class or function of (config, attention), or its name as 'module:attribute'",
+        "profile: there is no '['dev']'; choose from smoke, dev, pr, nightly",
+        "cases: 5 is no list; give some of ('saved', 'metadata', 'layers'), or leave the argument out",
+    )
+    for decorated, code in ((False, pytest.ExitCode.TESTS_FAILED), (True, pytest.ExitCode.USAGE_ERROR)):
+        (tmp_path / "test_mistaken.py").write_text(MISTAKEN.format(decorated=decorated))
+        done = run(tmp_path, "test_mistaken.py", "-p", "no:cacheprovider")
+        assert done.exit_code == code, done.output
+        lines = done.output.splitlines()
+        assert any(line.startswith("backend: <") and line.endswith(f" builds nothing; {mend}") for line in lines)
+        if not decorated:
+            assert not set(said) - set(lines), done.output
+            unseen = "cases: 'metadata' has no layer, so the one given would not be judged; add 'layers'"
+            assert lines.count(unseen) == 2
+        assert "Traceback" not in done.output
+
+
 def test_suite_in_a_repository_without_saved_cases(tmp_path: Path) -> None:
     words = ("--pyargs", "nsa_oracle.harness.suite", f"--oracle-backend={CLEAN}", "--oracle-profile=smoke")
     done = run(tmp_path, *words, "-k", "saved or scenarios and 1")

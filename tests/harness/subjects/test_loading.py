@@ -11,8 +11,9 @@ import torch
 from nsa_oracle.harness.errors import BackendError, CaseTimeout, ScenarioError
 from nsa_oracle.harness.judge import OracleFailure, judge, judge_subject
 from nsa_oracle.harness.scenarios.scenario import Eager, Join
+from nsa_oracle.harness.subjects.arguments import backend_of
 from nsa_oracle.harness.subjects.default import optimized_backend
-from nsa_oracle.harness.subjects.loading import LoadedBackend, taking_switches
+from nsa_oracle.harness.subjects.loading import LoadedBackend
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from nsa_oracle.harness.watching import noted
 from nsa_oracle.reference.multi_step import MultiStepBackend
@@ -75,7 +76,7 @@ def test_time_that_is_up_in_the_harness_is_no_finding(monkeypatch: pytest.Monkey
     def too_slow(*_: object) -> None:
         raise CaseTimeout("still running after 2 seconds")
 
-    monkeypatch.setattr(sys.modules[judge_subject.__module__], "judge", too_slow)
+    monkeypatch.setattr(sys.modules[judge_subject.__module__], "_judged", too_slow)
     with pytest.raises(ScenarioError, match="still running after 2 seconds in the harness, not in the judged code"):
         judge_subject(optimized_subject(), one_replay(DECODE), torch.device("cpu"))
 
@@ -98,10 +99,10 @@ def test_judge_takes_a_backend_as_its_author_wrote_it() -> None:
     assert judge(scenario, MultiStepBackend, cpu).eager_calls == 2
     with pytest.raises(OracleFailure, match="cache_seqlens_int32"):
         judge(scenario, OfTwoArguments, cpu)
-    assert taking_switches(optimized_backend) is optimized_backend
-    adapted = taking_switches(OfTwoArguments)
+    assert backend_of(optimized_backend) is optimized_backend
+    adapted = backend_of(OfTwoArguments)
     assert isinstance(adapted, LoadedBackend)
-    assert taking_switches(adapted) is adapted
+    assert backend_of(adapted) is adapted
 
 
 def test_a_layer_that_flushes_denormals_leaves_them_to_the_reference() -> None:
