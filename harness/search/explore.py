@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,10 +123,11 @@ def explore(
         try:
             search.judge(drawn.scenario)
         except OracleFailure as failure:
-            if failure.finding.kind is Kind.TIMEOUT:  # each trial takes the whole time limit
-                search.shrink_hang(MOST_TRIALS_OF_A_HANG if search.is_first else 0)
-            else:
-                search.shrink(drawn, most_shrinking if search.is_first else 0)  # one bug is shrunk once
+            with search.counted_as_shrinking():
+                if failure.finding.kind is Kind.TIMEOUT:  # each trial takes the whole time limit
+                    search.shrink_hang(MOST_TRIALS_OF_A_HANG if search.is_first else 0)
+                else:
+                    search.shrink(drawn, most_shrinking if search.is_first else 0)  # one bug is shrunk once
             break
     return search.outcome
 
@@ -145,6 +147,7 @@ class _Search:
         self._files = FailureFiles(save_dir)
         self.is_first = True
         self._shrinking_ends = math.inf
+        self._is_shrinking = False
         self._count()  # also says which process judges
 
     def judge(self, scenario: Scenario) -> None:
@@ -171,6 +174,17 @@ class _Search:
             if outcome.failure is None:  # else this is a trial of the shrinking, which counts as passed
                 raise
 
+    @contextmanager
+    def counted_as_shrinking(self) -> Iterator[None]:
+        """While it lasts, the counts say that the failing case is made smaller, and how small it is by now."""
+        self._is_shrinking = self.is_first
+        self._count()
+        try:
+            yield
+        finally:
+            self._is_shrinking = False
+            self._count()
+
     def shrink(self, drawn: Drawn, most: int | None) -> None:
         """Replace the failure by a smaller one. It is marked flaky if its case passes when it is judged again.
 
@@ -184,7 +198,7 @@ class _Search:
             raise NotReproducible
         except OracleFailure as failure:
             trials = MOST_TRIALS if most is None else most
-            self._keep(minimised(failure, self._subject, self._device, trials, self._shrinking_ends))
+            self._keep(minimised(failure, self._subject, self._device, trials, self._shrinking_ends, self._keep))
         except NotReproducible:
             self.outcome.flaky = True
             self.outcome.saved = None if self.outcome.unsaved else self._files.raw
@@ -207,7 +221,7 @@ class _Search:
                     self._keep(shorter)  # the next trials may be interrupted
             except (BackendError, ScenarioError):
                 pass
-        self._keep(minimised(failure, self._subject, self._device, most, self._shrinking_ends))
+        self._keep(minimised(failure, self._subject, self._device, most, self._shrinking_ends, self._keep))
 
     def _shrink_by_hypothesis(self, drawn: Drawn) -> None:
         """Draw the case again and let Hypothesis shrink it. Raises OracleFailure, of the smallest case."""
@@ -243,16 +257,23 @@ class _Search:
 
     def _count(self) -> None:
         if self._counter is not None:
-            verdict = self.outcome.verdict
-            self._counter.note(verdict.cases, verdict.replays, self.outcome.saved, failure=self.outcome.failure)
+            verdict, failure = self.outcome.verdict, self.outcome.failure
+            shrinking = (len(failure.scenario.events), self._shrinking_ends) if failure and self._is_shrinking else ()
+            self._counter.note(verdict.cases, verdict.replays, self.outcome.saved, 0, failure, *shrinking)
 
 
 def minimised(
-    failure: OracleFailure, subject: Subject, device: torch.device, most: int, deadline: float = math.inf
+    failure: OracleFailure,
+    subject: Subject,
+    device: torch.device,
+    most: int,
+    deadline: float = math.inf,
+    keep: Callable[[OracleFailure], None] = lambda failure: None,
 ) -> OracleFailure:
     """The failure of the simplest scenario found, from that of ``failure``, that fails in the same way.
 
-    most: largest number of trials. deadline: value of ``time.monotonic()`` after which no trial begins.
+    most: largest number of trials. deadline: value of ``time.monotonic()`` after which no trial begins. keep: is called
+    with each smaller failure.
     """
     smallest = failure
 
@@ -265,6 +286,7 @@ def minimised(
         except OracleFailure as other:
             if other.finding.is_like(failure.finding):
                 smallest = other
+                keep(other)
                 return True
         except (BackendError, ScenarioError):  # a trial that cannot be judged counts as passed
             pass

@@ -27,7 +27,8 @@ class Count:
     """What one process has judged of one part of a run, of ``backend`` and ``layer`` (``module:attribute`` or None).
 
     saved: file of the case that failed; empty if none has. kind, field: of its finding; event: the index of the event
-    that shows it. expected: cases that the whole run will judge.
+    that shows it. expected: cases that the whole run will judge. shrinking: while that case is made smaller, how many
+    events it has by now; ends: the value of ``time.monotonic()`` after which no trial of that begins.
     """
 
     cases: int = 0
@@ -40,6 +41,12 @@ class Count:
     kind: str = ""
     field: str = ""
     event: int | None = None
+    shrinking: int = 0
+    ends: float = 0.0
+
+    def is_shrinking(self, now: float) -> bool:
+        """Whether a case is being made smaller: a process that has ended says so for ever."""
+        return self.shrinking > 0 and now < self.ends
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,12 @@ class CaseCounter:
         saved: Path | None = None,
         expected: int = 0,
         failure: Failure | None = None,
+        shrinking: int = 0,
+        ends: float = 0.0,
     ) -> None:
         """Set the count. Where nothing can be written nothing is counted: a full disk must not end a run."""
         count = Count(cases, replays, str(saved or ""), expected, self.backend, self.layer, os.getpid())
+        count = replace(count, shrinking=shrinking, ends=ends)
         if failure is not None:
             found = failure.finding
             count = replace(count, kind=found.kind.value, field=found.field, event=failure.event)
@@ -101,6 +111,20 @@ def progress_line(counts: Sequence[Count], seconds: float, judging: float | None
     if 0 < cases < expected:
         line += f", about {duration((judging or seconds) * (expected - cases) / cases)} left"
     return line
+
+
+def shrinking_lines(counts: Sequence[Count], now: float) -> list[str]:
+    """What is made smaller ``now``, one line for each case."""
+    return [
+        f"oracle: {shrinking_words(count.saved or 'a case', count.shrinking, count.ends - now)}"
+        for count in counts
+        if count.is_shrinking(now)
+    ]
+
+
+def shrinking_words(what: str, events: int, seconds: float) -> str:
+    """That ``what`` is made smaller, which has so many events by now, and how long that may take."""
+    return f"shrinking {what}: {counted(events, 'event')} so far, up to {duration(max(0.0, seconds))} left"
 
 
 def duration(seconds: float) -> str:

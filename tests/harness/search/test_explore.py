@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from nsa_oracle.harness.scenarios.simplify import MOST_TRIALS_OF_A_HANG
 from nsa_oracle.harness.search import explore as explore_module
 from nsa_oracle.harness.search.drawing import PROFILES, SHARDS
 from nsa_oracle.harness.search.explore import Exploration, explore
-from nsa_oracle.harness.search.progress import CaseCounter
+from nsa_oracle.harness.search.progress import CaseCounter, Count, counts_in
 from nsa_oracle.harness.search.stream import CaseStream
 from nsa_oracle.harness.subjects.subject import Subject, optimized_subject
 from tests.support.backends import clean, crashes, lengths
@@ -254,3 +255,22 @@ def test_a_failure_like_that_of_another_part_leaves_its_file_alone(device: torch
     assert (first.name[:12], first.name[12:]) == (second.name[:12], ".min.json")
     assert second.name.endswith(".raw.json")
     assert first.read_text(encoding="utf-8") == text
+
+
+def test_the_counts_tell_how_small_a_case_is_while_it_is_shrunk(tmp_path: Path) -> None:
+    seen: list[Count] = []
+
+    class Seen(CaseCounter):
+        def note(self, *arguments: Any, **options: Any) -> None:
+            super().note(*arguments, **options)
+            seen.extend(counts_in(tmp_path))
+
+    subject = Subject(factory_of(lengths.VerifyForgetsDrafts))
+    outcome = explore(subject, CPU, 30, 3, tmp_path / "saved", most_shrinking=40, counter=Seen(tmp_path, "part"))
+    assert outcome.failure is not None
+    assert outcome.first is not None
+    sizes = [count.shrinking for count in seen if count.shrinking]
+    assert sizes[0] == len(outcome.first.scenario.events) > sizes[-1] == len(outcome.failure.scenario.events)
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(0 < count.ends < math.inf for count in seen if count.shrinking)
+    assert not seen[-1].shrinking
