@@ -139,6 +139,11 @@ class Exploring:
         return sum(len(done & set(range(self.wanted[which]))) for which, done in self._done.items())
 
     @property
+    def shrinking(self) -> int:
+        """How many failing cases workers are making smaller."""
+        return sum(isinstance(out, ClusterFinding) for out in self._out.values())
+
+    @property
     def replays(self) -> int:
         return self._before.replays + self.verdict.replays
 

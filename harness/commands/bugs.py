@@ -91,7 +91,7 @@ def bugs(
             stack.enter_context(closing(hunt))
             for kill in hunt:
                 found[kill.bug] = kill
-                show_progress(len(found))
+                show_progress(len(found), "")
     except KeyboardInterrupt:
         interrupted = True
     except BackendError as error:

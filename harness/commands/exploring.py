@@ -159,18 +159,20 @@ def _shared(address: str | None) -> tuple[list[Scenario], Callable[[Scenario], N
     return known, share
 
 
-def _reporter(run: Exploring, show: Callable[[int], None]) -> Callable[[], None]:
+def _reporter(run: Exploring, show: Callable[[int, str], None]) -> Callable[[], None]:
     """Shows progress: a bar on a terminal, else a line from time to time."""
     begun = time.monotonic()
     next_line = begun + SECONDS_BETWEEN_LINES
 
     def report() -> None:
         nonlocal next_line
-        show(run.judged)
+        show(run.judged, _shrinking(run))
         if time.monotonic() > next_line:
             next_line += SECONDS_BETWEEN_LINES
             workers, seconds = counted(run.pool.size(), "worker"), duration(time.monotonic() - begun)
-            typer.echo(f"explore: {_line(run)}, {workers} after {seconds}", err=True)
+            typer.echo(
+                f"explore: {', '.join(filter(None, (_line(run), _shrinking(run), workers)))} after {seconds}", err=True
+            )
 
     return report
 
@@ -178,6 +180,11 @@ def _reporter(run: Exploring, show: Callable[[int], None]) -> Callable[[], None]
 def _line(run: Exploring) -> str:
     findings = counted(len(run.found), "finding") if run.found else "no finding"
     return f"{run.judged:,} of {counted(run.expected, 'case')}, {counted(run.replays, 'replay')}, {findings}"
+
+
+def _shrinking(run: Exploring) -> str:
+    """How much workers are making smaller, in words; "" if nothing is. How small it is they tell at their end."""
+    return f"shrinking {counted(run.shrinking, 'case')}" if run.shrinking else ""
 
 
 def _report(run: Exploring, task: ClusterTask) -> None:

@@ -77,7 +77,7 @@ def mutants(
         ):
             for scored in score(chosen, gathered_cases(cases, seed, where), jobs, patience, device=where):
                 scores.append(scored)
-                show_progress(len(scores))
+                show_progress(len(scores), "")
                 if records is not None:
                     print(mutant_scores.as_json(scored), file=records, flush=True)
     except OSError as error:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 import typer
 
 from nsa_oracle.harness.commands.app import Device, torch_device
@@ -23,102 +25,69 @@ from nsa_oracle.harness.report.summary import methods_report
 from nsa_oracle.harness.report.text import render, wrapped
 from nsa_oracle.harness.scenarios.scenario import Scenario
 from nsa_oracle.harness.search.backend_survey import BackendFound, BackendSurvey, Property, backend_table
+from nsa_oracle.harness.search.progress import shrinking_words
 from nsa_oracle.harness.search.reach import Reach
-from nsa_oracle.harness.search.rows import Row, save_rows
+from nsa_oracle.harness.search.rows import SHRINKING_BUDGET, Row, save_rows
 from nsa_oracle.harness.search.spec import SubjectSpec
 from nsa_oracle.harness.search.survey import Survey, SurveyFound, survey_table
+from nsa_oracle.harness.subjects.subject import Subject
 
 _CONFIRMING = 30.0  # seconds for the cases of all rows
 NO_CASE = "NOT JUDGED: no case was surveyed; give it more time"
 
 
-@dataclass
-class SurveyedLayer:
-    """What a survey of a layer finds, and how far it is; as ``SurveyedBackend``. shrinking: the name of a row."""
+_Found = TypeVar("_Found", bound="_IsFound")
+_Survey = TypeVar("_Survey", bound="_IsSurvey")
+Show = Callable[[int, str], None]
+"""Shows how many cases are finished, and in words what is being made smaller; "" if nothing is."""
 
-    found: SurveyFound = field(default_factory=SurveyFound)
+
+@dataclass
+class Surveyed(Generic[_Found]):
+    """What a survey finds, and how far it is.
+
+    left_out: what the limits exclude. device: where it runs, "cpu" or "cuda". began: the case that is being surveyed.
+    known: how many saved cases have been begun. shrinking: the row whose case is being made smaller, which has
+    ``events`` events by now; ends: the value of ``time.monotonic()`` after which no trial of that begins.
+    """
+
+    found: _Found
     left_out: list[str] = field(default_factory=list)
     device: str = "cpu"
     interrupted: bool = False
     began: Scenario | None = None
-    shrinking: str | None = None
+    known: int = 0
+    shrinking: str | Property | None = None
+    events: int = 0
+    ends: float = 0.0
+
+    def told(self) -> str:
+        """What is being made smaller, in words; "" if nothing is."""
+        if self.shrinking is None:
+            return ""
+        name = self.shrinking if isinstance(self.shrinking, str) else " ".join(self.shrinking)
+        return shrinking_words(name, self.events, self.ends - time.monotonic())
 
 
-def surveyed(
-    layer: str,
-    device: Device,
-    cases: int,
-    seed: int,
-    deadline: float | None,
-    report_progress: Callable[[int], None],
-    timeout: float | None = None,
+SurveyedLayer = Surveyed[SurveyFound]
+SurveyedBackend = Surveyed[BackendFound]
+Begin = Callable[[Scenario], None]
+
+
+def surveyed_layer(
+    layer: str, device: Device, cases: int, seed: int, deadline: float | None, show: Show, timeout: float | None = None
 ) -> SurveyedLayer:
     """Survey ``layer`` and make the case of each broken row small.
 
-    timeout: of a case, in seconds. Raises BackendError or ValueError if the layer cannot be surveyed. The other
-    arguments are those of ``Survey.run``.
-    """
-    last, has_begun, spec = SurveyedLayer(), False, SubjectSpec(None, layer, timeout)
-
-    def hear(message: SurveyedLayer) -> None:
-        nonlocal last, has_begun
-        last, has_begun = message, True
-        report_progress(last.found.cases)
-
-    def work(tell: Tell) -> SurveyedLayer:
-        where = torch_device(device)
-        survey = Survey(spec.build(where), where, last.found)
-        now = SurveyedLayer(survey.found, survey.left_out, where.type)
-
-        def begin(case: Scenario | None = None, row: str | None = None) -> None:
-            now.began, now.shrinking = case, row
-            tell(now)
-
-        begin()
-        try:
-            with ended_by_a_signal():
-                survey.run(cases, seed, deadline, begin=begin)
-                survey.shrink(deadline, begin=lambda row: begin(row=row))
-        except KeyboardInterrupt:
-            now.interrupted = True
-        return now
-
-    while True:
-        has_begun = False
-        try:
-            last = forked(work, hear)
-            if not last.interrupted:
-                _confirm(last.found.broken.values(), spec, device, deadline)
-            return last
-        except ChildDied as died:
-            if has_begun and last.shrinking is not None:
-                last.found.kept.add(last.shrinking)
-            elif has_begun and last.began is not None:
-                last.found.add_lost(str(died), last.began)
-            else:
-                raise BackendError(f"layer '{layer}': {died} while it was loaded") from None
-        except KeyboardInterrupt:  # of a process that did not answer any more
-            if not has_begun:
-                raise
-            last.interrupted = True
-            return last
-
-
-@dataclass
-class SurveyedBackend:
-    """What a survey of a backend finds, and how far it is.
-
-    left_out: what the backend's limits exclude. device: where it runs, "cpu" or "cuda". began: the case that is being
-    surveyed. shrinking: the row whose case is being made smaller. known: how many saved cases have been begun.
+    timeout: of a case, in seconds. show: is told how far it is. Raises BackendError or ValueError if the layer cannot
+    be surveyed. The other arguments are those of ``Survey.run``.
     """
 
-    found: BackendFound = field(default_factory=BackendFound)
-    left_out: list[str] = field(default_factory=list)
-    device: str = "cpu"
-    interrupted: bool = False
-    began: Scenario | None = None
-    shrinking: Property | None = None
-    known: int = 0
+    def run(survey: Survey, now: SurveyedLayer, begin: Begin) -> None:
+        survey.run(cases, seed, deadline, begin=begin)
+
+    spec, named = SubjectSpec(None, layer, timeout), f"layer '{layer}'"
+    return _surveyed(Surveyed(SurveyFound()), Survey, run, SurveyFound.add_lost, spec, named, device, deadline, show)
 
 
 def surveyed_backend(
@@ -127,7 +96,7 @@ def surveyed_backend(
     cases: int,
     seed: int,
     deadline: float | None,
-    report_progress: Callable[[int], None],
+    show: Show,
     known: Sequence[tuple[Path, Scenario]] = (),
     skip_unfit: bool = False,
     timeout: float | None = None,
@@ -135,40 +104,93 @@ def surveyed_backend(
     """Survey ``backend`` and make the case of each broken row small.
 
     known: saved cases and their files, which are surveyed before the drawn ones and not counted. skip_unfit: leave out
-    those that are outside the backend's limits. timeout: of a case, in seconds. A case that ends its process is a
-    violation of a row of its own. Raises BackendError, ScenarioError or ValueError if the backend cannot be surveyed,
-    or not with these cases. The other arguments are those of ``BackendSurvey.run``.
+    those that are outside the backend's limits. timeout: of a case, in seconds. show: is told how far it is. A case
+    that ends its process is a violation of a row of its own. Raises BackendError, ScenarioError or ValueError if the
+    backend cannot be surveyed, or not with these cases. The other arguments are those of ``BackendSurvey.run``.
     """
-    last, has_begun, spec = SurveyedBackend(), False, SubjectSpec(backend, None, timeout)
 
-    def hear(message: SurveyedBackend) -> None:
+    def run(survey: BackendSurvey, now: SurveyedBackend, begin: Begin) -> None:
+        for file, case in known[now.known :]:
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            now.known += 1
+            if not skip_unfit:
+                survey.subject.check(case, file)
+            if survey.subject.misfit(case) is None:
+                begin(case)
+                survey.survey(case)
+        survey.run(cases, seed, deadline, begin=begin)
+
+    def lost(found: BackendFound, died: str, case: Scenario) -> None:
+        found.note_survival(died, case, is_drawn=case not in [other for _, other in known])
+
+    spec, named = SubjectSpec(backend, None, timeout), f"backend '{backend}'"
+    return _surveyed(Surveyed(BackendFound()), BackendSurvey, run, lost, spec, named, device, deadline, show)
+
+
+class _IsFound(Protocol):
+    """What ``SurveyFound`` and ``BackendFound`` have in common."""
+
+    cases: int
+
+    @property
+    def kept(self) -> set[Any]: ...
+
+    @property
+    def broken(self) -> Mapping[Any, Row]: ...
+
+
+class _IsSurvey(Protocol):
+    """What ``Survey`` and ``BackendSurvey`` have in common."""
+
+    left_out: list[str]
+
+    def shrink(self, deadline: float | None, *, begin: Callable[[Any, Row], None]) -> None: ...
+
+
+def _surveyed(
+    last: Surveyed[_Found],
+    make: Callable[[Subject, torch.device, _Found], _Survey],
+    run: Callable[[_Survey, Surveyed[_Found], Begin], None],
+    lost: Callable[[_Found, str, Scenario], None],
+    spec: SubjectSpec,
+    named: str,
+    device: Device,
+    deadline: float | None,
+    show: Show,
+) -> Surveyed[_Found]:
+    """Survey in a fork, and in another one what is left whenever a case has ended it.
+
+    make: a survey that goes on from what was found. run: has it survey cases. lost: counts one that ended its process.
+    """
+    has_begun = False
+
+    def hear(message: Surveyed[_Found]) -> None:
         nonlocal last, has_begun
         last, has_begun = message, True
-        report_progress(last.found.cases)
+        show(last.found.cases, last.told())
 
-    def work(tell: Tell) -> SurveyedBackend:
+    def work(tell: Tell) -> Surveyed[_Found]:
         where = torch_device(device)
-        survey = BackendSurvey(spec.build(where), where, last.found)
-        now = SurveyedBackend(survey.found, survey.left_out, where.type, known=last.known)
+        survey = make(spec.build(where), where, last.found)
+        now = Surveyed(last.found, survey.left_out, where.type, known=last.known)
 
-        def begin(case: Scenario | None = None, row: Property | None = None) -> None:
-            now.began, now.shrinking = case, row
+        def begin(case: Scenario | None = None) -> None:
+            now.began, now.shrinking = case, None
+            tell(now)
+
+        def shrink(key: str | Property, row: Row) -> None:
+            assert row.case is not None
+            now.began, now.shrinking, now.events = None, key, len(row.case.events)
             tell(now)
 
         begin()
         try:
             with ended_by_a_signal():
-                for file, case in known[now.known :]:
-                    if deadline is not None and time.monotonic() > deadline:
-                        break
-                    now.known += 1
-                    if not skip_unfit:
-                        survey.subject.check(case, file)
-                    if survey.subject.misfit(case) is None:
-                        begin(case)
-                        survey.survey(case)
-                survey.run(cases, seed, deadline, begin=begin)
-                survey.shrink(deadline, begin=lambda row: begin(row=row))
+                run(survey, now, begin)
+                latest = time.monotonic() + SHRINKING_BUDGET
+                now.ends = latest if deadline is None else min(deadline, latest)
+                survey.shrink(now.ends, begin=shrink)
         except KeyboardInterrupt:
             now.interrupted = True
         return now
@@ -184,10 +206,9 @@ def surveyed_backend(
             if has_begun and last.shrinking is not None:
                 last.found.kept.add(last.shrinking)
             elif has_begun and last.began is not None:
-                is_drawn = last.began not in [case for _, case in known]
-                last.found.note_survival(str(died), last.began, is_drawn)
+                lost(last.found, str(died), last.began)
             else:
-                raise BackendError(f"backend '{backend}': {died} while it was loaded") from None
+                raise BackendError(f"{named}: {died} while it was loaded") from None
         except KeyboardInterrupt:  # of a process that did not answer any more
             if not has_begun:
                 raise

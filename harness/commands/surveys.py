@@ -25,8 +25,8 @@ from nsa_oracle.harness.commands.surveying import (
     SurveyedLayer,
     backend_report,
     layer_report,
-    surveyed,
     surveyed_backend,
+    surveyed_layer,
 )
 from nsa_oracle.harness.commands.terminal import progress_of
 from nsa_oracle.harness.errors import BackendError, ScenarioError, counted
@@ -90,7 +90,7 @@ def survey(
     try:
         with progress_of("surveying", cases) as show_progress:
             if layer is not None:
-                done = surveyed(layer, device, cases, seed, deadline, show_progress, limit)
+                done = surveyed_layer(layer, device, cases, seed, deadline, show_progress, limit)
             else:
                 assert backend is not None
                 known = [(file, _without_layer(file)) for file in case or ()] or (shipped_cases() if saved else [])

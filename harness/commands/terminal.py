@@ -6,19 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nsa_oracle.harness.signals import Termination
 
 
 @contextmanager
-def progress_of(what: str, count: int) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar on stderr, if that is a terminal. Yields a function that sets how many are done."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def progress_of(what: str, count: int) -> Iterator[Callable[[int, str], None]]:
+    """Shows a progress bar on stderr, if that is a terminal.
+
+    Yields a function that sets how many are done, and what is shown instead of ``what``, if it is not empty.
+    """
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=count)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(what, total=count)
+        yield lambda done, doing: progress.update(task, completed=done, description=escape(doing or what))
 
 
 @contextmanager

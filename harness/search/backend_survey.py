@@ -8,6 +8,7 @@ captures the same graphs. What a survey has found can be sent to another process
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -152,12 +153,13 @@ class BackendSurvey:
         self,
         deadline: float | None = None,
         most_trials: int = 150,
-        begin: Callable[[Property], None] = lambda key: None,
+        begin: Callable[[Property, Row], None] = lambda key, row: None,
     ) -> None:
         """Replace the case of each broken row by a smaller one that breaks it, with up to ``most_trials`` trials each.
 
         deadline: value of ``time.monotonic()`` after which no trial begins; SHRINKING_BUDGET from now at the latest.
-        begin: is called with each row before its trials. Rows that are ``kept`` already stay as they are.
+        begin: is called with each row before its trials, and when its case has become smaller. Rows that are ``kept``
+        already stay as they are.
         """
         for key, row, ends in in_turn(self.found.broken, self.found.kept, deadline, begin):
 
@@ -170,7 +172,7 @@ class BackendSurvey:
                 found = trial.found.rows.get(key, Row())
                 return found.finding if found.case == case else None
 
-            row.shrink(breaks, self.subject, ends, most_trials)
+            row.shrink(breaks, self.subject, ends, most_trials, functools.partial(begin, key, row))
 
 
 class _SpoiltMemory(Exception):

@@ -51,13 +51,18 @@ class Row:
             self.finding, self.case, self.has_hung = fault, case, has_hung
 
     def shrink(
-        self, breaks: Callable[[Scenario], str | None], subject: Subject, deadline: float, most_trials: int
+        self,
+        breaks: Callable[[Scenario], str | None],
+        subject: Subject,
+        deadline: float,
+        most_trials: int,
+        smaller: Callable[[], None],
     ) -> None:
         """Replace the case by the smallest one found that breaks the same property.
 
         breaks: the finding of a case in one line; None if it does not break the property, or not with its last call.
         deadline: value of ``time.monotonic()`` after which no trial begins. Of a case that does not end there are few
-        trials, none of which may take longer than until then.
+        trials, none of which may take longer than until then. smaller: is called when a smaller case is found.
         """
         assert self.case is not None
         longest = (subject.case_timeout or math.inf) if self.has_hung else 0.0
@@ -68,6 +73,7 @@ class Row:
             finding = breaks(case)
             if finding is not None:
                 self.case, self.finding = case, finding
+                smaller()
             return finding is not None
 
         simplify(self.case, still_breaks, min(most_trials, MOST_TRIALS_OF_A_HANG) if self.has_hung else most_trials)
@@ -85,7 +91,7 @@ def _calls_of(scenario: Scenario) -> list[int]:
 
 
 def in_turn(
-    broken: Mapping[_Key, Row], kept: set[_Key], deadline: float | None, begin: Callable[[_Key], None]
+    broken: Mapping[_Key, Row], kept: set[_Key], deadline: float | None, begin: Callable[[_Key, Row], None]
 ) -> Iterator[tuple[_Key, Row, float]]:
     """Each broken row that is not ``kept`` yet, and when its trials have to end. Then it is kept.
 
@@ -96,7 +102,7 @@ def in_turn(
     ends = latest if deadline is None else min(deadline, latest)
     keys = [key for key in broken if key not in kept]
     for number, key in enumerate(keys):
-        begin(key)
+        begin(key, broken[key])
         now = time.monotonic()
         yield key, broken[key], now + (ends - now) / (len(keys) - number)
         kept.add(key)

@@ -123,7 +123,7 @@ class Survey:
         self,
         deadline: float | None = None,
         most_trials: int = MOST_TRIALS // 4,
-        begin: Callable[[str], None] = lambda name: None,
+        begin: Callable[[str, Row], None] = lambda name, row: None,
     ) -> None:
         """Replace the case of each broken row by a smaller one that fails in the same way when it is replayed.
 
@@ -147,7 +147,7 @@ class Survey:
                         return None
                     return failure.sentence() if name != RUNS or failure.is_like(first) else None
 
-                row.shrink(breaks, self.subject, ends, most_trials)
+                row.shrink(breaks, self.subject, ends, most_trials, functools.partial(begin, name, row))
 
     def _failure(self, case: Scenario) -> Finding | None:
         """How the case fails when it is replayed, or None."""

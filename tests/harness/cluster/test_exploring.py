@@ -22,6 +22,7 @@ from nsa_oracle.harness.cluster.work import (
     judge_chunk,
     make_smaller,
 )
+from nsa_oracle.harness.commands.exploring import _reporter
 from nsa_oracle.harness.errors import BackendError, ScenarioError
 from nsa_oracle.harness.findings import Finding, Kind
 from nsa_oracle.harness.judge import OracleFailure, Verdict
@@ -135,6 +136,23 @@ def test_a_failing_case_is_saved_before_it_is_made_smaller(tmp_path: Path) -> No
     pool = Looking({0: wrong("page_table_1")})
     run_of(pool, tmp_path).run()
     assert pool.there == ("raw.json",)
+
+
+def test_how_many_cases_are_being_made_smaller_is_told(tmp_path: Path) -> None:
+    pool = ScriptedPool({3: wrong("cu_seqlens_k"), 21: wrong("page_table_1")})
+    run = run_of(pool, tmp_path, layer_cases=0)
+    told: list[tuple[int, str]] = []
+    report = _reporter(run, lambda done, doing: told.append((done, doing)))
+
+    def compare() -> None:
+        report()
+        out = sum(function is make_smaller for function, _ in pool.waiting.values())
+        assert run.shrinking == out
+        assert told[-1][1] == ["", "shrinking 1 case", "shrinking 2 cases"][out]
+
+    run.run(report=compare)
+    assert "shrinking 1 case" in dict(told).values()
+    assert told[-1] == (50, "")
 
 
 def test_saved_cases_are_judged_first_and_what_fails_is_shared(tmp_path: Path) -> None:

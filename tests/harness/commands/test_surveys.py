@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from nsa_oracle.harness.commands.app import Device
+from nsa_oracle.harness.commands.surveying import surveyed_backend
 from nsa_oracle.harness.scenarios.scenario import Capture, Eager, Join, Replay
 from nsa_oracle.harness.search.survey import RUNS
 from nsa_oracle.harness.signals import INTERRUPTED
 from tests.support.command_line import FAILS, PASSES, UNUSABLE, assert_one_line_error, harness, replay, saved
 from tests.support.layer_cases import WITH_LAYER
-from tests.support.metadata_cases import DECODE, VERIFY, case, one_replay
+from tests.support.metadata_cases import CROWDED, DECODE, VERIFY, case, one_replay
 
 CLEAN, LAYERS = "tests.support.backends.clean:Clean", "tests.support.layers"
+SHRINKING = re.compile(r"shrinking (?P<row>.+): (?P<events>\d+) events? so far, up to \d+ s left$")
 
 
 def test_unusable_layer_is_not_surveyed() -> None:
@@ -414,3 +417,20 @@ def test_a_needless_declaration_makes_a_replay_fail_that_reaches_it(tmp_path: Pa
     assert ABSENT_LINE.search(done.stdout), done.stdout
     done = replay(saved(tmp_path, passes_by), "--backend", FOR_NOTHING)
     assert done.returncode == PASSES, done.stdout + done.stderr
+
+
+def test_the_row_whose_case_is_made_smaller_is_told_with_its_size() -> None:
+    told: list[str] = []
+
+    def show(cases: int, doing: str) -> None:
+        told.append(doing)
+
+    backend, known = "tests.support.backends.lengths:SkipsPaddingRows", [(Path("known.json"), CROWDED)]
+    done = surveyed_backend(backend, Device.CPU, 0, 0, None, show, known)
+    assert told[:2] == ["", ""], "as it begins, and with the case"
+    shrinking = [found for doing in told[2:] if (found := SHRINKING.match(doing))]
+    assert len(shrinking) == len(told[2:])
+    for key, row in done.found.broken.items():
+        sizes = [int(found["events"]) for found in shrinking if found["row"] == " ".join(key)]
+        assert row.case is not None
+        assert sizes[0] > sizes[-1] == len(row.case.events)
