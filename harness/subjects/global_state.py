@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import gc
 import os
@@ -31,7 +32,8 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     one, inference mode every tensor, and another current folder every relative path; without a stream nothing can be
     printed any more. It is therefore reported: the context ends with what ``report`` makes of the finding and of the
     error that ends the context, if any. Errors of other types than ``instead_of`` pass.
-    So are functions of torch that the judge calls and that have been replaced: it would agree with anything.
+    So are functions of torch and of Python that the judge calls and that have been replaced: it would agree with
+    anything. An error that passes is then due to them.
     The other settings (seed, threads, gradients, deterministic algorithms, precision of products, denormals flushed to
     zero) are put back without a word.
     """
@@ -43,13 +45,19 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
     folder, streams = _current_folder(), Streams()
     failure: BaseException | None = None
     changed: Finding | None = None
+    replaced: Finding | None = None
     try:
         yield
     except instead_of as error:
         failure = error
+    except Exception as error:
+        replaced, failure = functions_put_back(), error
+        if replaced is None:
+            raise
     finally:
+        replaced = replaced or functions_put_back()  # first: what follows calls them
         torch.set_flush_denormal(False)
-        changed = _functions_put_back() or _changed(dtype, device, folder)
+        changed = replaced or _changed(dtype, device, folder)
         changed = changed or inference_mode_left_on(inference) or streams.lost()
         streams.put_back()
         _end_inference_mode(inference, keys)
@@ -72,6 +80,7 @@ def kept_global_state(report: Report, instead_of: type[BaseException] | tuple[()
         raise failure
 
 
+@functools.cache
 def _words_of_the_judge() -> set[str]:
     """All names in the source of the reference and of what compares with it."""
     harness = Path(__file__).parents[1]
@@ -88,9 +97,21 @@ _FUNCTIONS = {  # in C, which hardly anybody has a reason to replace
 }
 
 
-def _functions_put_back() -> Finding | None:
-    """Put back functions of torch that the judge calls. A finding if one was another one, else None."""
-    found: Finding | None = None
+_PYTHONS = builtins.__dict__
+_OFTEN_REPLACED = ("breakpoint", "input", "open", "print")
+_BUILTINS = {
+    name: function
+    for name, function in _PYTHONS.items()
+    if isinstance(function, types.BuiltinFunctionType | type)
+    and name in _words_of_the_judge()
+    and not name.startswith("_")
+    and name not in _OFTEN_REPLACED
+}
+
+
+def functions_put_back() -> Finding | None:
+    """Put back functions of torch and of Python that the judge calls. A finding if one was another one, else None."""
+    found = _builtins_put_back()  # first: the rest calls them
     for (owner, name), function in _FUNCTIONS.items():
         if (now := getattr(owner, name, None)) is not function:
             setattr(owner, name, function)
@@ -98,6 +119,18 @@ def _functions_put_back() -> Finding | None:
             named = f"torch.{name}" if owner is torch else f"torch.Tensor.{name}"
             found = found or Finding(Kind.STATE, named, f"replaced{place}", "torch's own function")
     return found
+
+
+def _builtins_put_back() -> Finding | None:
+    lost: tuple[str, object] | None = None
+    for name, function in _BUILTINS.items():  # without a call of any of them
+        if (now := _PYTHONS.get(name)) is not function:
+            _PYTHONS[name] = function
+            lost = lost or (name, now)
+    if lost is None:
+        return None
+    place = f" by {where}" if (where := definition_of(lost[1])) else ""
+    return Finding(Kind.STATE, f"builtins.{lost[0]}", f"replaced{place}", "Python's own")
 
 
 def _deterministic() -> tuple[bool, bool]:

@@ -30,6 +30,7 @@ from nsa_oracle.harness.scenarios.setup import Layer, Setup
 from nsa_oracle.harness.subjects.calls import MethodCalls
 from nsa_oracle.harness.subjects.declarations import ASKS_THE_MOST, Declarations, read_declarations
 from nsa_oracle.harness.subjects.default import limits_of_optimized_layer, optimized_layer
+from nsa_oracle.harness.subjects.global_state import functions_put_back
 from nsa_oracle.harness.subjects.misspelt import misspelt_declaration
 from nsa_oracle.harness.subjects.names import (
     OLDER,
@@ -244,7 +245,11 @@ def _module_of(name: str) -> str:
 def _imported(name: str, shown: str) -> object:
     try:
         with shown_warnings(), _own_modules_kept(shown, name):
-            return importlib.import_module(name)
+            try:
+                return importlib.import_module(name)
+            finally:  # before anything is called: with another ``len``, Python's own modules may never end
+                if (replaced := functions_put_back()) is not None:
+                    raise BackendError(f"{shown}: importing {one_line(name)}: {replaced.sentence()}; leave it alone")
     except BackendError:
         raise
     except CaseTimeout as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ STATE = {
     "deterministic": torch.are_deterministic_algorithms_enabled,
     "precision": torch.get_float32_matmul_precision,
     "denormals": lambda: float(torch.full((), 2e-40) * 0.5) > 0,
-    "functions": lambda: (torch.cumsum, torch.Tensor.any),
+    "functions": lambda: (torch.cumsum, torch.Tensor.any, builtins.len),
     "seed": lambda: torch.get_rng_state().tolist(),
 }
 

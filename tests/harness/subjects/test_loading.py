@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from pathlib import Path
 
@@ -70,6 +71,32 @@ def test_import_that_does_not_end_is_one_line(what: str, tmp_path: Path, monkeyp
     )
     with pytest.raises(BackendError, match=said):
         Subject.load(*((spec, None) if what == "backend" else (None, spec)), torch.device("cpu"), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("len", "None", "replaced"),
+        ("len", "lambda all: 3", "replaced by "),
+        ("isinstance", "lambda *all: 1 / 0", "replaced by "),
+        ("next", "None", "replaced"),
+    ],
+)
+def test_functions_of_python_that_an_import_replaces_are_named_and_put_back(
+    name: str, value: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, before = f"replaces_{name}_by_{len(value)}", vars(builtins)[name]
+    (tmp_path / f"{module}.py").write_text(f"import builtins\nbuiltins.{name} = {value}\nclass X: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        with pytest.raises(BackendError) as caught:
+            Subject.load(f"{module}:X", None, torch.device("cpu"))
+        assert vars(builtins)[name] is before
+    finally:
+        builtins.__dict__[name] = before
+    said = f"backend '{module}:X': importing {module}: global state left changed: builtins.{name}: got {told}"
+    assert str(caught.value).startswith(said)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_time_that_is_up_in_the_harness_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:

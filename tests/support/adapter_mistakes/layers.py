@@ -268,6 +268,11 @@ def global_state() -> Iterator[Mistake]:
     none = "torch.Tensor.any = lambda self, *dim, **options: torch.zeros((), dtype=torch.bool)"
     says = "global state left changed: torch.Tensor.any: got replaced by", "expected torch's own function"
     yield field("a method of tensors in a call", f"{none}; return metadata", *says, names="in <lambda>")
+    says = "global state left changed: builtins.len: got replaced", "expected Python's own"
+    none = "import builtins; builtins.len = None"
+    yield Mistake("a function of Python in the constructor", init("", none).source, says, names="builtins.len")
+    yield field("a function of Python in a call", f"{none}; return metadata", *says, names="builtins.len")
+    yield layer("a function of Python in a stage", "sparse_mla", f"{none}; return right", *says, names="builtins.len")
     for name, body in {
         "seed": "torch.manual_seed(3)",
         "denormals": "torch.set_flush_denormal(True)",
