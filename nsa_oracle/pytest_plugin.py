@@ -204,7 +204,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     refused = collector.config.stash[REFUSED]
     before = len(refused)
     report = yield
-    if (failed := report.call.excinfo) is not None and lacks_files(failed.value) and _passes_the_oracle(failed):
+    call = getattr(report, "call", None)  # pytest's --lf makes a report of its own for modules that it skips
+    if call is not None and (failed := call.excinfo) is not None and lacks_files(failed.value) and _passes_the_oracle(failed):
         refused.append(too_many_open_files())
         report.longrepr = refused[-1]
     report.oracle_refused = len(refused) > before

@@ -328,10 +328,10 @@ def _occupancy(scale: Scale) -> Iterator[Want]:
     yield Want("eager call padded", {SITUATION: (f"eager {mode.value}",), **several}, (mode,))
     yield Want("padding of length 0", {SITUATION: ("replay, padded",), "padding_len": (0,)})
     yield Want("batch outgrows buckets", {SITUATION: ("outgrown",)})
-    for name in ("batch empty", "graph empty after requests"):
-        yield Want(name, {SITUATION: ("graph empty after requests",)})
-    idle = {SITUATION: ("graph empty after requests",), NEIGHBOUR: ("alike",)}
-    yield Want(IDLE_IN_COMPANY, idle, (ForwardMode.DECODE,))
+    idle: Pins = {SITUATION: ("graph empty after requests",)}
+    yield from (Want(name, idle) for name in ("batch empty", "graph empty after requests"))
+    # In the graph, what a second backend has done to shared buffers would be undone.
+    yield Want(IDLE_IN_COMPANY, {**idle, NEIGHBOUR: ("alike",), SWITCH: ("",)}, (ForwardMode.DECODE,))
     for name in ("full graph, nothing accepted", "accept 0", "accept none at all"):
         yield Want(name, {SITUATION: ("nothing accepted",)}, (ForwardMode.DRAFT_EXTEND,))
     drafts_to_part = {

@@ -80,3 +80,15 @@ def test_the_replay_line_names_folders_of_the_setting_pythonpath(endings: Path) 
     done = run(endings, "-n", "0", "test_own.py")
     assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
     assert "replay: PYTHONPATH=src:" in done.output
+
+
+def test_a_suite_in_which_only_what_failed_last_runs_again(tmp_path: Path) -> None:
+    """pytest makes the report of a module that it skips without collecting it."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    (tmp_path / "test_fails.py").write_text("def test_fails():\n    assert 0\n", encoding="utf-8")
+    (tmp_path / "test_passes.py").write_text("def test_passes():\n    pass\n", encoding="utf-8")
+    for count in ("1 failed, 1 passed", "1 failed"):
+        done = run(tmp_path, "-n", "0", "--lf")
+        assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+        assert count in done.output
+    assert "1 passed" not in done.output
