@@ -183,6 +183,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             session = session_of(metafunc.config)
             with open_files_told(pytest.UsageError), interruption_deferred():
                 from nsa_oracle.harness.plugin.fixture import parts_of
+            marks = [mark.name for mark in metafunc.definition.own_markers]
+            if marks.count(MARKER) > 1:
+                raise pytest.UsageError(
+                    f"{metafunc.definition.nodeid}: judged stands there twice, and would judge the first alone; "
+                    "write a test for each, or parametrize one that takes the fixture oracle"
+                )
             parts = parts_of(session, **marker.kwargs)
         except pytest.UsageError as error:
             metafunc.config.stash[REFUSED].append(str(error))
@@ -205,7 +211,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     before = len(refused)
     report = yield
     call = getattr(report, "call", None)  # pytest's --lf makes a report of its own for modules that it skips
-    if call is not None and (failed := call.excinfo) is not None and lacks_files(failed.value) and _passes_the_oracle(failed):
+    if (
+        call is not None
+        and (failed := call.excinfo) is not None
+        and lacks_files(failed.value)
+        and _passes_the_oracle(failed)
+    ):
         refused.append(too_many_open_files())
         report.longrepr = refused[-1]
     report.oracle_refused = len(refused) > before

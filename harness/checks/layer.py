@@ -126,8 +126,12 @@ class StageJudge:
         inputs: AttentionInputs,
         row_name: Callable[[int], str],
     ) -> Finding | None:
-        page_size = self.layer.setup.page_size
-        return compare_caches(self.config, page_size, seen, expected, slot_name, self.tally, inputs, row_name)
+        setup = self.layer.setup
+        assert setup.layer is not None
+        slot = setup.layer.padding_slot
+        return compare_caches(
+            self.config, setup.page_size, seen, expected, slot_name, self.tally, inputs, row_name, slot
+        )
 
     def _compare_pass(
         self, got: LayerStep, rows: LayerRows, a_pass: Pass, seen: LayerObservation, known: JudgedPass | None

@@ -72,7 +72,7 @@ class SimulatedCapturedGraph:
         self._host_scalars = host_scalars  # storages of the copies that the nodes hold
 
     def replay(self) -> None:
-        with torch.no_grad():
+        with torch.inference_mode():  # in which alone what judged code has made in that mode can be written
             for node in self._nodes:
                 node.run()
 

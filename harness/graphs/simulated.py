@@ -213,8 +213,9 @@ class _Recorder:
 
     def undo(self) -> None:
         """Restore the content of every storage: a capture runs nothing on the device."""
-        for memory, saved in self._saved.values():
-            memory.copy_(saved)
+        with torch.inference_mode():  # in which alone what judged code has made in that mode can be written
+            for memory, saved in self._saved.values():
+                memory.copy_(saved)
         self._saved.clear()  # releases the storages: the recorder lives until its reference cycles are collected
 
     def finish(self, found: dict[int, FoundStorage]) -> SimulatedCapturedGraph:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 
+from nsa_oracle.harness.checks.verdict import OracleFailure
 from nsa_oracle.harness.errors import BackendError, error_line
+from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.plugin.parts import Part, kinds_of, parts, spec_of
 from nsa_oracle.harness.plugin.session import Session, Unfit, name_of
 from nsa_oracle.harness.processes import ChildDied
@@ -159,6 +161,9 @@ class Oracle:
             ),
             expect_failure,
         )
+        if expect_failure and outcome.failure is not None and _was_never_built(outcome.failure):
+            never = "it was never built, which is not the failure that the test expects"
+            raise BackendError(f"{name_of(specs)}: {outcome.failure.finding.sentence()}; {never}")
         if part.file is None and not outcome.verdict.cases and not failures:
             return "no case was judged: time was up"
         for failure in failures:  # the report of each different failure is printed once, at the end
@@ -170,6 +175,11 @@ class Oracle:
             record = dataclasses.replace(record, failures=(), expected=len(record.failures))
         record = dataclasses.replace(record, options=part.taken)
         self._node.user_properties.append((PROPERTY, record.to_json()))
+
+
+def _was_never_built(failure: OracleFailure) -> bool:
+    """Whether what was to be judged raised while it was built, before any event."""
+    return failure.event is None and failure.finding.kind in (Kind.CRASH, Kind.LAYER_CRASH)
 
 
 def _told(failure: FailureRecord) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nsa_oracle.harness.errors import counted
 from nsa_oracle.harness.scenarios.batch import Batch
+from nsa_oracle.harness.scenarios.setup import Setup
 from nsa_oracle.reference.types import Metadata
 
 
@@ -17,7 +18,7 @@ class Reach:
     """Counts of judged calls, and their largest numbers.
 
     cases: that were surveyed. replays, eager_calls: by mode. requests: of the largest batch. rows: the most of a call,
-    padding included. context: tokens of the longest request.
+    padding included. context: tokens of the longest request. heads, topk: of the layers; 0 without one.
     """
 
     cases: int = 0
@@ -26,6 +27,14 @@ class Reach:
     requests: int = 0
     rows: int = 0
     context: int = 0
+    heads: int = 0
+    topk: int = 0
+
+    def note_layer(self, setup: Setup) -> None:
+        """Count the sizes of a judged layer."""
+        assert setup.layer is not None
+        self.heads = max(self.heads, setup.layer.num_heads)
+        self.topk = max(self.topk, setup.index_topk)
 
     def note(self, batch: Batch, raw_bs: int, in_graph: bool, metadata: Sequence[Metadata]) -> None:
         """Count a call of ``batch``, whose first ``raw_bs`` requests are real. metadata: of the reference, by step."""
@@ -45,6 +54,7 @@ class Reach:
             f"largest batch {counted(self.requests, 'request')}",
             f"at most {counted(self.rows, 'row')} in a call",
             f"longest context {counted(self.context, 'token')}",
+            *((f"at most {counted(self.heads, 'head')}, K {self.topk:,}",) if self.heads else ()),
         ]
 
     @property
@@ -61,6 +71,7 @@ class Reach:
             "largest batch": self.requests,
             "most rows": self.rows,
             "longest context": self.context,
+            **({"most heads": self.heads, "largest K": self.topk} if self.heads else {}),
         }
 
 

@@ -243,6 +243,7 @@ class _Surveyed:
                 seen = dataclasses.replace(seen, selected=None)
             if seen.feed is not Feed.ISOLATED:
                 self._found.reach.note(seen.batch, seen.raw_bs, seen.feed is Feed.GRAPH, metadata)
+                self._found.reach.note_layer(self.scenario.setup)
             self._note(f"{regime.value}{_AS_THE_REFERENCE}", judge.compare(seen, metadata), number)
             if seen.many is not None:
                 finding = differs_among_many(seen, self.scenario.setup.page_size)

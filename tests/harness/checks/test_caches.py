@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_oracle.harness.engine.observations import LayerObservation
+from nsa_oracle.harness.engine.observations import Feed, LayerObservation
 from nsa_oracle.harness.findings import Kind
 from nsa_oracle.harness.memory.bits import as_bytes
+from nsa_oracle.harness.scenarios.scenario import Eager
 from nsa_oracle.reference.types import KVCacheDtype
 from tests.support.layer_cases import BF16, FP8
-from tests.support.seen_layers import verified
+from tests.support.metadata_cases import VERIFY, case
+from tests.support.seen_layers import TWO, seen, verified
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,14 @@ def test_dummy_page_is_left_out() -> None:
         .place.startswith("slot 4 (running request 0, ")
     )
     assert verified().found(lambda layer: layer.steps[0].caches.index_k[1].fill_(1)).field == "index_k_cache"
+
+
+def test_dummy_page_counts_where_padding_has_slot_minus_one() -> None:
+    """Nothing stores padding then, so a row of slot 0 is one whose slot was clamped."""
+    layer = {"kv_cache_dtype": BF16, "padding_slot": -1}
+    clean = seen(case(*TWO, Eager(mode=VERIFY), layer=layer, index_topk=4), Feed.CHAIN)
+    assert clean.judged(lambda layer: None) is None
+    finding = clean.found(lambda layer: layer.steps[0].caches.kv[0].fill_(1))
+    assert finding.place == "slot 0 (no running request), latent element 0"
+    finding = clean.found(lambda layer: layer.steps[0].caches.index_k[0].fill_(1))
+    assert (finding.field, finding.place) == ("index_k_cache", "slot 0 (no running request), key element 0")

@@ -60,6 +60,23 @@ class TestSimulationOnly:
         graph.replay()
         assert made[1].tolist() == [2.0] * 3
 
+    def test_what_a_body_in_inference_mode_makes_and_writes_is_undone_and_replayed(self) -> None:
+        x = torch.ones(3)
+        made: list[torch.Tensor] = []
+        with torch.inference_mode():
+            own = torch.zeros(3)
+
+        @torch.inference_mode()
+        def body() -> None:
+            made.append(x + 1)
+            own.add_(made[-1])
+
+        graph = SimulatedGraphRunner().capture(body)
+        assert own.tolist() == [2.0] * 3, "of the warm-up"
+        x.fill_(4)
+        graph.replay()
+        assert (made[1].tolist(), own.tolist()) == ([5.0] * 3, [7.0] * 3)
+
     def test_graph_keeps_its_tensors_alive(self) -> None:
         state = SimpleNamespace(source=torch.ones(1000), target=torch.zeros(1000))
         target = state.target

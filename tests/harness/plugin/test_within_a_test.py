@@ -83,7 +83,7 @@ def test_the_replay_line_names_folders_of_the_setting_pythonpath(endings: Path) 
 
 
 def test_a_suite_in_which_only_what_failed_last_runs_again(tmp_path: Path) -> None:
-    """pytest makes the report of a module that it skips without collecting it."""
+    """A module that is skipped is not collected, and its report is of another kind."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
     (tmp_path / "test_fails.py").write_text("def test_fails():\n    assert 0\n", encoding="utf-8")
     (tmp_path / "test_passes.py").write_text("def test_passes():\n    pass\n", encoding="utf-8")
@@ -92,3 +92,42 @@ def test_a_suite_in_which_only_what_failed_last_runs_again(tmp_path: Path) -> No
         assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
         assert count in done.output
     assert "1 passed" not in done.output
+
+
+NEVER_BUILT = """
+class Backend:
+    def __init__(self, config, req_to_token):
+        import not_there_at_all
+
+def test_expects_a_failure(oracle):
+    oracle.judge(Backend, cases=["saved"], expect_failure=True)
+"""
+
+
+def test_what_was_never_built_is_no_failure_that_a_test_expects(endings: Path) -> None:
+    (endings / "test_own.py").write_text(NEVER_BUILT, encoding="utf-8")
+    done = run(endings, "-n", "0", "test_own.py")
+    assert done.exit_code == pytest.ExitCode.TESTS_FAILED, done.output
+    assert "No module named 'not_there_at_all'" in done.output
+    assert "it was never built, which is not the failure that the test expects" in done.output
+
+
+TWICE = f"""
+from nsa_oracle.harness import judged
+
+@judged(backend="{BROKEN}", cases=["saved"])
+@judged(backend="{CLEAN}", cases=["saved"])
+def test_both():
+    pass
+"""
+
+
+def test_two_marks_of_one_test_are_refused(endings: Path) -> None:
+    """Of two marks pytest would take the lower one alone."""
+    (endings / "test_own.py").write_text(TWICE, encoding="utf-8")
+    done = run(endings, "-n", "0", "test_own.py")
+    assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output
+    assert (
+        "test_own.py::test_both: judged stands there twice, and would judge the first alone"
+        in done.output + done.errors
+    )
