@@ -28,7 +28,7 @@ def compare_caches(
 ) -> Finding | None:
     """Compare every byte of both dense caches, except page 0 if rows of padding are stored there.
 
-    padding_slot: of rows of padding; if it is -1, nothing stores them. slot_name: returns the name of a slot in reports.
+    padding_slot: of rows of padding; if it is -1, nothing stores them. slot_name: gives the name of a slot in reports.
     inputs: of the pass, on any device, whose keys the caches have now; a row of it that was stored where it does not
     belong is named by ``row_name``.
     """

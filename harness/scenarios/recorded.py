@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,8 @@ def read_record(path: Path) -> ServerRecord:
             begins = line.startswith(BEGINS)
             if wrong is not None and not begins:
                 raise wrong
+            if head is None and line.startswith(codecs.BOM_UTF8):
+                raise ScenarioError(f"{place}: begins with a byte order mark; save the record without one")
             if head is None and not begins:
                 raise ScenarioError(f"{place}: is no record of nsa-oracle: its first line must name nsa_oracle_record")
             parsed: Head | RecordedCall

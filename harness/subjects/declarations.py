@@ -306,7 +306,9 @@ def _roles(roles: object, step_backends: object, modes: Any) -> tuple[Role, ...]
 
     if roles is None:
         return (Role(None, tuple(ForwardMode), count(None)),)
-    if not isinstance(roles, Mapping) or not roles:
+    if isinstance(roles, Mapping) and not roles:
+        raise ValueError("roles names no role; leave it out if one backend serves all modes")
+    if not isinstance(roles, Mapping):
         raise ValueError(
             f"roles must map names to modes, as {{'verify': ('TARGET_VERIFY',)}} does; it is {_kind(roles)}"
         )
@@ -314,10 +316,11 @@ def _roles(roles: object, step_backends: object, modes: Any) -> tuple[Role, ...]
     if isinstance(step_backends, Mapping) and (unknown := [name for name in step_backends if name not in roles]):
         raise ValueError(f"step_backends: there is no role {unknown[0]!r}; choose from {', '.join(map(str, roles))}")
     asked = tuple(ForwardMode) if modes is None else _known_modes("modes", modes)
-    for mode in asked:
-        serving = [role.name for role in found if mode in role.modes]
-        if len(serving) != 1:
-            raise ValueError(f"roles: {mode.value} must have one role, not {len(serving)}")
+    serving = {mode: [role.name for role in found if mode in role.modes] for mode in asked}
+    if several := [f"{mode.value} in {' and '.join(map(str, names))}" for mode, names in serving.items() if names[1:]]:
+        raise ValueError(f"roles: {', '.join(several)}; a mode must have one role")
+    if without := [mode.value for mode, names in serving.items() if not names]:
+        raise ValueError(f"roles: none has {', '.join(without)}; give each mode one, or leave it out of modes")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import random
@@ -25,6 +26,7 @@ def text(*lines: Any) -> bytes:
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "garbage": (bytes(random.Random(0).randbytes(5000)), "is no record of nsa-oracle"),
+    "a byte order mark": (codecs.BOM_UTF8 + text(HEAD, GOOD), "line 1: begins with a byte order mark"),
     "no head": (text(GOOD), "line 1: is no record of nsa-oracle"),
     "not JSON": (text(HEAD) + b"{'n': 0}\n", "line 2: it is not JSON"),
     "cut within": (text(HEAD) + text(GOOD)[:50] + b"\n" + text(GOOD), "line 2: it is not JSON"),

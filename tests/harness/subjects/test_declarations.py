@@ -58,10 +58,11 @@ MALFORMED = {
     ),
     "a list of roles": ({"roles": ["draft"]}, "roles must map names to modes"),
     "an unknown mode": ({"roles": {"draft": ("PREFILL",)}}, "roles: there is no mode 'PREFILL'"),
-    "no role": ({"roles": {"draft": ("DECODE",)}}, "roles: EXTEND must have one role, not 0"),
+    "no role": ({"roles": {"draft": ("DECODE",)}}, "roles: none has EXTEND, IDLE, TARGET_VERIFY, DRAFT_EXTEND,"),
+    "no roles": ({"roles": {}}, "roles names no role; leave it out"),
     "two roles": (
         {"roles": {"a": ("DECODE",), "b": ("DECODE",)}, "modes": ("DECODE",)},
-        "roles: DECODE must have one role, not 2",
+        "roles: DECODE in a and b; a mode must have one role",
     ),
     "padding": ({"padding": {"DECODE": 1}}, "padding must map modes to nsa_oracle.harness.scenarios.batch.Padding"),
     "absent": ({"absent": ("page_table_1",)}, "absent must map modes to fields; it is of type tuple"),

@@ -67,7 +67,7 @@ OF_EVERY_VERSION = {
 OF_THE_DSA_BACKENDS = {
     **OF_EVERY_VERSION,
     "roles_draft": ("history", "can be captured"),
-    "modes": ("history", "roles: DRAFT_EXTEND must have one role, not 0"),
+    "modes": ("history", "roles: none has DRAFT_EXTEND"),
     "mirrors_EXTEND": ("no mirror in EXTEND", "runs"),
     "own_fields_0": ("history", "the metadata has paged_mqa_ctx_lens_2d, which the adapter neither judges nor"),
     "own_fields_1": ("history", "the metadata has topk_v2_plan, which the adapter neither judges nor"),

@@ -62,7 +62,7 @@ OF_FIELDS = (
 )  # fmt: skip
 EXPECTED = {
     "roles": ("history", "missing a required argument: 'role'"),
-    "modes": ("history", "roles: IDLE must have one role, not 0"),
+    "modes": ("history", "roles: none has IDLE"),
     "sizes_step_semantics": ("advancing steps", "seqlens_expanded"),
     "sizes_num_steps": ("two steps", "is built"),
     "sizes_flashmla_num_sm_parts": ("a schedule of FlashMLA", "flashmla_metadata"),
