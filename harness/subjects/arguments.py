@@ -11,7 +11,7 @@ import torch
 
 from nsa_oracle.harness.errors import BackendError, ScenarioError, error_line, one_line
 from nsa_oracle.harness.protocol import BackendFactory, LayerFactory, SparseAttention
-from nsa_oracle.harness.scenarios.scenario import Scenario
+from nsa_oracle.harness.scenarios.scenario import Capture, Scenario
 from nsa_oracle.harness.subjects.declarations import read_declarations
 from nsa_oracle.harness.subjects.default import optimized_backend, optimized_layer
 from nsa_oracle.harness.subjects.loading import (
@@ -35,8 +35,8 @@ def check_scenario(given: object) -> None:
         raise TypeError(f"scenario is a path, {one_line(str(given), 100)}; give nsa_oracle.harness.load(path)")
     if not isinstance(given, Scenario):
         raise TypeError(f"scenario is {_described(given)}; give a nsa_oracle.harness.Scenario")
-    if not given.calls:
-        raise ScenarioError("scenario: it has no replay and no eager call, so nothing would be judged")
+    if not given.calls and not any(isinstance(event, Capture) for event in given.events):
+        raise ScenarioError("scenario: it has no capture, no replay and no eager call, so nothing would be judged")
 
 
 def device_of(given: object) -> torch.device:

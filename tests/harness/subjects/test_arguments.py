@@ -12,11 +12,13 @@ import torch
 from docs.examples.my_layer import MyAttention
 from nsa_oracle.harness import BackendError, OracleFailure, ScenarioError, judge
 from nsa_oracle.harness.fields import FIELDS, HOST_SCALARS
+from nsa_oracle.harness.scenarios.scenario import Capture, Event, Join
 from nsa_oracle.harness.subjects.default import optimized_layer
 from nsa_oracle.reference.layer import SparseAttention
 from nsa_oracle.reference.multi_step import MultiStepBackend
 from nsa_oracle.reference.types import BackendConfig
 from tests.support.backends import declared
+from tests.support.backends.in_graph import SyncsInCapture
 from tests.support.layer_cases import WITH_LAYER
 from tests.support.metadata_cases import DECODE, VERIFY, case, one_replay
 
@@ -47,10 +49,19 @@ def test_a_layer_that_a_case_does_not_have_is_refused(layer: Any) -> None:
     assert str(caught.value) == f"layer '{layer.__name__}': {told}"
 
 
-@pytest.mark.parametrize("events", [CASE.events[:0], CASE.events[:2]], ids=["nothing", "a capture"])
-def test_a_case_without_a_call_is_refused(events: Any) -> None:
-    with pytest.raises(ScenarioError, match=r"^scenario: it has no replay and no eager call, so nothing would be judg"):
+@pytest.mark.parametrize("events", [(), (Join(seq_len=3),)], ids=["nothing", "a request"])
+def test_a_case_in_which_nothing_is_called_is_refused(events: tuple[Event, ...]) -> None:
+    told = r"^scenario: it has no capture, no replay and no eager call, so nothing would be judged"
+    with pytest.raises(ScenarioError, match=told):
         judge(case(*events), MultiStepBackend, CPU)
+
+
+def test_a_capture_alone_is_judged() -> None:
+    """What cannot be captured is found before any call."""
+    captured = case(Capture(mode=DECODE, buckets=(1,)))
+    assert judge(captured, MultiStepBackend, CPU).cases == 1
+    with pytest.raises(OracleFailure, match="capture rejected"):
+        judge(captured, SyncsInCapture, CPU)
 
 
 def test_a_case_of_which_nothing_is_compared_is_refused() -> None:
