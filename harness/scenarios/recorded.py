@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from nsa_oracle.harness.errors import ScenarioError, counted, one_line
 from nsa_oracle.harness.scenarios.complaints import complaint
@@ -35,6 +36,14 @@ Slot = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 SlotRuns = Annotated[tuple[tuple[Slot, Natural], ...], _StopAtFirst()]
 
 
+def _number_or_name(value: object) -> object:
+    """Refuses anything else in one sentence, where the union would have one for each of its types."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"must be a whole number or a name, not {one_line(json.dumps(value, default=str), 40)}")
+    return value
+
+
+Size = Annotated[int | str, BeforeValidator(_number_or_name)]
 Parsed = TypeVar("Parsed", bound="_Line")
 
 
@@ -49,7 +58,7 @@ class Head(_Line):
 
     nsa_oracle_record: Annotated[int, Field(ge=1, le=1)]
     session: str = ""
-    config: dict[str, int | str] = Field(default_factory=dict)
+    config: dict[str, Size] = Field(default_factory=dict)
     pool: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     wide: bool = False
     tables: Literal["none", "digest", "whole"] = "none"

@@ -27,6 +27,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "garbage": (bytes(random.Random(0).randbytes(5000)), "is no record of nsa-oracle"),
     "a byte order mark": (codecs.BOM_UTF8 + text(HEAD, GOOD), "line 1: begins with a byte order mark"),
+    "no size": (
+        text(HEAD | {"config": {"page_size": 16.5}}, GOOD),
+        "line 1: config.page_size: must be a whole number or a name, not 16.5",
+    ),
     "no head": (text(GOOD), "line 1: is no record of nsa-oracle"),
     "not JSON": (text(HEAD) + b"{'n': 0}\n", "line 2: it is not JSON"),
     "cut within": (text(HEAD) + text(GOOD)[:50] + b"\n" + text(GOOD), "line 2: it is not JSON"),
