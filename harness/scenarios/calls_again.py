@@ -70,7 +70,7 @@ def _small_after_large(script: Script) -> None:
         return
     script.fill(least=2)
     call = script.replay(mode)
-    script.finish(script.pick(range(len(script.running))), script.pick(range(1, max(2, len(script.running)))))
+    script.finish(script.any_running(), script.pick(range(1, max(2, len(script.running)))))
     script.again(call)
 
 
@@ -92,7 +92,7 @@ def _smaller_draft_extend(script: Script) -> None:
     script.fill(least=2)
     script.accept()
     call = script.replay(ForwardMode.DRAFT_EXTEND)
-    script.finish(script.pick(range(len(script.running))))
+    script.finish(script.any_running())
     drafts = script.setup.num_draft_tokens
     others = tuple((request.accept_length + script.pick((1, 2))) % (drafts + 1) for request in script.running)
     if others:

@@ -120,6 +120,10 @@ class Script:
         for _ in range(min(count, self.setup.pool_size) - len(self.running)):
             self.join()
 
+    def any_running(self) -> int:
+        """The index of a running request; 0 if none is left, as after a call of drafts that none had room for."""
+        return int(self.pick(range(len(self.running)))) if self.running else 0
+
     def finish(self, request: int, count: int = 1) -> None:
         """Requests finish, if any are left: a call of draft tokens finishes those that have no room for them."""
         if self.running:

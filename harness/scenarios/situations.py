@@ -88,7 +88,7 @@ def _prefills(script: Script) -> None:
     """A prefill of several requests, and one of those that are left when one has finished."""
     script.fill(least=2)
     script.eager(EXTEND)
-    script.finish(script.pick(range(len(script.running))))
+    script.finish(script.any_running())
     script.eager(EXTEND)
 
 
@@ -215,7 +215,7 @@ def _serving_cycle(script: Script) -> None:
 def _recycled(script: Script) -> None:
     script.fill()
     script.call()
-    script.finish(script.pick(range(len(script.running))))
+    script.finish(script.any_running())
     script.join()
     script.call()
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import strategies as st
 
+from nsa_oracle.harness.scenarios.calls_again import CALLS_AGAIN
 from nsa_oracle.harness.scenarios.classes import all_classes
 from nsa_oracle.harness.scenarios.coverage import classes_of
+from nsa_oracle.harness.scenarios.goal import ANYTHING
+from nsa_oracle.harness.scenarios.limits import Limits
 from nsa_oracle.harness.scenarios.scales import LARGE, LARGE_LAYER, SMALL, SMALL_LAYER, Scale
 from nsa_oracle.harness.scenarios.scenario import Accept, Capture, Eager, Finish, Join, Remap, Replay, Scenario
-from nsa_oracle.harness.scenarios.setup import Mirror
+from nsa_oracle.harness.scenarios.script import Script
+from nsa_oracle.harness.scenarios.setup import Mirror, Setup
 from nsa_oracle.harness.scenarios.simplify import simplify
+from nsa_oracle.harness.scenarios.situations import SITUATIONS
 from nsa_oracle.harness.scenarios.strategies import scenarios
 from nsa_oracle.harness.scenarios.world import World
 from nsa_oracle.harness.subjects.default import OPTIMIZED_SWITCHES
@@ -159,3 +166,17 @@ def test_every_event_is_drawn() -> None:
 
     sweep()
     assert drawn == {Capture, Join, Finish, Accept, Remap, Replay, Eager}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("name", ["small after large in one bucket", "recycled"])
+def test_a_call_that_leaves_no_request_running_is_drawn_on_from(name: str, data: st.DataObject) -> None:
+    """A replay of drafts finishes the requests without room for them, all of them here."""
+    setup = Setup(page_size=1, max_context_len=20, index_topk=4, num_steps=1, num_draft_tokens=1, pool_size=1)
+    scale = replace(SMALL, limits=Limits(modes=(ForwardMode.DECODE,)))
+    script = Script(data.draw, setup, 0, scale, ANYTHING)
+    script.join(setup.max_seq_len)
+    script.accept((1,))
+    {**SITUATIONS, **CALLS_AGAIN}[name](script)
+    assert any(isinstance(event, Replay) for event in script.events)
