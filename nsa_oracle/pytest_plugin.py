@@ -186,8 +186,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             marks = [mark.name for mark in metafunc.definition.own_markers]
             if marks.count(MARKER) > 1:
                 raise pytest.UsageError(
-                    f"{metafunc.definition.nodeid}: judged stands there twice, and would judge the first alone; "
-                    "write a test for each, or parametrize one that takes the fixture oracle"
+                    f"{metafunc.definition.nodeid}: it has two marks of judged, of which pytest sees the lower "
+                    "one alone; write a test for each, or parametrize one that takes the fixture oracle"
                 )
             parts = parts_of(session, **marker.kwargs)
         except pytest.UsageError as error:

@@ -24,7 +24,7 @@ def compare_caches(
     tally: LayerTally,
     inputs: AttentionInputs,
     row_name: Callable[[int], str],
-    padding_slot: int = 0,
+    padding_slot: int,
 ) -> Finding | None:
     """Compare every byte of both dense caches, except page 0 if rows of padding are stored there.
 
@@ -32,10 +32,10 @@ def compare_caches(
     inputs: of the pass, on any device, whose keys the caches have now; a row of it that was stored where it does not
     belong is named by ``row_name``.
     """
-    pages = 0 if padding_slot < 0 else 1
+    dummy_pages = 0 if padding_slot < 0 else 1
     for name, got, want, skipped in (
-        ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), pages * page_size),
-        ("index_k_cache", seen.index_k, expected.index_k, pages),
+        ("kv_cache", seen.kv.flatten(1), expected.kv.flatten(1), dummy_pages * page_size),
+        ("index_k_cache", seen.index_k, expected.index_k, dummy_pages),
     ):
         got_bytes, want_bytes = as_bytes(got)[skipped:], as_bytes(want)[skipped:]
         tally.stage(name).exact += want_bytes.numel()

@@ -128,6 +128,6 @@ def test_two_marks_of_one_test_are_refused(endings: Path) -> None:
     done = run(endings, "-n", "0", "test_own.py")
     assert done.exit_code == pytest.ExitCode.USAGE_ERROR, done.output
     assert (
-        "test_own.py::test_both: judged stands there twice, and would judge the first alone"
+        "test_own.py::test_both: it has two marks of judged, of which pytest sees the lower"
         in done.output + done.errors
     )
